@@ -1,0 +1,79 @@
+# redpen: on-policy distillation from an offline cache. `make help` lists what there is.
+
+RECIPE ?= toy
+NAME   := $(basename $(notdir $(RECIPE)))
+CACHE  ?= cache/$(NAME).zarr
+RUN    ?= runs/$(NAME)
+SET    ?=
+ROUND  ?=
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV   := .venv
+REDPEN := $(VENV)/bin/redpen
+PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+settings := $(foreach s,$(SET),--set $(s))
+where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup rollouts score train eval verify inspect toy test check format bench clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  with RECIPE=toy|my.toml  CACHE=DIR  RUN=DIR  SET="section.key=value ..."'
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "redpen needs Python 3.11 or 3.12 on PATH (or PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed ## make the environment in .venv (every target does this by itself)
+
+rollouts: $(VENV)/.installed ## stage one: sample rollouts from the student into CACHE
+	@$(REDPEN) rollouts $(RECIPE) $(where) $(settings)
+
+score: rollouts ## stage one: write what student and teachers think of every token
+	@$(REDPEN) score $(RECIPE) $(where) $(settings)
+
+train: score ## stage two: train on CACHE into RUN, then measure it (makes whatever is missing before)
+	@$(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
+	@$(REDPEN) eval $(RUN)
+
+eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
+	@$(REDPEN) eval $(RUN)
+
+verify: $(VENV)/.installed ## recompute every checksum of CACHE and check what the values mean
+	@$(REDPEN) verify $(CACHE)
+
+inspect: $(VENV)/.installed ## what CACHE holds
+	@$(REDPEN) inspect $(CACHE)
+
+toy: $(VENV)/.installed ## train the shipped toy teacher and student again (about 10 minutes)
+	$(VENV)/bin/python -m pipeline.toy
+
+test: $(VENV)/.installed-dev ## every test that runs without a GPU
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.installed-dev ## lint, formatting, types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed-dev ## the benchmarks behind the numbers in README.md and docs/
+	$(VENV)/bin/python benchmarks/cache_throughput.py
+	$(VENV)/bin/python benchmarks/logprob_memory.py
+
+clean: ## remove caches and runs of the shipped recipes (not .venv)
+	rm -rf cache runs

@@ -1,0 +1,83 @@
+"""The redpen cache, format version 1: rollouts of a student and what any number of models think of every token.
+
+A plain Zarr v3 hierarchy described in `SPEC.md`. Reading, writing and verifying need numpy and zarr alone:
+
+    import cache_schema as cs
+
+    cache = cs.open("cache/toy.zarr")
+    round_ = cache.round()                             # the latest
+    rollouts = round_.rollouts.read(0)                 # RolloutBlock: prompts and responses of block 0
+    teacher = round_.scores("teacher").read(0)         # ScoreBlock over the same tokens
+    student = round_.scores("student").read(0)
+    (student.logprobs - teacher.logprobs)[rollouts.response_slice(row=3)]
+"""
+
+from .arrays import (
+    COMMIT_FIELDS,
+    FINISH_LENGTH,
+    FINISH_OTHER,
+    FINISH_STOP,
+    ROLLOUT_ARRAYS,
+    STUDENT_ARRAYS,
+    TEACHER_ARRAYS,
+    TIME_FIELDS,
+    TOPK_ARRAYS,
+    ArraySpec,
+)
+from .blocks import InvalidBlockError, RolloutBlock, RolloutRow, ScoreBlock
+from .cache import STUDENT, VERSION, Cache, PromptTable, Round, create, encode_prompts, open, prompts_sha256
+from .errors import (
+    CacheError,
+    CacheLockedError,
+    CorruptBlockError,
+    FormatVersionError,
+    NotACacheError,
+    ProvenanceError,
+    StorageError,
+    UncommittedError,
+)
+from .group import BlockGroup
+from .manifest import ModelIdentity, RoundManifest, ScoresManifest, TokenizerIdentity
+from .verify import Finding, repair, verify
+
+__all__ = [
+    "COMMIT_FIELDS",
+    "FINISH_LENGTH",
+    "FINISH_OTHER",
+    "FINISH_STOP",
+    "ROLLOUT_ARRAYS",
+    "STUDENT",
+    "STUDENT_ARRAYS",
+    "TEACHER_ARRAYS",
+    "TIME_FIELDS",
+    "TOPK_ARRAYS",
+    "VERSION",
+    "ArraySpec",
+    "BlockGroup",
+    "Cache",
+    "CacheError",
+    "CacheLockedError",
+    "CorruptBlockError",
+    "Finding",
+    "FormatVersionError",
+    "InvalidBlockError",
+    "ModelIdentity",
+    "NotACacheError",
+    "PromptTable",
+    "ProvenanceError",
+    "RolloutBlock",
+    "RolloutRow",
+    "Round",
+    "RoundManifest",
+    "ScoreBlock",
+    "ScoresManifest",
+    "StorageError",
+    "TokenizerIdentity",
+    "UncommittedError",
+    "create",
+    "encode_prompts",
+    "open",
+    "prompts_sha256",
+    "repair",
+    "verify",
+]

@@ -1,0 +1,439 @@
+"""Opening and creating caches, rounds and score groups; prompts; the writer's lock."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.errors
+from zarr.abc.store import Store
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from .arrays import INNER_CHUNK
+from .errors import (
+    CacheError,
+    CacheLockedError,
+    FormatVersionError,
+    NotACacheError,
+    ProvenanceError,
+    StorageError,
+    storage_errors,
+)
+from .group import BlockGroup, create_arrays
+from .manifest import RoundManifest, ScoresManifest
+
+FORMAT = "redpen"
+VERSION = 1
+STUDENT = "student"
+
+_M = TypeVar("_M", RoundManifest, ScoresManifest)
+
+
+def create(location: str | os.PathLike[str] | Store, *, created_by: str = "") -> Cache:
+    """Open a cache for writing; where there is nothing yet, create an empty one.
+
+    Args:
+        location: local path, or any zarr `Store`.
+        created_by: software and version, for people.
+
+    Raises:
+        NotACacheError: something else is there. StorageError: it cannot be written.
+    """
+    store, label = _store(location, writable=True)
+    with storage_errors(f"cache {label}"):
+        if _is_empty(store):
+            zarr.create_group(
+                store, attributes={"redpen": {"format": FORMAT, "version": VERSION, "created_by": created_by}}
+            )
+    return open(location, writable=True)
+
+
+def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) -> Cache:
+    """Open a cache.
+
+    Raises:
+        NotACacheError: nothing, or something else, is there. FormatVersionError: it is newer than this package.
+    """
+    store, label = _store(location, writable=writable)
+    with storage_errors(f"cache {label}"):
+        if _is_empty(store):
+            raise NotACacheError(
+                f"cache {label}: nothing is there; `redpen rollouts RECIPE --cache {label}` makes one"
+            )
+        root = _open_group(store, "", f"cache {label}", writable=writable)
+    header = root.attrs.get("redpen") if root is not None else None
+    if root is None or not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise NotACacheError(f"cache {label}: this is not a redpen cache (no Zarr group with a redpen attribute)")
+    if not isinstance(header.get("version"), int) or header["version"] > VERSION:
+        raise FormatVersionError(
+            f"cache {label}: format version {header.get('version')}, this redpen reads up to {VERSION}; upgrade it"
+        )
+    return Cache(store, label, root, writable)
+
+
+def encode_prompts(prompts: Sequence[dict[str, Any]]) -> list[bytes]:
+    """Each record as canonical JSON: UTF-8, sorted keys, no spaces."""
+    return [
+        json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        for record in prompts
+    ]
+
+
+def prompts_sha256(prompts: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 over the records' canonical JSON, each followed by a newline."""
+    digest = hashlib.sha256()
+    for line in encode_prompts(prompts):
+        digest.update(line + b"\n")
+    return digest.hexdigest()
+
+
+class Cache:
+    """A redpen cache: numbered rounds of rollouts, each with scores by any number of models."""
+
+    def __init__(self, store: Store, label: str, root: zarr.Group, writable: bool):
+        self._store, self._root, self._writable = store, root, writable
+        self.url = label
+
+    def __repr__(self) -> str:
+        return f"Cache({self.url!r}, rounds={self.round_indices()})"
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory, if it is local."""
+        return Path(self._store.root) if isinstance(self._store, LocalStore) else None
+
+    def round_indices(self) -> list[int]:
+        """Numbers of the rounds, ascending. A round whose creation was cut short is not there."""
+        with storage_errors(f"cache {self.url}"):
+            rounds = _open_group(self._store, "rounds", self.url, writable=False)
+            if rounds is None:
+                return []
+            indices = sorted(int(key) for key in rounds.group_keys() if key.isdigit())
+            return [index for index in indices if "redpen" in rounds[f"{index:05d}"].attrs]
+
+    def round(self, index: int | None = None) -> Round:
+        """Round `index`, or the latest. Raises `CacheError` where there is none."""
+        indices = self.round_indices()
+        if not indices:
+            raise CacheError(
+                f"cache {self.url}: holds no rollouts yet; run `redpen rollouts RECIPE --cache {self.url}`"
+            )
+        index = indices[-1] if index is None else index
+        if index not in indices:
+            raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(indices)}")
+        group = _open_group(self._store, _round_path(index), self.url, writable=self._writable)
+        assert group is not None
+        manifest = RoundManifest.from_json(_attributes(group), f"{self.url} {_round_path(index)}")
+        return Round(self, index, group, manifest)
+
+    def start_round(
+        self, manifest: RoundManifest, prompts: Sequence[dict[str, Any]], index: int | None = None
+    ) -> Round:
+        """The round of this provenance: the latest (or `index`) where it agrees, a new one where `index` is the next.
+
+        Raises `ProvenanceError` listing the fields in which the round that is there differs.
+        """
+        if manifest.prompts_sha256 != prompts_sha256(prompts) or manifest.n_prompts != len(prompts):
+            raise CacheError("round manifest: prompts_sha256 and n_prompts must be those of the prompts given")
+        indices = self.round_indices()
+        following = indices[-1] + 1 if indices else 0
+        index = (indices[-1] if indices else 0) if index is None else index
+        if index in indices:
+            existing = self.round(index)
+            _require_same(existing.manifest, manifest, f"cache {self.url} round {index}", "rollouts", following)
+            return existing
+        if index != following:
+            raise CacheError(f"cache {self.url}: the next round is {following}, got {index}")
+        with storage_errors(f"cache {self.url}"):
+            rounds = self._root.require_group("rounds")
+            # A round exists from the moment its attributes do, so they are written last.
+            group = rounds.create_group(f"{index:05d}", overwrite=True)
+            _write_prompts(group.create_group("prompts"), encode_prompts(prompts))
+            create_arrays(group.create_group("rollouts"), manifest, manifest)
+            group.create_group("scores")
+            group.attrs.put({"redpen": manifest.to_json() | {"slots": manifest.slots()}})
+        return self.round(index)
+
+    @contextmanager
+    def lock(self, command: str) -> Iterator[None]:
+        """Hold the cache for writing, against other processes on this machine or file system.
+
+        The kernel releases the lock when the process ends, however it ends. Raises `CacheLockedError` naming the
+        holder. Caches that are not local directories have no lock: their readers rely on the digests.
+        """
+        if self.path is None:
+            yield
+            return
+        lock_path = self.path.with_name(f".{self.path.name}.lock")
+        with storage_errors(f"cache {self.url}: lock file {lock_path}"):
+            handle = _acquire(lock_path, self.url)
+            os.ftruncate(handle, 0)
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "command": command,
+                "since": time.ctime(),
+            }
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
+        try:
+            _sweep_partial_writes(self.path)
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+            os.close(handle)
+
+
+class Round:
+    """One sampling pass: prompts, rollouts, and scores of them by the student and any number of teachers."""
+
+    def __init__(self, cache: Cache, index: int, group: zarr.Group, manifest: RoundManifest):
+        self.cache, self.index, self.manifest = cache, index, manifest
+        self._group = group
+        self.prompts = PromptTable(group)
+        self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.manifest.n_blocks
+
+    @property
+    def n_prompts(self) -> int:
+        return self.manifest.n_prompts
+
+    def block_prompts(self, block: int) -> range:
+        """Indices of the prompts that block `block` holds; known before anything is sampled."""
+        return self.manifest.block_prompts(block)
+
+    def scorer_names(self) -> list[str]:
+        """Names of the score groups, the student's first."""
+        with storage_errors(f"cache {self.cache.url}"):
+            scores = self._child("scores")
+            names = [name for name in scores.group_keys() if "redpen" in scores[name].attrs]
+        return sorted(names, key=lambda name: (name != STUDENT, name))
+
+    def teacher_names(self) -> list[str]:
+        return [name for name in self.scorer_names() if name != STUDENT]
+
+    def scores(self, name: str) -> BlockGroup:
+        """Scores by `name`. Raises `CacheError` where there are none."""
+        names = self.scorer_names()
+        if name not in names:
+            raise CacheError(
+                f"cache {self.cache.url} round {self.index}: not scored by {name!r} (scored by {_listed(names)}); "
+                f"run `redpen score RECIPE --cache {self.cache.url}`"
+            )
+        group = self._child(f"scores/{name}")
+        manifest = ScoresManifest.from_json(_attributes(group), f"{self.cache.url} {group.path}")
+        student = self.scores(STUDENT) if manifest.role == "teacher" else None
+        return BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+
+    def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
+        """Create the scores of `name`, or return them where their provenance agrees.
+
+        Raises `ProvenanceError` listing the differing fields.
+        """
+        if (name == STUDENT) != (manifest.role == "student"):
+            raise CacheError(f"scores {name!r}: the name {STUDENT!r} is for the student and for it alone")
+        if name in self.scorer_names():
+            existing = self.scores(name)
+            assert isinstance(existing.manifest, ScoresManifest)
+            _require_same(existing.manifest, manifest, f"cache {self.cache.url} scores {name!r}", "score", None)
+            return existing
+        if manifest.role == "teacher":
+            student = self.scores(STUDENT).manifest
+            assert isinstance(student, ScoresManifest)
+            for field in ("candidates", "candidate_kind"):
+                if getattr(student, field) != getattr(manifest, field):
+                    raise ProvenanceError(
+                        f"scores {name!r}: {field} is {getattr(manifest, field)}, the student's scores have "
+                        f"{getattr(student, field)}; a round's candidates never change, so start another round"
+                    )
+        with storage_errors(f"cache {self.cache.url}"):
+            group = self._child("scores").create_group(name, overwrite=True)
+            create_arrays(group, manifest, self.manifest)
+            group.attrs.put({"redpen": manifest.to_json()})
+        return self.scores(name)
+
+    def _child(self, name: str) -> zarr.Group:
+        try:
+            found = self._group[name]
+        except KeyError:
+            raise CacheError(
+                f"cache {self.cache.url}: group {self._group.path}/{name} is missing; the cache is damaged"
+            ) from None
+        assert isinstance(found, zarr.Group)
+        return found
+
+
+class PromptTable:
+    """The round's prompt records, read on demand: `len(table)`, `table[i]`."""
+
+    def __init__(self, round_group: zarr.Group):
+        self._group = round_group
+        self._loaded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._load()[1]) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        data, offsets = self._load()
+        if not 0 <= index < len(offsets) - 1:
+            raise IndexError(f"prompt {index}: there are {len(offsets) - 1}")
+        line = data[offsets[index] : offsets[index + 1]].tobytes().decode("utf-8", "surrogatepass")
+        record = json.loads(line)
+        assert isinstance(record, dict)
+        return record
+
+    def sha256(self) -> str:
+        """`prompts_sha256` of what is stored. Raises `CacheError` where it cannot be decoded."""
+        data, offsets = self._load()
+        digest = hashlib.sha256()
+        for start, end in itertools.pairwise(offsets):
+            digest.update(data[start:end].tobytes() + b"\n")
+        return digest.hexdigest()
+
+    def _load(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        if self._loaded is None:
+            label = f"{self._group.path}/prompts"
+            try:
+                with storage_errors(f"{label}: cannot be read"):
+                    self._loaded = (
+                        np.asarray(self._group["prompts/bytes"][:]),  # type: ignore[index]
+                        np.asarray(self._group["prompts/offsets"][:]),  # type: ignore[index]
+                    )
+            except StorageError:
+                raise
+            except (ValueError, KeyError) as error:
+                raise CacheError(f"{label}: cannot be decoded ({error}); restore the cache from a copy") from error
+        return self._loaded
+
+
+def _write_prompts(group: zarr.Group, lines: list[bytes]) -> None:
+    data = np.frombuffer(b"".join(lines), np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
+    for name, value, dimension, meaning in (
+        ("bytes", data, "byte", "prompt records as canonical UTF-8 JSON, end to end"),
+        ("offsets", offsets, "prompt_boundary", "record i is bytes[offsets[i]:offsets[i + 1]]"),
+    ):
+        array = group.create_array(
+            name,
+            shape=value.shape,
+            chunks=(min(len(value), INNER_CHUNK * 16),),
+            dtype=value.dtype.newbyteorder("<"),
+            fill_value=0,
+            serializer=BytesCodec(endian="little"),
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            dimension_names=(dimension,),
+            attributes={"unit": "byte", "meaning": meaning},
+        )
+        array[:] = value
+
+
+def _store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
+    if isinstance(location, Store):
+        return location if writable else location.with_read_only(True), str(location)
+    label = os.fspath(location)
+    scheme, separator, rest = label.partition("://")
+    if separator and scheme != "file":
+        raise StorageError(
+            f"cache {label}: {scheme}:// is not supported by this version; give a local path or a zarr Store"
+        )
+    path = Path(rest if separator else label)
+    if path.exists() and not path.is_dir():
+        raise NotACacheError(f"cache {label}: this is a file; a cache is a directory")
+    return LocalStore(path, read_only=not writable), label
+
+
+def _is_empty(store: Store) -> bool:
+    if isinstance(store, LocalStore):
+        return not store.root.exists() or not os.listdir(store.root)
+    return not zarr.core.sync.sync(_has_any_key(store))
+
+
+async def _has_any_key(store: Store) -> bool:
+    async for _ in store.list_dir(""):
+        return True
+    return False
+
+
+def _open_group(store: Store, path: str, label: str, *, writable: bool) -> zarr.Group | None:
+    try:
+        return zarr.open_group(store, path=path, mode="r+" if writable else "r", zarr_format=3)
+    except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:  # zarr.json that is no JSON, or not Zarr's
+        raise NotACacheError(f"{label}: unreadable metadata in {path or '/'}zarr.json ({error})") from error
+
+
+def _attributes(group: zarr.Group) -> dict[str, Any]:
+    value = dict(group.attrs["redpen"])  # type: ignore[arg-type]
+    value.pop("slots", None)  # derived; stored for readers in other languages
+    return value
+
+
+def _require_same(existing: _M, wanted: _M, label: str, command: str, following: int | None) -> None:
+    differences = existing.differences(wanted)
+    if differences:
+        remedy = "use another --cache"
+        if following is not None:
+            remedy += f", or start a new round with --round {following}"
+        else:
+            remedy += ", or another scorer name"
+        raise ProvenanceError(f"{label} was made differently: {'; '.join(differences)}; to {command} this, {remedy}")
+
+
+def _round_path(index: int) -> str:
+    return f"rounds/{index:05d}"
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(str(item) for item in items) or "none"
+
+
+def _acquire(lock_path: Path, label: str) -> int:
+    while True:
+        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 4096, 0)
+            os.close(handle)
+            raise CacheLockedError(
+                f"cache {label} is being written by {_holder(holder)}; wait for it or stop it"
+            ) from None
+        # The previous holder may have removed the file between our open and our lock.
+        try:
+            if os.stat(lock_path).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+
+
+def _holder(raw: bytes) -> str:
+    try:
+        holder = json.loads(raw)
+        return f"`{holder['command']}` (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _sweep_partial_writes(root: Path) -> None:
+    """Remove what killed processes left of zarr's write-then-rename; nothing else writes while the lock is held."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(".partial"):
+                Path(directory, name).unlink(missing_ok=True)

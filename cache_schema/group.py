@@ -1,0 +1,313 @@
+"""A group of block arrays and its commits: rollouts, or one model's scores of them.
+
+A block is written as whole padded slots, one shard per array, and its commit last. A commit carries a digest of every
+array, so a reader notices missing shards and two writers that mixed their shards; crc32c catches flipped bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from .arrays import COMMIT_FIELDS, ArraySpec, inner_chunk
+from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
+from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
+from .manifest import RoundManifest, ScoresManifest
+
+_COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
+
+
+def digest64(*parts: bytes | memoryview) -> int:
+    """BLAKE2b with an 8-byte digest, read as a little-endian unsigned integer."""
+    h = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        h.update(part)
+    return int.from_bytes(h.digest(), "little")
+
+
+def array_digest(value: npt.NDArray[Any]) -> int:
+    """Digest of an array's elements in C order, little-endian."""
+    return digest64(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+class BlockGroup:
+    """The arrays of one group (`rollouts` or `scores/<name>`) of a round, read and written block by block.
+
+    Attributes:
+        name: path below the round, e.g. `scores/student`.
+        manifest: `RoundManifest` for rollouts, `ScoresManifest` for scores.
+        specs: the group's arrays.
+    """
+
+    def __init__(
+        self,
+        group: zarr.Group,
+        name: str,
+        manifest: RoundManifest | ScoresManifest,
+        round_manifest: RoundManifest,
+        rollouts: BlockGroup | None,
+        student: BlockGroup | None,
+    ):
+        self._group = group
+        self.name = name
+        self.manifest = manifest
+        self.specs: tuple[ArraySpec, ...] = manifest.arrays()
+        self._round = round_manifest
+        self._rollouts = rollouts
+        self._student = student
+        self._dtype = _commit_dtype(self.specs)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @property
+    def n_blocks(self) -> int:
+        return self._round.n_blocks
+
+    def commits(self) -> npt.NDArray[Any]:
+        """Every block's commit record, [n_blocks], as a structured array; rows == 0 where there is none.
+
+        Raises `CorruptBlockError` where a record fails its checksum.
+        """
+        try:
+            raw = self._load("commit", slice(None))
+        except (CacheError, ValueError):
+            raw = np.stack([self._raw_commit(block) for block in range(self.n_blocks)])
+        return raw.view(self._dtype)[:, 0]
+
+    def commit(self, block: int) -> Any:
+        """One block's commit record."""
+        return self._raw_commit(block).view(self._dtype)[0]
+
+    def committed(self) -> npt.NDArray[np.bool_]:
+        """[n_blocks]: which blocks can be read.
+
+        Scores count only while the rollouts, and for a teacher the candidates, are still those that were scored.
+        """
+        commits = self.commits()
+        ready: npt.NDArray[np.bool_] = commits["rows"] > 0
+        if self._rollouts is not None:
+            ready &= commits["rollouts_digest"] == self._rollouts.commits()["digest"]
+        if self._student is not None:
+            ready &= self._student.committed()
+            ready &= commits["candidates_digest"] == self._student.commits()["digest.candidate_ids"]
+        return ready
+
+    def is_committed(self, block: int) -> bool:
+        """`committed()[block]`, from that block's records alone."""
+        return self._why_uncommitted(block) is None
+
+    def _why_uncommitted(self, block: int) -> str | None:
+        commit = self.commit(block)
+        if commit["rows"] == 0:
+            return "it was not written yet"
+        if self._rollouts is not None and commit["rollouts_digest"] != self._rollouts.commit(block)["digest"]:
+            return "it scores other rollouts than the block holds now"
+        if self._student is not None:
+            if not self._student.is_committed(block):
+                return "the student's scores, which bring its candidates, are not there"
+            if commit["candidates_digest"] != self._student.commit(block)["digest.candidate_ids"]:
+                return "it scores other candidates than the student's scores hold now"
+        return None
+
+    def uncommit(self, block: int) -> None:
+        """Take a block back: it reads as not there, and the next run of its stage writes it again."""
+        self._store("commit", block, np.zeros(len(self._dtype.names or ()), np.uint64))
+
+    def read(self, block: int, *, check: bool = True) -> Any:
+        """The block's record: `RolloutBlock` for rollouts, `ScoreBlock` for scores.
+
+        `check=False` skips the digests (the crc32c of every chunk is always checked).
+        Raises `UncommittedError`, `CorruptBlockError`.
+        """
+        values = self.read_arrays(block, [spec.name for spec in self.specs], check=check)
+        return RolloutBlock(**values) if isinstance(self.manifest, RoundManifest) else ScoreBlock(**values)
+
+    def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
+        """The used part of some of the block's arrays; errors as `read`."""
+        self._require_block(block)
+        why = self._why_uncommitted(block)
+        if why is not None:
+            raise UncommittedError(f"{self._label} block {block}: {why}; run the stage that writes it")
+        return self._read_committed(block, self.commit(block), set(names), check=check)
+
+    def _read_committed(
+        self, block: int, commit: Any, names: set[str], *, check: bool
+    ) -> dict[str, npt.NDArray[Any]]:
+        if check and int(commit["digest"]) != self._block_digest(commit):
+            raise CorruptBlockError(self._label, block, "commit", "the commit record contradicts itself")
+        specs = [spec for spec in self.specs if spec.name in names]
+        values = _threads().map(lambda spec: self._read_array(block, commit, spec, check=check), specs)
+        return {spec.name: value for spec, value in zip(specs, values, strict=True)}
+
+    def _read_array(self, block: int, commit: Any, spec: ArraySpec, *, check: bool) -> npt.NDArray[Any]:
+        shape = used_shape(spec, {name: int(commit[name]) for name in _COUNTS}, self._sizes)
+        try:
+            value = self._load(spec.name, (block, slice(0, shape[0])))
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise CorruptBlockError(self._label, block, spec.name, _one_line(error)) from error
+        if value.shape != shape:
+            raise CorruptBlockError(self._label, block, spec.name, f"has shape {value.shape}, expected {shape}")
+        if check and array_digest(value) != int(commit[f"digest.{spec.name}"]):
+            missing = value.size and _is_fill(value, spec)
+            problem = "its shard is missing" if missing else "holds other data than were committed (two writers?)"
+            raise CorruptBlockError(self._label, block, spec.name, problem)
+        return value
+
+    def write(self, block: int, record: RolloutBlock | ScoreBlock, *, elapsed_seconds: float = 0.0) -> None:
+        """Validate, write and commit a block. A block that is there already is uncommitted first.
+
+        Raises `CacheError` where the record is invalid, `StorageError` where the storage refuses.
+        """
+        self._require_block(block)
+        links = {"rollouts_digest": 0, "candidates_digest": 0}
+        try:
+            if isinstance(record, RolloutBlock):
+                assert isinstance(self.manifest, RoundManifest)
+                record.validate(self.manifest, block)
+                counts = record.counts()
+            else:
+                assert isinstance(self.manifest, ScoresManifest) and self._rollouts is not None
+                scored = self._rollouts.read(block)
+                record.validate(self.manifest, scored)
+                counts = scored.counts()
+                links["rollouts_digest"] = int(self._rollouts.commit(block)["digest"])
+                if record.candidate_ids is not None:
+                    links["candidates_digest"] = array_digest(record.candidate_ids)
+                elif self._student is not None:
+                    links["candidates_digest"] = int(self._student.commit(block)["digest.candidate_ids"])
+        except InvalidBlockError as error:
+            raise CacheError(f"{self._label} block {block} cannot be written: {error}") from error
+
+        values = {spec.name: getattr(record, spec.name) for spec in self.specs}
+        self._commit_arrays(block, values, counts | links, elapsed_seconds)
+
+    def _commit_arrays(
+        self, block: int, values: dict[str, npt.NDArray[Any]], fields: dict[str, int], elapsed_seconds: float
+    ) -> None:
+        if self.commit(block)["rows"]:
+            self.uncommit(block)
+        commit = np.zeros((), self._dtype)
+        for name, number in fields.items():
+            commit[name] = number
+        for spec in self.specs:
+            value = values[spec.name]
+            array = self._array(spec.name)
+            slot = np.full(array.shape[1:], spec.fill, np.dtype(spec.dtype))
+            slot[: value.shape[0]] = value
+            self._store(spec.name, block, slot)
+            commit[f"digest.{spec.name}"] = array_digest(value)
+        commit["digest"] = self._block_digest(commit)
+        commit["elapsed_us"] = round(elapsed_seconds * 1e6)
+        commit["committed_at_us"] = time.time_ns() // 1000
+        self._store("commit", block, commit.reshape(1).view(np.uint64))
+
+    @property
+    def _label(self) -> str:
+        return f"{self._group.path}"
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        if isinstance(self.manifest, RoundManifest):
+            return {}
+        return {"candidate": self.manifest.candidates, "topk": self.manifest.topk}
+
+    def _block_digest(self, commit: Any) -> int:
+        names = [*_COUNTS, *(f"digest.{spec.name}" for spec in self.specs)]
+        return array_digest(np.array([int(commit[name]) for name in names], np.uint64))
+
+    def _require_block(self, block: int) -> None:
+        if not 0 <= block < self.n_blocks:
+            raise CacheError(f"{self._label}: block must be in 0..{self.n_blocks - 1}, got {block}")
+
+    def _raw_commit(self, block: int) -> npt.NDArray[np.uint64]:
+        self._require_block(block)
+        try:
+            raw: npt.NDArray[np.uint64] = self._load("commit", block)
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise CorruptBlockError(self._label, block, "commit", _one_line(error)) from error
+        return raw
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._arrays:
+            try:
+                found = self._group[name]
+            except KeyError:
+                raise CacheError(
+                    f"{self._label}: array {name} is missing; the cache is damaged, restore it or start another"
+                ) from None
+            assert isinstance(found, zarr.Array)
+            self._arrays[name] = found
+        return self._arrays[name]
+
+    def _load(self, name: str, where: Any) -> npt.NDArray[Any]:
+        with storage_errors(f"{self._label}: cannot read {name}"):
+            return np.ascontiguousarray(self._array(name)[where])
+
+    def _store(self, name: str, block: int, value: npt.NDArray[Any]) -> None:
+        with storage_errors(f"{self._label}: cannot write block {block}, array {name}"):
+            self._array(name)[block] = value
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Decoding and digests leave the GIL, so a block's arrays are read side by side."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="cache-read")
+
+
+def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest) -> None:
+    """Create a block group's arrays, empty, in `group`."""
+    slots = round_manifest.slots()
+    if isinstance(manifest, ScoresManifest):
+        slots |= {"candidate": manifest.candidates, "topk": manifest.topk}
+    n_blocks = round_manifest.n_blocks
+    for spec in manifest.arrays():
+        shape = tuple(slots[dim] for dim in spec.dims)
+        group.create_array(
+            spec.name,
+            shape=(n_blocks, *shape),
+            shards=(1, *shape),
+            chunks=(1, inner_chunk(spec, shape[0]), *shape[1:]),
+            dtype=np.dtype(spec.dtype).newbyteorder("<"),
+            fill_value=spec.fill,
+            serializer=BytesCodec(endian="little"),
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            dimension_names=spec.dimension_names,
+            attributes={"unit": spec.unit, "meaning": spec.meaning},
+        )
+    fields = list(_commit_dtype(manifest.arrays()).names or ())
+    group.create_array(
+        "commit",
+        shape=(n_blocks, len(fields)),
+        chunks=(1, len(fields)),
+        dtype="<u8",
+        fill_value=0,
+        serializer=BytesCodec(endian="little"),
+        compressors=(Crc32cCodec(),),
+        dimension_names=("block", "field"),
+        attributes={"fields": fields, "meaning": "written last; rows == 0: the block is not there"},
+    )
+
+
+def _commit_dtype(specs: Sequence[ArraySpec]) -> np.dtype[Any]:
+    return np.dtype([(name, "<u8") for name in (*COMMIT_FIELDS, *(f"digest.{spec.name}" for spec in specs))])
+
+
+def _is_fill(value: npt.NDArray[Any], spec: ArraySpec) -> bool:
+    return bool(np.isnan(value).all() if spec.fill != spec.fill else (value == spec.fill).all())
+
+
+def _one_line(error: Exception) -> str:
+    return f"cannot be decoded ({' '.join(str(error).split())[:160] or type(error).__name__})"

@@ -1,0 +1,394 @@
+"""The cache: round trips, commits and links, provenance, damage, locks, full and read-only disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cache_factory as factory
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zarr.storage import LocalStore, MemoryStore
+
+import cache_schema as cs
+
+SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def assert_same_record(a: object, b: object) -> None:
+    for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name), err_msg=field.name)
+
+
+@SETTINGS
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_prompts=st.integers(1, 9),
+    prompts_per_block=st.integers(1, 5),
+    rollouts_per_prompt=st.integers(1, 4),
+    topk=st.integers(0, 5),
+)
+def test_round_trip(seed: int, n_prompts: int, prompts_per_block: int, rollouts_per_prompt: int, topk: int) -> None:
+    rng = np.random.default_rng(seed)
+    store = MemoryStore()
+    cache = cs.create(store)
+    records = factory.prompts(n_prompts)
+    manifest = factory.round_manifest(
+        records, prompts_per_block=prompts_per_block, rollouts_per_prompt=rollouts_per_prompt
+    )
+    round_ = cache.start_round(manifest, records)
+    student = round_.start_scores("student", factory.scores_manifest("student"))
+    teacher = round_.start_scores("teacher", factory.scores_manifest("teacher", topk=topk))
+    written = []
+    for block in rng.permutation(round_.n_blocks):
+        rollouts = factory.rollout_block(manifest, int(block), rng)
+        round_.rollouts.write(int(block), rollouts)
+        student_scores = factory.score_block(student.manifest, rollouts, rng)
+        student.write(int(block), student_scores)
+        teacher_scores = factory.score_block(teacher.manifest, rollouts, rng, student_scores.candidate_ids)
+        teacher.write(int(block), teacher_scores)
+        written.append((int(block), rollouts, student_scores, teacher_scores))
+
+    again = cs.open(store).round()
+    assert again.manifest == manifest
+    assert [again.prompts[i] for i in range(len(again.prompts))] == records
+    for block, rollouts, student_scores, teacher_scores in written:
+        assert_same_record(again.rollouts.read(block), rollouts)
+        assert_same_record(again.scores("student").read(block), student_scores)
+        assert_same_record(again.scores("teacher").read(block), teacher_scores)
+    assert again.scores("teacher").committed().all()
+    assert list(cs.verify(cs.open(store))) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 8_192, 8_193, 65_536, 65_537, 300_000])
+def test_slots_are_divided_by_their_inner_chunks(tokens: int) -> None:
+    from cache_schema.arrays import INNER_CHUNK, WIDE_INNER_CHUNK, slot_size
+
+    slot = slot_size(tokens)
+    assert slot >= tokens
+    assert slot % min(slot, INNER_CHUNK) == 0 and slot % min(slot, WIDE_INNER_CHUNK) == 0
+
+
+def test_opens_in_xarray_with_named_dimensions(tmp_path: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    cache = factory.filled(tmp_path / "c")
+    data = xarray.open_zarr(tmp_path / "c", group="rounds/00000/scores/teacher", consolidated=False)
+    assert data.candidate_logprobs.dims == ("block", "token", "candidate")
+    assert data.logprobs.attrs["unit"] == "nat"
+    used = cache.round().rollouts.read(0).n_tokens
+    assert bool(np.isfinite(data.logprobs[0, :used]).all()) and bool(np.isnan(data.logprobs[0, used:]).all())
+
+
+def test_any_zarr_reader_sees_the_documented_layout(tmp_path: Path) -> None:
+    factory.filled(tmp_path / "c", topk=2)
+    root = zarr.open_group(tmp_path / "c", mode="r")
+    assert root.attrs["redpen"]["version"] == cs.VERSION  # type: ignore[index]
+    for path, specs in (
+        ("rollouts", cs.ROLLOUT_ARRAYS),
+        ("scores/student", cs.STUDENT_ARRAYS),
+        ("scores/teacher", cs.TEACHER_ARRAYS + cs.TOPK_ARRAYS),
+    ):
+        group = root[f"rounds/00000/{path}"]
+        assert isinstance(group, zarr.Group)
+        assert set(group.array_keys()) == {spec.name for spec in specs} | {"commit"}
+        for spec in specs:
+            array = group[spec.name]
+            assert isinstance(array, zarr.Array)
+            assert array.dtype == np.dtype(spec.dtype) and array.metadata.dimension_names == spec.dimension_names
+            np.testing.assert_equal(np.asarray(array.fill_value), np.asarray(spec.fill, spec.dtype))
+
+
+def test_uncommitted_blocks_are_not_readable(tmp_path: Path) -> None:
+    records = factory.prompts(10)
+    round_ = cs.create(tmp_path / "c").start_round(factory.round_manifest(records), records)
+    round_.rollouts.write(1, factory.rollout_block(round_.manifest, 1, np.random.default_rng(0)))
+    assert round_.rollouts.committed().tolist() == [False, True, False]
+    with pytest.raises(cs.UncommittedError, match=r"block 0: it was not written yet"):
+        round_.rollouts.read(0)
+
+
+def test_resampled_rollouts_unscore_the_block(tmp_path: Path) -> None:
+    round_ = factory.filled(tmp_path / "c").round()
+    original = round_.rollouts.read(1)
+    round_.rollouts.write(1, factory.rollout_block(round_.manifest, 1, np.random.default_rng(99)))
+    for name in ("student", "teacher"):
+        assert round_.scores(name).committed().tolist() == [True, False, True]
+        with pytest.raises(cs.UncommittedError, match="other rollouts|student's scores"):
+            round_.scores(name).read(1)
+    round_.rollouts.write(1, original)  # the same rollouts again: their scores hold again
+    assert round_.scores("teacher").committed().all()
+
+
+def test_new_candidates_unscore_the_teacher(tmp_path: Path) -> None:
+    round_ = factory.filled(tmp_path / "c").round()
+    student = round_.scores("student")
+    student.write(2, factory.score_block(student.manifest, round_.rollouts.read(2), np.random.default_rng(5)))
+    assert student.committed().all()
+    assert round_.scores("teacher").committed().tolist() == [True, True, False]
+    with pytest.raises(cs.UncommittedError, match="other candidates"):
+        round_.scores("teacher").read(2)
+
+
+def shard(cache: cs.Cache, array: str, block: int) -> Path:
+    assert cache.path is not None
+    directory = cache.path / "rounds/00000" / array / "c" / str(block)
+    return next(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_missing_shard_is_noticed(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c")
+    shard(cache, "scores/teacher/logprobs", 1).unlink()
+    with pytest.raises(cs.CorruptBlockError, match=r"block 1, array logprobs: its shard is missing"):
+        cache.round().scores("teacher").read(1)
+    assert [(f.group, f.block, f.array) for f in cs.verify(cache)] == [("scores/teacher", 1, "logprobs")]
+
+
+def test_two_writers_of_one_block_are_noticed(tmp_path: Path) -> None:
+    ours, theirs = factory.filled(tmp_path / "a", seed=1), factory.filled(tmp_path / "b", seed=2)
+    # Both finish block 0; their renames interleave, so one's array ends under the other's commit.
+    shutil.copy(shard(theirs, "rollouts/rollout_logprobs", 0), shard(ours, "rollouts/rollout_logprobs", 0))
+    with pytest.raises(cs.CorruptBlockError, match="block 0, array rollout_logprobs"):
+        ours.round().rollouts.read(0)
+
+
+def chunk_files(cache: cs.Cache) -> list[tuple[str, str, int, Path]]:
+    """(group, array, block, file) of every chunk of the block arrays."""
+    assert cache.path is not None
+    base = cache.path / "rounds/00000"
+    found = []
+    for path in sorted(base.rglob("*")):
+        parts = path.relative_to(base).parts
+        if path.is_file() and "c" in parts and "prompts" not in parts:
+            at = parts.index("c")
+            found.append(("/".join(parts[: at - 1]), parts[at - 1], int(parts[at + 1]), path))
+    return found
+
+
+def test_every_flipped_byte_is_reported(tmp_path: Path) -> None:
+    """200 random single-byte flips anywhere in the chunk data: `verify` and the reader name block and array."""
+    rng = np.random.default_rng(0)
+    cache = factory.filled(tmp_path / "c", n_prompts=5, topk=3)
+    files = chunk_files(cache)
+    sizes = np.array([path.stat().st_size for *_, path in files], float)
+    for _ in range(200):
+        group, array, block, path = files[int(rng.choice(len(files), p=sizes / sizes.sum()))]
+        data = path.read_bytes()
+        at = int(rng.integers(len(data)))
+        path.write_bytes(data[:at] + bytes([data[at] ^ int(rng.integers(1, 256))]) + data[at + 1 :])
+        round_ = cs.open(tmp_path / "c").round()
+        owner = round_.rollouts if group == "rollouts" else round_.scores(group.removeprefix("scores/"))
+        with pytest.raises(cs.CorruptBlockError) as caught:
+            owner.read(block)
+        assert (caught.value.block, caught.value.array) == (block, array)
+        findings = {(f.group, f.block, f.array) for f in cs.verify(cs.open(tmp_path / "c"))}
+        assert (group, block, array) in findings
+        assert {(g, b) for g, b, _ in findings} == {(group, block)}
+        path.write_bytes(data)
+    assert list(cs.verify(cs.open(tmp_path / "c"))) == []
+
+
+@pytest.mark.parametrize("keep", [0, 5, 0.5])
+def test_truncated_shard_is_reported_and_repaired(tmp_path: Path, keep: float) -> None:
+    cache = factory.filled(tmp_path / "c")
+    path = shard(cache, "scores/student/candidate_logprobs", 2)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    findings = list(cs.verify(cache))
+    assert {(f.group, f.block, f.array) for f in findings} == {("scores/student", 2, "candidate_logprobs")}
+    assert cs.repair(cache, findings) == 1
+    assert cache.round().scores("student").committed().tolist() == [True, True, False]
+    assert list(cs.verify(cache)) == []
+
+
+def test_truncated_commit_is_reported_and_repaired(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c")
+    path = shard(cache, "rollouts/commit", 1)
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(cs.CorruptBlockError, match="block 1, array commit"):
+        cache.round().rollouts.committed()
+    findings = list(cs.verify(cache))
+    assert {(f.group, f.block, f.array) for f in findings} == {("rollouts", 1, "commit")}
+    cs.repair(cache, findings)
+    assert cache.round().rollouts.committed().tolist() == [True, False, True]
+
+
+BAD_ROLLOUTS = {
+    "token_ids": (lambda b: {"token_ids": b.token_ids + factory.VOCAB}, "token ids must be in"),
+    "rollout_logprobs": (lambda b: {"rollout_logprobs": -b.rollout_logprobs}, "at most 0"),
+    "response_length": (lambda b: {"response_length": b.response_length + 1}, "add up"),
+    "finish_reason": (lambda b: {"finish_reason": b.finish_reason * 0, "token_ids": b.token_ids * 0}, "stop token"),
+    "sample_index": (lambda b: {"sample_index": b.sample_index * 0}, "none twice"),
+    "prompt_index": (lambda b: {"prompt_index": b.prompt_index + 1}, "must hold the prompts"),
+    "trained": (lambda b: {"trained": b.trained + 1}, "0 or 1"),
+    "row_prompt": (lambda b: {"row_prompt": b.row_prompt.astype(np.int64)}, "int32 array"),
+}
+
+
+@pytest.mark.parametrize("array", BAD_ROLLOUTS)
+def test_writer_refuses_rollouts_that_mean_nothing(tmp_path: Path, array: str) -> None:
+    change, problem = BAD_ROLLOUTS[array]
+    round_ = factory.filled(tmp_path / "c").round()
+    good = round_.rollouts.read(0)
+    with pytest.raises(cs.CacheError, match=f"array {array}: .*{problem}"):
+        round_.rollouts.write(0, dataclasses.replace(good, **change(good)))
+    assert round_.rollouts.committed().all()
+
+
+BAD_SCORES = {
+    "logprobs": (lambda s: {"logprobs": s.logprobs * np.nan}, "finite"),
+    "entropy": (lambda s: {"entropy": s.entropy - 100}, "at least 0"),
+    "candidate_ids": (lambda s: {"candidate_ids": s.candidate_ids[:, ::-1].copy()}, "first candidate"),
+    "rest_logprob": (lambda s: {"rest_logprob": s.rest_logprob * 0}, "probability 1"),
+    "sampling_logprobs": (lambda s: {"sampling_logprobs": None}, "is missing"),
+    "topk_ids": (lambda s: {"topk_ids": s.candidate_ids}, "does not belong"),
+    "candidate_logprobs": (lambda s: {"candidate_logprobs": s.candidate_logprobs[1:]}, "shape"),
+}
+
+
+@pytest.mark.parametrize("array", BAD_SCORES)
+def test_writer_refuses_scores_that_mean_nothing(tmp_path: Path, array: str) -> None:
+    change, problem = BAD_SCORES[array]
+    student = factory.filled(tmp_path / "c").round().scores("student")
+    good = student.read(0)
+    with pytest.raises(cs.CacheError, match=f"array {array}: .*{problem}"):
+        student.write(0, dataclasses.replace(good, **change(good)))
+
+
+def test_verify_checks_meaning_beyond_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = factory.filled(tmp_path / "c")
+    round_ = cache.round()
+    bad = dataclasses.replace(round_.rollouts.read(0), token_ids=round_.rollouts.read(0).token_ids + factory.VOCAB)
+    monkeypatch.setattr(cs.RolloutBlock, "validate", lambda *_: None)  # a writer of another language, say
+    round_.rollouts.write(0, bad)
+    monkeypatch.undo()
+    assert [(f.group, f.block, f.array) for f in cs.verify(cache)] == [("rollouts", 0, "token_ids")]
+
+
+def test_provenance_differences_are_listed(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c")
+    records = factory.prompts(10)
+    same = factory.round_manifest(records, created_by="another release")
+    assert cache.start_round(same, records).index == 0
+    other = factory.round_manifest(
+        records, temperature=0.3, student=cs.ModelIdentity("other", None, "x" * 16, adapter_digest="y")
+    )
+    with pytest.raises(cs.ProvenanceError) as caught:
+        cache.start_round(other, records)
+    for part in ("student.digest", "student.adapter_digest", "temperature: cached 1.0, now 0.3", "--round 1"):
+        assert part in str(caught.value)
+    assert cache.start_round(other, records, index=1).index == 1
+    assert cache.round_indices() == [0, 1]
+    with pytest.raises(cs.ProvenanceError, match="dtype: cached float32, now bfloat16"):
+        cache.round(0).start_scores("teacher", factory.scores_manifest("teacher", dtype="bfloat16"))
+    with pytest.raises(cs.ProvenanceError, match="candidates is 5"):
+        cache.round(0).start_scores("second", factory.scores_manifest("teacher", candidates=5))
+
+
+def test_half_created_round_is_created_again(tmp_path: Path) -> None:
+    """A kill between the first array of a round and its attributes leaves no round behind."""
+    cache = cs.create(tmp_path / "c")
+    zarr.open_group(tmp_path / "c", mode="r+").create_group("rounds/00000/rollouts")
+    assert cache.round_indices() == []
+    records = factory.prompts(3)
+    assert cache.start_round(factory.round_manifest(records), records).index == 0
+
+
+def test_location_errors(tmp_path: Path) -> None:
+    with pytest.raises(cs.NotACacheError, match="nothing is there"):
+        cs.open(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(cs.NotACacheError, match="this is a file"):
+        cs.create(tmp_path / "file")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/notes.txt").write_text("x")
+    with pytest.raises(cs.NotACacheError, match="not a redpen cache"):
+        cs.create(tmp_path / "dir")
+    zarr.create_group(LocalStore(tmp_path / "other"))
+    with pytest.raises(cs.NotACacheError, match="not a redpen cache"):
+        cs.open(tmp_path / "other")
+    cs.create(tmp_path / "c")
+    with pytest.raises(cs.CacheError, match="holds no rollouts yet"):
+        cs.open(tmp_path / "c").round()
+    metadata = json.loads((tmp_path / "c/zarr.json").read_text())
+    metadata["attributes"]["redpen"]["version"] = 2
+    (tmp_path / "c/zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(cs.FormatVersionError, match="version 2.*reads up to 1"):
+        cs.open(tmp_path / "c")
+    (tmp_path / "c/zarr.json").write_text("{")
+    with pytest.raises(cs.NotACacheError, match="unreadable metadata"):
+        cs.open(tmp_path / "c")
+    with pytest.raises(cs.StorageError, match="gopher:// is not supported"):
+        cs.open("gopher://host/c")
+
+
+def test_lock_names_its_holder_and_ends_with_its_process(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c")
+    code = (
+        "import cache_schema as cs, sys, time\n"
+        f"with cs.open({str(tmp_path / 'c')!r}, writable=True).lock('redpen score toy'):\n"
+        "    print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.getcwd()) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(cs.CacheLockedError, match=f"redpen score toy.*process {other.pid}"),
+            cache.lock("redpen rollouts toy"),
+        ):
+            pass
+        partial = tmp_path / "c/rounds/left-by-a-killed-writer.partial"
+        partial.write_bytes(b"x")
+        other.kill()
+    with cache.lock("redpen rollouts toy"):
+        assert not partial.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A real file system of 1 MB, where the machine lets us mount one."""
+    target = tmp_path / "disk"
+    target.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", target], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield target
+    subprocess.run(["umount", target], check=True)
+
+
+def test_full_disk_loses_no_committed_block(small_disk: Path) -> None:
+    records = factory.prompts(400)
+    manifest = factory.round_manifest(
+        records, prompts_per_block=40, rollouts_per_prompt=8, max_response_tokens=60, max_prompt_tokens=60
+    )
+    round_ = cs.create(small_disk / "c").start_round(manifest, records)
+    rng = np.random.default_rng(0)
+    with pytest.raises(cs.StorageError, match=r"rollouts: cannot write block \d+.*disk is full; free some space"):
+        for block in range(round_.n_blocks):
+            round_.rollouts.write(block, factory.rollout_block(manifest, block, rng))
+    again = cs.open(small_disk / "c").round().rollouts
+    done = np.flatnonzero(again.committed())
+    assert 1 <= len(done) < round_.n_blocks
+    for block in done:
+        again.read(int(block))
+    assert list(cs.verify(cs.open(small_disk / "c"))) == []
+
+
+def test_read_only_disk_is_one_clear_line(small_disk: Path) -> None:
+    round_ = factory.filled(small_disk / "c", n_prompts=4).round()
+    record = round_.rollouts.read(0)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(cs.StorageError, match="file system is read-only") as caught:
+        round_.rollouts.write(0, record)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(cs.StorageError, match="read-only"), round_.cache.lock("redpen score"):
+        pass
+    assert cs.open(small_disk / "c").round().rollouts.committed().all()
