@@ -13,6 +13,9 @@ VENV   := .venv
 REDPEN := $(VENV)/bin/redpen
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 
+# As `redpen` does: waiting OpenMP threads sleep, so tests and other work can share the cores.
+export OMP_WAIT_POLICY := PASSIVE
+
 settings := $(foreach s,$(SET),--set $(s))
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 

@@ -77,7 +77,7 @@ class _Manifest:
         return cls(**value)
 
     def differences(self, other: Self) -> list[str]:
-        """Fields in which `other` differs, as `field: cached X, now Y`; models are compared by digest, not by name."""
+        """Fields in which `other` differs, as `field: cached X, now Y`; models compare by digest, not name."""
         return _differences(self.to_json(), other.to_json())
 
 

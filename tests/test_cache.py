@@ -121,7 +121,7 @@ def test_resampled_rollouts_unscore_the_block(tmp_path: Path) -> None:
     round_.rollouts.write(1, factory.rollout_block(round_.manifest, 1, np.random.default_rng(99)))
     for name in ("student", "teacher"):
         assert round_.scores(name).committed().tolist() == [True, False, True]
-        with pytest.raises(cs.UncommittedError, match="other rollouts|student's scores"):
+        with pytest.raises(cs.UncommittedError, match=r"other rollouts|student's scores"):
             round_.scores(name).read(1)
     round_.rollouts.write(1, original)  # the same rollouts again: their scores hold again
     assert round_.scores("teacher").committed().all()
@@ -320,7 +320,7 @@ def test_location_errors(tmp_path: Path) -> None:
     metadata = json.loads((tmp_path / "c/zarr.json").read_text())
     metadata["attributes"]["redpen"]["version"] = 2
     (tmp_path / "c/zarr.json").write_text(json.dumps(metadata))
-    with pytest.raises(cs.FormatVersionError, match="version 2.*reads up to 1"):
+    with pytest.raises(cs.FormatVersionError, match=r"version 2.*reads up to 1"):
         cs.open(tmp_path / "c")
     (tmp_path / "c/zarr.json").write_text("{")
     with pytest.raises(cs.NotACacheError, match="unreadable metadata"):
