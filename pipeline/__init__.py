@@ -1,0 +1,1 @@
+"""redpen: on-policy distillation in two phases that meet in a cache on disk."""

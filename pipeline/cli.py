@@ -1,0 +1,358 @@
+"""The `redpen` command: arguments, and what every error becomes. Stages are imported when they run.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the data or the recipe is wrong (one line),
+2 usage, 3 the cache is stale, 128 + n stopped by signal n. A traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.errors import Interrupted, RedpenError
+from pipeline.signals import interruptible
+
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+#: No library reports home, and the tokenizer's threads do not complain about forks. OpenMP threads that wait do not
+#: spin: on a machine with other work, spinning made scoring on the CPU ten times slower.
+_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+#: What the storage may refuse without anyone having made a mistake in the code.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with interruptible():
+            code = cli.main(args, prog_name="redpen", standalone_mode=False)
+            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+        return code or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Interrupted as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush complains
+        return 1
+    except Exception as error:
+        if (line := _explained(error)) is None:
+            raise
+        return _fail(line, 1)
+
+
+def _explained(error: Exception) -> str | None:
+    """One line for an error that is not a bug, None for one that is."""
+    if isinstance(error, RedpenError):
+        return str(error)
+    from cache_schema.errors import CacheError
+
+    if isinstance(error, CacheError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+        return (
+            "the GPU's memory is full; lower rollouts.batch_size, score.tile_tokens or train.tokens_per_microbatch, "
+            "and run it again"
+        )
+    return None
+
+
+def _fail(line: str, code: int) -> int:
+    from pipeline.console import escape_control
+
+    click.echo(f"redpen: {escape_control(line)}", err=True)
+    return code
+
+
+class _InOrder(click.Group):
+    """Lists commands in the order of the work rather than of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"redpen {version('redpen')}")
+        except PackageNotFoundError:
+            click.echo("redpen, not installed (run from its source)")
+        ctx.exit()
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+)
+def cli() -> None:
+    """On-policy distillation in two phases that meet in a cache on disk.
+
+    \b
+      redpen rollouts toy --cache toy.zarr               the student writes
+      redpen score    toy --cache toy.zarr               student and teacher read what it wrote
+      redpen train    toy --cache toy.zarr --run runs/a  the student learns, the teacher is no longer needed
+      redpen eval     runs/a                             what it gained
+
+    RECIPE is a TOML file or a shipped recipe (`redpen recipes`). Every command can be stopped at any time; the same
+    command continues.
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+def _unless_dry_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    """A dry run needs neither cache nor run directory; everything else does."""
+    if value is None and not ctx.params.get("dry_run"):
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return value or ""
+
+
+def _recipe_options(command: _F) -> _F:
+    for option in (
+        click.option(
+            "--dry-run",
+            is_flag=True,
+            is_eager=True,
+            help="Print the resolved recipe, every setting explained, and stop.",
+        ),
+        _set_option,
+        _round_option,
+        click.option(
+            "--cache", "cache_url", metavar="URL", callback=_unless_dry_run, help="The cache: a directory. [required]"
+        ),
+        click.argument("recipe", metavar="RECIPE"),
+    ):
+        command = option(command)
+    return command
+
+
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."
+)
+_round_option = click.option(
+    "--round", "round_index", type=click.IntRange(0), metavar="N", help="Round of the cache; default: the latest."
+)
+
+
+def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | None:
+    """The checked recipe, its warnings said; None after a dry run."""
+    from pipeline.config import load_recipe
+    from pipeline.console import warn
+
+    resolved = load_recipe(recipe, overrides)
+    for line in resolved.warnings():
+        warn(line)
+    if not dry_run:
+        return resolved
+    click.echo(resolved.to_toml(explained=True), nl=False)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+@cli.command()
+@_recipe_options
+def rollouts(
+    recipe: str, overrides: tuple[str, ...], dry_run: bool, cache_url: str, round_index: int | None
+) -> int | None:
+    """Stage one, sampling: the student answers every prompt.
+
+    \b
+    redpen rollouts toy --cache toy.zarr --set rollouts.rollouts_per_prompt=8
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline.rollouts import stage
+
+    return stage.run(resolved, cache_url, round_index=round_index)
+
+
+@cli.command()
+@_recipe_options
+@click.option("--only", metavar="NAME", help="Only this scorer: student, or a teacher's name.")
+def score(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    round_index: int | None,
+    only: str | None,
+) -> int | None:
+    """Stage one, scoring: student and teachers read every rollout.
+
+    \b
+    redpen score toy --cache toy.zarr --only teacher
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline.score import stage
+
+    return stage.run(resolved, cache_url, only, round_index=round_index)
+
+
+@cli.command()
+@_recipe_options
+@click.option(
+    "--run",
+    "run_dir",
+    metavar="DIR",
+    callback=_unless_dry_run,
+    help="Where metrics, checkpoints and the adapter go. [required]",
+)
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    round_index: int | None,
+    run_dir: str,
+) -> int | None:
+    """Stage two: train the student on the cache.
+
+    The teacher is not loaded, and the cache not changed: train as often as you like.
+
+    \b
+    redpen train toy --cache toy.zarr --run runs/rank8 --set train.lora_rank=8
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline.train import stage
+
+    return stage.run(resolved, cache_url, run_dir, round_index=round_index)
+
+
+@cli.command("eval")
+@click.argument("target", metavar="MODEL_OR_RUN")
+@click.option("--prompts", metavar="FILE", help="Prompts with an answer; default: eval.path of the recipe.")
+@click.option("--teacher", metavar="MODEL", help="Also measure reverse KL to this teacher on fresh rollouts.")
+@click.option("--recipe", metavar="RECIPE", help="Settings for a bare model; default: the run's own recipe.")
+@click.option("--out", metavar="FILE", help="The figures as JSON; default: eval.json in the run.")
+@_set_option
+def evaluate(
+    target: str,
+    prompts: str | None,
+    teacher: str | None,
+    recipe: str | None,
+    out: str | None,
+    overrides: tuple[str, ...],
+) -> int | None:
+    """Accuracy on held-out prompts, reverse KL on fresh rollouts.
+
+    \b
+    redpen eval runs/a --teacher toy:teacher --set eval.limit=500
+    """
+    from pipeline.evaluate import stage
+
+    return stage.run(target, prompts=prompts, teacher=teacher, overrides=overrides, recipe=recipe, out=out)
+
+
+@cli.command()
+@click.argument("cache_url", metavar="CACHE")
+@click.option("--repair", is_flag=True, help="Take back the bad blocks, and only those.")
+def verify(cache_url: str, repair: bool) -> int:
+    """Recompute every checksum of a cache.
+
+    Also checks that the values mean something. Exits with 1 if something is wrong. A repaired block is written again
+    by the next run of its stage.
+
+    \b
+    redpen verify toy.zarr --repair
+    """
+    import contextlib
+
+    import cache_schema as cs
+    from pipeline.console import escape_control, progress
+
+    cache = cs.open(cache_url, writable=repair)
+    rounds = [cache.round(index) for index in cache.round_indices()]
+    blocks = sum(round_.n_blocks * (1 + len(round_.scorer_names())) for round_ in rounds)
+    with cache.lock("redpen verify --repair") if repair else contextlib.nullcontext():
+        with progress("verify", blocks) as bar:
+            findings = list(cs.verify(cache, progress=bar.advance))
+        repaired = cs.repair(cache, findings) if repair else 0
+    for finding in findings:
+        click.echo(escape_control(str(finding)))
+    if not findings:
+        click.echo(f"{cache_url}: {blocks} blocks of {len(rounds)} rounds, nothing wrong")
+        return 0
+    beyond = sum(finding.block is None for finding in findings)
+    if repair:
+        click.echo(f"{repaired} blocks taken back; run the same stages again to write them")
+        if beyond:
+            click.echo(f"{beyond} findings are beyond repair: restore the cache from a copy, or make another")
+    else:
+        click.echo(f"{len(findings)} findings; `redpen verify {cache_url} --repair` takes the bad blocks back")
+    return 1 if beyond or not repair else 0
+
+
+@cli.command()
+@click.argument("cache_url", metavar="CACHE")
+@_round_option
+@click.option("--rollout", type=click.IntRange(0), metavar="N", help="One rollout, token by token.")
+@click.option("--teacher", metavar="NAME", help="Whose red pen to show; needed where there are several.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def inspect(cache_url: str, round_index: int | None, rollout: int | None, teacher: str | None, as_json: bool) -> None:
+    """What a cache holds, or one rollout under the red pen.
+
+    A rollout is shown with the tokens marked at which the teacher disagrees. With R rollouts a prompt, rollout N is
+    sample N % R of prompt N // R.
+
+    \b
+    redpen inspect toy.zarr --rollout 17
+    """
+    from pipeline.report import terminal
+
+    terminal.run(cache_url, round_index, rollout, teacher, as_json)
+
+
+@cli.group(cls=_InOrder, invoke_without_command=True)
+@click.pass_context
+def recipes(ctx: click.Context) -> None:
+    """The shipped recipes.
+
+    \b
+    redpen recipes show toy > my.toml
+    """
+    if ctx.invoked_subcommand is None:
+        from pipeline.config import recipe_names, recipe_text
+
+        width = max(len(name) for name in recipe_names())
+        for name in recipe_names():
+            click.echo(f"{name:{width}}  {recipe_text(name).splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a shipped recipe, comments included."""
+    from pipeline.config import recipe_text
+
+    click.echo(recipe_text(name), nl=False)

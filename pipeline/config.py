@@ -1,0 +1,370 @@
+"""Recipes: every setting of redpen, declared once with its bounds and its meaning.
+
+A recipe is a TOML file, one table a section. `load_recipe` reads it, applies `section.key=value` overrides and checks
+the result; whatever is wrong becomes a `ConfigError` of one line that names the setting, what was expected and what
+came. `Recipe.to_toml` writes it back, so that the resolved recipe can lie beside what it made.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline import settings
+from pipeline.errors import ConfigError
+from pipeline.settings import Section
+
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+
+class ModelConfig(Section):
+    """A model by Hub id or path, and how to load it."""
+
+    model: str = Field(min_length=1, description="Hub id, local path, or toy:student / toy:teacher")
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+    adapter: str | None = Field(default=None, description="PEFT adapter (directory or Hub id) applied on top")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="type of the weights; auto: as the checkpoint says"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class TeacherConfig(ModelConfig):
+    """A teacher: a model and the name of its scores in the cache."""
+
+    name: str = Field(default="teacher", description="name of this teacher's scores in the cache")
+
+    @field_validator("name")
+    @classmethod
+    def _usable_in_a_path(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
+            raise ValueError("must be letters, digits, - and _, and not 'student'")
+        return name
+
+
+class PromptsConfig(Section):
+    """Where prompts come from and how they become tokens."""
+
+    path: str = Field(min_length=1, description="JSONL or Parquet file, Hub dataset id, or toy:train")
+    split: str = Field(default="train", description="split of a Hub dataset")
+    limit: int | None = Field(default=None, ge=1, description="use only the first so many prompts")
+    template: Literal["auto", "chat", "none"] = Field(
+        default="auto",
+        description="auto: the tokenizer's chat template if it has one; chat: require it; none: prompt text as it is",
+    )
+    template_args: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the chat template, e.g. enable_thinking"
+    )
+    system: str | None = Field(default=None, description="system message for prompts without one of their own")
+
+    @field_validator("template_args")
+    @classmethod
+    def _plain_values(cls, args: dict[str, Any]) -> dict[str, Any]:
+        try:  # dates, and whatever else JSON cannot hold, cannot be recorded as provenance
+            json.dumps(args, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("must hold only text, numbers, true/false, lists and tables") from None
+        return args
+
+
+class RolloutsConfig(Section):
+    """Stage one, sampling."""
+
+    engine: Literal["transformers"] = Field(default="transformers", description="what samples")
+    rollouts_per_prompt: int = Field(default=4, ge=1, le=64, description="responses sampled for each prompt")
+    temperature: float = Field(default=1.0, ge=0, le=10, description="1 samples the student itself; 0 is greedy")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="nucleus sampling; below 1 rules out importance sampling"
+    )
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="longest prompt accepted")
+    max_response_tokens: int = Field(default=2048, ge=1, description="a response that reaches it is cut there")
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, description="ids that end a response; default: the model's own EOS ids"
+    )
+    seed: int = Field(
+        default=0, ge=0, le=2**31 - 1, description="with round, prompt and sample number it fixes each rollout"
+    )
+    prompts_per_block: int = Field(
+        default=64, ge=1, description="prompts in a block, the unit of writing and resuming"
+    )
+    batch_size: int = Field(default=256, ge=1, description="rollouts decoded together")
+
+
+class ScoreConfig(Section):
+    """Stage one, scoring."""
+
+    placement: Literal["resident"] = Field(default="resident", description="resident: the whole scorer on the device")
+    tile_tokens: int = Field(default=8192, ge=1, description="tokens (prompts included) packed into one forward")
+    candidates: int = Field(
+        default=8, ge=1, le=4096, description="alternatives kept at every position, the sampled token included"
+    )
+    candidate_kind: Literal["topk", "sampled"] = Field(
+        default="topk", description="topk: the student's likeliest; sampled: drawn from the student"
+    )
+    teacher_topk: int = Field(
+        default=0, ge=0, le=4096, description="the teacher's own likeliest tokens, stored beside; 0: none"
+    )
+    rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+
+
+class TrainConfig(Section):
+    """Stage two."""
+
+    loss: Literal["reverse_kl", "importance_sampling"] = Field(
+        default="reverse_kl",
+        description="reverse_kl: candidates + rest; importance_sampling: the source's four lines",
+    )
+    advantage: Literal["current", "cached"] = Field(
+        default="current",
+        description="importance sampling: advantage by the current student, or as cached (one pass only)",
+    )
+    advantage_clip: float = Field(default=10.0, gt=0, description="bound on the absolute advantage, nats")
+    steps: int = Field(default=150, ge=1, description="optimizer steps at most")
+    prompts_per_step: int = Field(
+        default=64, ge=1, description="prompts, each with all its rollouts, in a global batch"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW weight decay")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW betas")
+    lora_rank: int = Field(default=128, ge=1, le=4096, description="LoRA rank; 32 or more is advised")
+    lora_alpha: float = Field(default=32.0, gt=0, description="LoRA updates are scaled by lora_alpha / lora_rank")
+    lora_targets: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description="all-linear, or a list of module names"
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout")
+    tokens_per_microbatch: int = Field(
+        default=8192, ge=1, description="tokens (prompts included) in one forward and backward"
+    )
+    rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+    gradient_checkpointing: bool = Field(
+        default=True, description="recompute activations in backward: slower, far less memory"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of the replay order and the new LoRA weights")
+    shuffle_window_blocks: int = Field(default=8, ge=1, description="blocks whose prompts are shuffled together")
+    checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints kept")
+    stop_reverse_kl: float = Field(
+        default=0.002, ge=0, description="cached reverse KL per token that ends the round; 0: never"
+    )
+    stop_window: int = Field(default=5, ge=1, description="steps over which that reverse KL is averaged")
+    stale_ess: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="effective sample size, as a fraction, below which the cache is stale; 0: off",
+    )
+    teacher: str | None = Field(default=None, description="name of the teacher to learn from; default: the only one")
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out prompts."""
+
+    path: str | None = Field(
+        default=None, description="prompts with an answer: JSONL, Parquet, Hub dataset id or toy:heldout"
+    )
+    limit: int | None = Field(default=None, ge=1, description="use only the first so many prompts")
+    samples: int = Field(
+        default=1, ge=1, le=64, description="sampled responses for each prompt, beside the greedy one"
+    )
+    temperature: float = Field(default=1.0, gt=0, le=10, description="of the sampled responses")
+    max_response_tokens: int | None = Field(default=None, ge=1, description="default: rollouts.max_response_tokens")
+    answer_pattern: str | None = Field(
+        default=None, description="regular expression with one group; its last match in a response is the answer"
+    )
+    candidates: int = Field(
+        default=64, ge=1, le=4096, description="alternatives kept when measuring reverse KL to a teacher"
+    )
+    batch_size: int = Field(default=256, ge=1, description="responses decoded together")
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"must be a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"must hold exactly one group (...), it holds {groups}")
+        return pattern
+
+
+class Recipe(Section):
+    """What to distil, from whom, on which prompts, and how."""
+
+    student: ModelConfig = Field(description="the model that samples and learns")
+    teacher: list[TeacherConfig] = Field(min_length=1, description="[teacher], or several [[teacher]] with names")
+    prompts: PromptsConfig = Field(description="training prompts")
+    rollouts: RolloutsConfig = Field(default=RolloutsConfig(), description="sampling")
+    score: ScoreConfig = Field(default=ScoreConfig(), description="scoring")
+    train: TrainConfig = Field(default=TrainConfig(), description="training")
+    eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_teacher_or_several(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("teacher"), dict):
+            data = data | {"teacher": [data["teacher"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _settings_fit_together(self) -> Self:
+        names = [teacher.name for teacher in self.teacher]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two teachers are named {repeated!r}; give each [[teacher]] its own name")
+        if self.train.loss == "importance_sampling" and self.rollouts.top_p < 1:
+            raise ValueError(
+                f'rollouts.top_p must be 1 for train.loss = "importance_sampling", got {self.rollouts.top_p}: tokens '
+                'outside the nucleus have no ratio; set it to 1 or train.loss = "reverse_kl"'
+            )
+        if self.train.loss == "reverse_kl" and self.train.advantage != "current":
+            raise ValueError(
+                f'train.advantage = "{self.train.advantage}" belongs to train.loss = "importance_sampling", '
+                'got "reverse_kl", which has none'
+            )
+        if self.prompts.template == "none" and (self.prompts.system is not None or self.prompts.template_args):
+            raise ValueError(
+                'prompts.system and prompts.template_args need a chat template, got prompts.template = "none"'
+            )
+        return self
+
+    @property
+    def teacher_names(self) -> list[str]:
+        return [teacher.name for teacher in self.teacher]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+        """Check plain data (as TOML gives it) after `section.key=value` overrides. Raises `ConfigError`, one line."""
+        data = copy.deepcopy(data)
+        overridden = [settings.apply_override(cls, data, text) for text in overrides]
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(settings.explain(cls, error, data, where, overridden)) from None
+
+    def to_toml(self, *, explained: bool = False) -> str:
+        """The whole recipe, defaults included, as TOML that `load_recipe` reads back to an equal recipe.
+
+        `explained` adds to every setting what it means and what it accepts.
+        """
+        return settings.to_toml(self, explained=explained)
+
+    def warnings(self) -> list[str]:
+        """One line for each setting that works but that practice has corrected: the reason, and the better value."""
+        rollouts, train, score = self.rollouts, self.train, self.score
+        found = []
+        if rollouts.temperature < 1:
+            effect = (
+                "under importance sampling the on-policy reverse KL then rises instead of falling"
+                if train.loss == "importance_sampling"
+                else "the student is then corrected only where it was already sure"
+            )
+            found.append(
+                f"rollouts.temperature = {rollouts.temperature:g}: tempered rollouts miss most of the student's "
+                f"support; {effect}; 1 is advised"
+            )
+        if rollouts.temperature == 0 and rollouts.rollouts_per_prompt > 1:
+            found.append(
+                f"rollouts.rollouts_per_prompt = {rollouts.rollouts_per_prompt} at temperature 0: "
+                "all rollouts of a prompt are the same; use 1, or a temperature of 1"
+            )
+        if rollouts.top_p < 1:
+            found.append(
+                f"rollouts.top_p = {rollouts.top_p:g}: what the student says outside the nucleus is never corrected; "
+                "1 is advised"
+            )
+        if train.learning_rate < 1e-5:
+            found.append(
+                f"train.learning_rate = {train.learning_rate:g}: moves nothing under Adam with LoRA; "
+                "about 1e-4 is advised"
+            )
+        if train.lora_rank < 32:
+            found.append(f"train.lora_rank = {train.lora_rank}: small ranks lose accuracy; 32 or more is advised")
+        if train.advantage == "cached":
+            found.append(
+                'train.advantage = "cached": right for one pass over the rollouts only (a second is refused); '
+                '"current" may be replayed'
+            )
+        if train.loss == "reverse_kl" and score.candidates == 1:
+            found.append(
+                "score.candidates = 1: reverse_kl then sees the sampled token and the rest only, not which "
+                "other token the teacher prefers; 8 or more is advised"
+            )
+        return found
+
+    def check_single_use(self, n_prompts: int) -> None:
+        """Refuse `advantage = "cached"` where the training steps would use a round of `n_prompts` more than once.
+
+        Replayed, the optimum of the cached advantage is a point mass on the best rollout.
+        """
+        wanted = self.train.steps * self.train.prompts_per_step
+        if self.train.loss == "importance_sampling" and self.train.advantage == "cached" and wanted > n_prompts:
+            steps = max(n_prompts // self.train.prompts_per_step, 1)
+            raise ConfigError(
+                f'train.advantage = "cached" is right for one pass only: {self.train.steps} steps x '
+                f"{self.train.prompts_per_step} prompts need {wanted} prompts, the round holds {n_prompts}; "
+                f'set train.steps to {steps} or train.advantage to "current"'
+            )
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file, apply `section.key=value` overrides, and check it.
+
+    An override's value is read as TOML and, where it is none, as text; an empty value returns the setting to its
+    default. Raises `ConfigError` with one line.
+    """
+    return Recipe.from_dict(*_read(name_or_path), overrides)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.name.removesuffix(".toml") for path in _shipped().iterdir() if path.name.endswith(".toml"))
+
+
+def recipe_text(name: str) -> str:
+    """A shipped recipe as it is written, comments included."""
+    if name not in recipe_names():
+        raise ConfigError(
+            f"recipe {name}: expected one of {', '.join(recipe_names())}{settings.did_you_mean(name, recipe_names())}"
+        )
+    return (_shipped() / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _shipped() -> Traversable:
+    return resources.files("pipeline") / "recipes"
+
+
+def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
+    where = f"recipe {name_or_path}"
+    path = Path(name_or_path)
+    try:
+        if name_or_path in recipe_names():
+            text = recipe_text(name_or_path)
+        elif path.is_file():
+            text = path.read_bytes().decode("utf-8-sig")
+        else:
+            raise ConfigError(
+                f"{where}: no such file; expected a TOML file or one of {', '.join(recipe_names())}"
+                + settings.did_you_mean(name_or_path, recipe_names())
+            )
+        return tomllib.loads(text), where
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None

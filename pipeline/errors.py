@@ -1,0 +1,44 @@
+"""What a user can get wrong, outside the cache: each message is one line that names what, where, and the remedy.
+
+The cache has a root of its own, `cache_schema.errors.CacheError`. The command line prints one line for either and
+exits with 1; any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+class RedpenError(ValueError):
+    """Root of every error that a user, rather than a bug, caused."""
+
+
+class ConfigError(RedpenError):
+    """A recipe or an override does not say something that redpen can do."""
+
+
+class PromptError(RedpenError):
+    """A prompts file cannot be read, or a line of it is not a prompt."""
+
+
+class ModelError(RedpenError):
+    """A model or tokenizer cannot be loaded, or does not fit the others."""
+
+
+class Interrupted(BaseException):
+    """A requested stop, raised at a safe point. Like KeyboardInterrupt, `except Exception` does not catch it.
+
+    Attributes:
+        signum: the signal that asked for the stop.
+        progress: what is safely on disk, e.g. `12 of 32 blocks are committed`; empty if the stage did not say.
+    """
+
+    def __init__(self, signum: int, progress: str = ""):
+        self.signum, self.progress = signum, progress
+        detail = f": {progress}" if progress else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{detail}; the same command continues")
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signum

@@ -1,0 +1,288 @@
+"""What the views of a cache show, as plain JSON-able records: the whole cache, or one rollout token by token.
+
+A rollout's number in its round is `prompt number * rollouts_per_prompt + sample number`, known before it is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import cache_schema as cs
+from pipeline.errors import RedpenError
+from pipeline.metrics import first_occurrence, reverse_kl
+
+#: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
+SUMMARY_TOKENS = 4_000_000
+
+FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
+_KL_ARRAYS = ("candidate_logprobs", "rest_logprob")
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that the views need."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+# ----------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(cache: cs.Cache, round_index: int | None = None) -> dict[str, Any]:
+    """Rounds (or one of them), rollouts and scores of a cache, with the mean reverse KL to each teacher."""
+    rounds = [cache.round(index) for index in (cache.round_indices() if round_index is None else [round_index])]
+    return {
+        "cache": cache.url,
+        "format_version": cs.VERSION,
+        "bytes": _bytes_below(cache.path) if cache.path else None,
+        "rounds": [_round_summary(round_) for round_ in rounds],
+    }
+
+
+def _round_summary(round_: cs.Round) -> dict[str, Any]:
+    manifest, rollouts = round_.manifest, round_.rollouts
+    commits, committed = rollouts.commits(), rollouts.committed()
+    rows, tokens = (int(commits[name].sum()) for name in ("rows", "tokens"))
+    finish = {name: 0 for name in FINISH_NAMES.values()}
+    for block in np.flatnonzero(committed):
+        reasons = rollouts.read_arrays(int(block), ["finish_reason"])["finish_reason"]
+        for code, name in FINISH_NAMES.items():
+            finish[name] += int((reasons == code).sum())
+    return {
+        "index": round_.index,
+        "student": _model(manifest.student),
+        "engine": manifest.engine,
+        "temperature": manifest.temperature,
+        "top_p": manifest.top_p,
+        "seed": manifest.seed,
+        "rollouts_per_prompt": manifest.rollouts_per_prompt,
+        "max_response_tokens": manifest.max_response_tokens,
+        "prompts": manifest.n_prompts,
+        "rollouts": rows,
+        "tokens": tokens,
+        "mean_response_tokens": tokens / rows if rows else None,
+        "finish": finish,
+        "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
+        "scores": [_scores_summary(round_, name) for name in round_.scorer_names()],
+    }
+
+
+def _scores_summary(round_: cs.Round, name: str) -> dict[str, Any]:
+    scores = round_.scores(name)
+    manifest, committed = scores.manifest, scores.committed()
+    assert isinstance(manifest, cs.ScoresManifest)
+    found = {
+        "name": name,
+        "role": manifest.role,
+        "model": _model(manifest.model),
+        "dtype": manifest.dtype,
+        "engine": manifest.engine,
+        "candidates": manifest.candidates,
+        "candidate_kind": manifest.candidate_kind,
+        "topk": manifest.topk,
+        "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
+    }
+    return found if manifest.role == "student" else found | _mean_reverse_kl(round_, scores)
+
+
+def _mean_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup) -> dict[str, Any]:
+    """Mean over the trained tokens of the scored blocks, or of as many of them as make up SUMMARY_TOKENS."""
+    blocks = np.flatnonzero(teacher.committed())
+    tokens = round_.rollouts.commits()["tokens"][blocks]
+    affordable = max(1, int(SUMMARY_TOKENS / max(float(tokens.mean()), 1.0))) if len(blocks) else 0
+    if affordable < len(blocks):
+        blocks = blocks[np.linspace(0, len(blocks) - 1, affordable).round().astype(int)]
+    total, count = 0.0, 0
+    for block in map(int, blocks):
+        kl = _block_reverse_kl(round_, teacher, block)
+        trained = round_.rollouts.read_arrays(block, ["trained"])["trained"] == 1
+        total, count = total + float(kl[trained].sum()), count + int(trained.sum())
+    return {"reverse_kl": _number(total / count) if count else None, "reverse_kl_tokens": count}
+
+
+def _block_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup, block: int) -> Any:
+    student = round_.scores(cs.STUDENT).read_arrays(block, [*_KL_ARRAYS, "candidate_ids"])
+    other = teacher.read_arrays(block, _KL_ARRAYS)
+    return reverse_kl(
+        student["candidate_logprobs"],
+        student["rest_logprob"],
+        other["candidate_logprobs"],
+        other["rest_logprob"],
+        student["candidate_ids"],
+    )
+
+
+def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
+    return {
+        "name": identity.name,
+        "revision": identity.revision,
+        "digest": identity.digest,
+        "adapter_digest": identity.adapter_digest,
+    }
+
+
+def _bytes_below(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------- rollouts
+
+
+def rollout(
+    round_: cs.Round, number: int, teacher: str | None, load_decoder: Callable[[], Decoder]
+) -> dict[str, Any]:
+    """One rollout, token by token, with what the student and `teacher` (default: the only one) think of each.
+
+    `load_decoder` is called once the rollout is known to be there: a tokenizer takes seconds to load. Where a scorer
+    has not scored the block yet, its fields are None. Raises `RedpenError` or `CacheError`, one line.
+    """
+    block, row, record = _find(round_, number)
+    span = record.response_slice(row)
+    ids = [int(token) for token in record.token_ids[span]]
+    name = _choose_teacher(round_, teacher)
+    student = _scores(round_, cs.STUDENT, block, span)
+    other = _scores(round_, name, block, span)
+    trained = record.trained[span] == 1
+    kl = None
+    if student is not None and other is not None:
+        kl = reverse_kl(
+            student["candidate_logprobs"],
+            student["rest_logprob"],
+            other["candidate_logprobs"],
+            other["rest_logprob"],
+            student["candidate_ids"],
+        )
+    prompt_index = int(record.prompt_index[record.row_prompt[row]])
+    line = round_.prompts[prompt_index]
+    tokenizer = load_decoder()
+    texts = pieces(ids, tokenizer)
+    label = _labels(tokenizer)
+    return {
+        "round": round_.index,
+        "rollout": number,
+        "block": block,
+        "prompt_index": prompt_index,
+        "sample_index": int(record.sample_index[row]),
+        "answer": line.get("answer"),
+        "source": line.get("source"),
+        "finish": FINISH_NAMES[int(record.finish_reason[row])],
+        "teacher": name,
+        "prompt": "".join(pieces([int(token) for token in record.prompt(row)], tokenizer)),
+        "response": "".join(texts),
+        "scored": kl is not None,
+        "mean_reverse_kl": _number(kl[trained].mean()) if kl is not None and trained.any() else None,
+        "tokens": [
+            {
+                "position": position,
+                "id": token,
+                "text": texts[position],
+                "trained": bool(trained[position]),
+                "rollout_logprob": _number(record.rollout_logprobs[span][position]),
+                "student_logprob": None if student is None else _number(student["logprobs"][position]),
+                "teacher_logprob": None if other is None else _number(other["logprobs"][position]),
+                "entropy": None if student is None else _number(student["entropy"][position]),
+                "reverse_kl": None if kl is None else _number(kl[position]),
+                "candidates": _candidates(student, other, position, label),
+            }
+            for position, token in enumerate(ids)
+        ],
+    }
+
+
+def _find(round_: cs.Round, number: int) -> tuple[int, int, cs.RolloutBlock]:
+    """Block, row within it, and the block's record."""
+    manifest = round_.manifest
+    total = manifest.n_prompts * manifest.rollouts_per_prompt
+    if not 0 <= number < total:
+        raise RedpenError(f"--rollout: round {round_.index} has rollouts 0 to {total - 1}, got {number}")
+    prompt, sample = divmod(number, manifest.rollouts_per_prompt)
+    block = prompt // manifest.prompts_per_block
+    record: cs.RolloutBlock = round_.rollouts.read(block)
+    rows = np.flatnonzero((record.prompt_index[record.row_prompt] == prompt) & (record.sample_index == sample))
+    if not len(rows):
+        raise RedpenError(f"--rollout: prompt {prompt} has no sample {sample} in round {round_.index}")
+    return block, int(rows[0]), record
+
+
+def _choose_teacher(round_: cs.Round, wanted: str | None) -> str | None:
+    names = round_.teacher_names()
+    if wanted is None:
+        if len(names) > 1:
+            raise RedpenError(
+                f"--teacher: round {round_.index} has several teachers, choose one of {', '.join(names)}"
+            )
+        return names[0] if names else None
+    if wanted not in names:
+        raise RedpenError(
+            f"--teacher: expected one of {', '.join(names) or 'none yet'} in round {round_.index}, got {wanted!r}"
+        )
+    return wanted
+
+
+def _scores(round_: cs.Round, name: str | None, block: int, span: slice) -> dict[str, Any] | None:
+    """The span's part of each array of a scorer, or None where it has not scored the block."""
+    if name is None or name not in round_.scorer_names():
+        return None
+    group = round_.scores(name)
+    if not group.is_committed(block):
+        return None
+    arrays = group.read_arrays(block, [spec.name for spec in group.specs])
+    return {array: value[span] for array, value in arrays.items()}
+
+
+def _candidates(
+    student: dict[str, Any] | None, teacher: dict[str, Any] | None, position: int, label: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """The position's candidates, each once, with both models' log-probs; then the teacher's own top-k, if stored."""
+    if student is None:
+        return []
+    ids = student["candidate_ids"][position]
+    found: dict[int, dict[str, Any]] = {
+        int(ids[k]): {
+            "id": int(ids[k]),
+            "text": label(int(ids[k])),
+            "student_logprob": _number(student["candidate_logprobs"][position][k]),
+            "teacher_logprob": None if teacher is None else _number(teacher["candidate_logprobs"][position][k]),
+        }
+        for k in np.flatnonzero(first_occurrence(ids[None])[0])
+    }
+    if teacher is not None and "topk_ids" in teacher:
+        for token, logprob in zip(teacher["topk_ids"][position], teacher["topk_logprobs"][position], strict=True):
+            own: dict[str, Any] = {"id": int(token), "text": label(int(token)), "student_logprob": None}
+            found.setdefault(int(token), own | {"teacher_logprob": _number(logprob)})
+    return list(found.values())
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number; None for NaN (not scored) and for minus infinity (no probability)."""
+    return float(value) if np.isfinite(value) else None
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
+    """The text that each token adds. A character made of several tokens is the last one's; theirs is empty."""
+    found, start, read = [], 0, 0
+    for end in range(1, len(token_ids) + 1):
+        # decoded together with the piece before, so that a tokenizer's leading space survives
+        text = tokenizer.decode(token_ids[start:end])
+        if text.endswith("\ufffd") and end < len(token_ids) and end - read < 8:
+            found.append("")
+            continue
+        found.append(text[len(tokenizer.decode(token_ids[start:read])) :])
+        start, read = read, end
+    return found
+
+
+def _labels(tokenizer: Decoder) -> Callable[[int], str]:
+    """Text of single tokens; the raw token where it is only a part of a character."""
+
+    def label(token: int) -> str:
+        text = tokenizer.decode([token])
+        return f"<{token}>" if not text or "\ufffd" in text else text
+
+    return label

@@ -1,0 +1,257 @@
+"""`redpen inspect`: a cache as tables, a rollout as text under the teacher's red pen.
+
+What came from a model or a file is shown with control characters escaped: no rollout can steer the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import cache_schema as cs
+from pipeline import toy
+from pipeline.console import escape_control, results, warn
+from pipeline.provenance import tokenizer_digest
+from pipeline.report import data
+
+#: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it where there is no colour.
+LEVELS = ((1.0, "bold white on red3", "^^^"), (0.3, "black on light_coral", "^^"), (0.1, "black on misty_rose1", "^"))
+WORST_TOKENS = 5
+#: Reverse KL (nats) from which a token is worth a line, and probability from which an alternative is worth showing.
+NEGLIGIBLE, UNLIKELY = 1e-3, 1e-2
+SHOWN_CANDIDATES = 3
+
+
+def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: str | None, as_json: bool) -> None:
+    """Show on stdout what a cache holds, or one rollout of its latest (or the given) round."""
+    cache, out = cs.open(cache_url), results()
+    if rollout is None:
+        found = data.summary(cache, round_index)
+    else:
+        round_ = cache.round(round_index)
+        found = data.rollout(round_, rollout, teacher, lambda: _load_decoder(round_.manifest))
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    elif rollout is None:
+        show_summary(found, out)
+    else:
+        show_rollout(found, out)
+
+
+def show_summary(summary: dict[str, Any], out: Console) -> None:
+    """Print what `data.summary` found."""
+    size = f", {_bytes(summary['bytes'])}" if summary["bytes"] is not None else ""
+    _print(out, _text(f"{summary['cache']}: redpen cache, format {summary['format_version']}{size}"))
+    if not summary["rounds"]:
+        out.print("no rounds yet")
+    for round_ in summary["rounds"]:
+        finish, rollouts = round_["finish"], round_["rollouts"]
+        lines = [
+            f"round {round_['index']}: student {_model(round_['student'])}",
+            f"  {round_['rollouts_per_prompt']} rollouts of each of {round_['prompts']:,} prompts by "
+            f"{round_['engine']}, temperature {round_['temperature']:g}, top-p {round_['top_p']:g}, "
+            f"seed {round_['seed']}",
+            f"  {_blocks(round_)}: {rollouts:,} rollouts, {round_['tokens']:,} response tokens",
+        ]
+        if rollouts:
+            lines.append(
+                f"  mean response {round_['mean_response_tokens']:.1f} tokens; "
+                f"{finish['length'] / rollouts:.1%} cut at {round_['max_response_tokens']} tokens"
+            )
+        out.print()
+        for line in lines:
+            _print(out, _text(line))
+        if round_["scores"]:
+            out.print(_scores_table(round_["scores"]))
+
+
+def _scores_table(scores: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    for column in ("scored by", "model", "dtype", "engine", "K", "blocks", "reverse KL, nats/token"):
+        table.add_column(column, overflow="fold")
+    for score in scores:
+        kl = score.get("reverse_kl")
+        table.add_row(
+            *(
+                _text(cell)
+                for cell in (
+                    score["name"],
+                    _model(score["model"]),
+                    score["dtype"],
+                    score["engine"],
+                    f"{score['candidates']}{' sampled' if score['candidate_kind'] == 'sampled' else ''}"
+                    + (f" + {score['topk']}" if score["topk"] else ""),
+                    f"{score['blocks']['committed']}/{score['blocks']['total']}",
+                    "" if score["role"] == "student" else _nats(kl, 4),
+                )
+            )
+        )
+    return table
+
+
+def show_rollout(rollout: dict[str, Any], out: Console) -> None:
+    """Print what `data.rollout` found: prompt, marked response, legend, and the most corrected tokens."""
+    source = f", source {rollout['source']}" if rollout["source"] else ""
+    answer = f", answer {rollout['answer']}" if rollout["answer"] else ""
+    _print(
+        out,
+        _text(
+            f"round {rollout['round']}, rollout {rollout['rollout']}: prompt {rollout['prompt_index']}, sample "
+            f"{rollout['sample_index']}, {len(rollout['tokens'])} tokens, finished by {rollout['finish']}"
+            f"{source}{answer}"
+        ),
+    )
+    _print(out, Text.assemble(("prompt    ", "bold"), _lines(rollout["prompt"])))
+    coloured = out.color_system is not None and not out.no_color
+    response = Text.assemble(("response  ", "bold"))
+    for token in rollout["tokens"]:
+        shown = _lines(token["text"] or "·")
+        level = _level(token["reverse_kl"]) if token["trained"] else None
+        if not token["trained"]:
+            shown.stylize("dim")
+        elif level is not None and coloured:
+            shown.stylize(LEVELS[level][1])
+        elif level is not None:
+            shown.append(LEVELS[level][2])
+        response.append_text(shown)
+    _print(out, response)
+    if not rollout["scored"]:
+        missing = "no teacher has" if rollout["teacher"] is None else f"student or {rollout['teacher']} has not"
+        _print(out, _text(f"not marked: {missing} scored this block"))
+        return
+    legend = Text(f"marked by {escape_control(rollout['teacher'])}, reverse KL in nats: ")
+    for bound, style, sign in reversed(LEVELS):
+        legend.append(f" from {bound:g} " if coloured else f" {sign} from {bound:g}", style if coloured else "")
+        legend.append(" ")
+    legend.append(f" mean {_nats(rollout['mean_reverse_kl'], 4)}")
+    _print(out, legend)
+    out.print(_worst_table(rollout))
+
+
+def _worst_table(rollout: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title="most corrected tokens", title_justify="left")
+    for column in (
+        "at",
+        "token",
+        "reverse KL",
+        "student",
+        rollout["teacher"],
+        "student prefers",
+        "teacher prefers",
+    ):
+        table.add_column(_text(column), overflow="fold")
+    marked = [token for token in rollout["tokens"] if token["trained"] and (token["reverse_kl"] or 0) >= NEGLIGIBLE]
+    for token in sorted(marked, key=lambda token: -token["reverse_kl"])[:WORST_TOKENS]:
+        table.add_row(
+            str(token["position"]),
+            _quoted(token["text"]),
+            _nats(token["reverse_kl"], 3),
+            _percent(token["student_logprob"]),
+            _percent(token["teacher_logprob"]),
+            _preferences(token["candidates"], "student_logprob"),
+            _preferences(token["candidates"], "teacher_logprob"),
+        )
+    return table
+
+
+def _preferences(candidates: Sequence[dict[str, Any]], key: str) -> Text:
+    known = [item for item in candidates if item[key] is not None and item[key] >= math.log(UNLIKELY)]
+    best = sorted(known, key=lambda item: -item[key])[:SHOWN_CANDIDATES]
+    return Text("  ").join(Text.assemble(_quoted(item["text"]), " ", _percent(item[key])) for item in best)
+
+
+def _load_decoder(manifest: cs.RoundManifest) -> data.Decoder:
+    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
+    name, revision = manifest.tokenizer.name, manifest.student.revision
+    from transformers import AutoTokenizer
+
+    try:
+        path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        warn(f'tokenizer {name} is not on this machine, so ids are shown (hf download {name} --include "*token*")')
+        return _Ids()
+    if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
+        warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
+    return _Tokenizer(tokenizer)
+
+
+class _Tokenizer:
+    """A tokenizer that shows special tokens and changes no spaces."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class _Ids:
+    """Stands in for a tokenizer: tokens as their ids."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in token_ids)
+
+
+# -------------------------------------------------------------------------------------------------------- formatting
+
+
+def _level(kl: float | None) -> int | None:
+    """Index into LEVELS; None for a token that is not marked."""
+    return next((index for index, (bound, _, _) in enumerate(LEVELS) if kl is not None and kl >= bound), None)
+
+
+def _print(out: Console, text: Text) -> None:
+    """Text whose long lines the terminal wraps, so that they are copied, and piped, whole."""
+    out.print(text, soft_wrap=True)
+
+
+def _text(text: str) -> Text:
+    """One line."""
+    return Text(escape_control(text))
+
+
+def _lines(text: str) -> Text:
+    """Text whose line breaks are both shown and made."""
+    return Text("↵\n".join(escape_control(line) for line in text.split("\n")))
+
+
+def _quoted(text: str) -> Text:
+    return Text(f"'{escape_control(text)}'")
+
+
+def _nats(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(logprob: float | None) -> str:
+    if logprob is None:
+        return "-"
+    percent = 100 * math.exp(logprob)
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%" if percent >= 0.01 else "<0.01%"
+
+
+def _model(model: dict[str, Any]) -> str:
+    adapter = f" + adapter {model['adapter_digest'][:8]}" if model["adapter_digest"] else ""
+    return f"{model['name']}{adapter} ({model['digest'][:8]})"
+
+
+def _blocks(round_: dict[str, Any]) -> str:
+    return f"{round_['blocks']['committed']} of {round_['blocks']['total']} blocks committed"
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024  # type: ignore[assignment]
+    return f"{size:.1f} TiB"

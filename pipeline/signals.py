@@ -1,0 +1,80 @@
+"""Clean stops: the first SIGTERM or Ctrl-C asks for one, the second kills.
+
+with graceful() as stop:
+    for block in blocks:
+        stop.check(f"{done} of {n} blocks are committed")   # raises Interrupted at a safe point
+        ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from pipeline.errors import Interrupted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """Whether a stop was requested, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signum is not None
+
+    def check(self, progress: str = "") -> None:
+        """Raise `Interrupted` if a stop was requested; `progress` says what is safely on disk."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, progress)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: note the first, die of the second."""
+        if self.requested:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.signum = signum
+        newline = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar
+        # not print: the interrupted code may itself be inside a write to the buffered stream
+        line = f"{newline}{signal.Signals(signum).name}: stopping at the next safe point; once more to kill\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+
+
+@contextlib.contextmanager
+def graceful() -> Iterator[Stop]:
+    """Turn SIGTERM and SIGINT into a request for the body to stop. Outside the main thread signals are left alone."""
+    stop = Stop()
+    with _handlers(stop.handle):
+        yield stop
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn SIGTERM into `Interrupted` at once, as Python does with Ctrl-C: for whole commands, outside `graceful`."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    with _handlers(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: object) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {signum: signal.signal(signum, handler) for signum in _SIGNALS}  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)

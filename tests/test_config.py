@@ -1,0 +1,232 @@
+"""Recipes: shipped ones parse, whatever is wrong is one line, and what is written reads back."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import get_args
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import settings
+from pipeline.config import Recipe, load_recipe, recipe_names, recipe_text
+from pipeline.errors import ConfigError
+
+MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}
+TWO_TEACHERS = MINIMAL | {"teacher": [{"model": "b", "name": "big"}, {"model": "c", "name": "code"}]}
+
+
+def all_fields() -> list[tuple[str, object]]:
+    names = settings.known_settings(Recipe)
+    return [(name, settings.setting(Recipe, name.split("."))) for name in names]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_parses_and_survives_being_written(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+    explained = recipe.to_toml(explained=True)
+    assert Recipe.from_dict(tomllib.loads(explained)) == recipe
+    keys = (name.rpartition(".")[2] for name in settings.known_settings(Recipe) if "." in name)
+    assert all(f"\n{key} = " in explained or f"\n# {key} = " in explained for key in keys)
+    assert recipe_text(name).startswith("# "), "its first line is shown by `redpen recipes`"
+
+
+def test_shipped_recipes_are_what_they_are_named_for() -> None:
+    toy, ours, source = (load_recipe(name) for name in ("toy", "qwen3-8b-from-32b", "qwen3-8b-source"))
+    assert toy.student.model == "toy:student" and toy.prompts.limit == 512 and not toy.warnings()
+    train = ours.train
+    assert (train.lora_rank, train.learning_rate, train.steps, train.prompts_per_step) == (128, 1e-4, 150, 64)
+    assert ours.rollouts.temperature == 1 and ours.rollouts.rollouts_per_prompt == 4 and not ours.warnings()
+    assert (source.rollouts.temperature, source.train.learning_rate) == (0.3, 5e-7)
+    assert source.train.loss == "importance_sampling"
+    told = " ".join(source.warnings())
+    assert all(key in told for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"'))
+    source.check_single_use(9600)
+
+
+@pytest.mark.parametrize(("name", "field"), all_fields())
+def test_every_setting_says_what_it_means(name: str, field: settings.FieldInfo) -> None:
+    assert field.description
+    if type(None) in get_args(field.annotation):  # TOML has no null, so leaving a setting out must mean None
+        assert field.default is None, name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rat=1", "--set train.learning_rat is not a setting; did you mean train.learning_rate?"),
+        ("rollouts.learning_rate=1", "did you mean train.learning_rate?"),
+        ("trian.steps=3", "--set trian is not a setting; did you mean train?"),
+        ("learning_rate=1", 'expected section.key=value, got "learning_rate=1"; did you mean train.learning_rate?'),
+        ("train.zzz=1", "--set train.zzz is not a setting; [train] has loss, advantage, "),
+        ("zzz.zzz=1", "--set zzz is not a setting; a recipe has student, teacher, "),
+        ("train.steps", 'expected section.key=value, got "train.steps"'),
+        ("train..steps=1", "expected section.key=value"),
+        ("train.steps=ten", '--set train.steps must be an integer >= 1, got "ten"'),
+        ("train.steps=1.5", "--set train.steps must be an integer >= 1, got 1.5"),
+        ("train.steps=0", "--set train.steps must be an integer >= 1, got 0"),
+        ("train.steps.x=1", "train.steps is not a table"),
+        ("train.learning_rate=nan", "must be a number > 0 and <= 1, got NaN"),
+        ("train.betas=[0.9]", "--set train.betas must be a list of 2 numbers >= 0 and < 1, got too few"),
+        ("train.lora_targets=3", '--set train.lora_targets must be "all-linear" or a list of strings, got 3'),
+        ("train.loss=forward", 'must be "reverse_kl" or "importance_sampling", got "forward"'),
+        ("student.dtype=int8", '"float32", got "int8"'),
+        ("student.trust_remote_code=1", "must be true or false, got 1"),
+        ("student.model=", "student.model is missing: expected a non-empty string (Hub id, "),
+        ('student.model=""', 'must be a non-empty string, got ""'),
+        ("teacher.name=a/b", "teacher.name must be letters, digits"),
+        ("teacher.name=student", "teacher.name must be letters, digits"),
+        ("rollouts.stop_token_ids=[-1]", "must be a list of integers >= 0, got -1"),
+        ("rollouts.top_p=0", "must be a number > 0 and <= 1, got 0"),
+        ("prompts.template_args=3", "prompts.template_args must be a table, got 3"),
+        ("prompts.template_args.day=2020-01-01", "prompts.template_args must hold only text, numbers"),
+        ("eval.answer_pattern=(", "eval.answer_pattern must be a regular expression: missing )"),
+        ("eval.answer_pattern=a", "must hold exactly one group (...), it holds 0"),
+        ("score.candidates=0", "must be an integer >= 1 and <= 4096, got 0"),
+        ("train.advantage=cached", 'belongs to train.loss = "importance_sampling"'),
+        ("student.model=\udcff", "expected UTF-8 text"),
+    ],
+)
+def test_bad_override_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_recipe("toy", [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "recipe: student is missing: expected a table with model, "),
+        (MINIMAL | {"student": 3}, "recipe: student must be a table with model, "),
+        (
+            {"student": {"modle": "a"}},
+            "recipe: student.modle is not a setting; did you mean student.model? (and 3 more: ",
+        ),
+        (MINIMAL | {"teacher": []}, "recipe: teacher must be a non-empty list of tables"),
+        (MINIMAL | {"teacher": [3, 4]}, "recipe: teacher must be a non-empty list of tables"),
+        (MINIMAL | {"teacher": [{"model": "a"}] * 2}, "two teachers are named 'teacher'"),
+        (MINIMAL | {"teacher": [{"model": "a", "name": "x"}, {"model": 3, "name": "y"}]}, "teacher.y.model must be"),
+        (
+            MINIMAL | {"train": {"step": 1, "lora_rnk": 2}},
+            "train.step is not a setting; did you mean train.steps? (and 1",
+        ),
+        (
+            MINIMAL | {"train": {"loss": "importance_sampling"}, "rollouts": {"top_p": 0.9}},
+            'rollouts.top_p must be 1 for train.loss = "importance_sampling", got 0.9',
+        ),
+        (MINIMAL | {"prompts": {"path": "p", "template": "none", "system": "s"}}, "need a chat template"),
+    ],
+)
+def test_bad_recipe_is_one_line(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe.from_dict(data)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("toi", None, "recipe toi: no such file; expected a TOML file or one of qwen3-8b-from-32b, "
+                      "qwen3-8b-source, toy; did you mean toy?"),
+        ("my.toml", b"a = ", "my.toml: not valid TOML: "),
+        ("my.toml", b"a = '\xff'", "my.toml: expected UTF-8 text, got byte 0xff at 5"),
+        ("my.toml", b"[student]\nmodel = 1", "my.toml: student.model must be a non-empty string, got 1"),
+        ("", None, "recipe : no such file"),
+    ],
+)  # fmt: skip
+def test_bad_file_is_one_line(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(name)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        "toy",
+        [
+            "train.learning_rate=5e-4",
+            "train.loss=importance_sampling",
+            "student.revision=2024",
+            "teacher.model=my/teacher",
+            "prompts.template=chat",
+            "prompts.template_args.enable_thinking=false",
+            "prompts.limit=",
+            "train.lora_targets=['q_proj', 'v_proj']",
+            "eval.answer_pattern=answer: (.*)",
+        ],
+    )
+    assert recipe.train.learning_rate == 5e-4 and recipe.train.loss == "importance_sampling"
+    assert recipe.student.revision == "2024" and recipe.teacher[0].model == "my/teacher"
+    assert recipe.prompts.template_args == {"enable_thinking": False} and recipe.prompts.limit is None
+    assert recipe.train.lora_targets == ["q_proj", "v_proj"] and recipe.eval.answer_pattern == "answer: (.*)"
+
+
+def test_overrides_of_several_teachers() -> None:
+    recipe = Recipe.from_dict(TWO_TEACHERS, overrides=["teacher.code.dtype=float16"])
+    assert [teacher.dtype for teacher in recipe.teacher] == ["bfloat16", "float16"]
+    assert Recipe.from_dict(MINIMAL, overrides=["teacher.teacher.dtype=float16"]).teacher[0].dtype == "float16"
+    for wrong in ("teacher.dtype=float16", "teacher.third.dtype=float16"):
+        with pytest.raises(ConfigError, match=r"expected teacher\.NAME\.dtype with NAME one of big, code"):
+            Recipe.from_dict(TWO_TEACHERS, overrides=[wrong])
+    with pytest.raises(ConfigError, match=r"teacher\.code\.dtyp is not a setting; did you mean teacher\.dtype"):
+        Recipe.from_dict(TWO_TEACHERS, overrides=["teacher.code.dtyp=x"])
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_recipe_data_is_not_changed_by_overrides() -> None:
+    data = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p"}}
+    Recipe.from_dict(data, overrides=["student.model=x", "train.steps=1"])
+    assert data == {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p"}}
+
+
+json_values = st.recursive(
+    st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
+@given(path=st.text(min_size=1), args=st.dictionaries(st.text(), json_values, max_size=3), rate=st.floats(1e-30, 1))
+def test_whatever_a_recipe_holds_reads_back(path: str, args: dict[str, object], rate: float) -> None:
+    data = MINIMAL | {"prompts": {"path": path, "template_args": args}, "train": {"learning_rate": rate}}
+    recipe = Recipe.from_dict(data)
+    assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["rollouts.temperature=0.3"], "rollouts.temperature = 0.3"),
+        (["rollouts.temperature=0"], "all rollouts of a prompt are the same"),
+        (["rollouts.top_p=0.9"], "rollouts.top_p = 0.9"),
+        (["train.learning_rate=5e-7"], "train.learning_rate = 5e-07"),
+        (["train.lora_rank=8"], "train.lora_rank = 8"),
+        (["train.loss=importance_sampling", "train.advantage=cached"], "right for one pass"),
+        (["score.candidates=1"], "score.candidates = 1"),
+    ],
+)
+def test_warnings(overrides: list[str], told: str) -> None:
+    warnings = load_recipe("toy", overrides).warnings()
+    assert any(told in line for line in warnings) and not any("\n" in line for line in warnings)
+
+
+def test_cached_advantage_may_be_used_once() -> None:
+    cached = [
+        "train.loss=importance_sampling",
+        "train.advantage=cached",
+        "train.steps=8",
+        "train.prompts_per_step=64",
+    ]
+    load_recipe("toy", cached).check_single_use(512)
+    with pytest.raises(ConfigError, match=r"8 steps x 64 prompts need 512 prompts, the round holds 511; .* to 7 or"):
+        load_recipe("toy", cached).check_single_use(511)
+    load_recipe("toy", [*cached, "train.advantage=current"]).check_single_use(64)
