@@ -1,0 +1,461 @@
+"""Several rollouts in one forward pass, without padding and without seeing one another.
+
+Shapes: S packed tokens (prompts and responses end to end), T response positions, N sequences.
+
+The attention function registered with transformers as "redpen_packed" never builds an S x S mask. With a `PackPlan`
+(or `cu_seqlens`) among the model's keyword arguments it attends within each sequence: by torch's varlen flash
+kernel on CUDA in half precision, else by causal SDPA over a few batches of sequences of similar length, padded on
+the right, where causal attention does not look. Without one, as in `model(input_ids)` or `generate`, it is ordinary
+causal attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import ModelError
+from pipeline.logprobs import Head, score_rows, unwrapped
+
+ATTENTION = "redpen_packed"
+
+# Padding, in tokens, that costs less than one more attention call; beyond it padding may only take up a share.
+_FREE_PADDING_TOKENS = 1024
+_PADDING_SHARE = 0.125
+# Queries at a time where scores need a mask (sliding window) or soft-capping: [block, keys], never [L, L].
+_QUERY_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of similar length: `rows` [count * length] into S, padded with each sequence's last row."""
+
+    rows: Tensor
+    count: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """How attention goes about one pack; made once, shared by every layer.
+
+    Attributes:
+        cu_seqlens: i32 [N + 1], where each sequence starts in S, and S.
+        max_seqlen: the longest sequence, in tokens.
+        batches: for SDPA.
+        order: [S], where each packed token's row is in the batches' outputs end to end; None if that is the packed
+            order itself (one batch of equally long sequences).
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batches: tuple[_Batch, ...]
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> PackPlan:
+        """The plan for sequences of these lengths; it depends on nothing else."""
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        order = np.zeros(starts[-1], np.int64)
+        batches: list[_Batch] = []
+        offset = 0
+        for members in _similar(lengths):
+            length = lengths[members[0]]
+            columns = np.arange(length)
+            rows = np.stack([starts[i] + np.minimum(columns, lengths[i] - 1) for i in members])
+            for row, i in enumerate(members):
+                order[starts[i] : starts[i + 1]] = offset + row * length + columns[: lengths[i]]
+            batches.append(_Batch(torch.from_numpy(rows.ravel()).to(device), len(members), length))
+            offset += rows.size
+        in_order = len(batches) == 1 and np.array_equal(order, np.arange(offset))
+        return cls(
+            cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
+            max_seqlen=max(lengths, default=0),
+            batches=tuple(batches),
+            order=None if in_order else torch.from_numpy(order).to(device),
+        )
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Indexes of the non-empty sequences, longest first, split where padding to the longest would cost too much."""
+    groups: list[list[int]] = []
+    padding = tokens = 0
+    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
+        if groups:
+            padding += lengths[groups[-1][0]] - lengths[i]
+            tokens += lengths[i]
+            if padding <= _FREE_PADDING_TOKENS + _PADDING_SHARE * tokens:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+        padding, tokens = 0, lengths[i]
+    return groups
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Rollouts end to end, ready for `packed_hidden`.
+
+    Attributes:
+        input_ids, position_ids: i64 [1, S]; positions start again with every sequence.
+        predict_rows: i64 [T], the row of S whose output predicts each response token, in packed order.
+        target_ids: i64 [T], those response tokens.
+        plan: for the attention.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    predict_rows: Tensor
+    target_ids: Tensor
+    plan: PackPlan
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return self.plan.cu_seqlens
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.plan.max_seqlen
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What a decoder body's forward is to be called with."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "use_cache": False,
+            "cu_seqlens": self.plan.cu_seqlens,
+            "max_seqlen": self.plan.max_seqlen,
+            "pack_plan": self.plan,
+        }
+
+
+def pack(
+    sequences: Sequence[np.ndarray], response_starts: Sequence[int], device: torch.device | str = "cpu"
+) -> PackedTokens:
+    """Lay sequences (prompt + response token ids) end to end.
+
+    Args:
+        sequences: N >= 1 integer arrays.
+        response_starts: where each response starts in its sequence, from 1 (something must predict its first token)
+            to the sequence's length (no response).
+
+    Raises:
+        ModelError: an empty sequence, or a response that starts outside those bounds.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    predicting: list[np.ndarray] = []
+    for i, (length, response) in enumerate(zip(lengths, response_starts, strict=True)):
+        if not 1 <= response <= length:
+            raise ModelError(
+                f"sequence {i}: expected its response to start after 1..{length} prompt tokens, got {response}; a "
+                "rollout needs at least one prompt token"
+            )
+        predicting.append(np.arange(starts[i] + response - 1, starts[i + 1] - 1))
+    ids = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+    rows = np.concatenate(predicting)
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PackedTokens(
+        input_ids=on_device(ids)[None],
+        position_ids=on_device(np.arange(len(ids)) - np.repeat(starts[:-1], lengths))[None],
+        predict_rows=on_device(rows),
+        target_ids=on_device(ids[rows + 1]),
+        plan=PackPlan.of(lengths, device),
+    )
+
+
+def tiles(lengths: Sequence[int], tile_tokens: int) -> list[range]:
+    """Split sequences, in order, into runs of at most `tile_tokens` tokens; a longer one has a run to itself."""
+    runs: list[range] = []
+    start, total = 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > tile_tokens:
+            runs.append(range(start, i))
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        runs.append(range(start, len(lengths)))
+    return runs
+
+
+def decoder_body(model: nn.Module) -> nn.Module:
+    """The decoder without its head, also inside a PEFT wrapper; `Head` maps its output to logits.
+
+    Raises:
+        ModelError: the adapter adds positions of its own (prompt or prefix tuning), which packing cannot place.
+    """
+    adapters: Any = getattr(model, "peft_config", {})
+    if any(adapter.is_prompt_learning for adapter in adapters.values()):
+        raise ModelError("adapter: expected one of weights (LoRA), got prompt learning, which cannot be packed")
+    body: nn.Module = unwrapped(model).get_decoder()
+    return body
+
+
+def packed_hidden(model: nn.Module, packed: PackedTokens) -> Tensor:
+    """Hidden rows [T, D] after the final norm, at the rows that predict response tokens. Differentiable.
+
+    Raises:
+        ModelError: the model was not loaded with (or set to) `attn_implementation="redpen_packed"`.
+    """
+    body: Any = decoder_body(model)
+    if body.config._attn_implementation != ATTENTION:
+        raise ModelError(
+            f"attention: expected a model with attn_implementation={ATTENTION!r}, got "
+            f"{body.config._attn_implementation!r}, under which packed rollouts may see one another"
+        )
+    hidden_SD: Tensor = body(**packed.model_kwargs()).last_hidden_state[0]
+    return hidden_SD.index_select(0, packed.predict_rows)
+
+
+@torch.no_grad()
+def check_packing(
+    model: nn.Module,
+    sequences: Sequence[np.ndarray],
+    response_starts: Sequence[int],
+    tolerance: float = 1e-4,
+) -> float:
+    """Compare packed log-probs with those of each rollout alone, by transformers' own attention and `.logits`.
+
+    It catches rollouts that see one another, a wrong window or position, and a head that does more than `Head` knows.
+
+    Args:
+        tolerance: in nats; in half precision allow for the rounding of the model's own logits.
+
+    Returns:
+        The largest absolute difference, in nats.
+
+    Raises:
+        ModelError: it exceeds `tolerance`.
+    """
+    base = unwrapped(model)
+    device = base.get_input_embeddings().weight.device
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        packed = pack(sequences, response_starts, device)
+        ours = score_rows(packed_hidden(model, packed), Head.of(model), packed.target_ids).logprobs
+        alone: list[Tensor] = []
+        with _own_attention(base):
+            for sequence, start in zip(sequences, response_starts, strict=True):
+                ids = torch.as_tensor(np.asarray(sequence, np.int64), device=device)
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1]
+                logprobs = logits.to(ours.dtype).log_softmax(1)
+                alone.append(logprobs.gather(1, ids[start:, None])[:, 0])
+    finally:
+        for module in training:
+            module.training = True
+    worst = float((ours - torch.cat(alone)).abs().max()) if len(ours) else 0.0
+    if not worst <= tolerance:
+        raise ModelError(
+            f"packing: expected packed log-probs within {tolerance:g} of each rollout's own, got a difference of "
+            f"{worst:.3g}; {type(base).__name__} does something that redpen's packed attention or head does not know"
+        )
+    return worst
+
+
+@contextmanager
+def _own_attention(base: Any) -> Iterator[None]:
+    """The model under transformers' attention: SDPA, or eager where scores are soft-capped."""
+    eager = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) or not base._supports_sdpa
+    before = base.config._attn_implementation
+    base.set_attn_implementation("eager" if eager else "sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def register_packed_attention() -> None:
+    """Make "redpen_packed" known to transformers as an `attn_implementation`. Repeating it is harmless."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, _packed_mask)
+
+
+def _packed_mask(
+    *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """None for whole, unpadded sequences, of which `packed_attention` knows the rest; else SDPA's mask."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and q_length == kv_length:
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor = sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+    return mask
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a layer asks of its attention. A window of w lets a token see itself and the w - 1 before it."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    softcap: float | None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    pack_plan: PackPlan | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: [batch, heads, tokens, size] in, [batch, tokens, heads, size] out.
+
+    Without a plan, `cu_seqlens` (or positions that start again in a batch of one) say where sequences begin, at the
+    price of working that out in every layer.
+
+    Raises:
+        ModelError: attention sinks or a position bias, which no path here has, or a mask for packed rollouts.
+    """
+    if s_aux is not None or kwargs.get("position_bias") is not None:
+        raise ModelError(
+            f"{type(module).__name__}: expected plain, windowed or soft-capped attention, got attention sinks or a "
+            "position bias, which redpen's packed attention does not have"
+        )
+    settings = _Settings(scaling, dropout, sliding_window, softcap)
+    if pack_plan is None:
+        pack_plan = _plan_from(cu_seqlens, position_ids if attention_mask is None and len(query) == 1 else None)
+    if pack_plan is None:
+        return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
+    if attention_mask is not None:
+        raise ModelError("attention_mask: expected none with packed rollouts, whose bounds cu_seqlens gives, got one")
+    if _varlen_fits(query, settings):
+        return _varlen(query, key, value, pack_plan, settings)[None], None
+    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [S, heads, size], as projected
+    outputs = []
+    for batch in pack_plan.batches:
+        inputs = packed if pack_plan.order is None else [tensor.index_select(0, batch.rows) for tensor in packed]
+        q, k, v = (x.view(batch.count, batch.length, *x.shape[1:]).transpose(1, 2) for x in inputs)
+        outputs.append(_attend(q, k, v, None, settings).transpose(1, 2).flatten(0, 1))
+    if pack_plan.order is None:
+        return outputs[0][None], None
+    return torch.cat(outputs).index_select(0, pack_plan.order)[None], None
+
+
+def _plan_from(cu_seqlens: Tensor | None, position_ids: Tensor | None) -> PackPlan | None:
+    """A plan made of what a caller gave instead of one; None for a single sequence."""
+    if cu_seqlens is not None:
+        return PackPlan.of(cu_seqlens.diff().tolist(), cu_seqlens.device)
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return None
+    restarts = (position_ids[0].diff() != 1).nonzero()[:, 0].add(1).tolist()
+    lengths = np.diff([0, *restarts, position_ids.shape[1]]).tolist()
+    return PackPlan.of(lengths, position_ids.device) if restarts else None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: _Settings) -> Tensor:
+    """Attention of a batch under a mask, or causal, the queries being the last tokens of the keys."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    window = n_keys if settings.window is None else min(settings.window, n_keys)
+    if settings.softcap is None and (mask is not None or n_queries == n_keys == window):
+        return _sdpa(query, key, value, mask, settings)
+    outputs = []
+    for start in range(0, n_queries, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, n_queries)
+        if mask is None:
+            # The block's queries are keys [first, last); the first of them sees no further back than `oldest`.
+            first, last = start + n_keys - n_queries, stop + n_keys - n_queries
+            oldest = max(0, first - window + 1)
+            back = torch.arange(first, last, device=query.device)[:, None]
+            back = back - torch.arange(oldest, last, device=query.device)
+            visible = (back >= 0) & (back < window)
+        else:
+            oldest, last, visible = 0, n_keys, mask[:, :, start:stop]
+        attend = _sdpa if settings.softcap is None else _softcapped
+        outputs.append(
+            attend(query[:, :, start:stop], key[:, :, oldest:last], value[:, :, oldest:last], visible, settings)
+        )
+    return torch.cat(outputs, 2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, settings: _Settings) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        dropout_p=settings.dropout,
+        is_causal=visible is None,
+        scale=settings.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, settings: _Settings) -> Tensor:
+    """softmax(c tanh(scale q.k / c)) v, which no fused kernel of torch offers (Gemma 2, arXiv:2408.00118)."""
+    assert settings.softcap is not None and visible is not None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scale = query.shape[-1] ** -0.5 if settings.scaling is None else settings.scaling
+    scores = settings.softcap * torch.tanh(query @ key.transpose(2, 3) * scale / settings.softcap)
+    # A finite floor: a padded query sees nothing, and its row of NaN would reach real tokens through 0 * NaN.
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return F.dropout(weights, settings.dropout) @ value
+
+
+@cache
+def _varlen_kernel() -> Callable[..., Any] | None:
+    """torch's varlen attention, if this torch's takes what is needed: its signature still moves."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= takes else None
+
+
+def _varlen_fits(query: Tensor, settings: _Settings) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and not settings.dropout
+        and settings.softcap is None
+        and _varlen_kernel() is not None
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: PackPlan, settings: _Settings) -> Tensor:
+    """The flash kernel over [S, heads, size]; a value head narrower than the query's (MLA) is padded, then cut."""
+    kernel, size = _varlen_kernel(), value.shape[-1]
+    assert kernel is not None
+    value = F.pad(value, (0, query.shape[-1] - size))
+    out: Tensor = kernel(
+        *(tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)),
+        plan.cu_seqlens,
+        plan.cu_seqlens,
+        plan.max_seqlen,
+        plan.max_seqlen,
+        scale=settings.scaling,
+        window_size=(-1 if settings.window is None else settings.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[..., :size]

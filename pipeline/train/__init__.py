@@ -1,0 +1,1 @@
+"""Stage two: replay the cache and move the student towards its teacher."""
