@@ -1,0 +1,18 @@
+"""The embedded default: a teacher, a student with one misconception, and the sums they disagree on."""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def asset_path(name: str) -> Path:
+    """Where a shipped asset lies: `student`, `teacher`, `prompts/train.jsonl`, `prompts/heldout.jsonl`."""
+    path = ASSETS / name
+    if not path.exists():
+        raise FileNotFoundError(f"toy asset: expected one of {', '.join(asset_names())}, got {name!r}")
+    return path
+
+
+def asset_names() -> list[str]:
+    """The names `asset_path` knows."""
+    return ["student", "teacher", "prompts/train.jsonl", "prompts/heldout.jsonl"]
