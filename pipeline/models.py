@@ -1,0 +1,374 @@
+"""Models and tokenizers: where they lie, who they are, and how they are loaded. Weights are safetensors,
+nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import cache_schema as cs
+from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.console import console, say
+from pipeline.errors import ModelError
+from pipeline.provenance import adapter_digest, hub_commit, model_digest, tokenizer_digest, weight_files
+from pipeline.toy import asset_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Attention = Literal["redpen_packed", "sdpa"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What transformers, safetensors and peft raise for a checkpoint that is damaged, of another kind or not
+# supported.
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError)
+# What a model needs from its Hub repository; some repositories hold the same weights in other layouts beside
+# it.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_HUB_DUPLICATES = ["original/*", "onnx/*", "metal/*", "consolidated*"]
+_QUIET_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says before any weight is read.
+
+    Attributes:
+        vocab_size: rows of the output layer; may exceed the tokenizer's (padding).
+        context: positions the model was made for, None if it does not say.
+        dtype: of the weights once loaded, e.g. "bfloat16".
+        quantisation: method of a quantised checkpoint, e.g. "gptq".
+    """
+
+    vocab_size: int
+    context: int | None
+    dtype: str
+    quantisation: str | None
+
+
+# -- where ---------------------------------------------------------------------------------------------------
+
+
+def resolve_path(model: str) -> str:
+    """`toy:NAME` as the directory of the embedded asset; any other path or Hub id as it is. Raises
+    `ModelError`.
+    """
+    if not model.startswith("toy:"):
+        return model
+    try:
+        return str(asset_path(model.removeprefix("toy:")))
+    except FileNotFoundError as error:
+        raise ModelError(f"model {model!r}: {error}") from None
+
+
+def model_directory(cfg: ModelConfig) -> Path:
+    """The directory that holds the model: the path itself, or a snapshot of the Hub repository, downloaded if
+    need be.
+
+    Raises `ModelError` naming the setting, what was looked for, and the remedy.
+    """
+    directory = _directory(
+        resolve_path(cfg.model), cfg.revision, cfg.trust_remote_code, setting(cfg, "model")
+    )
+    if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            remedy = (
+                f"this is a PEFT adapter: set {setting(cfg, 'adapter')} to it and "
+                f"{setting(cfg, 'model')} to its base model"
+            )
+        else:
+            remedy = "expected a model saved by save_pretrained()"
+        raise ModelError(f"{setting(cfg, 'model')} = {cfg.model!r}: no config.json in {directory}; {remedy}")
+    return directory
+
+
+def adapter_directory(cfg: ModelConfig) -> Path | None:
+    """The directory of the model's PEFT adapter, None if it has none. Raises `ModelError`."""
+    if cfg.adapter is None:
+        return None
+    directory = _directory(resolve_path(cfg.adapter), None, False, setting(cfg, "adapter"))
+    if not (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: no adapter_config.json in {directory}; "
+            "expected a PEFT adapter, such as RUN/adapter"
+        )
+    return directory
+
+
+def setting(cfg: ModelConfig, field: str) -> str:
+    """The recipe's name of a model's setting, for messages: `student.model`, `teacher.model`,
+    `teacher.NAME.model`.
+    """
+    if not isinstance(cfg, TeacherConfig):
+        return f"student.{field}"
+    return f"teacher.{field}" if cfg.name == "teacher" else f"teacher.{cfg.name}.{field}"
+
+
+@functools.cache
+def _directory(model: str, revision: str | None, with_code: bool, label: str) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        found = "this is a file" if path.exists() else "there is no such directory"
+        raise ModelError(f"{label} = {model!r}: {found}; give a model's directory or a Hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [*_HUB_FILES, "*.py"] if with_code else _HUB_FILES
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=_HUB_DUPLICATES)
+        )
+    except Exception as error:  # network, authorisation, disk: the Hub client has no common root for them
+        at = f" at revision {revision!r}" if revision else ""
+        raise ModelError(
+            f"{label} = {model!r}: neither a directory here nor a model of the Hub that can be had now{at} "
+            f"({_one_line(error)}); check the name, the network and `hf auth login`, or give a local path"
+        ) from error
+
+
+# -- who -----------------------------------------------------------------------------------------------------
+
+
+def model_facts(cfg: ModelConfig) -> ModelFacts:
+    """Read the model's configuration. Raises `ModelError`."""
+    config = _load_config(cfg)
+    text = config.get_text_config()
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None and not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    dtype = _DTYPES.get(cfg.dtype) or config.dtype or torch.float32
+    return ModelFacts(
+        vocab_size=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", None),
+        dtype=str(dtype).removeprefix("torch."),
+        quantisation=str(quantisation.get("quant_method", "unknown")) if quantisation else None,
+    )
+
+
+def model_identity(cfg: ModelConfig) -> cs.ModelIdentity:
+    """The model by digest; see `pipeline.provenance` for what it covers and costs. Raises `ModelError`."""
+    directory, adapter = model_directory(cfg), adapter_directory(cfg)
+    return cs.ModelIdentity(
+        name=cfg.model,
+        revision=hub_commit(directory),
+        digest=model_digest(directory),
+        adapter_digest=adapter_digest(adapter) if adapter else None,
+    )
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.TokenizerIdentity:
+    """The tokenizer by digest; `vocab_size` is its highest id plus one."""
+    return cs.TokenizerIdentity(name, tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def check_same_vocabulary(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> None:
+    """Refuse a teacher that reads other tokens than the student writes.
+
+    Every token of the student must have the same id in the teacher. Sizes say nothing (models pad their
+    vocabularies differently), and tokens that only the teacher has do no harm: they are part of what it gives
+    to others.
+
+    Raises:
+        ModelError: with the number of differing tokens and the first of them.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differing = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
+    if not differing:
+        return
+    shown = ", ".join(
+        f"{token!r} is {index} and {theirs.get(token, 'missing')}" for index, token in differing[:3]
+    )
+    raise ModelError(
+        f"{names[1]}: its vocabulary differs from that of {names[0]} in {len(differing):,} of {len(ours):,} tokens "
+        f"({shown}); log-probs of other tokens cannot be compared, choose a teacher with the student's tokenizer"
+    )
+
+
+def stop_token_ids(
+    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutsConfig
+) -> tuple[int, ...]:
+    """Ids that end a response: `rollouts.stop_token_ids`, or every EOS id that the model and the tokenizer
+    name.
+
+    Raises `ModelError` where nothing names one: responses would never end.
+    """
+    if rollouts.stop_token_ids is not None:
+        return tuple(sorted(set(rollouts.stop_token_ids)))
+    directory = model_directory(cfg)
+    named: list[Any] = [tokenizer.eos_token_id, _load_config(cfg).get_text_config().eos_token_id]
+    if (directory / "generation_config.json").is_file():
+        named.append(GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id)
+    ids: set[int] = set()
+    for value in named:
+        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    if not ids:
+        raise ModelError(
+            f"{setting(cfg, 'model')} = {cfg.model!r}: neither the model nor its tokenizer names an EOS "
+            "token; set rollouts.stop_token_ids"
+        )
+    return tuple(sorted(ids))
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def pick_device(cfg: ModelConfig) -> torch.device:
+    """The device for a model: `auto` is the current CUDA device where there is one. Raises `ModelError`."""
+    if cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ModelError(f'{setting(cfg, "device")} = "cuda": torch sees no CUDA device; use "cpu" or "auto"')
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises `ModelError`."""
+    directory = model_directory(cfg)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
+        )
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ValueError(
+                "it has no vocabulary"
+            )  # what transformers makes of a model without tokenizer files
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"{setting(cfg, 'model')} = {cfg.model!r}: its tokenizer cannot be loaded ({_one_line(error)}); "
+            "save it beside the model with tokenizer.save_pretrained()"
+        ) from error
+    return tokenizer
+
+
+def load_model(
+    cfg: ModelConfig, *, attention: Attention = "redpen_packed", trainable: bool = False
+) -> PreTrainedModel:
+    """The causal language model on its device, in eval mode, its adapter (if any) applied but not merged.
+
+    Args:
+        attention: "redpen_packed" for packed rollouts (`pipeline.packing`), "sdpa" for generation.
+        trainable: let the adapter require gradients; otherwise nothing does.
+
+    Raises:
+        ModelError: not found, not a causal language model, weights missing or damaged, out of memory.
+    """
+    started = time.perf_counter()
+    if attention == "redpen_packed":
+        from pipeline.packing import register_packed_attention
+
+        register_packed_attention()
+    directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
+    n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
+    try:
+        with _quiet(progress=n_bytes > _QUIET_BYTES and console.is_terminal):
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=getattr(torch, facts.dtype),
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=cfg.trust_remote_code,
+                local_files_only=True,
+                device_map={"": device} if device.type == "cuda" else None,
+                output_loading_info=True,
+            )
+        if missing := sorted(loaded["missing_keys"]):
+            # transformers would go on with random numbers in their place
+            raise ValueError(f"{len(missing)} weights are missing from its files, the first is {missing[0]}")
+        if cfg.adapter is not None:
+            model = _with_adapter(model, cfg, trainable)
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
+            f"({_one_line(error)})"
+        ) from error
+    model.eval()
+    if not trainable:
+        model.requires_grad_(False)
+    adapter = f" with adapter {cfg.adapter}" if cfg.adapter else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"{setting(cfg, 'model').rpartition('.')[0]}: {cfg.model}{adapter}, {_count(parameters)} parameters "
+        f"in {facts.dtype} on {device.type}, loaded in {time.perf_counter() - started:.1f} s"
+    )
+    return model
+
+
+def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
+    directory = model_directory(cfg)
+    try:
+        return AutoConfig.from_pretrained(
+            directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
+        )
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"{setting(cfg, 'model')} = {cfg.model!r}: its config.json cannot be used ({_one_line(error)})"
+        ) from error
+
+
+def _with_adapter(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    directory = adapter_directory(cfg)
+    assert directory is not None
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ModelError(
+                f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: does not fit {cfg.model} "
+                f"({_one_line(warning.message)})"
+            )
+    return adapted
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    """transformers' loading report, and perhaps its bar, are off: what matters in them becomes an error."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _count(number: int) -> str:
+    for bound, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= bound:
+            return f"{number / bound:.2f} {suffix}"
+    return str(number)
+
+
+def _one_line(error: object) -> str:
+    """What an exception of a library says first, with its kind where the text alone says little."""
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,136 @@
+"""Who made the numbers: digests of weights, adapters and tokenizers, the same for a Hub snapshot and a local
+copy of it.
+
+A model's digest covers the settings of its `config.json` that mean something and the content of the
+safetensors files that transformers would read. Files are hashed in threads (about 1 GB/s each); a file of a
+Hub snapshot is a link to a blob that the Hub client named by its SHA-256 and checked while downloading, so
+its name is used and 64 GB are not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Settings that change with the software that saved a model, not with what it computes. The dtype is recorded
+# by itself: it is the one the model was loaded with.
+_INCIDENTAL = frozenset({"transformers_version", "torch_dtype", "dtype", "use_cache"})
+_INCIDENTAL_ADAPTER = frozenset(
+    {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"}
+)
+
+
+def model_digest(directory: Path) -> str:
+    """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not one."""
+    config = _semantic(read_json(directory / "config.json"), _INCIDENTAL)
+    return _digest({"config": config, "weights": _contents(weight_files(directory))})
+
+
+def adapter_digest(directory: Path) -> str:
+    """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not
+    one.
+    """
+    config = _semantic(read_json(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ModelError(
+            f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read"
+        )
+    # peft writes target_modules as the list of a set, in any order
+    config = {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
+    return _digest({"config": config, "weights": _contents([weights])})
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of the token->id map, added tokens included, and of the special tokens; the chat template is
+    apart.
+    """
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest({"tokens": sorted(tokenizer.get_vocab().items()), "special": special})
+
+
+def created_by() -> str:
+    """This software and its version, for people who read a cache's attributes."""
+    try:
+        return f"redpen {version('redpen')}"
+    except PackageNotFoundError:
+        return "redpen"
+
+
+def hub_commit(directory: Path) -> str | None:
+    """The commit that a directory of the Hub's cache is a snapshot of; None for any other directory."""
+    is_snapshot = directory.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", directory.name)
+    return directory.name if is_snapshot else None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that transformers reads, sorted by name. Raises `ModelError` where there are
+    none.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelError(
+            f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither; "
+            "only safetensors are read, convert other weights with save_pretrained()"
+        )
+    files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(
+                f"{file}: named by {index.name}, but not there; download or copy the model again"
+            )
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `ModelError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
+        raise ModelError(f"{path}: cannot be read: {reason}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _semantic(config: dict[str, Any], incidental: frozenset[str]) -> dict[str, Any]:
+    return {
+        key: _semantic(value, incidental) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in incidental and not key.startswith("_")
+    }
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _contents(files: list[Path]) -> list[tuple[str, str]]:
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return [(file.name, sha256) for file, sha256 in zip(files, threads.map(_sha256, files), strict=True)]
+
+
+def _sha256(file: Path) -> str:
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,93 @@
+"""Stage one, scoring: what every scorer takes and gives. The stage itself is `pipeline.score.stage`.
+
+A scorer is a model that reads tokens. The student is the first one: it brings the candidates, at which every
+teacher is read too. Shapes: T response tokens of all rollouts end to end, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What to find out about every token, beside its log-prob and the entropy.
+
+    Attributes:
+        candidates: K alternatives a position, the sampled token included; where a batch brings candidate ids
+            of its own, those are read instead.
+        candidate_kind: "topk" or "sampled" (see `pipeline.logprobs.score_rows`).
+        sampling_temperature: also the token's log-prob at this temperature.
+        topk: also the model's own likeliest tokens, this many.
+        tile_tokens: prompt and response tokens in one forward. Packing moves the last bits, so it is
+            provenance.
+        rows_per_chunk: positions whose logits exist at the same time; changes no value.
+    """
+
+    candidates: int = 8
+    candidate_kind: str = "topk"
+    sampling_temperature: float | None = None
+    topk: int = 0
+    tile_tokens: int = 8192
+    rows_per_chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rollouts of one or more blocks, to be read.
+
+    Attributes:
+        blocks: the rollouts. A tile of the forward never spans two, so what is found does not depend on the
+            batch.
+        candidate_ids: i4 [T, K] over all blocks, or None to choose candidates.
+        keys: integers that name each block, for drawing candidates.
+    """
+
+    blocks: tuple[cs.RolloutBlock, ...]
+    candidate_ids: npt.NDArray[np.int32] | None = None
+    keys: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(block.n_tokens for block in self.blocks)
+
+    def split(self, scores: cs.ScoreBlock) -> list[cs.ScoreBlock]:
+        """The scores of each block."""
+        ends = np.cumsum([block.n_tokens for block in self.blocks])
+        arrays = {name: value for name, value in vars(scores).items() if value is not None}
+        return [
+            cs.ScoreBlock(**{name: value[end - block.n_tokens : end] for name, value in arrays.items()})
+            for block, end in zip(self.blocks, ends, strict=True)
+        ]
+
+
+class Scorer(Protocol):
+    """Reads tokens, [T] end to end in the order of the batch.
+
+    Attributes:
+        batch_tokens: response tokens that a batch should hold to keep the scorer busy; blocks are never
+            split.
+    """
+
+    batch_tokens: int
+
+    def compute_logprobs(self, batch: TokenBatch | cs.RolloutBlock) -> cs.ScoreBlock: ...
+
+
+def as_batch(tokens: TokenBatch | cs.RolloutBlock) -> TokenBatch:
+    return tokens if isinstance(tokens, TokenBatch) else TokenBatch((tokens,))
+
+
+def sequences(
+    rollouts: cs.RolloutBlock, rows: Sequence[int] | range
+) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """Prompt + response of some rollouts, and where each response starts."""
+    joined = [np.concatenate([rollouts.prompt(row), rollouts.response(row)]) for row in rows]
+    return joined, [len(rollouts.prompt(row)) for row in rows]
