@@ -1,0 +1,354 @@
+"""What a student can do, and how far it is from its teacher, on prompts it was not trained on.
+
+    redpen eval RUN                                             before (the recipe's student) and after (with RUN/adapter)
+    redpen eval MODEL --prompts FILE [--teacher MODEL]          one model
+
+Accuracy is exact match of the answer that `eval.answer_pattern` finds in a response: greedy, and sampled at
+`eval.temperature`. Reverse KL is on *fresh* rollouts, sampled at temperature 1 by the very student that is measured:
+
+    mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
+
+with C the sampled token and the student's likeliest others (`eval.candidates` in all); a lower bound, close at 64.
+Before and after draw from the same random numbers, so their difference is known better than either. Intervals are 95 %:
+see `pipeline.evaluate.answers`. One model is in memory at a time: each student samples, reads its own rollouts and goes,
+then the teacher reads them all.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import cache_schema as cs
+from pipeline import models
+from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.console import progress, warn
+from pipeline.errors import ConfigError, RedpenError
+from pipeline.evaluate.answers import Estimate, extract_answer, mean_per_token, share_right
+from pipeline.metrics import reverse_kl
+from pipeline.packing import ATTENTION
+from pipeline.prompts import load_prompts, prompts_sha256, render_all
+from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.rollouts.transformers_sampler import TransformersSampler
+from pipeline.score import ScoreOptions, TokenBatch
+from pipeline.score.resident import ResidentScorer
+
+# Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
+_EVALUATION = -1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: students by label, the teacher if any, and where the figures go."""
+
+    recipe: Recipe
+    students: dict[str, ModelConfig]
+    teacher: TeacherConfig | None
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What one student did: greedy and sampled responses, and for the KL its fresh rollouts with its own scores."""
+
+    greedy: cs.RolloutBlock
+    sampled: cs.RolloutBlock
+    fresh: cs.RolloutBlock
+    scores: cs.ScoreBlock | None
+
+
+def run(
+    target: str,
+    *,
+    prompts: str | None = None,
+    teacher: str | None = None,
+    overrides: Sequence[str] = (),
+    recipe: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> int:
+    """Measure `target` and print a table; the exit code 0.
+
+    Args:
+        target: a run directory, or a model (path, Hub id, toy:student).
+        prompts: in place of `eval.path`.
+        teacher: in place of the recipe's; a bare model without either gets no reverse KL.
+        overrides: `section.key=value`.
+        recipe: settings for a bare model.
+        out: where the figures go as JSON; default RUN/eval.json.
+
+    Raises:
+        RedpenError: an unfinished run, no prompts, no answers and no teacher, or models that cannot be had.
+    """
+    started = time.perf_counter()
+    job = _job(target, prompts, teacher, overrides, recipe, out)
+    settings, student = job.recipe.eval, next(iter(job.students.values()))
+    records = load_prompts(job.recipe.prompts.model_copy(update={"path": settings.path, "limit": settings.limit}))
+    with_answer = [i for i, record in enumerate(records) if "answer" in record]
+    if not with_answer and job.teacher is None:
+        raise ConfigError(f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure")
+    if len(with_answer) < len(records):
+        warn(f"{settings.path}: {len(records) - len(with_answer)} of {len(records)} prompts have no answer")
+    tokenizer, facts = models.load_tokenizer(student), models.model_facts(student)
+    if job.teacher is not None:
+        teacher_tokenizer = models.load_tokenizer(job.teacher)
+        models.check_same_vocabulary(tokenizer, teacher_tokenizer, (student.model, job.teacher.model))
+    limit = job.recipe.rollouts.max_prompt_tokens
+    ids = render_all(records, tokenizer, job.recipe.prompts, limit, facts.context)
+    block = PromptBlock(0, list(enumerate(ids)))
+
+    responses = {label: _respond(job, cfg, tokenizer, block, label) for label, cfg in job.students.items()}
+    figures: dict[str, dict[str, Any]] = {label: {} for label in responses}
+    for label, done in responses.items():
+        if with_answer:
+            right = {
+                "greedy": _right(done.greedy, records, with_answer, tokenizer, settings.answer_pattern),
+                "sampled": _right(done.sampled, records, with_answer, tokenizer, settings.answer_pattern),
+            }
+            figures[label] |= {name: asdict(share_right(values)) for name, values in right.items()}
+        figures[label] |= {
+            "response_tokens": float(done.sampled.response_length.mean()),
+            "truncated": float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean()),
+        }
+    if job.teacher is not None:
+        for label, estimate in _reverse_kl(job, job.teacher, responses).items():
+            figures[label]["reverse_kl"] = asdict(estimate)
+
+    about = {
+        "prompts": {"path": settings.path, "count": len(records), "sha256": prompts_sha256(records)},
+        "answers": len(with_answer),
+        "samples": settings.samples,
+        "temperature": settings.temperature,
+        "teacher": None if job.teacher is None else job.teacher.model,
+        "candidates": settings.candidates,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    _print(figures, about)
+    if job.out is not None:
+        job.out.write_text(json.dumps(about | figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+# -- what to measure --------------------------------------------------------------------------------------------------
+
+
+def _job(
+    target: str,
+    prompts: str | None,
+    teacher: str | None,
+    overrides: Sequence[str],
+    recipe_name: str | None,
+    out: str | os.PathLike[str] | None,
+) -> Job:
+    run_dir = Path(target)
+    is_run = (run_dir / "recipe.toml").is_file()
+    if is_run:
+        if recipe_name is not None:
+            raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
+        recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
+        if not (run_dir / "adapter" / "adapter_config.json").is_file():
+            raise RedpenError(f"run {target}: has no adapter yet; finish it with the same `redpen train` command")
+        trained = recipe.student.model_copy(update={"adapter": str(run_dir / "adapter")})
+        students = {"before": recipe.student, "after": trained}
+        chosen: TeacherConfig | None = _run_teacher(recipe, run_dir)
+        out = out or run_dir / "eval.json"
+    else:
+        # the embedded models were taught on bare sums, which their recipe says
+        recipe_name = recipe_name or ("toy" if target.startswith("toy:") else None)
+        recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
+        students = {"model": recipe.student}
+        chosen = None
+    if teacher is not None:
+        chosen = TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device)
+    path = prompts or recipe.eval.path
+    if path is None:
+        raise ConfigError("eval.path is not set: give the prompts with --prompts FILE")
+    settings = recipe.eval.model_copy(update={"path": path})
+    return Job(recipe.model_copy(update={"eval": settings}), students, chosen, Path(out) if out else None)
+
+
+def _recipe_for(
+    target: str, prompts: str | None, teacher: str | None, overrides: Sequence[str], name: str | None
+) -> Recipe:
+    """Settings for a bare model: those of a recipe, or the defaults."""
+    if name is not None:
+        recipe = load_recipe(name, overrides)
+        return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": target})})
+    if prompts is None:
+        raise ConfigError(f"--prompts: expected a file of prompts to measure {target} on, got none")
+    models_as_saved = {"student": {"model": target, "dtype": "auto"}, "teacher": {"model": teacher or target}}
+    return Recipe.from_dict(models_as_saved | {"prompts": {"path": prompts}}, f"eval of {target}", overrides)
+
+
+def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
+    """The teacher that the run learned from."""
+    try:
+        name = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["cache"]["teacher"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = recipe.train.teacher
+    return next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _respond(
+    job: Job, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, block: PromptBlock, label: str
+) -> Responses:
+    """Everything that needs this student in memory."""
+    recipe, settings = job.recipe, job.recipe.eval
+    greedy = Sampling(
+        temperature=0.0,
+        top_p=1.0,
+        stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
+        rollouts_per_prompt=1,
+        max_response_tokens=settings.max_response_tokens or recipe.rollouts.max_response_tokens,
+        seed=recipe.rollouts.seed,
+        round_index=_EVALUATION,
+    )
+    sampled = replace(greedy, temperature=settings.temperature, rollouts_per_prompt=settings.samples)
+    fresh = sampled if settings.temperature == 1 else replace(greedy, temperature=1.0)
+    wanted = {"greedy": greedy, "sampled": sampled}
+    if job.teacher is not None and fresh is not sampled:
+        wanted["fresh"] = fresh
+
+    model = models.load_model(cfg)
+    _set_attention(model, "sdpa")
+    total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling in wanted.values())
+    with progress(f"{label}: responses", total, "responses") as bar:
+
+        def count(ended: int, _: int) -> None:
+            bar.advance(ended)
+
+        rollouts = {
+            name: TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=count).sample_block(block)
+            for name, sampling in wanted.items()
+        }
+    rollouts.setdefault("fresh", rollouts["sampled"])
+    scores = None
+    if job.teacher is not None:
+        _set_attention(model, ATTENTION)
+        candidates = min(settings.candidates, models.model_facts(cfg).vocab_size)
+        scores = _read(job, model, rollouts["fresh"], None, candidates, f"{label}: reading")
+    del model
+    _free()
+    return Responses(**rollouts, scores=scores)
+
+
+def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses]) -> dict[str, Estimate]:
+    """KL(S || T) a token of each student's fresh rollouts."""
+    estimates = {}
+    model = models.load_model(cfg)
+    for label, done in responses.items():
+        student, rollouts = done.scores, done.fresh
+        assert student is not None and student.candidate_ids is not None
+        n_candidates = student.candidate_ids.shape[1]
+        teacher = _read(job, model, rollouts, student.candidate_ids, n_candidates, f"teacher: {label}")
+        kl_T = reverse_kl(
+            student.candidate_logprobs, student.rest_logprob, teacher.candidate_logprobs, teacher.rest_logprob
+        )
+        prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
+        totals_P = np.bincount(prompt_T, kl_T, rollouts.n_prompts)
+        tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
+        estimates[label] = mean_per_token(totals_P, tokens_P)
+    del model
+    _free()
+    return estimates
+
+
+def _read(
+    job: Job,
+    model: PreTrainedModel,
+    rollouts: cs.RolloutBlock,
+    candidate_ids: Any,
+    candidates: int,
+    label: str,
+) -> cs.ScoreBlock:
+    options = ScoreOptions(
+        candidates=candidates,
+        tile_tokens=job.recipe.score.tile_tokens,
+        rows_per_chunk=job.recipe.score.rows_per_chunk,
+    )
+    with progress(label, rollouts.n_tokens, "tokens") as bar:
+        on_tile: Callable[[int], None] = bar.advance
+        scorer = ResidentScorer(model, options, on_tile=on_tile)
+        return scorer.compute_logprobs(TokenBatch((rollouts,), candidate_ids))
+
+
+def _right(
+    rollouts: cs.RolloutBlock,
+    records: list[dict[str, Any]],
+    with_answer: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    pattern: str | None,
+) -> Any:
+    """bool [P, S] over the prompts that have an answer."""
+    texts = tokenizer.batch_decode(
+        [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
+    )
+    answers = [records[i].get("answer") for i in rollouts.row_prompt]
+    right = [extract_answer(t, pattern) == str(a).strip() for t, a in zip(texts, answers, strict=True)]
+    return np.array(right).reshape(len(records), -1)[with_answer]
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Generation pads and keeps keys and values, reading packs: two attention functions of one model."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base.set_attn_implementation(name)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+_ROWS = (
+    ("greedy", "accuracy, greedy", 100, "{:.1f} %", "points"),
+    ("sampled", "accuracy, sampled at T = {temperature:g}", 100, "{:.1f} %", "points"),
+    ("reverse_kl", "reverse KL to {teacher}, nats a token, fresh rollouts", 1, "{:.4f}", "relative"),
+)
+
+
+def _print(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
+    """The table on stdout, with colours and rules only on a terminal."""
+    labels = list(figures)
+    out = Console(highlight=False, soft_wrap=True)
+    table = Table(title=f"{about['prompts']['count']:,} prompts of {about['prompts']['path']}", title_justify="left")
+    if not out.is_terminal:
+        table.box = None
+    table.add_column("")
+    for label in labels:
+        table.add_column(label, justify="right", no_wrap=True)
+    if len(labels) == 2:
+        table.add_column("change", justify="right", no_wrap=True)
+    for key, title, factor, form, change in _ROWS:
+        if key not in figures[labels[0]]:
+            continue
+        cells = [_cell(figures[label][key], factor, form) for label in labels]
+        if len(labels) == 2:
+            before, after = (figures[label][key]["value"] for label in labels)
+            if change == "points":
+                cells.append(f"{(after - before) * 100:+.1f} points")
+            else:
+                cells.append(f"{after / before - 1:+.0%}" if before else "")
+        table.add_row(title.format(**about), *cells)
+    out.print(table)
+
+
+def _cell(figure: dict[str, float], factor: float, form: str) -> str:
+    value, low, high = (form.format(figure[key] * factor) for key in ("value", "low", "high"))
+    return f"{value} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"

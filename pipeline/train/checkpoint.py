@@ -1,0 +1,136 @@
+"""Checkpoints that a kill at any moment cannot half-write: tensors as safetensors, the rest as JSON, renamed into place.
+
+    checkpoints/step-00000040/
+        adapter.safetensors, optimizer.safetensors, ...      one file a group of tensors
+        state.json                                           {step, state, digests of those files}; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+_STATE = "state.json"
+_PREFIX = "step-"
+_PARTIAL = ".partial"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was saved."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training continues from.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: by group and name, on the CPU.
+        state: whatever else was saved, as JSON gives it back.
+    """
+
+    step: int
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
+
+
+def save(
+    directory: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of `step` under `directory` and remove all but the newest `keep`."""
+    path = directory / f"{_PREFIX}{step:08d}"
+    with atomic_directory(path) as partial:
+        for group, values in tensors.items():
+            save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, _file(partial, group))
+        digests = {group: _digest(_file(partial, group)) for group in tensors}
+        record = {"step": step, "digests": digests, "state": dict(state)}
+        (partial / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for old in [*_paths(directory)[:-keep], *directory.glob(f"{_PREFIX}*{_PARTIAL}")]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None; each damaged one on the way costs a warning."""
+    for path in reversed(_paths(directory)):
+        try:
+            return load(path)
+        except DamagedCheckpointError as error:
+            warn(f"checkpoint {path} is damaged ({error}); going back to the one before")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and check one checkpoint. Raises `DamagedCheckpointError`."""
+    try:
+        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        tensors = {}
+        for group, digest in record["digests"].items():
+            if _digest(_file(path, group)) != digest:
+                raise DamagedCheckpointError(f"{group}.safetensors is not what was saved")
+            tensors[group] = load_file(_file(path, group))
+        return Checkpoint(int(record["step"]), tensors, dict(record["state"]))
+    except DamagedCheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DamagedCheckpointError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of `path` once the body is through and all is on disk."""
+    partial = path.with_name(path.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in sorted(partial.rglob("*")):
+        _sync(file)
+    _sync(partial)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content at once: after a kill it is the old text or the new."""
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def _paths(directory: Path) -> list[Path]:
+    """Checkpoints under `directory`, oldest first; what was never renamed into place is not one."""
+    found: Iterable[Path] = directory.glob(f"{_PREFIX}*") if directory.exists() else ()
+    return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit())
+
+
+def _file(directory: Path, group: str) -> Path:
+    return directory / f"{group}.safetensors"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,188 @@
+"""A run on disk: what it was made of, its curve, its checkpoints, its adapter.
+
+    recipe.toml        the resolved recipe
+    run.json           the cache it learns from (digests of every block) and, once it has ended, how
+    metrics.jsonl      one object a step
+    tensorboard/       the same as curves
+    checkpoints/       see pipeline.train.checkpoint
+    adapter/           PEFT format, once training has ended
+    ledger.json        seconds, tokens and FLOPs by stage, once training has ended
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+import cache_schema as cs
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import RedpenError
+from pipeline.train.checkpoint import write_atomically
+
+# Settings of `train` and `student` that decide how the work is done, not what comes out (beyond rounding).
+_OPERATIONAL = frozenset(
+    {"tokens_per_microbatch", "rows_per_chunk", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "device"}
+)
+# What a kill during the first second may leave.
+_BEFORE_RUN = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the step, one sentence, and the exit code."""
+
+    step: int
+    sentence: str
+    exit_code: int
+
+
+class RunDirectory:
+    """The files of one run. Use `open_run`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.ledger = path / "ledger.json"
+        self._run = path / "run.json"
+
+    @property
+    def result(self) -> Result | None:
+        """How the run ended, None while it has not."""
+        result = self._read_run().get("result")
+        return None if result is None else Result(**result)
+
+    def finish(self, result: Result) -> None:
+        """Record how the run ended: its last write."""
+        with self.writing():
+            self._write_run(self._read_run() | {"result": asdict(result)})
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the storage refuses into a `RedpenError` of one line."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise RedpenError(
+                f"run {self.path}: cannot be written ({reason}); make room or choose another --run, then run the same command "
+                "again (the last checkpoint is untouched)"
+            ) from error
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add a step's line."""
+        with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
+        kept = []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break  # cut off by a kill
+        if len(kept) != step:
+            raise RedpenError(
+                f"run {self.path}: metrics.jsonl holds {len(kept)} of the {step} steps of its checkpoint; "
+                "restore it, or start another --run"
+            )
+        with self.writing():
+            write_atomically(self.metrics, "".join(kept))
+
+    def _read_run(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self._run.read_text(encoding="utf-8"))
+            return dict(value)
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError) as error:
+            raise RedpenError(f"run {self.path}: run.json cannot be read ({error}); start another --run") from None
+
+    def _write_run(self, value: dict[str, Any]) -> None:
+        write_atomically(self._run, json.dumps(value, indent=1) + "\n")
+
+    def _claim(self, recipe: Recipe, cache: dict[str, Any]) -> None:
+        """Start the run, or make sure that it is the one that was started. Raises `RedpenError` naming what differs."""
+        run = self._read_run()
+        if not run:
+            if found := sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_RUN):
+                raise RedpenError(
+                    f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; choose another --run"
+                )
+            write_atomically(self.recipe, recipe.to_toml())
+            self._write_run({"cache": cache, "result": None})
+            return
+        differing = _recipe_differences(load_recipe(str(self.recipe)), recipe)
+        differing += [
+            f"cache {key}: {was}, now {cache.get(key)}"
+            for key, was in run.get("cache", {}).items()
+            if key != "url" and was != cache.get(key)
+        ]
+        if differing:
+            raise RedpenError(f"run {self.path} was started with {'; '.join(differing)}; choose another --run")
+        if run.get("result") is None:
+            write_atomically(self.recipe, recipe.to_toml())
+
+
+@contextmanager
+def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]) -> Iterator[RunDirectory]:
+    """The run at `path`, held against other processes; started where nothing is yet.
+
+    Args:
+        cache: what the run learns from; see `cache_identity`.
+
+    Raises:
+        RedpenError: the run was started with other settings or another cache, is held by another process, or the
+            storage refuses a write.
+    """
+    run = RunDirectory(Path(path))
+    with run.writing():
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RedpenError(f"run {run.path}: another process is training it; wait for it or stop it") from None
+        with run.writing():
+            run._claim(recipe, cache)
+        yield run
+    finally:
+        os.close(handle)
+
+
+def cache_identity(cache_url: str, round_: cs.Round, teacher: str) -> dict[str, Any]:
+    """What a run learns from: the round, the teacher's name, and a digest of every block's content."""
+    groups = {"rollouts": round_.rollouts, "student": round_.scores(cs.STUDENT), "teacher": round_.scores(teacher)}
+    digests = {
+        f"{name} digest": hashlib.blake2b(group.commits()["digest"].tobytes(), digest_size=8).hexdigest()
+        for name, group in groups.items()
+    }
+    return {"url": cache_url, "round": round_.index, "teacher": teacher} | digests
+
+
+def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
+    found = []
+    for section in ("student", "train"):
+        was, is_ = getattr(before, section).model_dump(), getattr(now, section).model_dump()
+        found += [
+            f"{section}.{key} = {was[key]}, now {is_[key]}"
+            for key in was
+            if was[key] != is_[key] and key not in _OPERATIONAL
+        ]
+    return found

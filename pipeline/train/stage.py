@@ -1,0 +1,278 @@
+"""Stage two: replay a scored cache and move the student towards its teacher. Only the student is loaded.
+
+    redpen train RECIPE --cache DIR --run DIR
+
+Let x_t be a cached response token with its prefix, S the current student, `old` the student that sampled it, T the
+teacher, all at temperature 1; C the cached candidates (and the teacher's own top-k if stored), rest everything else.
+
+    reverse_kl            mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
+    importance_sampling   mean_t -exp(log p_S(x_t) - log p_old(x_t)) A_t,   A_t = -(log p_S(x_t) - log p_T(x_t)), no gradient
+
+The mean is over all trained tokens of a step's global batch, whose count is known before the first forward, so the
+gradient does not depend on micro-batches. Each micro-batch packs whole rollouts without padding; the head and the loss
+go through row chunks and make their gradient in the same pass (`pipeline.logprobs`).
+
+Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up), after
+`steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported as reverse KL is the
+first formula on *cached* prefixes; on fresh ones it is larger, which `redpen eval RUN` measures.
+
+Departures from the source (on-policy distillation by importance sampling): the default is the direct gradient of reverse
+KL over candidates, which ends at higher accuracy; the advantage uses the current student unless told otherwise, since
+the cached one is right for a single pass only; learning rate 1e-4 with LoRA, since 5e-7 moves nothing.
+
+Killed at any moment, the same command continues from the last checkpoint; on the CPU with the same number of threads
+metrics and adapter are then bit for bit those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cache_schema as cs
+from pipeline import models
+from pipeline.config import Recipe, TrainConfig
+from pipeline.console import progress, say, warn
+from pipeline.errors import ConfigError, ModelError
+from pipeline.signals import graceful
+from pipeline.train import checkpoint, ledger, lora
+from pipeline.train.objective import Objective
+from pipeline.train.replay import Batch, Order, Replay
+from pipeline.train.run_directory import Result, RunDirectory, cache_identity, open_run
+from pipeline.train.trainer import Trainer
+
+EXIT_STALE = 3
+_CHECKED_ROLLOUTS = 4
+
+
+def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_index: int | None = None) -> int:
+    """Train until done, from wherever an earlier call left off; the exit code.
+
+    Raises `CacheError` and `RedpenError` where cache, recipe and run do not fit together, `Interrupted` after a
+    checkpoint where a signal asked for a stop.
+    """
+    train = recipe.train
+    round_ = cs.open(cache_url).round(round_index)
+    teacher = _teacher_name(recipe, round_, cache_url)
+    _check_scored(round_, teacher, cache_url)
+    recipe.check_single_use(round_.n_prompts)
+    with open_run(run_dir, recipe, cache_identity(cache_url, round_, teacher)) as run:
+        if run.result is not None:
+            print(f"{run.path} is finished: {run.result.sentence}")
+            return run.result.exit_code
+        _check_student(recipe, round_, cache_url)
+
+        order = Order(
+            round_.n_prompts,
+            round_.manifest.prompts_per_block,
+            train.prompts_per_step,
+            train.shuffle_window_blocks,
+            train.seed,
+        )
+        scores = round_.scores(teacher).manifest
+        assert isinstance(scores, cs.ScoresManifest)
+        objective = Objective(train, teacher, topk=scores.topk > 0)
+        replay = Replay(round_, objective.arrays, order)
+        model = lora.add_lora(models.load_model(recipe.student, trainable=True), train)
+        trainer = Trainer(model, objective, train)
+        progress_made = _resume(run, trainer)
+        worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
+        say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
+
+        result = _train(run, trainer, replay, progress_made)
+
+        with run.writing():
+            lora.save_adapter(model, run.adapter, _base_name(recipe))
+            costs = ledger.stage_one(recipe, round_) | {
+                "train": ledger.training(
+                    ledger.parameters(recipe.student) or 0,
+                    sum(p.numel() for p in trainer.parameters.values()),
+                    progress_made.tokens,
+                    progress_made.seconds,
+                    train.gradient_checkpointing,
+                )
+            }
+            checkpoint.write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
+        run.finish(result)
+    print(result.sentence)
+    print(f"adapter: {run.adapter}")
+    return result.exit_code
+
+
+class Progress:
+    """What a run remembers beside weights and optimizer: the last steps' gauges, and what training has cost."""
+
+    def __init__(self, window: list[dict[str, float]], seconds: float = 0.0, tokens: int = 0):
+        self.window, self.seconds, self.tokens = window, seconds, tokens
+
+
+def _train(run: RunDirectory, trainer: Trainer, replay: Replay, made: Progress) -> Result:
+    """Update until there is a verdict; the last step is then checkpointed."""
+    train, saved = trainer.train, trainer.step
+
+    def save() -> None:
+        nonlocal saved
+        if saved < trainer.step:
+            with run.writing():
+                checkpoint.save(
+                    run.checkpoints, trainer.step, trainer.tensors(), vars(made), keep=train.keep_checkpoints
+                )
+            saved = trainer.step
+
+    batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
+    bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
+    with graceful() as stop, batches as stream, _curves(run, trainer.step) as curve, bar as shown:
+        while (result := verdict(train, trainer.step, made.window)) is None:
+            started = time.perf_counter()
+            batch = next(stream)
+            waited = time.perf_counter() - started
+            measured = trainer.update(batch)
+            seconds = time.perf_counter() - started
+
+            metrics = {"step": trainer.step, **measured, **_counts(batch)}
+            speed = {"seconds": seconds, "waited": waited, "tokens_per_second": metrics["tokens_read"] / seconds}
+            run.append_metrics(metrics | {"time": speed})
+            curve(metrics, speed)
+            shown.advance(note=f"reverse KL {metrics['reverse_kl']:.4f}")
+            made.window = [*made.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][-train.stop_window :]
+            made.seconds, made.tokens = made.seconds + seconds, made.tokens + metrics["tokens_read"]
+            if trainer.step % train.checkpoint_every == 0:
+                save()
+            if stop.requested:
+                save()
+                stop.check(f"step {trainer.step} of {train.steps} is in {run.checkpoints}")
+        save()
+    return result
+
+
+def verdict(train: TrainConfig, step: int, window: list[dict[str, float]]) -> Result | None:
+    """Whether, and how, training ends after `step` steps; `window` holds the gauges of the last of them."""
+    n = len(window)
+    reverse_kl, ess = (sum(gauges[key] for gauges in window) / max(n, 1) for key in ("reverse_kl", "ess"))
+    over = f"mean of the last {n} step{'s' * (n != 1)}"
+    if n == train.stop_window and reverse_kl < train.stop_reverse_kl:
+        return Result(
+            step,
+            f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over}), "
+            f"below {train.stop_reverse_kl:g}; new rollouts are needed to learn more",
+            0,
+        )
+    if n == train.stop_window and ess < train.stale_ess:
+        return Result(
+            step,
+            f"stale after {step} steps: the effective sample size is {ess:.3f} of the tokens ({over}), below "
+            f"{train.stale_ess:g}; the student has left the one that sampled this cache, sample a new round from it",
+            EXIT_STALE,
+        )
+    if step >= train.steps:
+        return Result(
+            step, f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})", 0
+        )
+    return None
+
+
+def _resume(run: RunDirectory, trainer: Trainer) -> Progress:
+    """Put the trainer where the last whole checkpoint is, and the curve with it."""
+    found = checkpoint.latest(run.checkpoints, warn)
+    if found is not None:
+        trainer.restore(found)
+        say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
+    run.rewind_metrics(trainer.step)
+    return Progress(**found.state) if found is not None else Progress([])
+
+
+def _counts(batch: Batch) -> dict[str, Any]:
+    """Trained tokens, rollouts, and tokens that the forward pass reads."""
+    return {
+        "tokens": round(batch.n_tokens),
+        "rows": len(batch.rollouts),
+        "tokens_read": sum(rollout.n_tokens for rollout in batch.rollouts),
+    }
+
+
+@contextlib.contextmanager
+def _curves(run: RunDirectory, step: int) -> Iterator[Any]:
+    """A function that draws a step's metrics in TensorBoard; what an earlier run drew after `step` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with run.writing():
+        writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+
+    def draw(metrics: dict[str, Any], speed: dict[str, float]) -> None:
+        with run.writing():
+            for name, value in metrics.items():
+                if name != "step":
+                    writer.add_scalar(f"train/{name}", value, metrics["step"])
+            for name, value in speed.items():
+                writer.add_scalar(f"time/{name}", value, metrics["step"])
+
+    try:
+        yield draw
+    finally:
+        writer.close()
+
+
+# -- what must fit together before anything is loaded ---------------------------------------------------------------
+
+
+def _teacher_name(recipe: Recipe, round_: cs.Round, cache_url: str) -> str:
+    """The scores to learn from: `train.teacher`, or the only ones there are."""
+    scored, wanted = round_.teacher_names(), recipe.train.teacher
+    where = f"cache {cache_url} round {round_.index}"
+    if cs.STUDENT not in round_.scorer_names() or not scored:
+        raise cs.CacheError(f"{where}: not scored yet; run `redpen score RECIPE --cache {cache_url}`")
+    if wanted is None and len(scored) > 1:
+        raise ConfigError(f"train.teacher: {where} is scored by {', '.join(scored)}; say which one to learn from")
+    if wanted is not None and wanted not in scored:
+        raise ConfigError(
+            f"train.teacher = {wanted!r}: {where} is scored by {', '.join(scored)}; "
+            f"run `redpen score RECIPE --cache {cache_url} --only {wanted}`"
+        )
+    return wanted or scored[0]
+
+
+def _check_scored(round_: cs.Round, teacher: str, cache_url: str) -> None:
+    """Training needs every block of the rollouts, the student's scores and the teacher's."""
+    groups = {"rollouts": round_.rollouts, "student": round_.scores(cs.STUDENT), teacher: round_.scores(teacher)}
+    for name, group in groups.items():
+        done = int(group.committed().sum())
+        if done < round_.n_blocks:
+            what = "sampled" if name == "rollouts" else f"scored by {name!r}"
+            command = "rollouts" if name == "rollouts" else "score"
+            raise cs.UncommittedError(
+                f"cache {cache_url} round {round_.index}: {done} of {round_.n_blocks} blocks are {what}; "
+                f"`redpen {command} RECIPE --cache {cache_url}` does the rest"
+            )
+
+
+def _check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
+    """The student must be the one that sampled the rollouts, and should be read in the type it was scored in."""
+    cached, now = round_.manifest.student, models.model_identity(recipe.student)
+    differing = [
+        f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's has {getattr(now, field)} ({now.name})"
+        for field in ("digest", "adapter_digest")
+        if getattr(cached, field) != getattr(now, field)
+    ]
+    if differing:
+        raise ModelError(
+            f"cache {cache_url} round {round_.index} is another student's: it has {'; '.join(differing)}; "
+            "set student.model and student.adapter to that student, or sample a cache of this one"
+        )
+    scored, dtype = round_.scores(cs.STUDENT).manifest.dtype, models.model_facts(recipe.student).dtype
+    if scored != dtype:
+        warn(
+            f"student.dtype: the student was scored in {scored} and is trained in {dtype}; "
+            "importance ratios then also hold the difference of their roundings"
+        )
+
+
+def _base_name(recipe: Recipe) -> str:
+    """What the adapter's config calls its base model: a Hub id, or an absolute path."""
+    model = models.resolve_path(recipe.student.model)
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model

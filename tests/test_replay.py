@@ -1,0 +1,217 @@
+"""Replay: a pure order, global batches that nothing about the hardware changes, and blocks read safely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cache_factory as factory
+import cache_schema as cs
+from pipeline.train import replay
+from pipeline.train.replay import Order, Replay, deal, pack_rows
+
+COLUMNS = {"student": ("logprobs", "candidate_ids"), "teacher": ("logprobs", "candidate_logprobs", "rest_logprob")}
+
+orders = st.builds(
+    Order,
+    n_prompts=st.integers(1, 70),
+    prompts_per_block=st.integers(1, 9),
+    prompts_per_step=st.integers(1, 30),
+    window_blocks=st.integers(1, 5),
+    seed=st.integers(0, 2**40),
+)
+
+
+@given(orders, st.integers(0, 3))
+def test_an_epoch_holds_every_prompt_once(order: Order, epoch: int) -> None:
+    assert sorted(order.epoch(epoch).tolist()) == list(range(order.n_prompts))
+
+
+@given(orders, st.integers(0, 3))
+def test_an_epoch_shuffles_within_windows_of_whole_blocks(order: Order, epoch: int) -> None:
+    blocks = order.epoch(epoch) // order.prompts_per_block
+    n_blocks = -(-order.n_prompts // order.prompts_per_block)
+    seen: set[int] = set()
+    position = 0
+    for start in range(0, n_blocks, order.window_blocks):
+        members: set[int] = set()
+        count = min(order.window_blocks, n_blocks - start)
+        while position < len(blocks) and (blocks[position] in members or len(members) < count):
+            members.add(int(blocks[position]))
+            position += 1
+        assert not members & seen
+        seen |= members
+    assert position == order.n_prompts
+
+
+@given(orders, st.integers(0, 5))
+def test_steps_are_consecutive_pieces_of_the_stream_of_epochs(order: Order, n_steps: int) -> None:
+    stream = [p for s in range(n_steps) for p in order.step(s).tolist()]
+    n_epochs = -(-n_steps * order.prompts_per_step // order.n_prompts)
+    epochs = [p for e in range(n_epochs) for p in order.epoch(e).tolist()]
+    assert stream == epochs[: len(stream)]
+
+
+@given(orders, st.lists(st.integers(0, 20), min_size=1, max_size=5))
+def test_a_step_does_not_depend_on_what_was_asked_before(order: Order, others: list[int]) -> None:
+    expected = {step: order.step(step).tolist() for step in others}
+    replay._epoch_order.cache_clear()
+    for step in reversed(others):
+        assert order.step(step).tolist() == expected[step]
+
+
+def test_the_order_is_the_same_on_every_machine() -> None:
+    """It is part of what a run can be continued by, so it must not change with a release of numpy or of redpen."""
+    order = Order(n_prompts=10, prompts_per_block=2, prompts_per_step=4, window_blocks=2, seed=7)
+    assert order.epoch(0).tolist() == [7, 9, 8, 6, 5, 4, 1, 0, 2, 3]
+    assert order.epoch(1).tolist() == [6, 7, 2, 3, 8, 5, 4, 9, 1, 0]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = Order(64, 4, 8, 4, seed=0)
+    other = Order(64, 4, 8, 4, seed=1)
+    drawn = {tuple(o.epoch(e).tolist()) for o in (order, other) for e in range(3)}
+    assert len(drawn) == 6
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 80))
+def test_packs_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    packs = pack_rows(lengths, budget)
+    assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert sum(lengths[row] for row in pack) <= budget or len(pack) == 1
+    assert packs == pack_rows(lengths, budget)
+
+
+def test_packs_are_well_filled() -> None:
+    """Responses of very different lengths, as reasoning models give them, at 8,192 tokens a micro-batch."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6.5, 0.8, 256), 50, 4096).astype(int).tolist()
+    packs = pack_rows(lengths, 8192)
+    assert sum(lengths) / (8192 * len(packs)) > 0.97
+
+
+@given(st.integers(0, 12), st.integers(1, 5))
+def test_every_rank_gets_as_many_packs(n_packs: int, world: int) -> None:
+    packs = [[i] for i in range(n_packs)]
+    dealt = [deal(packs, rank, world) for rank in range(world)]
+    assert len({len(mine) for mine in dealt}) == 1
+    assert sorted(pack for mine in dealt for pack in mine if pack is not None) == packs
+    assert all(len(mine) == -(-n_packs // world) for mine in dealt)
+
+
+# -- from a cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def round_(tmp_path_factory: pytest.TempPathFactory) -> cs.Round:
+    return factory.filled(tmp_path_factory.mktemp("replay") / "c.zarr", n_prompts=22).round()
+
+
+def order_of(round_: cs.Round, prompts_per_step: int = 5, window_blocks: int = 2) -> Order:
+    return Order(round_.n_prompts, round_.manifest.prompts_per_block, prompts_per_step, window_blocks, seed=3)
+
+
+def rows_of(rollouts: tuple[replay.Rollout, ...]) -> list[tuple[int, int]]:
+    return [(r.prompt_index, int(r.block.rollouts.sample_index[r.row])) for r in rollouts]
+
+
+def test_a_batch_holds_its_prompts_with_all_their_rollouts(round_: cs.Round) -> None:
+    loader = Replay(round_, COLUMNS, order_of(round_))
+    for step in range(7):
+        batch = loader.batch(step)
+        expected = [(int(p), s) for p in loader.order.step(step) for s in range(3)]
+        assert rows_of(batch.rollouts) == expected
+
+
+def test_columns_are_those_of_the_cache(round_: cs.Round) -> None:
+    loader = Replay(round_, COLUMNS, order_of(round_))
+    for rollout in loader.batch(1).rollouts:
+        block, within = divmod(rollout.prompt_index, round_.manifest.prompts_per_block)
+        cached, teacher = round_.rollouts.read(block), round_.scores("teacher").read(block)
+        where = cached.response_slice(rollout.row)
+        assert int(cached.row_prompt[rollout.row]) == within
+        np.testing.assert_array_equal(
+            rollout.token_ids, np.concatenate([cached.prompt(rollout.row), cached.response(rollout.row)])
+        )
+        np.testing.assert_array_equal(
+            rollout.column("teacher/candidate_logprobs"), teacher.candidate_logprobs[where]
+        )
+        assert rollout.n_tokens == len(rollout.token_ids)
+
+
+@settings(max_examples=30, deadline=None)
+@given(step=st.integers(0, 9), budget=st.integers(5, 400), world=st.integers(1, 4))
+def test_the_global_batch_does_not_depend_on_budget_or_ranks(
+    round_: cs.Round, step: int, budget: int, world: int
+) -> None:
+    batch = Replay(round_, COLUMNS, order_of(round_)).batch(step)
+    shares = [batch.micro_batches(budget, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [m for share in shares for m in share if m.counts]
+    assert sorted(rows_of(tuple(r for m in counted for r in m.rollouts))) == sorted(rows_of(batch.rollouts))
+    padding = [m for share in shares for m in share if not m.counts]
+    assert all(len(m.rollouts) == 1 and not m.weights.any() for m in padding)
+    assert sum(float(m.weights.sum()) for m in counted) == batch.n_tokens
+
+
+def test_tokens_that_are_not_trained_weigh_nothing(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c.zarr", n_prompts=4)
+    round_ = cache.round()
+    block = round_.rollouts.read(0)
+    block.trained[::2] = 0
+    round_.rollouts.write(0, block)
+    student = round_.scores("student")
+    assert isinstance(student.manifest, cs.ScoresManifest)
+    rng = np.random.default_rng(0)
+    student.write(0, factory.score_block(student.manifest, block, rng))
+    batch = Replay(round_, {"student": ("logprobs",)}, order_of(round_, 4)).batch(0)
+    assert batch.n_tokens == block.trained.sum()
+
+
+def test_batches_read_ahead_are_those_read_alone(round_: cs.Round) -> None:
+    order = order_of(round_)
+    ahead = list(Replay(round_, COLUMNS, order).batches(range(2, 9)))
+    assert [batch.step for batch in ahead] == list(range(2, 9))
+    for batch in ahead:
+        assert rows_of(batch.rollouts) == rows_of(Replay(round_, COLUMNS, order).batch(batch.step).rollouts)
+
+
+def test_few_blocks_are_held_and_few_read_twice(round_: cs.Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Replay(round_, COLUMNS, order_of(round_, prompts_per_step=2, window_blocks=2))
+    read: list[int] = []
+    load = loader._load
+    monkeypatch.setattr(loader, "_load", lambda index: read.append(index) or load(index))
+    steps_an_epoch = round_.n_prompts // 2
+    for _ in loader.batches(range(steps_an_epoch)):
+        assert len(loader._loaded) <= 4
+    assert sorted(read) == list(range(round_.n_blocks))
+
+
+def test_a_damaged_block_is_an_error_at_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+    round_ = factory.filled(path, n_prompts=22).round()
+    shard = path / "rounds/00000/scores/teacher/candidate_logprobs/c/3/0/0"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    loader = Replay(cs.open(path).round(), COLUMNS, order_of(round_, prompts_per_step=4, window_blocks=1))
+    first_bad = next(s for s in range(6) if any(p // 4 == 3 for p in loader.order.step(s)))
+    batches = loader.batches(range(6))
+    for _ in range(first_bad):
+        next(batches)
+    with pytest.raises(cs.CorruptBlockError, match="block 3, array candidate_logprobs"):
+        next(batches)
+
+
+def test_an_early_end_leaves_no_thread(round_: cs.Round) -> None:
+    import threading
+
+    batches = Replay(round_, COLUMNS, order_of(round_)).batches(range(5))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("replay")]

@@ -1,0 +1,218 @@
+"""Stops at any moment: the run that continues is bit for bit the one that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, small_recipe
+
+from pipeline.config import Recipe
+from pipeline.errors import Interrupted, RedpenError
+from pipeline.signals import Stop
+from pipeline.train import stage
+
+Make = Callable[..., Recipe]
+
+STEPS = 12
+LONG = (f"train.steps={STEPS}", "train.schedule=cosine", "train.lora_dropout=0.1")
+
+
+def command(cache: Path, run: Path) -> list[str]:
+    settings = [part for setting in (*SMALL, *LONG) for part in ("--set", setting)]
+    return [sys.executable, "-m", "pipeline", "train", "toy", "--cache", str(cache), "--run", str(run), *settings]
+
+
+def curve(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def assert_same(run: Path, undisturbed: Path) -> None:
+    """The curve but for its timings, and every byte of the adapter."""
+    assert curve(run) == curve(undisturbed)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / "adapter" / name).read_bytes() == (undisturbed / "adapter" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    assert len(curve(run)) == STEPS
+    return run
+
+
+def steps_done(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+
+def test_killed_twice_at_random(toy_cache: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, rng = tmp_path / "run", random.Random(0)
+    for at_least in (1, 5):
+        process = subprocess.Popen(command(toy_cache, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while steps_done(run) < at_least and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (run / "adapter").exists()
+    done = subprocess.run(command(toy_cache, run), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "max steps: 12 done" in done.stdout
+    assert_same(run, undisturbed)
+
+
+def test_sigterm_checkpoints_and_says_so(toy_cache: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(toy_cache, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while steps_done(run) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    done = steps_done(run)
+    assert f"stopped by SIGTERM: step {done} of 12 is in" in errors and "Traceback" not in errors
+    assert (run / f"checkpoints/step-{done:08d}").exists()
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    assert_same(run, undisturbed)
+
+
+@contextmanager
+def stop_after_one_step() -> Iterator[Stop]:
+    stop = Stop()
+    stop.signum = signal.SIGINT
+    yield stop
+
+
+def test_stopped_after_every_step(
+    toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(stage, "graceful", stop_after_one_step)
+    for step in range(1, STEPS + 1):
+        with pytest.raises(Interrupted) as caught:
+            stage.run(small_recipe(*LONG), str(toy_cache), run)
+        assert caught.value.exit_code == 130 and steps_done(run) == step
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    assert_same(run, undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it."""
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "adapter", "ledger", "result"])
+def test_killed_in_the_middle_of_a_write(
+    moment: str, toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.train import checkpoint, ledger, lora
+    from pipeline.train.run_directory import RunDirectory
+
+    run = tmp_path / "run"
+    calls = 0
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    def killed_on_the_third(*args: object, **kwargs: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Killed
+        real(*args, **kwargs)
+
+    real: Callable[..., None] = checkpoint.save_file
+    with monkeypatch.context() as patch:
+        if moment == "checkpoint":
+            patch.setattr(checkpoint, "save_file", killed_on_the_third)
+        elif moment == "adapter":
+            patch.setattr(lora.PeftModel, "save_pretrained", killed)
+        elif moment == "ledger":
+            patch.setattr(ledger, "table", killed)
+        else:
+            patch.setattr(RunDirectory, "finish", killed)
+        with pytest.raises(Killed):
+            stage.run(small_recipe(*LONG), str(toy_cache), run)
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    assert_same(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_only(
+    toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+
+    @contextmanager
+    def stop_after_five() -> Iterator[Stop]:
+        class Five(Stop):
+            @property
+            def requested(self) -> bool:
+                return steps_done(run) >= 5
+
+        stop = Five()
+        stop.signum = signal.SIGTERM
+        yield stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "graceful", stop_after_five)
+        with pytest.raises(Interrupted):
+            stage.run(small_recipe(*LONG), str(toy_cache), run)
+    newest = max((run / "checkpoints").iterdir())
+    os.truncate(newest / "optimizer.safetensors", 100)
+    # a line cut off by the kill, as a full disk or a dying machine leaves it
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    capsys.readouterr()
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    said = capsys.readouterr().err
+    assert "step-00000005 is damaged" in said and "after step 4 of 12" in said
+    assert_same(run, undisturbed)
+
+
+def test_a_curve_that_is_not_the_checkpoints_is_refused(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "graceful", stop_after_one_step)
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                stage.run(small_recipe(*LONG), str(toy_cache), run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(RedpenError, match=r"metrics\.jsonl holds 0 of the 2 steps"):
+        stage.run(small_recipe(*LONG), str(toy_cache), run)
+
+
+def test_tensorboard_shows_each_step_once(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that a kill undid are drawn again; the earlier points are purged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pipeline.train.trainer import Trainer
+
+    run, real = tmp_path / "run", Trainer.update
+
+    def dies_at_five(self: Trainer, batch: object) -> object:
+        if self.step == 5:
+            raise Killed
+        return real(self, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dies_at_five)
+        with pytest.raises(Killed):
+            stage.run(small_recipe(*LONG), str(toy_cache), run)
+    assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
