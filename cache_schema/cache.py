@@ -144,6 +144,8 @@ class Cache:
     ) -> Round:
         """The round of this provenance: the latest (or `index`) where it agrees, a new one where `index` is the next.
 
+        A round that holds nothing yet is made anew rather than refused.
+
         Raises `ProvenanceError` listing the fields in which the round that is there differs.
         """
         if manifest.prompts_sha256 != prompts_sha256(prompts) or manifest.n_prompts != len(prompts):
@@ -153,10 +155,20 @@ class Cache:
         index = (indices[-1] if indices else 0) if index is None else index
         if index in indices:
             existing = self.round(index)
-            _require_same(existing.manifest, manifest, f"cache {self.url} round {index}", "rollouts", following)
+            if existing.manifest.differences(manifest) and not existing.rollouts.commits()["rows"].any():
+                return self._create_round(index, manifest, prompts)  # nothing was sampled yet, so nothing is lost
+            _require_same(
+                existing.manifest,
+                manifest,
+                f"cache {self.url} round {index}",
+                f"start a new round with --round {following}",
+            )
             return existing
         if index != following:
             raise CacheError(f"cache {self.url}: the next round is {following}, got {index}")
+        return self._create_round(index, manifest, prompts)
+
+    def _create_round(self, index: int, manifest: RoundManifest, prompts: Sequence[dict[str, Any]]) -> Round:
         with storage_errors(f"cache {self.url}"):
             rounds = self._root.require_group("rounds")
             # A round exists from the moment its attributes do, so they are written last.
@@ -250,8 +262,15 @@ class Round:
         if name in self.scorer_names():
             existing = self.scores(name)
             assert isinstance(existing.manifest, ScoresManifest)
-            _require_same(existing.manifest, manifest, f"cache {self.cache.url} scores {name!r}", "score", None)
+            if existing.manifest.differences(manifest) and not existing.commits()["rows"].any():
+                return self._create_scores(name, manifest)  # nothing was scored yet, so nothing is lost
+            _require_same(
+                existing.manifest, manifest, f"cache {self.cache.url} scores {name!r}", "name the scorer differently"
+            )
             return existing
+        return self._create_scores(name, manifest)
+
+    def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
         if manifest.role == "teacher":
             student = self.scores(STUDENT).manifest
             assert isinstance(student, ScoresManifest)
@@ -384,15 +403,13 @@ def _attributes(group: zarr.Group) -> dict[str, Any]:
     return value
 
 
-def _require_same(existing: _M, wanted: _M, label: str, command: str, following: int | None) -> None:
+def _require_same(existing: _M, wanted: _M, label: str, remedy: str) -> None:
     differences = existing.differences(wanted)
     if differences:
-        remedy = "use another --cache"
-        if following is not None:
-            remedy += f", or start a new round with --round {following}"
-        else:
-            remedy += ", or another scorer name"
-        raise ProvenanceError(f"{label} was made differently: {'; '.join(differences)}; to {command} this, {remedy}")
+        raise ProvenanceError(
+            f"{label} was made differently: {'; '.join(differences)}; "
+            f"set the recipe back, use another --cache, or {remedy}"
+        )
 
 
 def _round_path(index: int) -> str:

@@ -292,6 +292,16 @@ def test_provenance_differences_are_listed(tmp_path: Path) -> None:
         cache.round(0).start_scores("second", factory.scores_manifest("teacher", candidates=5))
 
 
+def test_a_round_or_scores_without_a_block_are_made_anew(tmp_path: Path) -> None:
+    """A wrong setting that was stopped before its first block does not stand in the way of the right one."""
+    cache, records = cs.create(tmp_path / "c"), factory.prompts(10)
+    cache.start_round(factory.round_manifest(records, temperature=0.3), records)
+    round_ = cache.start_round(factory.round_manifest(records, prompts_per_block=2), records)
+    assert (round_.index, round_.manifest.temperature, round_.n_blocks) == (0, 1.0, 5)
+    round_.start_scores("student", factory.scores_manifest("student", candidates=9))
+    assert round_.start_scores("student", factory.scores_manifest("student")).manifest == factory.scores_manifest()
+
+
 def test_half_created_round_is_created_again(tmp_path: Path) -> None:
     """A kill between the first array of a round and its attributes leaves no round behind."""
     cache = cs.create(tmp_path / "c")
