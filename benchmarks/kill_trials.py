@@ -10,6 +10,7 @@ time, and once more to its end. Compared are the decoded arrays of the caches (c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import shutil
@@ -25,7 +26,7 @@ import numpy as np
 import cache_schema as cs
 
 SETTINGS = (
-    "prompts.limit=256",
+    "prompts.limit=2048",
     "rollouts.prompts_per_block=8",
     "rollouts.batch_size=32",
     "score.tile_tokens=512",
@@ -74,26 +75,37 @@ def undisturbed(stage: str, cache: Path, run: Path) -> tuple[float, float]:
 
 
 def disturbed(stage: str, cache: Path, run: Path, times: tuple[float, float], args: argparse.Namespace) -> list[int]:
-    """Kill the stage `args.kills` times, then let it finish; its progress after each kill."""
+    """Kill the stage `args.kills` times, then let it finish; its progress after each kill.
+
+    A quarter of the kills fall anywhere into start-up. The others wait until this attempt has made some progress, and
+    then for a random share of the time that a kill has of the whole, so that the last ones still find work.
+    """
     rng = random.Random(f"{args.seed} {stage}")
     first, end = times
-    # Each attempt gets a share of the working time, so that the last kills still find work to interrupt; some kills
-    # fall into start-up, as they do in life.
-    share = max((end - first) / args.kills, 0.2)
+    share = (end - first) / args.kills
     reached = []
     for _ in range(args.kills):
-        process = subprocess.Popen(command(stage, cache, run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        try:
-            process.communicate(timeout=max(0.1, first + rng.uniform(-0.3 * first, 2 * share)))
-            reached.append(-1)  # it came to its end before the signal
-        except subprocess.TimeoutExpired:
-            process.send_signal(args.signal)
-            process.communicate()
-            reached.append(progress(stage, cache, run))
+        before = progress(stage, cache, run)
+        process = subprocess.Popen(command(stage, cache, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if rng.random() < 0.25:
+            wait(process, rng.uniform(0, first))
+        else:
+            while process.poll() is None and progress(stage, cache, run) <= before:
+                time.sleep(0.02)
+            wait(process, rng.uniform(0, 1.5 * share))
+        met = process.poll() is None
+        process.send_signal(args.signal)
+        process.wait()
+        reached.append(progress(stage, cache, run) if met else -1)
     finish = subprocess.run(command(stage, cache, run), capture_output=True, text=True)
     if finish.returncode:
         sys.exit(f"{stage} does not finish after the kills:\n{finish.stdout}{finish.stderr}")
     return reached
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 def differing_arrays(a: Path, b: Path) -> list[str]:

@@ -25,6 +25,10 @@ class ModelError(RedpenError):
     """A model or tokenizer cannot be loaded, or does not fit the others."""
 
 
+class ModelNotFoundError(ModelError):
+    """A model is neither on this machine nor to be had from the Hub now."""
+
+
 class Interrupted(BaseException):
     """A requested stop, raised at a safe point. Like KeyboardInterrupt, `except Exception` does not catch it.
 

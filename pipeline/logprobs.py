@@ -31,8 +31,8 @@ LossFn = Callable[[slice, Tensor, Tensor], Tensor]
 
 # Config fields by which architectures multiply (1) or divide (-1) their logits: Cohere, Falcon-H1, Granite.
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-# Columns that elementwise work takes at a time: what stays in a CPU's cache; few kernel launches on a GPU.
-_COLUMNS_CPU, _COLUMNS_GPU = 4096, 65536
+# Columns that elementwise work takes at a time, where it needs a temporary: [n, 16384] instead of another [n, V].
+_COLUMN_BLOCK = 16384
 # Rows whose cumulative distribution is held (in fp64) while candidates are drawn.
 _DRAW_ROWS = 64
 
@@ -541,4 +541,4 @@ def _chunks(total: int, size: int) -> list[slice]:
 
 
 def _column_blocks(z: Tensor) -> list[slice]:
-    return _chunks(z.shape[1], _COLUMNS_CPU if z.device.type == "cpu" else _COLUMNS_GPU)
+    return _chunks(z.shape[1], _COLUMN_BLOCK)

@@ -1,6 +1,4 @@
-"""Models and tokenizers: where they lie, who they are, and how they are loaded. Weights are safetensors,
-nothing else.
-"""
+"""Models and tokenizers: where they lie, who they are, how they are loaded. Weights are safetensors only."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.console import console, say
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, ModelNotFoundError
 from pipeline.provenance import adapter_digest, hub_commit, model_digest, tokenizer_digest, weight_files
 from pipeline.toy import asset_path
 
@@ -33,11 +31,9 @@ if TYPE_CHECKING:
 Attention = Literal["redpen_packed", "sdpa"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What transformers, safetensors and peft raise for a checkpoint that is damaged, of another kind or not
-# supported.
+# What transformers, safetensors and peft raise for a checkpoint that is damaged or unknown to them.
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError)
-# What a model needs from its Hub repository; some repositories hold the same weights in other layouts beside
-# it.
+# What a model needs from its Hub repository, without the same weights in other layouts.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _HUB_DUPLICATES = ["original/*", "onnx/*", "metal/*", "consolidated*"]
 _QUIET_BYTES = 2**30
@@ -76,14 +72,11 @@ def resolve_path(model: str) -> str:
 
 
 def model_directory(cfg: ModelConfig) -> Path:
-    """The directory that holds the model: the path itself, or a snapshot of the Hub repository, downloaded if
-    need be.
+    """Where the model lies: the path itself, or a snapshot of the Hub repository, downloaded if need be.
 
     Raises `ModelError` naming the setting, what was looked for, and the remedy.
     """
-    directory = _directory(
-        resolve_path(cfg.model), cfg.revision, cfg.trust_remote_code, setting(cfg, "model")
-    )
+    directory = _directory(resolve_path(cfg.model), cfg.revision, cfg.trust_remote_code, setting(cfg, "model"))
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             remedy = (
@@ -94,6 +87,19 @@ def model_directory(cfg: ModelConfig) -> Path:
             remedy = "expected a model saved by save_pretrained()"
         raise ModelError(f"{setting(cfg, 'model')} = {cfg.model!r}: no config.json in {directory}; {remedy}")
     return directory
+
+
+def is_here(cfg: ModelConfig) -> bool:
+    """Whether the model can be read without a download."""
+    try:
+        if Path(resolve_path(cfg.model)).expanduser().is_dir():
+            return True
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(cfg.model, revision=cfg.revision, allow_patterns=_HUB_FILES, local_files_only=True)
+        return True
+    except (ModelError, OSError, ValueError):  # not in the Hub's cache, or no Hub id at all
+        return False
 
 
 def adapter_directory(cfg: ModelConfig) -> Path | None:
@@ -125,7 +131,7 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str) ->
         return path
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         found = "this is a file" if path.exists() else "there is no such directory"
-        raise ModelError(f"{label} = {model!r}: {found}; give a model's directory or a Hub id")
+        raise ModelNotFoundError(f"{label} = {model!r}: {found}; give a model's directory or a Hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -135,7 +141,7 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str) ->
         )
     except Exception as error:  # network, authorisation, disk: the Hub client has no common root for them
         at = f" at revision {revision!r}" if revision else ""
-        raise ModelError(
+        raise ModelNotFoundError(
             f"{label} = {model!r}: neither a directory here nor a model of the Hub that can be had now{at} "
             f"({_one_line(error)}); check the name, the network and `hf auth login`, or give a local path"
         ) from error
@@ -184,8 +190,7 @@ def check_same_vocabulary(
     """Refuse a teacher that reads other tokens than the student writes.
 
     Every token of the student must have the same id in the teacher. Sizes say nothing (models pad their
-    vocabularies differently), and tokens that only the teacher has do no harm: they are part of what it gives
-    to others.
+    vocabularies differently), and tokens that only the teacher has do no harm: they belong to its rest.
 
     Raises:
         ModelError: with the number of differing tokens and the first of them.
@@ -194,20 +199,16 @@ def check_same_vocabulary(
     differing = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
     if not differing:
         return
-    shown = ", ".join(
-        f"{token!r} is {index} and {theirs.get(token, 'missing')}" for index, token in differing[:3]
-    )
+    shown = ", ".join(f"{token!r} is {index} and {theirs.get(token, 'missing')}" for index, token in differing[:3])
     raise ModelError(
-        f"{names[1]}: its vocabulary differs from that of {names[0]} in {len(differing):,} of {len(ours):,} tokens "
-        f"({shown}); log-probs of other tokens cannot be compared, choose a teacher with the student's tokenizer"
+        f"{names[1]}: its vocabulary differs from that of {names[0]} in {len(differing):,} of {len(ours):,} "
+        f"tokens ({shown}); log-probs of other tokens cannot be compared, choose a teacher with "
+        "the student's tokenizer"
     )
 
 
-def stop_token_ids(
-    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutsConfig
-) -> tuple[int, ...]:
-    """Ids that end a response: `rollouts.stop_token_ids`, or every EOS id that the model and the tokenizer
-    name.
+def stop_token_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutsConfig) -> tuple[int, ...]:
+    """Ids that end a response: `rollouts.stop_token_ids`, or every EOS id that model and tokenizer name.
 
     Raises `ModelError` where nothing names one: responses would never end.
     """
@@ -248,9 +249,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
             directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-            raise ValueError(
-                "it has no vocabulary"
-            )  # what transformers makes of a model without tokenizer files
+            raise ValueError("it has no vocabulary")  # what transformers makes of a model without tokenizer files
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"{setting(cfg, 'model')} = {cfg.model!r}: its tokenizer cannot be loaded ({_one_line(error)}); "
@@ -269,7 +268,7 @@ def load_model(
         trainable: let the adapter require gradients; otherwise nothing does.
 
     Raises:
-        ModelError: not found, not a causal language model, weights missing or damaged, out of memory.
+        ModelError: not found, not a causal language model, weights missing or damaged.
     """
     started = time.perf_counter()
     if attention == "redpen_packed":
@@ -295,6 +294,8 @@ def load_model(
             raise ValueError(f"{len(missing)} weights are missing from its files, the first is {missing[0]}")
         if cfg.adapter is not None:
             model = _with_adapter(model, cfg, trainable)
+    except torch.OutOfMemoryError:
+        raise
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
@@ -315,9 +316,7 @@ def load_model(
 def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
     directory = model_directory(cfg)
     try:
-        return AutoConfig.from_pretrained(
-            directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
-        )
+        return AutoConfig.from_pretrained(directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True)
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"{setting(cfg, 'model')} = {cfg.model!r}: its config.json cannot be used ({_one_line(error)})"
@@ -330,9 +329,7 @@ def _with_adapter(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> 
     directory = adapter_directory(cfg)
     assert directory is not None
     if not (directory / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read"
-        )
+        raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)

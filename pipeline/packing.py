@@ -285,17 +285,21 @@ def register_packed_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, _packed_mask)
 
 
-def _packed_mask(
-    *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor | None:
+def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """None for whole, unpadded sequences, of which `packed_attention` knows the rest; else SDPA's mask."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None and q_length == kv_length:
+        config = kwargs.get("config")
+        chunk = getattr(config, "attention_chunk_size", None)
+        if kwargs.get("use_vmap") or (chunk and kwargs.get("local_size") == chunk < q_length):
+            raise ModelError(
+                f"{getattr(config, 'model_type', 'model')}: expected causal or sliding-window attention, got a mask "
+                "of its own (chunked, or partly bidirectional), which redpen's packed attention does not have"
+            )
         return None
     kwargs["allow_is_causal_skip"] = False
-    mask: Tensor = sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
-    return mask
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -332,12 +336,15 @@ def packed_attention(
     price of working that out in every layer.
 
     Raises:
-        ModelError: attention sinks or a position bias, which no path here has, or a mask for packed rollouts.
+        ModelError: attention of a kind that no path here has (sinks, position bias, not causal), or a mask beside
+            packed rollouts.
     """
-    if s_aux is not None or kwargs.get("position_bias") is not None:
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if s_aux is not None or kwargs.get("position_bias") is not None or not causal:
         raise ModelError(
-            f"{type(module).__name__}: expected plain, windowed or soft-capped attention, got attention sinks or a "
-            "position bias, which redpen's packed attention does not have"
+            f"{type(module).__name__}: expected causal attention, plain, windowed or soft-capped, got attention "
+            "sinks, a position bias or bidirectional attention, which redpen's packed attention does not have"
         )
     settings = _Settings(scaling, dropout, sliding_window, softcap)
     if pack_plan is None:

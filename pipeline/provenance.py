@@ -43,9 +43,7 @@ def adapter_digest(directory: Path) -> str:
     config = _semantic(read_json(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ModelError(
-            f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read"
-        )
+        raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
     # peft writes target_modules as the list of a set, in any order
     config = {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
     return _digest({"config": config, "weights": _contents([weights])})
@@ -88,9 +86,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     for file in files:
         if not file.is_file():
-            raise ModelError(
-                f"{file}: named by {index.name}, but not there; download or copy the model again"
-            )
+            raise ModelError(f"{file}: named by {index.name}, but not there; download or copy the model again")
     return files
 
 

@@ -39,7 +39,7 @@ class _LargestOutput(TorchDispatchMode):
 
 @contextmanager
 def largest_output() -> Iterator[_LargestOutput]:
-    """Everything inside is watched; `.numel` is the element count of the largest tensor that came out of an operation."""
+    """Everything inside is watched; `.numel` is that of the largest tensor that came out of an operation."""
     with _LargestOutput() as mode:
         yield mode
 

@@ -108,8 +108,8 @@ def test_advantage_is_clipped_and_carries_no_gradient() -> None:
 
 
 def expected_gradient(scores: Tensor, sampler_logprobs: Tensor, loss_of_token) -> Tensor:
-    """Gradient of the expected per-token loss, every token of every row enumerated under the sampler's probability."""
     """Gradient of the expected loss: every token of every row, weighted by the probability that it is sampled."""
+    student = scores.log_softmax(1)
     total = scores.new_zeros(())
     for token in range(V):
         chosen = torch.full((len(scores),), token)

@@ -45,9 +45,7 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_a_copy_saved_by_other_software_is_the_same_model(student_copy: Path) -> None:
     before = identity(student_copy)
-    edit(
-        student_copy / "config.json", transformers_version="4.0.0", _name_or_path="elsewhere", use_cache=False
-    )
+    edit(student_copy / "config.json", transformers_version="4.0.0", _name_or_path="elsewhere", use_cache=False)
     assert identity(student_copy) == before == identity(asset_path("student"))
 
 
@@ -74,9 +72,7 @@ def test_shards_are_read_through_the_index_and_one_that_is_missing_is_named(stud
     loaded = models.load_model(ModelConfig(model=str(student_copy), dtype="float32"))
     assert torch.equal(loaded.lm_head.weight, weights["lm_head.weight"])
     (student_copy / "b.safetensors").unlink()
-    with pytest.raises(
-        ModelError, match=r"b\.safetensors: named by model\.safetensors\.index\.json, but not there"
-    ):
+    with pytest.raises(ModelError, match=r"b\.safetensors: named by model\.safetensors\.index\.json, but not there"):
         identity(student_copy)
 
 
@@ -118,9 +114,7 @@ def test_swapped_tokens_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     other = AutoTokenizer.from_pretrained(tmp_path)
-    message = (
-        r"B: its vocabulary differs from that of A in 2 of 259 tokens \('1' is 49 and 50, '2' is 50 and 49\)"
-    )
+    message = r"B: its vocabulary differs from that of A in 2 of 259 tokens \('1' is 49 and 50, '2' is 50 and 49\)"
     with pytest.raises(ModelError, match=message):
         models.check_same_vocabulary(tokenizer, other, ("A", "B"))
 
@@ -236,15 +230,11 @@ def test_a_model_that_cannot_be_had_is_named_with_its_setting(
         ModelConfig(model=str(tmp_path / "missing")): r"student\.model = .*: there is no such directory",
         ModelConfig(model=str(tmp_path / "file")): r"student\.model = .*: this is a file",
         ModelConfig(model="toy:pupil"): r"toy:pupil.* expected one of student, teacher",
-        TeacherConfig(
-            model="nobody/nothing", revision="v2"
-        ): r"teacher\.model = 'nobody/nothing': neither .*'v2'",
+        TeacherConfig(model="nobody/nothing", revision="v2"): r"teacher\.model = 'nobody/nothing': neither .*'v2'",
         TeacherConfig(
             model="./missing", name="big"
         ): r"teacher\.big\.model = './missing': there is no such directory",
-        ModelConfig(
-            model="toy:student", adapter=str(tmp_path)
-        ): r"student\.adapter = .*: no adapter_config\.json",
+        ModelConfig(model="toy:student", adapter=str(tmp_path)): r"student\.adapter = .*: no adapter_config\.json",
     }
     for cfg, message in cases.items():
         with pytest.raises(ModelError, match=message) as error:
@@ -292,9 +282,7 @@ def test_adapters_are_applied_trained_and_told_apart(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    shape = dict(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     other = LlamaForCausalLM(LlamaConfig(**shape))
     get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="student") as error:

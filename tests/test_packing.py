@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -176,6 +177,13 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     sinks = GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(ModelError, match="attention sinks"):
         packed_hidden(random_model(sinks), packed)
+    chunked = Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
+    )
+    with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
+        packed_hidden(random_model(chunked), packed)
+    with pytest.raises(ModelError, match="bidirectional"):
+        attend(random_qkv(10), lengths=(4, 6), is_causal=False)
     with pytest.raises(ModelError, match="attention_mask: expected none"):
         attend(random_qkv(10), lengths=(4, 6), attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -62,9 +63,7 @@ def tiny(family: str = "qwen3") -> PreTrainedModel:
     torch.manual_seed(1)
     model = cls(config(**(SHAPE | extra | attention))).eval()
     # none of this may have a part in sampling
-    model.generation_config = GenerationConfig(
-        do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0
-    )
+    model.generation_config = GenerationConfig(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
     return model
 
 
@@ -161,16 +160,28 @@ def test_tokens_come_as_often_as_they_should() -> None:
         expected = np.append(expected[large], expected[~large].sum())
         chi_square = ((observed - expected) ** 2 / expected).sum()
         freedom = len(observed) - 1
-        assert chi_square < freedom + 4 * np.sqrt(
-            2 * freedom
-        )  # about 1 in 10,000 under the right distribution
+        assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # about 1 in 10,000 under the right distribution
+
+
+def test_an_adapter_takes_part() -> None:
+    base, block = tiny(), prompt_block()
+    torch.manual_seed(2)
+    adapted = get_peft_model(
+        tiny(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).eval()
+    rollouts = TransformersSampler(adapted, sampling()).sample_block(block)
+    assert not same(rollouts, TransformersSampler(base, sampling()).sample_block(block))
+    merged = adapted.merge_and_unload()
+    for row in range(rollouts.n_rows):
+        response = rollouts.response(row)
+        expected = processed_logprobs(oracle_logits(merged, rollouts.prompt(row), response), 1.0, 1.0)
+        got = rollouts.rollout_logprobs[rollouts.response_slice(row)]
+        np.testing.assert_allclose(got, expected[np.arange(len(response)), response], atol=1e-4)
 
 
 def test_greedy_is_the_likeliest_token_with_certainty() -> None:
     model, block = tiny(), prompt_block()
-    rollouts = TransformersSampler(model, sampling(temperature=0.0, rollouts_per_prompt=1)).sample_block(
-        block
-    )
+    rollouts = TransformersSampler(model, sampling(temperature=0.0, rollouts_per_prompt=1)).sample_block(block)
     assert not rollouts.rollout_logprobs.any()
     for row in range(rollouts.n_rows):
         logits = oracle_logits(model, rollouts.prompt(row), rollouts.response(row))
@@ -193,14 +204,10 @@ def test_a_rollout_depends_on_its_prompt_and_key_alone() -> None:
     model, block = tiny(), prompt_block()
     reference = TransformersSampler(model, sampling(), batch_size=256).sample_block(block)
     for batch_size in (1, 3, 8):
-        assert same(
-            TransformersSampler(model, sampling(), batch_size=batch_size).sample_block(block), reference
-        )
+        assert same(TransformersSampler(model, sampling(), batch_size=batch_size).sample_block(block), reference)
     alone = TransformersSampler(model, sampling()).sample_block(PromptBlock(0, block.prompts[2:3]))
     rows = np.flatnonzero(reference.row_prompt == 2)
-    assert [alone.response(i).tolist() for i in range(5)] == [
-        reference.response(row).tolist() for row in rows
-    ]
+    assert [alone.response(i).tolist() for i in range(5)] == [reference.response(row).tolist() for row in rows]
 
     responses = {tuple(reference.response(row)) for row in rows}
     assert len(responses) == len(rows)  # samples of one prompt differ
@@ -247,9 +254,7 @@ def test_progress_counts_every_rollout_and_token_and_can_stop_it() -> None:
     def count(rollouts: int, tokens: int) -> None:
         counted[:] += rollouts, tokens
 
-    rollouts = TransformersSampler(tiny(), sampling(), batch_size=7, on_step=count).sample_block(
-        prompt_block()
-    )
+    rollouts = TransformersSampler(tiny(), sampling(), batch_size=7, on_step=count).sample_block(prompt_block())
     assert counted.tolist() == [rollouts.n_rows, rollouts.n_tokens]
 
     def refuse(rollouts: int, tokens: int) -> None:
@@ -272,9 +277,7 @@ def test_the_stage_fills_a_round_once(
     url = str(tmp_path / "toy.zarr")
     assert stage.run(recipe(), url) == 0
     out = capsys.readouterr().out
-    assert (
-        "12 prompts x 4" in out and "rollouts/s" in out and f"next: redpen score RECIPE --cache {url}" in out
-    )
+    assert "12 prompts x 4" in out and "rollouts/s" in out and f"next: redpen score RECIPE --cache {url}" in out
     cache = cs.open(url)
     round_ = cache.round()
     assert round_.rollouts.committed().all() and round_.n_blocks == 3 and not list(cs.verify(cache))
@@ -310,10 +313,7 @@ def test_another_setting_is_another_round(tmp_path: Path) -> None:
 def test_cut_responses_are_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage.run(recipe("prompts.limit=4", "rollouts.max_response_tokens=3"), str(tmp_path / "toy.zarr"))
     out, err = capsys.readouterr()
-    assert (
-        "100.0% cut at 3" in out
-        and "100% of the responses were cut at rollouts.max_response_tokens = 3" in err
-    )
+    assert "100.0% cut at 3" in out and "100% of the responses were cut at rollouts.max_response_tokens = 3" in err
 
 
 @pytest.mark.parametrize(
@@ -335,9 +335,7 @@ def test_what_does_not_fit_the_student_is_refused_before_it_starts(
 
 
 def test_a_full_disk_is_noticed_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 5000, 5000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 5000, 5000))
     with pytest.raises(
         cs.StorageError, match=r"at full length, may need 13\.5 KiB, 4\.9 KiB are free; free some space"
     ):

@@ -121,9 +121,7 @@ def test_the_teacher_is_read_at_the_students_candidates(scored: Path) -> None:
     assert scores.candidate_ids is None and scores.sampling_logprobs is None
 
 
-def test_a_student_that_teaches_itself_has_nothing_to_say(
-    fresh: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_that_teaches_itself_has_nothing_to_say(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage.run(recipe("teacher.model=toy:student"), str(fresh))
     round_ = cs.open(fresh).round()
     for block in range(round_.n_blocks):
@@ -200,9 +198,7 @@ def test_logits_never_exist_for_more_than_a_chunk_of_rows() -> None:
     heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=8)
     config = Qwen3Config(**shape, **heads, attn_implementation="redpen_packed")
     rng = np.random.default_rng(0)
-    rows = [
-        cs.RolloutRow(0, i, rng.integers(0, vocab, 50), np.zeros(50), cs.FINISH_LENGTH) for i in range(10)
-    ]
+    rows = [cs.RolloutRow(0, i, rng.integers(0, vocab, 50), np.zeros(50), cs.FINISH_LENGTH) for i in range(10)]
     rollouts = cs.RolloutBlock.from_rows([(0, rng.integers(0, vocab, 5))], rows)
     for kind in ("topk", "sampled"):
         options = ScoreOptions(candidate_kind=kind, rows_per_chunk=chunk, topk=4, sampling_temperature=0.7)
@@ -259,6 +255,20 @@ def test_teachers_are_added_one_by_one(fresh: Path) -> None:
         stage.run(two, str(fresh), only="third")
 
 
+def test_a_finished_cache_does_not_ask_for_its_teacher_again(
+    fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = Path(shutil.copytree(asset_path("teacher"), tmp_path / "teacher"))
+    stage.run(recipe(f"teacher.model={teacher}"), str(fresh))
+    shutil.rmtree(teacher)
+    models._directory.cache_clear()  # the next command is another process
+    capsys.readouterr()
+    assert stage.run(recipe(f"teacher.model={teacher}"), str(fresh)) == 0
+    assert f"taken as it is: {teacher} is not on this machine" in capsys.readouterr().out
+    with pytest.raises(ModelError, match="no such directory"):
+        stage.run(recipe(f"teacher.model={teacher}2"), str(fresh))
+
+
 def test_half_a_cache_is_scored_as_far_as_it_goes(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cs.open(fresh, writable=True).round().rollouts.uncommit(1)
     assert stage.run(recipe(), str(fresh)) == 0
@@ -284,9 +294,7 @@ def test_a_resampled_block_is_scored_again(fresh: Path) -> None:
     assert cs.open(fresh).round().scores("teacher").committed().all()
 
 
-def test_greedy_rollouts_are_scored_at_temperature_1(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_greedy_rollouts_are_scored_at_temperature_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = recipe("rollouts.temperature=0", "rollouts.rollouts_per_prompt=1", "prompts.limit=4")
     rollouts_stage.run(settings, str(tmp_path / "toy.zarr"))
     stage.run(settings, str(tmp_path / "toy.zarr"), only="student")

@@ -35,9 +35,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("undisturbed") / "toy.zarr"
+    """A finished cache, made on one thread as by the processes here: other thread counts, other last bits."""
+    path, threads = tmp_path_factory.mktemp("undisturbed") / "toy.zarr", torch.get_num_threads()
+    torch.set_num_threads(1)
     rollouts_stage.run(load_recipe("toy", SETTINGS), str(path))
     score_stage.run(load_recipe("toy", SETTINGS), str(path))
+    torch.set_num_threads(threads)
     return path
 
 
@@ -46,8 +49,7 @@ def start(command: str, cache: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", command, "toy", "--cache", str(cache), *overrides],
         cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # other thread counts, other last bits
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -155,8 +157,7 @@ def test_a_second_process_is_told_who_holds_the_cache(tmp_path: Path) -> None:
         assert second.returncode == 1 and out == ""
         line = err.splitlines()[-1]
         assert (
-            line.startswith(f"redpen: cache {cache} is being written by `redpen rollouts")
-            and f"{first.pid}" in line
+            line.startswith(f"redpen: cache {cache} is being written by `redpen rollouts") and f"{first.pid}" in line
         )
     finally:
         first.kill()

@@ -55,8 +55,9 @@ def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
     longest = max(len(ids) for ids in prompts)
     if facts.context is not None and longest + settings.max_response_tokens > facts.context:
         raise ConfigError(
-            f"rollouts.max_response_tokens: expected at most {facts.context - longest} (the student's context "
-            f"of {facts.context} tokens less the longest prompt's {longest}), got {settings.max_response_tokens}"
+            f"rollouts.max_response_tokens: expected at most {facts.context - longest} (the student's "
+            f"context of {facts.context} tokens less the longest prompt's {longest}), "
+            f"got {settings.max_response_tokens}"
         )
     manifest = cs.RoundManifest(
         student=models.model_identity(recipe.student),
@@ -91,9 +92,7 @@ def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
         committed = round_.n_blocks - len(pending)
         if committed:
             say(f"rollouts: {committed} of {round_.n_blocks} blocks are there already")
-        blocks = [
-            PromptBlock(int(b), [(i, prompts[i]) for i in round_.block_prompts(int(b))]) for b in pending
-        ]
+        blocks = [PromptBlock(int(b), [(i, prompts[i]) for i in round_.block_prompts(int(b))]) for b in pending]
         n_pending = sum(len(block.prompts) for block in blocks) * settings.rollouts_per_prompt
         total = manifest.n_prompts * settings.rollouts_per_prompt
         at_most = n_pending * settings.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
@@ -110,9 +109,7 @@ def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
                 bar.advance(n_ended, note=f"{tokens_sampled / (time.perf_counter() - started):,.0f} tokens/s")
 
             sampling = Sampling.of(manifest, round_.index)
-            sampler: Sampler = TransformersSampler(
-                model, sampling, batch_size=settings.batch_size, on_step=on_step
-            )
+            sampler: Sampler = TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=on_step)
             for block, rollouts, seconds in sampler.sample(blocks):
                 round_.rollouts.write(block, rollouts, elapsed_seconds=seconds)
                 committed += 1
@@ -139,6 +136,6 @@ def _summary(round_: cs.Round) -> str:
         )
     return (
         f"{round_.n_prompts:,} prompts x {round_.manifest.rollouts_per_prompt} in {round_.cache.url} "
-        f"round {round_.index}, {length.sum():,} tokens, mean length {length.mean():.1f}, {cut:.1%} cut at {limit}, "
-        f"mean log-prob {logprobs.mean(dtype=np.float64):.4g}"
+        f"round {round_.index}, {length.sum():,} tokens, mean length {length.mean():.1f}, "
+        f"{cut:.1%} cut at {limit}, mean log-prob {logprobs.mean(dtype=np.float64):.4g}"
     )

@@ -1,5 +1,4 @@
-"""Sampling with a transformers model: one block at a time, so that a block's rollouts depend on nothing but
-the block.
+"""Sampling with a transformers model, one block at a time: its rollouts depend on nothing but the block.
 
 Shapes: B rollouts decoded together, S prompt tokens (padded on the left), V vocabulary.
 
@@ -72,7 +71,6 @@ class TransformersSampler:
         self._body, self._head = decoder_body(model), Head.of(model)
         self._device = self._head.weight_VD.device
         self._sampling, self._batch_size, self._on_step = sampling, batch_size, on_step
-        self._stop = torch.tensor(sampling.stop_token_ids, device=self._device)
 
     def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]:
         for block in blocks:
@@ -152,18 +150,18 @@ class TransformersSampler:
 
         Returns the hidden row of every rollout's last prompt token [B, D] and the attention mask [B, S].
         """
-        prompts = list(dict.fromkeys(rollout.prompt for rollout in rollouts))
-        sequences = [block.prompts[prompt][1] for prompt in prompts]
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in rollouts))}
+        sequences = [block.prompts[prompt][1] for prompt in row_of]
         longest = max(len(ids) for ids in sequences)
-        ids_PS = np.zeros((len(prompts), longest), np.int64)
-        mask_PS = np.zeros((len(prompts), longest), np.int64)
+        ids_PS = np.zeros((len(sequences), longest), np.int64)
+        mask_PS = np.zeros((len(sequences), longest), np.int64)
         for row, ids in enumerate(sequences):
             ids_PS[row, longest - len(ids) :] = ids
             mask_PS[row, longest - len(ids) :] = 1
         mask = torch.from_numpy(mask_PS).to(self._device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden_PD = self._forward(torch.from_numpy(ids_PS).to(self._device), mask, positions, cache)
-        prompt_of = torch.tensor([prompts.index(rollout.prompt) for rollout in rollouts], device=self._device)
+        prompt_of = torch.tensor([row_of[rollout.prompt] for rollout in rollouts], device=self._device)
         cache.reorder_cache(prompt_of)
         return hidden_PD[prompt_of], mask[prompt_of]
 

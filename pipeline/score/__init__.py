@@ -26,9 +26,8 @@ class ScoreOptions:
         candidate_kind: "topk" or "sampled" (see `pipeline.logprobs.score_rows`).
         sampling_temperature: also the token's log-prob at this temperature.
         topk: also the model's own likeliest tokens, this many.
-        tile_tokens: prompt and response tokens in one forward. Packing moves the last bits, so it is
-            provenance.
-        rows_per_chunk: positions whose logits exist at the same time; changes no value.
+        tile_tokens: prompt and response tokens in one forward. It moves the last bits, so it is provenance.
+        rows_per_chunk: positions whose logits exist at the same time.
     """
 
     candidates: int = 8
@@ -44,8 +43,7 @@ class TokenBatch:
     """Rollouts of one or more blocks, to be read.
 
     Attributes:
-        blocks: the rollouts. A tile of the forward never spans two, so what is found does not depend on the
-            batch.
+        blocks: the rollouts. A tile of the forward never spans two, so scores do not depend on the batch.
         candidate_ids: i4 [T, K] over all blocks, or None to choose candidates.
         keys: integers that name each block, for drawing candidates.
     """
@@ -72,8 +70,7 @@ class Scorer(Protocol):
     """Reads tokens, [T] end to end in the order of the batch.
 
     Attributes:
-        batch_tokens: response tokens that a batch should hold to keep the scorer busy; blocks are never
-            split.
+        batch_tokens: response tokens in a batch that keep the scorer busy. The stage never splits a block.
     """
 
     batch_tokens: int

@@ -6,17 +6,16 @@ At every response position, with p the model's next-token distribution at temper
     rest_logprob = log sum_{v not in C} p(v)
 
 The student comes first: by the forward that training uses, never the sampler's, since samplers differ from
-trainers in the last bits and, under top-p or temperature, in kind. It brings C: the sampled token and its K -
-1 likeliest others (or draws of its own). It also gives `sampling_logprobs`, the same forward at the sampling
-temperature; its distance to `rollout_logprobs` is the gap between sampler and trainer. Then each teacher is
-read at the same C. One model is in memory at a time. [T, V] never exists: the head runs over
-`score.rows_per_chunk` response rows.
+trainers in the last bits and, under top-p or temperature, in kind. It brings C: the sampled token and its
+likeliest others (or draws of its own), K in all. It also gives `sampling_logprobs`, the same forward at the
+sampling temperature; its distance to `rollout_logprobs` is the gap between sampler and trainer. Then each
+teacher is read at the same C. One model is in memory at a time, and [T, V] never exists: the head runs over
+`score.rows_per_chunk` response rows at a time.
 
 Rollouts are packed into tiles whose members follow from their block alone, and a block is committed when it
 is whole, so neither a kill nor its place in a batch moves a bit.
 
-Departure from the source: it keeps the student's log-probs from sampling; here they are recomputed, with
-candidates.
+Departure from the source: it trains on the sampler's log-probs; here the student's are computed again.
 
     redpen score RECIPE --cache CACHE [--only NAME]
     python -m pipeline score RECIPE --cache CACHE
@@ -65,8 +64,7 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
 
     Raises:
         ConfigError: `only` names no scorer. ModelError: a model cannot be had, or reads another vocabulary.
-        CacheError: not a cache, no rollouts, another student's, made otherwise, locked, or its disk is too
-            small.
+        CacheError: not a cache, no rollouts, another student's, made otherwise, locked, no disk space left.
     """
     scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
     if only is not None and only not in scorers:
@@ -99,6 +97,10 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
 def _score(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> None:
     """Bring one scorer's blocks up to date and print what it thinks."""
     is_student = name == cs.STUDENT
+    if not is_student and _is_complete(round_, name, cfg) and not models.is_here(cfg):
+        # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
+        print(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
+        return
     facts = models.model_facts(cfg)
     manifest = _manifest(recipe, round_, name, cfg, facts)
     group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
@@ -153,12 +155,20 @@ def _score(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Non
     )
 
 
+def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
+    """Whether every block is scored by a model of this name."""
+    if name not in round_.scorer_names():
+        return False
+    group = round_.scores(name)
+    assert isinstance(group.manifest, cs.ScoresManifest)
+    cached = group.manifest.model
+    return cached.name == cfg.model and cfg.revision in (None, cached.revision) and bool(group.committed().all())
+
+
 def _manifest(
     recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig, facts: models.ModelFacts
 ) -> cs.ScoresManifest:
-    """Who scores how; refuses a student that did not sample the round and a teacher that reads other
-    tokens.
-    """
+    """Who scores how. Refuses a student that did not sample the round, a teacher that reads other tokens."""
     sampled, is_student = round_.manifest, name == cs.STUDENT
     tokenizer = models.load_tokenizer(cfg)
     tokenizer_identity, identity = models.tokenizer_identity(tokenizer, cfg.model), models.model_identity(cfg)
@@ -222,8 +232,8 @@ def _require_context(round_: cs.Round, blocks: IntArray, cfg: ModelConfig, facts
         longest = int((rows["prompt_length"][rows["row_prompt"]] + rows["response_length"]).max())
         if longest > facts.context:
             raise ModelError(
-                f"{models.setting(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, a rollout "
-                f"of block {block} has {longest}; choose a model with a longer context"
+                f"{models.setting(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, "
+                f"a rollout of block {block} has {longest}; choose a model with a longer context"
             )
 
 
@@ -233,9 +243,7 @@ def _check_packing(model: PreTrainedModel, rollouts: cs.RolloutBlock, manifest: 
     shortest = np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS]
     tolerance = PACKING_TOLERANCE.get(manifest.dtype, 1e-4)
     difference = check_packing(model, *sequences(rollouts, shortest.tolist()), tolerance)
-    say(
-        f"packing: log-probs packed and alone differ by up to {difference:.1e} nats (accepted: {tolerance:g})"
-    )
+    say(f"packing: log-probs packed and alone differ by up to {difference:.1e} nats (accepted: {tolerance:g})")
 
 
 def _batches(blocks: IntArray, n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:
@@ -254,9 +262,7 @@ def _read(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> Toke
     candidate_ids = None
     if with_candidates:
         student = round_.scores(cs.STUDENT)
-        candidate_ids = np.concatenate(
-            [student.read_arrays(b, ["candidate_ids"])["candidate_ids"] for b in blocks]
-        )
+        candidate_ids = np.concatenate([student.read_arrays(b, ["candidate_ids"])["candidate_ids"] for b in blocks])
     return TokenBatch(
         blocks=tuple(round_.rollouts.read(block) for block in blocks),
         candidate_ids=candidate_ids,
@@ -265,9 +271,7 @@ def _read(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> Toke
 
 
 def _summary(round_: cs.Round, name: str) -> str:
-    """Means over the trained tokens that are scored, in nats: what the scorer thinks, and how far it is from
-    another.
-    """
+    """Means over the scored and trained tokens, nats: what the scorer thinks, and its distance to others."""
     sampled, is_student = round_.manifest, name == cs.STUDENT
     group, student = round_.scores(name), round_.scores(cs.STUDENT)
     logprobs, entropy, distance = [], [], []
