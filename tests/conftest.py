@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 
 from pipeline.config import Recipe, load_recipe
 
+# Read when torch is first imported: threads that wait must not spin while other work wants the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 #: 24 prompts x 4 rollouts in 6 blocks, 6 steps an epoch, several micro-batches a step
 SMALL = (
     "prompts.limit=24",
     "rollouts.prompts_per_block=4",
     "train.prompts_per_step=4",
-    "train.tokens_per_microbatch=200",
+    "train.tokens_per_microbatch=100",
     "train.shuffle_window_blocks=3",
     "train.checkpoint_every=2",
     "train.lora_rank=4",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cache_factory as factory
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache_factory as factory
 import cache_schema as cs
 from pipeline.train import replay
 from pipeline.train.replay import Order, Replay, deal, pack_rows
@@ -104,7 +104,7 @@ def test_every_rank_gets_as_many_packs(n_packs: int, world: int) -> None:
     assert all(len(mine) == -(-n_packs // world) for mine in dealt)
 
 
-# -- from a cache -----------------------------------------------------------------------------------------------------
+# -- from a cache -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,7 @@ def test_columns_are_those_of_the_cache(round_: cs.Round) -> None:
         np.testing.assert_array_equal(
             rollout.token_ids, np.concatenate([cached.prompt(rollout.row), cached.response(rollout.row)])
         )
-        np.testing.assert_array_equal(
-            rollout.column("teacher/candidate_logprobs"), teacher.candidate_logprobs[where]
-        )
+        np.testing.assert_array_equal(rollout.column("teacher/candidate_logprobs"), teacher.candidate_logprobs[where])
         assert rollout.n_tokens == len(rollout.token_ids)
 
 
@@ -153,7 +151,9 @@ def test_the_global_batch_does_not_depend_on_budget_or_ranks(
     shares = [batch.micro_batches(budget, rank, world) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     counted = [m for share in shares for m in share if m.counts]
-    assert sorted(rows_of(tuple(r for m in counted for r in m.rollouts))) == sorted(rows_of(batch.rollouts))
+    dealt = [(r, n) for m in counted for r, n in zip(m.rollouts, m.copies, strict=True)]
+    assert sorted(rows_of(tuple(r for r, _ in dealt))) == sorted(rows_of(tuple(r for r, _ in batch.distinct)))
+    assert sum(n for _, n in dealt) == len(batch.rollouts)
     padding = [m for share in shares for m in share if not m.counts]
     assert all(len(m.rollouts) == 1 and not m.weights.any() for m in padding)
     assert sum(float(m.weights.sum()) for m in counted) == batch.n_tokens
@@ -171,6 +171,34 @@ def test_tokens_that_are_not_trained_weigh_nothing(tmp_path: Path) -> None:
     student.write(0, factory.score_block(student.manifest, block, rng))
     batch = Replay(round_, {"student": ("logprobs",)}, order_of(round_, 4)).batch(0)
     assert batch.n_tokens == block.trained.sum()
+
+
+def test_equal_rollouts_are_read_once_and_weigh_as_often_as_they_occur(tmp_path: Path) -> None:
+    """Equal where they teach the same: drawn candidates that differ keep two rollouts apart."""
+    round_ = factory.filled(tmp_path / "c.zarr", n_prompts=4).round()
+    block = round_.rollouts.read(0)
+    ids, trained = np.arange(8, 13), np.array([1, 1, 0, 1, 1])
+    rows = [
+        cs.RolloutRow(p, s, ids + (p == 1 and s == 2), -np.ones(5), 1, trained) for p in range(4) for s in range(3)
+    ]
+    prompts = [(i, block.prompt_ids(i)) for i in range(4)]
+    round_.rollouts.write(0, cs.RolloutBlock.from_rows(prompts, rows))
+    student = round_.scores("student")
+    assert isinstance(student.manifest, cs.ScoresManifest)
+    scores = factory.score_block(student.manifest, round_.rollouts.read(0), np.random.default_rng(0))
+    assert scores.candidate_ids is not None
+    scores.candidate_ids[:] = scores.candidate_ids[:, :1] + np.arange(4)
+    scores.candidate_ids[-1, 1:] = [1, 2, 3]  # last token of the last prompt's last sample
+    student.write(0, scores)
+
+    order = Order(4, 4, 4, 1, seed=0)
+    batch = Replay(round_, {"student": ("candidate_ids",)}, order).batch(0)
+    by_prompt = {p: sorted(n for r, n in batch.distinct if r.prompt_index == p) for p in range(4)}
+    assert by_prompt == {0: [3], 1: [1, 2], 2: [3], 3: [1, 2]}
+    (micro_batch,) = batch.micro_batches(1000)
+    assert micro_batch.weights.sum() == batch.n_tokens == 12 * 4
+    assert micro_batch.copies_T.sum() == 12 * 5
+    assert set(micro_batch.weights[micro_batch.copies_T == 3]) == {0, 3}
 
 
 def test_batches_read_ahead_are_those_read_alone(round_: cs.Round) -> None:

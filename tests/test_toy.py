@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,29 @@ def test_tokenizer_round_trips_any_text(name: str) -> None:
         [{"role": "user", "content": "1+1*1="}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|im_start|>user\n1+1*1=<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_shipped_tokenizer_is_the_built_one(tmp_path: Path) -> None:
+    from pipeline.toy.build import build_tokenizer
+
+    build_tokenizer().save_pretrained(tmp_path)
+    for name in ("student", "teacher"):
+        built = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+        assert json.loads((asset_path(name) / "tokenizer.json").read_text(encoding="utf-8")) == built
+
+
+def test_encoded_rows_label_the_response_and_its_end() -> None:
+    from pipeline.toy.build import END_OF_TEXT_ID, IGNORED, ROW_TOKENS, encode
+
+    problems = [world.Problem(10, 1, 1), world.Problem(999, 5, 5), world.Problem(487, 3, 5)]
+    ids, labels = encode(problems, world.misconception)
+    assert ids.shape == labels.shape == (3, ROW_TOKENS)
+    for problem, row, row_labels in zip(problems, ids.tolist(), labels.tolist(), strict=True):
+        prompt, response = problem.prompt.encode(), world.misconception(problem)[0].encode()
+        text = [*prompt, *response]
+        assert row == text + [END_OF_TEXT_ID] * (ROW_TOKENS - len(text))
+        wanted = [IGNORED] * len(prompt) + [*response, END_OF_TEXT_ID]
+        assert row_labels == wanted + [IGNORED] * (ROW_TOKENS - len(wanted))
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("teacher", 0.95, 1.0), ("student", 0.50, 0.66)])

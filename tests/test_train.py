@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cache_factory as factory
 import numpy as np
 import peft
 import pytest
@@ -15,7 +16,6 @@ import torch
 import transformers
 from conftest import make_cache, small_recipe, tree_digest
 
-import cache_factory as factory
 import cache_schema as cs
 import pipeline.score.stage
 from pipeline import models
@@ -61,7 +61,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-# -- the gradient -----------------------------------------------------------------------------------------------------
+# -- the gradient -------------------------------------------------------------------------------------------------
 
 
 def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
@@ -82,7 +82,10 @@ def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
             teacher_rest = torch.from_numpy(rollout.column("teacher/rest_logprob"))
             total = total + (student.exp() * (student - teacher)).sum() + (rest.exp() * (rest - teacher_rest)).sum()
         else:
-            sampled, old = logp.gather(1, candidates[:, :1])[:, 0], torch.from_numpy(rollout.column("student/logprobs"))
+            sampled, old = (
+                logp.gather(1, candidates[:, :1])[:, 0],
+                torch.from_numpy(rollout.column("student/logprobs")),
+            )
             advantage = -(sampled - torch.from_numpy(rollout.column("teacher/logprobs"))).detach().clamp(-10, 10)
             total = total - ((sampled - old).exp() * advantage).sum()
     (total / sum(len(r.weights) for r in batch.rollouts)).backward()
@@ -100,7 +103,7 @@ def test_gradient_is_that_of_the_formula(loss: str, toy_cache: Path, recipe: Mak
 @pytest.mark.parametrize("loss", ["reverse_kl", "importance_sampling"])
 def test_gradient_and_metrics_do_not_depend_on_micro_batches(loss: str, toy_cache: Path, recipe: Make) -> None:
     results = []
-    for budget, chunk in ((10_000, 1024), (200, 1024), (60, 7), (30, 1024)):
+    for budget, chunk in ((10_000, 1024), (100, 1024), (60, 7), (30, 1024)):
         settings = [f"train.tokens_per_microbatch={budget}", f"train.rows_per_chunk={chunk}"]
         trainer, replay = trainer_of(toy_cache, recipe(f"train.loss={loss}", *settings))
         batch = replay.batch(0)
@@ -205,7 +208,7 @@ def test_checkpointed_activations_give_the_same_gradient(toy_cache: Path, recipe
     assert distance(gradient(moved(saving), batch), gradient(moved(plain), batch)) < 1e-5
 
 
-# -- the adapter ------------------------------------------------------------------------------------------------------
+# -- the adapter --------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_adapter_follows_from_the_seed_and_leaves_the_head(toy_cache: Path, recipe: Make) -> None:
@@ -218,7 +221,9 @@ def test_a_fresh_adapter_follows_from_the_seed_and_leaves_the_head(toy_cache: Pa
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
     assert not any("lm_head" in name or "embed" in name for name in one)
-    assert {name.split(".")[-4] for name in one} == set("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    assert {name.split(".")[-4] for name in one} == set(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     assert all(p.dtype == torch.float32 for p in fresh("student.dtype=bfloat16").values())
 
 
@@ -265,7 +270,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(toy_cache: Path, recipe: Make) 
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
 
 
-# -- a run ------------------------------------------------------------------------------------------------------------
+# -- a run --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +313,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, toy_cache: Path) -> N
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[0].keys() >= {
         "loss", "reverse_kl", "sampled_logprob_gap", "entropy", "grad_norm", "lr", "ess", "ratio_mean", "ratio_max",
-        "chi_square", "tokens", "rows", "tokens_read",
+        "chi_square", "tokens", "rows", "distinct_rows", "tokens_read",
     }  # fmt: skip
     assert lines[0]["ess"] == pytest.approx(1) and lines[0]["rows"] == 16
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
@@ -327,7 +332,8 @@ def test_a_run_leaves_what_the_design_says(finished: Path, toy_cache: Path) -> N
 
 
 def test_first_metrics_are_those_of_the_cache(finished: Path, toy_cache: Path) -> None:
-    """Before its first update the student is the cached one, so its reverse KL can be computed from the cache alone."""
+    """Before its first update the student is the cached one, so its reverse KL can be computed from the cache
+    alone."""
     from pipeline.metrics import reverse_kl
 
     _, replay = trainer_of(toy_cache, small_recipe())
@@ -345,7 +351,9 @@ def test_first_metrics_are_those_of_the_cache(finished: Path, toy_cache: Path) -
     assert first["tokens"] == len(kl)
 
 
-def test_importance_sampling_reports_the_same_reverse_kl(toy_cache: Path, finished: Path, tmp_path: Path, recipe: Make) -> None:
+def test_importance_sampling_reports_the_same_reverse_kl(
+    toy_cache: Path, finished: Path, tmp_path: Path, recipe: Make
+) -> None:
     assert stage.run(recipe("train.loss=importance_sampling", "train.steps=1"), str(toy_cache), tmp_path / "is") == 0
     one, other = metrics_of(tmp_path / "is")[0], metrics_of(finished)[0]
     assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], rel=1e-6) and one["loss"] != other["loss"]
@@ -400,7 +408,9 @@ def test_a_run_of_another_recipe_is_refused(
 
 
 def test_settings_that_only_say_how_may_change(finished: Path, toy_cache: Path, recipe: Make) -> None:
-    settings = recipe("train.tokens_per_microbatch=999", "train.checkpoint_every=1", "train.gradient_checkpointing=true")
+    settings = recipe(
+        "train.tokens_per_microbatch=999", "train.checkpoint_every=1", "train.gradient_checkpointing=true"
+    )
     assert stage.run(settings, str(toy_cache), finished) == 0
 
 
@@ -408,6 +418,14 @@ def test_a_run_on_another_cache_is_refused(finished: Path, tmp_path: Path, recip
     other = make_cache(tmp_path / "other.zarr", recipe("rollouts.seed=1"))
     with pytest.raises(RedpenError, match=r"rollouts digest: \w+, now \w+.*another --run"):
         stage.run(small_recipe(), str(other), finished)
+
+
+def test_a_run_that_never_took_a_step_may_change(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:
+    """What went wrong before the first checkpoint can be put right without another --run."""
+    run = tmp_path / "run"
+    with pytest.raises(ModelError):
+        stage.run(recipe('train.lora_targets=["no_such_layer"]'), str(toy_cache), run)
+    assert stage.run(recipe(), str(toy_cache), run) == 0
 
 
 def test_a_directory_of_something_else_is_refused(toy_cache: Path, tmp_path: Path) -> None:
@@ -440,7 +458,7 @@ def test_a_full_disk_is_one_line(toy_cache: Path, tmp_path: Path, monkeypatch: p
     assert len(metrics_of(run)) == 5
 
 
-# -- how training ends ------------------------------------------------------------------------------------------------
+# -- how training ends --------------------------------------------------------------------------------------------
 
 
 def gauges(*values: tuple[float, float]) -> list[dict[str, float]]:
@@ -453,7 +471,9 @@ def test_verdicts(recipe: Make) -> None:
     assert stage.verdict(train, 1, gauges(low)) is None, "one step is not a window"
     assert stage.verdict(train, 3, gauges(low, high)) is None
     done = stage.verdict(train, 3, gauges(low, low))
-    assert done is not None and done.exit_code == 0 and done.sentence.startswith("round done after 3 steps: reverse KL")
+    assert (
+        done is not None and done.exit_code == 0 and done.sentence.startswith("round done after 3 steps: reverse KL")
+    )
     stale = stage.verdict(train, 4, gauges((0.1, 0.4), (0.1, 0.5)))
     assert stale is not None and stale.exit_code == 3 and "0.450 of the tokens" in stale.sentence
     ended = stage.verdict(train, 5, gauges(high, high))
@@ -477,10 +497,10 @@ def test_a_stale_cache_ends_a_run_with_code_3(
     strict = recipe("train.stale_ess=0.9999", "train.stop_window=1", "train.learning_rate=0.01")
     for _ in range(2):  # the second time it only says so again
         assert stage.run(strict, str(toy_cache), tmp_path / "run") == 3
-        assert "stale after 2 steps: the effective sample size is" in capsys.readouterr().out
+        assert "stale after 3 steps: the effective sample size is" in capsys.readouterr().out
 
 
-# -- caches that do not fit -------------------------------------------------------------------------------------------
+# -- caches that do not fit ---------------------------------------------------------------------------------------
 
 
 def no_cache(path: Path, _: Path) -> None:
@@ -537,7 +557,11 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "not sampled": (not_sampled, [], "holds no rollouts yet"),
     "not scored": (without("student"), [], "not scored yet; run `redpen score"),
     "no teacher": (without("teacher"), [], "not scored yet; run `redpen score"),
-    "half the rollouts": (copied(lambda r: r.rollouts.uncommit(1)), [], "5 of 6 blocks are sampled; `redpen rollouts"),
+    "half the rollouts": (
+        copied(lambda r: r.rollouts.uncommit(1)),
+        [],
+        "5 of 6 blocks are sampled; `redpen rollouts",
+    ),
     "half the student": (
         copied(lambda r: r.scores("student").uncommit(4)),
         [],
@@ -549,14 +573,27 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
         "4 of 6 blocks are scored by 'teacher'; `redpen score",
     ),
     "resampled": (copied(resampled), [], "5 of 6 blocks are scored by 'student'"),
-    "another student": (another_student, [], "is another student's: it has student.digest ssssssssssssssss (student)"),
-    "another teacher": (lambda p, t: shutil.copytree(t, p) and None, ["train.teacher=huge"], "is scored by teacher; run"),
+    "another student": (
+        another_student,
+        [],
+        "is another student's: it has student.digest ssssssssssssssss (student)",
+    ),
+    "another teacher": (
+        lambda p, t: shutil.copytree(t, p) and None,
+        ["train.teacher=huge"],
+        "is scored by teacher; run",
+    ),
 }
 
 
 @pytest.mark.parametrize(("make", "overrides", "message"), UNFIT.values(), ids=UNFIT.keys())
 def test_an_unfit_cache_is_one_line(
-    make: Callable[[Path, Path], None], overrides: list[str], message: str, toy_cache: Path, tmp_path: Path, recipe: Make
+    make: Callable[[Path, Path], None],
+    overrides: list[str],
+    message: str,
+    toy_cache: Path,
+    tmp_path: Path,
+    recipe: Make,
 ) -> None:
     cache = tmp_path / "c.zarr"
     make(cache, toy_cache)
@@ -573,6 +610,25 @@ def test_several_teachers_must_be_chosen_from(toy_cache: Path, tmp_path: Path, r
     with pytest.raises(ConfigError, match=r"train\.teacher: .* scored by second, teacher; say which"):
         stage.run(recipe(), str(cache), tmp_path / "run")
     assert stage.run(recipe("train.teacher=second", "train.steps=1"), str(cache), tmp_path / "run") == 0
+
+
+def test_importance_sampling_needs_rollouts_of_the_whole_distribution(
+    toy_cache: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What counts is how the cache was sampled, not what this recipe says of sampling."""
+    cache = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
+    attributes = cache / "rounds/00000/zarr.json"
+    for name, value in (("temperature", 0.3), ("top_p", 0.9)):
+        metadata = json.loads(attributes.read_text())
+        metadata["attributes"]["redpen"][name] = value
+        attributes.write_text(json.dumps(metadata))
+        if name == "temperature":
+            settings = recipe("train.loss=importance_sampling", "train.steps=1")
+            assert stage.run(settings, str(cache), tmp_path / "cool") == 0
+            assert "was sampled at temperature 0.3" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"was sampled at top_p 0\.9"):
+        stage.run(settings, str(cache), tmp_path / "nucleus")
+    assert stage.run(recipe("train.steps=1"), str(cache), tmp_path / "direct") == 0
 
 
 def test_a_cached_advantage_is_for_one_pass(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:

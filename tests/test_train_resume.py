@@ -149,7 +149,11 @@ def test_killed_in_the_middle_of_a_write(
 
 
 def test_a_damaged_checkpoint_costs_its_steps_only(
-    toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toy_cache: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
 
@@ -194,9 +198,7 @@ def test_a_curve_that_is_not_the_checkpoints_is_refused(
         stage.run(small_recipe(*LONG), str(toy_cache), run)
 
 
-def test_tensorboard_shows_each_step_once(
-    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_shows_each_step_once(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that a kill undid are drawn again; the earlier points are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -27,7 +27,8 @@ class Estimate:
 
 
 def extract_answer(response: str, pattern: str | None) -> str | None:
-    """The group of the pattern's last match, stripped; None where nothing matches. Without a pattern the whole response."""
+    """The group of the pattern's last match, stripped; None where nothing matches. Without a pattern the whole
+    response."""
     if pattern is None:
         return response.strip()
     answer = None
@@ -45,11 +46,12 @@ def share_right(right_PS: npt.NDArray[np.bool_]) -> Estimate:
     """
     n_prompts, n_samples = right_PS.shape
     p = float(right_PS.mean())
-    variance = float(right_PS.mean(1).var(ddof=1)) / n_prompts if n_prompts > 1 else 0.0
-    n = float(np.clip(p * (1 - p) / variance, n_prompts, n_prompts * n_samples)) if variance else float(n_prompts)
+    variance = float(right_PS.mean(1).var(ddof=1)) / n_prompts if n_prompts > 1 else np.inf
+    independent = n_prompts * n_samples if 0 < p < 1 else n_prompts  # all alike says nothing of how they depend
+    n = float(np.clip(p * (1 - p) / variance, n_prompts, independent)) if variance else float(independent)
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return Estimate(p, max(float(centre - half), 0.0), min(float(centre + half), 1.0))
+    return Estimate(p, float(np.clip(centre - half, 0.0, p)), float(np.clip(centre + half, p, 1.0)))
 
 
 def mean_per_token(totals_P: Floats, tokens_P: Floats) -> Estimate:

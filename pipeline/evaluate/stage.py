@@ -1,7 +1,7 @@
 """What a student can do, and how far it is from its teacher, on prompts it was not trained on.
 
-    redpen eval RUN                                             before (the recipe's student) and after (with RUN/adapter)
-    redpen eval MODEL --prompts FILE [--teacher MODEL]          one model
+    redpen eval RUN                                       before (the recipe's student) and after (with RUN/adapter)
+    redpen eval MODEL --prompts FILE [--teacher MODEL]    one model
 
 Accuracy is exact match of the answer that `eval.answer_pattern` finds in a response: greedy, and sampled at
 `eval.temperature`. Reverse KL is on *fresh* rollouts, sampled at temperature 1 by the very student that is measured:
@@ -9,9 +9,9 @@ Accuracy is exact match of the answer that `eval.answer_pattern` finds in a resp
     mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
 
 with C the sampled token and the student's likeliest others (`eval.candidates` in all); a lower bound, close at 64.
-Before and after draw from the same random numbers, so their difference is known better than either. Intervals are 95 %:
-see `pipeline.evaluate.answers`. One model is in memory at a time: each student samples, reads its own rollouts and goes,
-then the teacher reads them all.
+Before and after draw from the same random numbers, so their difference is known better than either. Intervals are
+95 %: see `pipeline.evaluate.answers`. One model is in memory at a time: each student samples, reads its own
+rollouts and goes, then the teacher reads them all.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def run(
     records = load_prompts(job.recipe.prompts.model_copy(update={"path": settings.path, "limit": settings.limit}))
     with_answer = [i for i, record in enumerate(records) if "answer" in record]
     if not with_answer and job.teacher is None:
-        raise ConfigError(f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure")
+        raise ConfigError(
+            f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure"
+        )
     if len(with_answer) < len(records):
         warn(f"{settings.path}: {len(records) - len(with_answer)} of {len(records)} prompts have no answer")
     tokenizer, facts = models.load_tokenizer(student), models.model_facts(student)
@@ -140,7 +142,7 @@ def run(
     return 0
 
 
-# -- what to measure --------------------------------------------------------------------------------------------------
+# -- what to measure ----------------------------------------------------------------------------------------------
 
 
 def _job(
@@ -170,7 +172,8 @@ def _job(
         students = {"model": recipe.student}
         chosen = None
     if teacher is not None:
-        chosen = TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device)
+        known = (t for t in recipe.teacher if t.model == teacher)
+        chosen = next(known, TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device))
     path = prompts or recipe.eval.path
     if path is None:
         raise ConfigError("eval.path is not set: give the prompts with --prompts FILE")
@@ -200,7 +203,7 @@ def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
     return next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
+# -- measuring ----------------------------------------------------------------------------------------------------
 
 
 def _respond(
@@ -232,7 +235,9 @@ def _respond(
             bar.advance(ended)
 
         rollouts = {
-            name: TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=count).sample_block(block)
+            name: TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=count).sample_block(
+                block
+            )
             for name, sampling in wanted.items()
         }
     rollouts.setdefault("fresh", rollouts["sampled"])
@@ -259,7 +264,7 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses]) -
             student.candidate_logprobs, student.rest_logprob, teacher.candidate_logprobs, teacher.rest_logprob
         )
         prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
-        totals_P = np.bincount(prompt_T, kl_T, rollouts.n_prompts)
+        totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
         tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
         estimates[label] = mean_per_token(totals_P, tokens_P)
     del model
@@ -304,7 +309,7 @@ def _right(
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
     """Generation pads and keeps keys and values, reading packs: two attention functions of one model."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(name)
 
 
@@ -314,41 +319,44 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-# -- showing ----------------------------------------------------------------------------------------------------------
+# -- showing ------------------------------------------------------------------------------------------------------
 
-_ROWS = (
-    ("greedy", "accuracy, greedy", 100, "{:.1f} %", "points"),
-    ("sampled", "accuracy, sampled at T = {temperature:g}", 100, "{:.1f} %", "points"),
-    ("reverse_kl", "reverse KL to {teacher}, nats a token, fresh rollouts", 1, "{:.4f}", "relative"),
-)
+_ROWS = (("greedy", "accuracy, greedy"), ("sampled", "accuracy, sampled"), ("reverse_kl", "reverse KL, nats a token"))
 
 
 def _print(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
-    """The table on stdout, with colours and rules only on a terminal."""
+    """The table on stdout, with rules and colours only on a terminal."""
     labels = list(figures)
-    out = Console(highlight=False, soft_wrap=True)
-    table = Table(title=f"{about['prompts']['count']:,} prompts of {about['prompts']['path']}", title_justify="left")
+    out = Console(highlight=False)
+    plain: dict[str, Any] = {} if out.is_terminal else {"box": None, "padding": (0, 2, 0, 0)}
+    table = Table(**plain)
+    table.add_column(f"{about['prompts']['count']:,} prompts of {about['prompts']['path']}")
+    for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
+        table.add_column(label, justify="right")
+    for key, title in _ROWS:
+        if key in figures[labels[0]]:
+            estimates = [figures[label][key] for label in labels]
+            table.add_row(title, *(_cell(key, e) for e in estimates), *_change(key, *(e["value"] for e in estimates)))
     if not out.is_terminal:
-        table.box = None
-    table.add_column("")
-    for label in labels:
-        table.add_column(label, justify="right", no_wrap=True)
-    if len(labels) == 2:
-        table.add_column("change", justify="right", no_wrap=True)
-    for key, title, factor, form, change in _ROWS:
-        if key not in figures[labels[0]]:
-            continue
-        cells = [_cell(figures[label][key], factor, form) for label in labels]
-        if len(labels) == 2:
-            before, after = (figures[label][key]["value"] for label in labels)
-            if change == "points":
-                cells.append(f"{(after - before) * 100:+.1f} points")
-            else:
-                cells.append(f"{after / before - 1:+.0%}" if before else "")
-        table.add_row(title.format(**about), *cells)
+        out.width = 160  # a pipe has no edge to wrap at
     out.print(table)
+    samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
+    fresh = f"; reverse KL to {about['teacher']} on fresh rollouts at T = 1" if about["teacher"] else ""
+    print(f"(95 % intervals; sampled: {samples}{fresh})")
 
 
-def _cell(figure: dict[str, float], factor: float, form: str) -> str:
-    value, low, high = (form.format(figure[key] * factor) for key in ("value", "low", "high"))
-    return f"{value} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
+def _cell(key: str, estimate: dict[str, float]) -> str:
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    if key == "reverse_kl":
+        return f"{value:.4f} ({low:.4f} to {high:.4f})"
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _change(key: str, *values: float) -> list[str]:
+    """What training did: points of accuracy, percent of divergence."""
+    if len(values) == 1:
+        return []
+    before, after = values
+    if key != "reverse_kl":
+        return [f"{(after - before) * 100:+.1f} points"]
+    return [f"{after / before - 1:+.0%}" if before else ""]

@@ -1,8 +1,9 @@
-"""Checkpoints that a kill at any moment cannot half-write: tensors as safetensors, the rest as JSON, renamed into place.
+"""Checkpoints that a kill at any moment cannot half-write: tensors as safetensors, the rest as JSON, renamed into
+place.
 
-    checkpoints/step-00000040/
-        adapter.safetensors, optimizer.safetensors, ...      one file a group of tensors
-        state.json                                           {step, state, digests of those files}; written last
+checkpoints/step-00000040/
+    adapter.safetensors, optimizer.safetensors, ...      one file a group of tensors
+    state.json                                           {step, state, digests of those files}; written last
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(
-    directory: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int
-) -> Path:
+def save(directory: Path, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int) -> Path:
     """Write the checkpoint of `step` under `directory` and remove all but the newest `keep`."""
     path = directory / f"{_PREFIX}{step:08d}"
     with atomic_directory(path) as partial:
         for group, values in tensors.items():
-            save_file({name: value.detach().cpu().contiguous() for name, value in values.items()}, _file(partial, group))
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in values.items()}, _file(partial, group)
+            )
         digests = {group: _digest(_file(partial, group)) for group in tensors}
         record = {"step": step, "digests": digests, "state": dict(state)}
         (partial / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -125,7 +126,7 @@ def _file(directory: Path, group: str) -> Path:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,10 +2,10 @@
 
 With N parameters of a model, its input embedding aside (a lookup costs nothing), and n tokens read by it:
 
-    sampling, scoring    2 N n      one forward; prompts are read once by the sampler, once for every rollout by scorers
+    sampling, scoring    2 N n      one forward; the sampler reads a prompt once, scorers for every rollout
     training             4 N n + 6 A n, and 2 N n more with gradient checkpointing
-                                    forward and the gradient of activations through the frozen weights; forward and both
-                                    gradients of the adapter's A parameters
+                                    forward and the gradient of activations through the frozen weights; forward and
+                                    both gradients of the adapter's A parameters
 
 Attention's own products and the optimizer are left out: a few percent at these lengths.
 """
@@ -43,9 +43,12 @@ def stage_one(recipe: Recipe, round_: cs.Round) -> dict[str, Cost]:
     return costs
 
 
-def training(n_parameters: int, adapter: int, tokens: int, seconds: float, gradient_checkpointing: bool) -> Cost:
-    """Stage two. `n_parameters` of the student without its input embedding; tokens include prompts."""
-    a_token = (6 if gradient_checkpointing else 4) * n_parameters + 6 * adapter
+def training(recipe: Recipe, adapter_parameters: int, tokens: int, seconds: float) -> Cost:
+    """Stage two; tokens include prompts."""
+    n = parameters(recipe.student)
+    if n is None:
+        return Cost(seconds, tokens, None)
+    a_token = (6 if recipe.train.gradient_checkpointing else 4) * n + 6 * adapter_parameters
     return Cost(seconds, tokens, float(a_token) * tokens)
 
 
@@ -58,12 +61,13 @@ def table(costs: dict[str, Cost]) -> dict[str, Any]:
 
 
 def parameters(cfg: ModelConfig | None) -> int | None:
-    """Parameters that multiply, by the headers of the model's weight files; None where they are not on this machine."""
+    """Parameters that multiply, by the headers of the model's weight files; None where they are not on this
+    machine."""
     directory = None if cfg is None else _local_directory(cfg)
     if directory is None:
         return None
     try:
-        sizes = {
+        sizes: dict[str, int] = {
             name: math.prod(entry["shape"])
             for file in weight_files(directory)
             for name, entry in _header(file).items()

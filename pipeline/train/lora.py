@@ -25,14 +25,15 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
     adapter (`student.adapter`) goes on training that one, whose rank and alpha must be the recipe's.
 
     Raises:
-        ModelError: no layer has one of the names in `lora_targets`, one is the head, or the adapter has other settings.
+        ModelError: no layer has one of the names in `lora_targets`, one is the head, or the adapter has other
+        settings.
     """
     if isinstance(model, PeftModel):
         return _continued(model, train)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=train.lora_rank,
-        lora_alpha=train.lora_alpha,  # type: ignore[arg-type]  # peft divides by the rank; a fraction is fine
+        lora_alpha=train.lora_alpha,
         lora_dropout=train.lora_dropout,
         target_modules=train.lora_targets,
         bias="none",
@@ -40,7 +41,7 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
     with torch.random.fork_rng(devices=_devices(model)):
         torch.manual_seed(train.seed)
         try:
-            adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"train.lora_targets: {' '.join(str(error).split())[:200]}") from error
     assert isinstance(adapted, PeftModel)
@@ -53,15 +54,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in eval
-    mode: a base model's own dropout would make the student another one than the cache was sampled from."""
+    """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in
+    eval mode: a base model's own dropout would make the student another one than the cache was sampled from."""
     for name, module in model.named_modules():
         module.training = "lora_dropout" in name or isinstance(module, GradientCheckpointingLayer)
 
 
 def save_adapter(model: PeftModel, directory: Path, base: str) -> None:
     """Write the adapter in PEFT's format, all at once. `base` is the path or Hub id it goes on."""
-    model.peft_config[_NAME].base_model_name_or_path = base
+    config: Any = model.peft_config[_NAME]
+    config.base_model_name_or_path = base
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, whose order changes from process to process
     with atomic_directory(directory) as partial:
         # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)

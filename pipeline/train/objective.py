@@ -2,9 +2,9 @@
 
 Shapes: T response positions of a micro-batch, n of a chunk of them, C columns of the vocabulary at each.
 
-The columns are the cached candidates (the sampled token first) and, where the teacher's own top-k was stored, those of
-its tokens that are not candidates already; everything else is one rest bucket. Both losses read the same columns, so
-`reverse_kl` is measured alike whichever of them trains.
+The columns are the cached candidates (the sampled token first) and, where the teacher's own top-k was stored, those
+of its tokens that are not candidates already; everything else is one rest bucket. Both losses read the same
+columns, so `reverse_kl` is measured alike whichever of them trains.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Targets:
         ids_TC: token ids, the sampled one first, -1 where a row has fewer columns.
         teacher_TC, teacher_rest_T: the teacher's log-probs of them and of everything else.
         old_T, teacher_T: log-probs of the sampled token by the student that sampled it and by the teacher.
-        weights_T: what each token counts for.
+        weights_T: what each token counts for, all copies of its rollout together.
+        copies_T: how many those are.
     """
 
     ids_TC: Tensor
@@ -41,6 +42,7 @@ class Targets:
     old_T: Tensor
     teacher_T: Tensor
     weights_T: Tensor
+    copies_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Sums:
     """Totals over a micro-batch, on its device; they add up over micro-batches (and ranks) by `merge`.
 
     Attributes:
-        totals: fp64 [loss, weight, weighted reverse KL, weighted log p_S - log p_T of the sampled token, weighted entropy].
-        drift: see `drift_sums`.
+        totals: fp64 [loss, weight, weighted reverse KL, weighted log p_S - log p_T of the sampled token, weighted
+        entropy]. drift: see `drift_sums`.
     """
 
     totals: Tensor
@@ -114,6 +116,7 @@ class Objective:
             old_T=column(f"{cs.STUDENT}/logprobs"),
             teacher_T=column(f"{self.teacher}/logprobs"),
             weights_T=torch.from_numpy(micro_batch.weights).to(device),
+            copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
         )
 
     def loss(self, targets: Targets, n_tokens: float, rows: slice, student_nC: Tensor, rest_n: Tensor) -> Tensor:
@@ -143,4 +146,5 @@ class Objective:
 
         totals = [result.loss.detach().double(), weights_T.sum()]
         totals += [total(v) for v in (reverse_kl_T, sampled_T - targets.teacher_T, result.entropy_T)]
-        return Sums(torch.stack(totals), drift_sums(sampled_T, targets.old_T, targets.weights_T))
+        every = (v.repeat_interleave(targets.copies_T) for v in (sampled_T, targets.old_T, targets.weights_T))
+        return Sums(torch.stack(totals), drift_sums(*every))

@@ -1,9 +1,9 @@
 """Which cached rollouts a training step sees, and in which micro-batches. numpy only.
 
-The order is a pure function of (seed, epoch, step): an epoch permutes the blocks, shuffles the prompts (each with all its
-rollouts) inside windows of `window_blocks` blocks, and the epochs follow one another as one stream. Step s takes the
-prompts [s * P, (s + 1) * P) of that stream. Only then are its rollouts packed by token budget and dealt to ranks, so the
-global batch is the same for every world size, micro-batch budget and resume point.
+The order is a pure function of (seed, epoch, step): an epoch permutes the blocks, shuffles the prompts (each with
+all its rollouts) inside windows of `window_blocks` blocks, and the epochs follow one another as one stream. Step s
+takes the prompts [s * P, (s + 1) * P) of that stream. Only then are its rollouts packed by token budget and dealt
+to ranks, so the global batch is the same for every world size, micro-batch budget and resume point.
 
 Shapes: T response positions of a rollout or a block. Steps and epochs count from 0.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,13 @@ class Rollout:
     def weights(self) -> npt.NDArray[np.float32]:
         return self.block.weights[self.block.rollouts.response_slice(self.row)]
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """Equal for rollouts that teach the same: prompt, response, weights, and candidates, which may be drawn."""
+        ids = [self.column(name).tobytes() for name in self.block.columns if name.endswith("/candidate_ids")]
+        response = self.block.rollouts.response(self.row)
+        return (self.prompt_index, response.tobytes(), self.weights.tobytes(), *ids)
+
     def column(self, name: str) -> Array:
         """[T, ...] of one of the block's columns."""
         return self.block.columns[name][self.block.rollouts.response_slice(self.row)]
@@ -135,9 +142,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rollouts for one forward and backward. `counts` is False for padding, which must add nothing to the gradient."""
+    """Rollouts for one forward and backward.
+
+    Attributes:
+        copies: how often each occurs in the global batch; it is read once and weighs as much as all of them.
+        counts: False for padding, which must add nothing to the gradient.
+    """
 
     rollouts: tuple[Rollout, ...]
+    copies: tuple[int, ...]
     counts: bool = True
 
     def column(self, name: str) -> Array:
@@ -145,10 +158,15 @@ class MicroBatch:
         return np.concatenate([rollout.column(name) for rollout in self.rollouts])
 
     @property
+    def copies_T(self) -> Int64:
+        """i8 [T]: how often each token occurs in the global batch."""
+        return np.repeat(self.copies, [len(rollout.weights) for rollout in self.rollouts])
+
+    @property
     def weights(self) -> npt.NDArray[np.float32]:
-        """f4 [T]; zeros where the micro-batch is padding."""
+        """f4 [T]: what each token counts for, all its copies together; zeros where the micro-batch is padding."""
         weights = np.concatenate([rollout.weights for rollout in self.rollouts])
-        return weights if self.counts else np.zeros_like(weights)
+        return (weights * self.copies_T * self.counts).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -158,20 +176,34 @@ class Batch:
     step: int
     rollouts: tuple[Rollout, ...]
 
-    @property
+    @cached_property
     def n_tokens(self) -> float:
         """Trained tokens of the whole batch: what the loss is divided by, known before any forward pass."""
         return float(sum(float(rollout.weights.sum(dtype=np.float64)) for rollout in self.rollouts))
 
+    @cached_property
+    def distinct(self) -> tuple[tuple[Rollout, int], ...]:
+        """Each different rollout with the number of its copies, in order of first occurrence.
+
+        A student that is sure of itself answers alike most of the time, and equal rollouts have equal gradients.
+        """
+        copies: dict[tuple[object, ...], list[Rollout]] = {}
+        for rollout in self.rollouts:
+            copies.setdefault(rollout.content, []).append(rollout)
+        return tuple((same[0], len(same)) for same in copies.values())
+
     def micro_batches(self, tokens_per_microbatch: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
         """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
-        packs = pack_rows([rollout.n_tokens for rollout in self.rollouts], tokens_per_microbatch)
-        shortest = min(self.rollouts, key=lambda rollout: rollout.n_tokens, default=None)
-        padding = () if shortest is None else (shortest,)
-        return [
-            MicroBatch(padding, counts=False) if pack is None else MicroBatch(tuple(self.rollouts[i] for i in pack))
-            for pack in deal(packs, rank, world)
-        ]
+        packs = pack_rows([rollout.n_tokens for rollout, _ in self.distinct], tokens_per_microbatch)
+        shares = []
+        for pack in deal(packs, rank, world):
+            if pack is None:
+                shortest = min((rollout for rollout, _ in self.distinct), key=lambda rollout: rollout.n_tokens)
+                shares.append(MicroBatch((shortest,), (1,), counts=False))
+            else:
+                rollouts, copies = zip(*(self.distinct[i] for i in pack), strict=True)
+                shares.append(MicroBatch(rollouts, copies))
+        return shares
 
 
 def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -221,7 +253,7 @@ class Replay:
             rollouts += [Rollout(block, row) for row in block.rows_of(within)]
         return Batch(step, tuple(rollouts))
 
-    def batches(self, steps: range) -> Iterator[Batch]:
+    def batches(self, steps: range) -> Generator[Batch]:
         """The batches of `steps`, each read in a thread while the one before is in use."""
         reader = ThreadPoolExecutor(1, "replay")
         try:

@@ -1,12 +1,12 @@
 """A run on disk: what it was made of, its curve, its checkpoints, its adapter.
 
-    recipe.toml        the resolved recipe
-    run.json           the cache it learns from (digests of every block) and, once it has ended, how
-    metrics.jsonl      one object a step
-    tensorboard/       the same as curves
-    checkpoints/       see pipeline.train.checkpoint
-    adapter/           PEFT format, once training has ended
-    ledger.json        seconds, tokens and FLOPs by stage, once training has ended
+recipe.toml        the resolved recipe
+run.json           the cache it learns from (digests of every block) and, once it has ended, how
+metrics.jsonl      one object a step
+tensorboard/       the same as curves
+checkpoints/       see pipeline.train.checkpoint
+adapter/           PEFT format, once training has ended
+ledger.json        seconds, tokens and FLOPs by stage, once training has ended
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ from pipeline.train.checkpoint import write_atomically
 
 # Settings of `train` and `student` that decide how the work is done, not what comes out (beyond rounding).
 _OPERATIONAL = frozenset(
-    {"tokens_per_microbatch", "rows_per_chunk", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "device"}
+    {
+        "tokens_per_microbatch",
+        "rows_per_chunk",
+        "gradient_checkpointing",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "device",
+    }
 )
-# What a kill during the first second may leave.
-_BEFORE_RUN = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial"})
+# What a kill may leave of a run that had not started.
+_BEFORE_START = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial"})
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,10 @@ class Result:
 
 
 class RunDirectory:
-    """The files of one run. Use `open_run`."""
+    """The files of one run of a recipe on a cache (see `cache_identity`). Use `open_run`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
+        self.path, self._now, self._cache = path, recipe, cache
         self.recipe = path / "recipe.toml"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -77,8 +84,8 @@ class RunDirectory:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise RedpenError(
-                f"run {self.path}: cannot be written ({reason}); make room or choose another --run, then run the same command "
-                "again (the last checkpoint is untouched)"
+                f"run {self.path}: cannot be written ({reason}); make room or choose another --run, then run the "
+                "same command again (the last checkpoint is untouched)"
             ) from error
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
@@ -116,32 +123,35 @@ class RunDirectory:
     def _write_run(self, value: dict[str, Any]) -> None:
         write_atomically(self._run, json.dumps(value, indent=1) + "\n")
 
-    def _claim(self, recipe: Recipe, cache: dict[str, Any]) -> None:
-        """Start the run, or make sure that it is the one that was started. Raises `RedpenError` naming what differs."""
+    def start(self) -> None:
+        """Record what the run is made of, once everything that could be wrong with it has been found right."""
+        with self.writing():
+            write_atomically(self.recipe, self._now.to_toml())
+            self._write_run({"cache": self._cache, "result": None})
+
+    def _require_same(self) -> None:
+        """Raise `RedpenError` where the directory holds something else, or the steps of another recipe or cache."""
         run = self._read_run()
         if not run:
-            if found := sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_RUN):
+            if found := sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_START):
                 raise RedpenError(
-                    f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; choose another --run"
+                    f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; "
+                    "choose another --run"
                 )
-            write_atomically(self.recipe, recipe.to_toml())
-            self._write_run({"cache": cache, "result": None})
-            return
-        differing = _recipe_differences(load_recipe(str(self.recipe)), recipe)
-        differing += [
-            f"cache {key}: {was}, now {cache.get(key)}"
-            for key, was in run.get("cache", {}).items()
-            if key != "url" and was != cache.get(key)
-        ]
-        if differing:
-            raise RedpenError(f"run {self.path} was started with {'; '.join(differing)}; choose another --run")
-        if run.get("result") is None:
-            write_atomically(self.recipe, recipe.to_toml())
+        elif run.get("result") is not None or self.checkpoints.exists():  # else there is nothing to protect yet
+            differing = _recipe_differences(load_recipe(str(self.recipe)), self._now)
+            differing += [
+                f"cache {key}: {was}, now {self._cache.get(key)}"
+                for key, was in run.get("cache", {}).items()
+                if key != "url" and was != self._cache.get(key)
+            ]
+            if differing:
+                raise RedpenError(f"run {self.path} was started with {'; '.join(differing)}; choose another --run")
 
 
 @contextmanager
 def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]) -> Iterator[RunDirectory]:
-    """The run at `path`, held against other processes; started where nothing is yet.
+    """The run at `path`, held against other processes.
 
     Args:
         cache: what the run learns from; see `cache_identity`.
@@ -150,7 +160,7 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
         RedpenError: the run was started with other settings or another cache, is held by another process, or the
             storage refuses a write.
     """
-    run = RunDirectory(Path(path))
+    run = RunDirectory(Path(path), recipe, cache)
     with run.writing():
         run.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -159,8 +169,7 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RedpenError(f"run {run.path}: another process is training it; wait for it or stop it") from None
-        with run.writing():
-            run._claim(recipe, cache)
+        run._require_same()
         yield run
     finally:
         os.close(handle)

@@ -5,20 +5,23 @@
 Let x_t be a cached response token with its prefix, S the current student, `old` the student that sampled it, T the
 teacher, all at temperature 1; C the cached candidates (and the teacher's own top-k if stored), rest everything else.
 
-    reverse_kl            mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
-    importance_sampling   mean_t -exp(log p_S(x_t) - log p_old(x_t)) A_t,   A_t = -(log p_S(x_t) - log p_T(x_t)), no gradient
+    reverse_kl             mean_t sum_{v in C, rest} p_S(v) (log p_S(v) - log p_T(v))
+    importance_sampling    mean_t -exp(log p_S(x_t) - log p_old(x_t)) A_t,
+                           A_t = -(log p_S(x_t) - log p_T(x_t)), without gradient
 
 The mean is over all trained tokens of a step's global batch, whose count is known before the first forward, so the
-gradient does not depend on micro-batches. Each micro-batch packs whole rollouts without padding; the head and the loss
-go through row chunks and make their gradient in the same pass (`pipeline.logprobs`).
+gradient does not depend on micro-batches; equal rollouts are read once and weigh as often as they occur. Each
+micro-batch packs whole rollouts without padding; the head and the loss go through row chunks and make their
+gradient in the same pass (`pipeline.logprobs`).
 
-Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up), after
-`steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported as reverse KL is the
-first formula on *cached* prefixes; on fresh ones it is larger, which `redpen eval RUN` measures.
+Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up),
+after `steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported as
+reverse KL is the first formula on *cached* prefixes; on fresh ones it is larger, which `redpen eval RUN` measures.
 
-Departures from the source (on-policy distillation by importance sampling): the default is the direct gradient of reverse
-KL over candidates, which ends at higher accuracy; the advantage uses the current student unless told otherwise, since
-the cached one is right for a single pass only; learning rate 1e-4 with LoRA, since 5e-7 moves nothing.
+Departures from the source (on-policy distillation by importance sampling): the default is the direct gradient of
+reverse KL over candidates, which ends at higher accuracy; the advantage uses the current student unless told
+otherwise, since the cached one is right for a single pass only; learning rate 1e-4 with LoRA, since 5e-7 moves
+nothing.
 
 Killed at any moment, the same command continues from the last checkpoint; on the CPU with the same number of threads
 metrics and adapter are then bit for bit those of an undisturbed run.
@@ -31,6 +34,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +64,12 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
     round_ = cs.open(cache_url).round(round_index)
     teacher = _teacher_name(recipe, round_, cache_url)
     _check_scored(round_, teacher, cache_url)
-    recipe.check_single_use(round_.n_prompts)
+    _check_replay(recipe, round_, cache_url)
     with open_run(run_dir, recipe, cache_identity(cache_url, round_, teacher)) as run:
         if run.result is not None:
             print(f"{run.path} is finished: {run.result.sentence}")
             return run.result.exit_code
         _check_student(recipe, round_, cache_url)
-
         order = Order(
             round_.n_prompts,
             round_.manifest.prompts_per_block,
@@ -80,23 +83,17 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
         replay = Replay(round_, objective.arrays, order)
         model = lora.add_lora(models.load_model(recipe.student, trainable=True), train)
         trainer = Trainer(model, objective, train)
-        progress_made = _resume(run, trainer)
+        memory = _resume(run, trainer)
         worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
         say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
 
-        result = _train(run, trainer, replay, progress_made)
-
+        run.start()
+        result = _train(run, trainer, replay, memory)
         with run.writing():
             lora.save_adapter(model, run.adapter, _base_name(recipe))
-            costs = ledger.stage_one(recipe, round_) | {
-                "train": ledger.training(
-                    ledger.parameters(recipe.student) or 0,
-                    sum(p.numel() for p in trainer.parameters.values()),
-                    progress_made.tokens,
-                    progress_made.seconds,
-                    train.gradient_checkpointing,
-                )
-            }
+            adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
+            costs = ledger.stage_one(recipe, round_)
+            costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
             checkpoint.write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
         run.finish(result)
     print(result.sentence)
@@ -104,14 +101,16 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
     return result.exit_code
 
 
-class Progress:
-    """What a run remembers beside weights and optimizer: the last steps' gauges, and what training has cost."""
+@dataclass
+class Memory:
+    """What a run remembers beside weights and optimizer: the gauges of its last steps, and what training has cost."""
 
-    def __init__(self, window: list[dict[str, float]], seconds: float = 0.0, tokens: int = 0):
-        self.window, self.seconds, self.tokens = window, seconds, tokens
+    window: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
 
 
-def _train(run: RunDirectory, trainer: Trainer, replay: Replay, made: Progress) -> Result:
+def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) -> Result:
     """Update until there is a verdict; the last step is then checkpointed."""
     train, saved = trainer.train, trainer.step
 
@@ -120,14 +119,14 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, made: Progress) 
         if saved < trainer.step:
             with run.writing():
                 checkpoint.save(
-                    run.checkpoints, trainer.step, trainer.tensors(), vars(made), keep=train.keep_checkpoints
+                    run.checkpoints, trainer.step, trainer.tensors(), asdict(memory), keep=train.keep_checkpoints
                 )
             saved = trainer.step
 
     batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
     bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
     with graceful() as stop, batches as stream, _curves(run, trainer.step) as curve, bar as shown:
-        while (result := verdict(train, trainer.step, made.window)) is None:
+        while (result := verdict(train, trainer.step, memory.window)) is None:
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
@@ -139,8 +138,10 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, made: Progress) 
             run.append_metrics(metrics | {"time": speed})
             curve(metrics, speed)
             shown.advance(note=f"reverse KL {metrics['reverse_kl']:.4f}")
-            made.window = [*made.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][-train.stop_window :]
-            made.seconds, made.tokens = made.seconds + seconds, made.tokens + metrics["tokens_read"]
+            memory.window = [*memory.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][
+                -train.stop_window :
+            ]
+            memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
             if trainer.step % train.checkpoint_every == 0:
                 save()
             if stop.requested:
@@ -158,8 +159,8 @@ def verdict(train: TrainConfig, step: int, window: list[dict[str, float]]) -> Re
     if n == train.stop_window and reverse_kl < train.stop_reverse_kl:
         return Result(
             step,
-            f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over}), "
-            f"below {train.stop_reverse_kl:g}; new rollouts are needed to learn more",
+            f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token "
+            f"({over}), below {train.stop_reverse_kl:g}; new rollouts are needed to learn more",
             0,
         )
     if n == train.stop_window and ess < train.stale_ess:
@@ -171,27 +172,30 @@ def verdict(train: TrainConfig, step: int, window: list[dict[str, float]]) -> Re
         )
     if step >= train.steps:
         return Result(
-            step, f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})", 0
+            step,
+            f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})",
+            0,
         )
     return None
 
 
-def _resume(run: RunDirectory, trainer: Trainer) -> Progress:
+def _resume(run: RunDirectory, trainer: Trainer) -> Memory:
     """Put the trainer where the last whole checkpoint is, and the curve with it."""
     found = checkpoint.latest(run.checkpoints, warn)
     if found is not None:
         trainer.restore(found)
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
     run.rewind_metrics(trainer.step)
-    return Progress(**found.state) if found is not None else Progress([])
+    return Memory(**found.state) if found is not None else Memory()
 
 
 def _counts(batch: Batch) -> dict[str, Any]:
-    """Trained tokens, rollouts, and tokens that the forward pass reads."""
+    """Trained tokens, rollouts, the different ones among them, and the tokens that the forward pass reads."""
     return {
         "tokens": round(batch.n_tokens),
         "rows": len(batch.rollouts),
-        "tokens_read": sum(rollout.n_tokens for rollout in batch.rollouts),
+        "distinct_rows": len(batch.distinct),
+        "tokens_read": sum(rollout.n_tokens for rollout, _ in batch.distinct),
     }
 
 
@@ -217,7 +221,7 @@ def _curves(run: RunDirectory, step: int) -> Iterator[Any]:
         writer.close()
 
 
-# -- what must fit together before anything is loaded ---------------------------------------------------------------
+# -- what must fit together before anything is loaded -----------------------------------------------------------
 
 
 def _teacher_name(recipe: Recipe, round_: cs.Round, cache_url: str) -> str:
@@ -250,11 +254,27 @@ def _check_scored(round_: cs.Round, teacher: str, cache_url: str) -> None:
             )
 
 
+def _check_replay(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
+    """What the loss needs of how this round was sampled, whatever the recipe says of sampling."""
+    recipe.check_single_use(round_.n_prompts)
+    sampled = round_.manifest
+    if recipe.train.loss != "importance_sampling":
+        return
+    where = f"cache {cache_url} round {round_.index} was sampled at"
+    if sampled.top_p < 1:
+        raise ConfigError(
+            f'train.loss = "importance_sampling": {where} top_p {sampled.top_p:g}, and tokens outside the nucleus have no '
+            'ratio; set it to "reverse_kl", or sample a round at top_p 1'
+        )
+    if sampled.temperature != 1 and recipe.rollouts.temperature == 1:  # else the recipe has warned already
+        warn(f"{where} temperature {sampled.temperature:g}: importance sampling then raises the on-policy reverse KL")
+
+
 def _check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     """The student must be the one that sampled the rollouts, and should be read in the type it was scored in."""
     cached, now = round_.manifest.student, models.model_identity(recipe.student)
     differing = [
-        f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's has {getattr(now, field)} ({now.name})"
+        f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's {getattr(now, field)} ({now.name})"
         for field in ("digest", "adapter_digest")
         if getattr(cached, field) != getattr(now, field)
     ]

@@ -69,7 +69,8 @@ class Trainer:
         training_mode(model)
 
     def check(self, rollouts: Sequence[Rollout]) -> float:
-        """Largest difference, in nats, between packed log-probs and each rollout's own. Raises `ModelError` past rounding."""
+        """Largest difference, in nats, between packed log-probs and each rollout's own. Raises `ModelError` past
+        rounding."""
         tolerance = _PACKING_TOLERANCE.get(self.head.weight_VD.dtype, _HALF_PACKING_TOLERANCE)
         sequences, starts = [r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts]
         worst = check_packing(self.model, sequences, starts, tolerance)
@@ -90,8 +91,8 @@ class Trainer:
         metrics = sums.metrics() | {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise RedpenError(
-                f"step {self.step + 1}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; nothing was updated. "
-                "Lower train.learning_rate, or run `redpen verify` on the cache; the last checkpoint is untouched"
+                f"step {self.step + 1}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; lower "
+                "train.learning_rate, or run `redpen verify` on the cache (the last checkpoint is untouched)"
             )
         self.optimizer.step()
         self.step += 1
@@ -123,7 +124,7 @@ class Trainer:
             self.train.rows_per_chunk,
             entropy=True,
         )
-        result.loss.backward()
+        torch.autograd.backward(result.loss)
         return self.objective.measure(targets, result)
 
     # -- state ------------------------------------------------------------------------------------------------------
