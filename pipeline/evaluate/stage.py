@@ -27,8 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
@@ -37,6 +35,7 @@ from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import progress, warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.answers import Estimate, extract_answer, mean_per_token, share_right
+from pipeline.evaluate.table import show
 from pipeline.metrics import reverse_kl
 from pipeline.packing import ATTENTION
 from pipeline.prompts import load_prompts, prompts_sha256, render_all
@@ -136,7 +135,7 @@ def run(
         "candidates": settings.candidates,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    _print(figures, about)
+    show(figures, about)
     if job.out is not None:
         job.out.write_text(json.dumps(about | figures, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -317,46 +316,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# -- showing ------------------------------------------------------------------------------------------------------
-
-_ROWS = (("greedy", "accuracy, greedy"), ("sampled", "accuracy, sampled"), ("reverse_kl", "reverse KL, nats a token"))
-
-
-def _print(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
-    """The table on stdout, with rules and colours only on a terminal."""
-    labels = list(figures)
-    out = Console(highlight=False)
-    plain: dict[str, Any] = {} if out.is_terminal else {"box": None, "padding": (0, 2, 0, 0)}
-    table = Table(**plain)
-    table.add_column(f"{about['prompts']['count']:,} prompts of {about['prompts']['path']}")
-    for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
-        table.add_column(label, justify="right")
-    for key, title in _ROWS:
-        if key in figures[labels[0]]:
-            estimates = [figures[label][key] for label in labels]
-            table.add_row(title, *(_cell(key, e) for e in estimates), *_change(key, *(e["value"] for e in estimates)))
-    if not out.is_terminal:
-        out.width = 160  # a pipe has no edge to wrap at
-    out.print(table)
-    samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
-    fresh = f"; reverse KL to {about['teacher']} on fresh rollouts at T = 1" if about["teacher"] else ""
-    print(f"(95 % intervals; sampled: {samples}{fresh})")
-
-
-def _cell(key: str, estimate: dict[str, float]) -> str:
-    value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    if key == "reverse_kl":
-        return f"{value:.4f} ({low:.4f} to {high:.4f})"
-    return f"{value:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _change(key: str, *values: float) -> list[str]:
-    """What training did: points of accuracy, percent of divergence."""
-    if len(values) == 1:
-        return []
-    before, after = values
-    if key != "reverse_kl":
-        return [f"{(after - before) * 100:+.1f} points"]
-    return [f"{after / before - 1:+.0%}" if before else ""]

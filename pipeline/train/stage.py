@@ -263,8 +263,8 @@ def _check_replay(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     where = f"cache {cache_url} round {round_.index} was sampled at"
     if sampled.top_p < 1:
         raise ConfigError(
-            f'train.loss = "importance_sampling": {where} top_p {sampled.top_p:g}, and tokens outside the nucleus have no '
-            'ratio; set it to "reverse_kl", or sample a round at top_p 1'
+            f'train.loss = "importance_sampling": {where} top_p {sampled.top_p:g}, and tokens outside the nucleus '
+            'have no ratio; set it to "reverse_kl", or sample a round at top_p 1'
         )
     if sampled.temperature != 1 and recipe.rollouts.temperature == 1:  # else the recipe has warned already
         warn(f"{where} temperature {sampled.temperature:g}: importance sampling then raises the on-policy reverse KL")
