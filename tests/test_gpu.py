@@ -1,4 +1,4 @@
-"""What differs on CUDA: the varlen attention kernel, half-precision matmuls with fp32 output, and the stages there."""
+"""What differs on CUDA: the varlen attention kernel, half-precision products with fp32 output, the stages there."""
 
 from __future__ import annotations
 
