@@ -48,7 +48,7 @@ score: rollouts ## stage one: write what student and teachers think of every tok
 
 train: score ## stage two: train on CACHE into RUN, then measure it (makes whatever is missing before)
 	@$(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
-	@$(REDPEN) eval $(RUN)
+	@$(REDPEN) eval $(RUN) || echo "$(RUN) is trained, but was not evaluated: see the line above"
 
 eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
 	@$(REDPEN) eval $(RUN)

@@ -28,6 +28,10 @@ from pipeline.logprobs import Head, score_rows, unwrapped
 
 ATTENTION = "redpen_packed"
 
+# How far packed log-probs may lie from a rollout's own, in nats. A rollout that sees another one is off by several
+# somewhere; what is left is rounding, in half precision that of the model's own logits, which reach about 30.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.2, torch.bfloat16: 1.0}
+
 # Padding, in tokens, that costs less than one more attention call; beyond it padding may only take up a share.
 _FREE_PADDING_TOKENS = 1024
 _PADDING_SHARE = 0.125
@@ -224,14 +228,14 @@ def check_packing(
     model: nn.Module,
     sequences: Sequence[np.ndarray],
     response_starts: Sequence[int],
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> float:
     """Compare packed log-probs with those of each rollout alone, by transformers' own attention and `.logits`.
 
     It catches rollouts that see one another, a wrong window or position, and a head that does more than `Head` knows.
 
     Args:
-        tolerance: in nats; in half precision allow for the rounding of the model's own logits.
+        tolerance: in nats; by the dtype of the model's head where None.
 
     Returns:
         The largest absolute difference, in nats.
@@ -239,13 +243,13 @@ def check_packing(
     Raises:
         ModelError: it exceeds `tolerance`.
     """
-    base = unwrapped(model)
-    device = base.get_input_embeddings().weight.device
+    base, head = unwrapped(model), Head.of(model)
+    device = head.weight_VD.device
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         packed = pack(sequences, response_starts, device)
-        ours = score_rows(packed_hidden(model, packed), Head.of(model), packed.target_ids).logprobs
+        ours = score_rows(packed_hidden(model, packed), head, packed.target_ids).logprobs
         alone: list[Tensor] = []
         with _own_attention(base):
             for sequence, start in zip(sequences, response_starts, strict=True):
@@ -257,6 +261,7 @@ def check_packing(
         for module in training:
             module.training = True
     worst = float((ours - torch.cat(alone)).abs().max()) if len(ours) else 0.0
+    tolerance = _TOLERANCE[head.weight_VD.dtype] if tolerance is None else tolerance
     if not worst <= tolerance:
         raise ModelError(
             f"packing: expected packed log-probs within {tolerance:g} of each rollout's own, got a difference of "

@@ -290,3 +290,15 @@ def test_prompts_without_answers_need_a_teacher(
     said = capsys.readouterr()
     assert "reverse KL" in said.out and "accuracy" not in said.out
     assert "4 of 4 prompts have no answer" in said.err
+
+
+def test_a_run_outlives_its_teacher(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accuracy needs no teacher; one that was asked for by name is still required."""
+    gone = f"teacher.model={tmp_path / 'gone'}"
+    out = tmp_path / "eval.json"
+    assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=4", gone], out=out) == 0
+    said = capsys.readouterr()
+    assert "no such directory" in said.err and "reverse KL is left out" in said.err
+    assert "accuracy" in said.out and "reverse_kl" not in json.loads(out.read_text())["after"]
+    with pytest.raises(ModelError, match="no such directory"):
+        stage.run(str(run_dir), teacher=str(tmp_path / "gone"), overrides=SMALL)

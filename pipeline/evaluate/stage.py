@@ -33,7 +33,7 @@ import cache_schema as cs
 from pipeline import models
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import progress, warn
-from pipeline.errors import ConfigError, RedpenError
+from pipeline.errors import ConfigError, ModelNotFoundError, RedpenError
 from pipeline.evaluate.answers import Estimate, extract_answer, mean_per_token, share_right
 from pipeline.evaluate.table import show
 from pipeline.metrics import reverse_kl
@@ -103,8 +103,15 @@ def run(
         warn(f"{settings.path}: {len(records) - len(with_answer)} of {len(records)} prompts have no answer")
     tokenizer, facts = models.load_tokenizer(student), models.model_facts(student)
     if job.teacher is not None:
-        teacher_tokenizer = models.load_tokenizer(job.teacher)
-        models.check_same_vocabulary(tokenizer, teacher_tokenizer, (student.model, job.teacher.model))
+        try:
+            teacher_tokenizer = models.load_tokenizer(job.teacher)
+            models.check_same_vocabulary(tokenizer, teacher_tokenizer, (student.model, job.teacher.model))
+        except ModelNotFoundError as error:
+            if teacher is not None or not with_answer:
+                raise
+            # Training may outlive its teacher's files; accuracy needs none.
+            warn(f"{error}; reverse KL is left out")
+            job = replace(job, teacher=None)
     limit = job.recipe.rollouts.max_prompt_tokens
     ids = render_all(records, tokenizer, job.recipe.prompts, limit, facts.context)
     block = PromptBlock(0, list(enumerate(ids)))

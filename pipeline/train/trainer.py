@@ -23,11 +23,6 @@ from pipeline.train.lora import trainable, training_mode
 from pipeline.train.objective import Objective, Sums
 from pipeline.train.replay import Batch, MicroBatch, Rollout
 
-# How far packed and unpacked log-probs may lie apart. Rollouts that see one another are off by nats; what is left is
-# rounding, in half precision that of logits of about 30.
-_PACKING_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_HALF_PACKING_TOLERANCE = 1.0
-
 
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Of step `step`, counted from 0: linear warm-up, then the schedule down to 0 at `train.steps`."""
@@ -71,9 +66,8 @@ class Trainer:
     def check(self, rollouts: Sequence[Rollout]) -> float:
         """Largest difference, in nats, between packed log-probs and each rollout's own. Raises `ModelError` past
         rounding."""
-        tolerance = _PACKING_TOLERANCE.get(self.head.weight_VD.dtype, _HALF_PACKING_TOLERANCE)
         sequences, starts = [r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts]
-        worst = check_packing(self.model, sequences, starts, tolerance)
+        worst = check_packing(self.model, sequences, starts)
         training_mode(self.model)
         return worst
 
