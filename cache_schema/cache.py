@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import zarr
 import zarr.errors
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from .arrays import INNER_CHUNK
@@ -30,6 +31,7 @@ from .errors import (
     NotACacheError,
     ProvenanceError,
     StorageError,
+    metadata_errors,
     storage_errors,
 )
 from .group import BlockGroup, create_arrays
@@ -118,11 +120,26 @@ class Cache:
     def round_indices(self) -> list[int]:
         """Numbers of the rounds, ascending. A round whose creation was cut short is not there."""
         with storage_errors(f"cache {self.url}"):
-            rounds = _open_group(self._store, "rounds", self.url, writable=False)
-            if rounds is None:
+            if _open_group(self._store, "rounds", f"cache {self.url}", writable=False) is None:
                 return []
-            indices = sorted(int(key) for key in rounds.group_keys() if key.isdigit())
-            return [index for index in indices if "redpen" in rounds[f"{index:05d}"].attrs]
+            groups = {
+                int(name): _open_group(self._store, f"rounds/{name}", f"cache {self.url}", writable=False)
+                for name in _entries(self._store, "rounds")
+                if name.isdigit()
+            }
+            return sorted(index for index, group in groups.items() if group is not None and "redpen" in group.attrs)
+
+    def lost_rounds(self) -> list[int]:
+        """Numbers of rounds that hold committed blocks but whose own metadata is gone: damage, not a beginning."""
+        known = self.round_indices()
+        with storage_errors(f"cache {self.url}"):
+            return [
+                int(name)
+                for name in sorted(_entries(self._store, "rounds"))
+                if name.isdigit()
+                and int(name) not in known
+                and _listed_keys(self._store.list_prefix(f"rounds/{name}/rollouts/commit/c/"), at_most=1)
+            ]
 
     def round(self, index: int | None = None) -> Round:
         """Round `index`, or the latest. Raises `CacheError` where there is none."""
@@ -134,7 +151,7 @@ class Cache:
         index = indices[-1] if index is None else index
         if index not in indices:
             raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(indices)}")
-        group = _open_group(self._store, _round_path(index), self.url, writable=self._writable)
+        group = _open_group(self._store, _round_path(index), f"cache {self.url}", writable=self._writable)
         assert group is not None
         manifest = RoundManifest.from_json(_attributes(group), f"{self.url} {_round_path(index)}")
         return Round(self, index, group, manifest)
@@ -169,6 +186,11 @@ class Cache:
         return self._create_round(index, manifest, prompts)
 
     def _create_round(self, index: int, manifest: RoundManifest, prompts: Sequence[dict[str, Any]]) -> Round:
+        if index in self.lost_rounds():
+            raise CacheError(
+                f"cache {self.url}: round {index} holds blocks, but its metadata is gone; "
+                f"restore {_round_path(index)}/zarr.json from a copy, or start another cache"
+            )
         with storage_errors(f"cache {self.url}"):
             rounds = self._root.require_group("rounds")
             # A round exists from the moment its attributes do, so they are written last.
@@ -231,9 +253,14 @@ class Round:
 
     def scorer_names(self) -> list[str]:
         """Names of the score groups, the student's first."""
-        with storage_errors(f"cache {self.cache.url}"):
-            scores = self._child("scores")
-            names = [name for name in scores.group_keys() if "redpen" in scores[name].attrs]
+        self._child("scores")
+        path, label = f"{self._group.path}/scores", f"cache {self.cache.url}"
+        with storage_errors(label):
+            groups = {
+                name: _open_group(self._group.store, f"{path}/{name}", label, writable=False)
+                for name in _entries(self._group.store, path)
+            }
+        names = [name for name, group in groups.items() if group is not None and "redpen" in group.attrs]
         return sorted(names, key=lambda name: (name != STUDENT, name))
 
     def teacher_names(self) -> list[str]:
@@ -287,14 +314,11 @@ class Round:
         return self.scores(name)
 
     def _child(self, name: str) -> zarr.Group:
-        try:
+        label = f"cache {self.cache.url}, {self._group.path}/{name}"
+        with storage_errors(label), metadata_errors(label):
             found = self._group[name]
-        except KeyError:
-            raise CacheError(
-                f"cache {self.cache.url}: group {self._group.path}/{name} is missing; the cache is damaged"
-            ) from None
-        assert isinstance(found, zarr.Group)
-        return found
+            assert isinstance(found, zarr.Group)
+            return found
 
 
 class PromptTable:
@@ -379,13 +403,24 @@ def _store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple
 def _is_empty(store: Store) -> bool:
     if isinstance(store, LocalStore):
         return not store.root.exists() or not os.listdir(store.root)
-    return not zarr.core.sync.sync(_has_any_key(store))
+    return not _listed_keys(store.list_dir(""), at_most=1)
 
 
-async def _has_any_key(store: Store) -> bool:
-    async for _ in store.list_dir(""):
-        return True
-    return False
+def _entries(store: Store, path: str) -> list[str]:
+    """Names directly below `path`. zarr's own listing of a group would warn of those that hold no metadata."""
+    return [name.rstrip("/") for name in _listed_keys(store.list_dir(path)) if not name.startswith("zarr.json")]
+
+
+def _listed_keys(keys: AsyncIterator[str], at_most: int | None = None) -> list[str]:
+    async def collect() -> list[str]:
+        found: list[str] = []
+        async for key in keys:
+            found.append(key)
+            if len(found) == at_most:
+                break
+        return found
+
+    return sync(collect())
 
 
 def _open_group(store: Store, path: str, label: str, *, writable: bool) -> zarr.Group | None:
@@ -394,7 +429,10 @@ def _open_group(store: Store, path: str, label: str, *, writable: bool) -> zarr.
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError):
         return None
     except (ValueError, KeyError, TypeError) as error:  # zarr.json that is no JSON, or not Zarr's
-        raise NotACacheError(f"{label}: unreadable metadata in {path or '/'}zarr.json ({error})") from error
+        where = f"{path}/zarr.json" if path else "zarr.json"
+        raise NotACacheError(
+            f"{label}: unreadable metadata in {where} ({error}); restore the cache from a copy, or start another"
+        ) from error
 
 
 def _attributes(group: zarr.Group) -> dict[str, Any]:

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 
 from .arrays import COMMIT_FIELDS, ArraySpec, inner_chunk
 from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
-from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
+from .errors import CacheError, CorruptBlockError, UncommittedError, metadata_errors, storage_errors
 from .manifest import RoundManifest, ScoresManifest
 
 _COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
@@ -79,7 +80,9 @@ class BlockGroup:
         """
         try:
             raw = self._load("commit", slice(None))
-        except (CacheError, ValueError):
+        except CacheError:
+            raise
+        except ValueError:  # a record fails its checksum: find out which
             raw = np.stack([self._raw_commit(block) for block in range(self.n_blocks)])
         return raw.view(self._dtype)[:, 0]
 
@@ -152,7 +155,7 @@ class BlockGroup:
         shape = used_shape(spec, {name: int(commit[name]) for name in _COUNTS}, self._sizes)
         try:
             value = self._load(spec.name, (block, slice(0, shape[0])))
-        except StorageError:
+        except CacheError:
             raise
         except ValueError as error:
             raise CorruptBlockError(self._label, block, spec.name, _one_line(error)) from error
@@ -234,7 +237,7 @@ class BlockGroup:
         self._require_block(block)
         try:
             raw: npt.NDArray[np.uint64] = self._load("commit", block)
-        except StorageError:
+        except CacheError:
             raise
         except ValueError as error:
             raise CorruptBlockError(self._label, block, "commit", _one_line(error)) from error
@@ -242,14 +245,10 @@ class BlockGroup:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            try:
+            with metadata_errors(f"{self._label}/{name}"):
                 found = self._group[name]
-            except KeyError:
-                raise CacheError(
-                    f"{self._label}: array {name} is missing; the cache is damaged, restore it or start another"
-                ) from None
-            assert isinstance(found, zarr.Array)
-            self._arrays[name] = found
+                assert isinstance(found, zarr.Array)
+                self._arrays[name] = found
         return self._arrays[name]
 
     def _load(self, name: str, where: Any) -> npt.NDArray[Any]:
@@ -258,7 +257,11 @@ class BlockGroup:
 
     def _store(self, name: str, block: int, value: npt.NDArray[Any]) -> None:
         with storage_errors(f"{self._label}: cannot write block {block}, array {name}"):
-            self._array(name)[block] = value
+            array = self._array(name)
+            # zarr reads the index of the shard that it replaces, and would stop at a damaged one.
+            shard = array.metadata.encode_chunk_key((block, *[0] * (array.ndim - 1)))
+            sync((array.store_path / shard).delete())
+            array[block] = value
 
 
 @functools.cache

@@ -40,8 +40,17 @@ def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: Non
 
     Blocks that are not committed are not findings: the stage that writes them has not finished.
     """
+    for index in cache.lost_rounds():
+        yield Finding(index, "round", None, "attributes", "holds blocks, but its metadata (zarr.json) is gone")
     for index in cache.round_indices():
-        yield from _verify_round(cache.round(index), progress)
+        try:
+            round_ = cache.round(index)
+        except StorageError:
+            raise
+        except CacheError as error:
+            yield Finding(index, "round", None, "attributes", str(error))
+        else:
+            yield from _verify_round(round_, progress)
 
 
 def repair(cache: Cache, findings: Sequence[Finding]) -> int:
@@ -71,11 +80,17 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
     except CacheError as error:
         yield Finding(round_.index, "prompts", None, "bytes", str(error))
     groups: list[BlockGroup] = [round_.rollouts]
-    for name in round_.scorer_names():
+    try:
+        names = round_.scorer_names()
+    except CacheError as error:
+        yield Finding(round_.index, "scores", None, "attributes", str(error))
+        names = []
+    for name in names:
         try:
             groups.append(round_.scores(name))
         except CacheError as error:
             yield Finding(round_.index, f"scores/{name}", None, "attributes", str(error))
+    unreadable: set[str] = set()
     for block in range(round_.n_blocks):
         rollouts: RolloutBlock | None = None
         for group in groups:
@@ -93,6 +108,10 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
                 yield _finding(round_, group, error)
             except InvalidBlockError as error:
                 yield Finding(round_.index, group.name, block, error.array, error.problem)
+            except CacheError as error:  # an array's metadata: every block would say the same
+                if str(error) not in unreadable:
+                    unreadable.add(str(error))
+                    yield Finding(round_.index, group.name, None, "metadata", str(error))
             progress(1)
 
 

@@ -203,9 +203,14 @@ def test_truncated_shard_is_reported_and_repaired(tmp_path: Path, keep: float) -
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     findings = list(cs.verify(cache))
     assert {(f.group, f.block, f.array) for f in findings} == {("scores/student", 2, "candidate_logprobs")}
+    good = factory.score_block(
+        cache.round().scores("student").manifest, cache.round().rollouts.read(2), np.random.default_rng(3)
+    )
     assert cs.repair(cache, findings) == 1
     assert cache.round().scores("student").committed().tolist() == [True, True, False]
     assert list(cs.verify(cache)) == []
+    cache.round().scores("student").write(2, good)  # over what is left of the bad shard
+    assert_same_record(cache.round().scores("student").read(2), good)
 
 
 def test_truncated_commit_is_reported_and_repaired(tmp_path: Path) -> None:
@@ -218,6 +223,49 @@ def test_truncated_commit_is_reported_and_repaired(tmp_path: Path) -> None:
     assert {(f.group, f.block, f.array) for f in findings} == {("rollouts", 1, "commit")}
     cs.repair(cache, findings)
     assert cache.round().rollouts.committed().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "zarr.json",
+        "rollouts/zarr.json",
+        "rollouts/commit/zarr.json",
+        "rollouts/token_ids/zarr.json",
+        "scores/zarr.json",
+        "scores/teacher/zarr.json",
+        "scores/teacher/logprobs/zarr.json",
+    ],
+)
+@pytest.mark.parametrize("keep", [0, 20])
+def test_damaged_metadata_is_one_line_and_no_block_is_taken_back(tmp_path: Path, damaged: str, keep: int) -> None:
+    cache = factory.filled(tmp_path / "c")
+    path = tmp_path / "c/rounds/00000" / damaged
+    path.write_text(path.read_text()[:keep])
+
+    def everything() -> None:
+        again = cs.open(tmp_path / "c")
+        again.round().rollouts.read(0)
+        again.round().scores("teacher").read(0)
+
+    with pytest.raises(cs.CacheError, match="metadata") as caught:
+        everything()
+    assert "\n" not in str(caught.value) and "restore the cache" in str(caught.value)
+    try:
+        findings = list(cs.verify(cs.open(tmp_path / "c")))
+    except cs.CacheError:
+        return  # so damaged that there is nothing to walk through
+    assert findings and all(finding.block is None for finding in findings)
+    assert cs.repair(cache, findings) == 0
+
+
+def test_a_round_whose_metadata_is_gone_is_not_sampled_over(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c")
+    (tmp_path / "c/rounds/00000/zarr.json").unlink()
+    assert ["metadata (zarr.json) is gone" in finding.problem for finding in cs.verify(cache)] == [True]
+    records = factory.prompts(10)
+    with pytest.raises(cs.CacheError, match="round 0 holds blocks, but its metadata"):
+        cache.start_round(factory.round_manifest(records), records)
 
 
 BAD_ROLLOUTS = {

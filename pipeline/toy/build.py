@@ -204,9 +204,8 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
         model.save_pretrained(out / name)
         build_tokenizer().save_pretrained(out / name)
         marks[name] = mark(heldout, respond(model.float(), heldout))
-        print(
-            f"{name}: {marks[name].right:.1%} of {len(heldout)} held-out problems right (greedy); "
-            f"{marks[name].misconception_of_wrong:.0%} of the wrong answers are the misconception's",
-            flush=True,
-        )
+        print(f"{name}: {marks[name].right:.1%} of {len(heldout)} held-out right (greedy)", flush=True)
+        if marks[name].right < 1:
+            share = marks[name].misconception_of_wrong
+            print(f"{name}: {share:.1%} of its wrong answers are the misconception's", flush=True)
     return marks
