@@ -38,7 +38,7 @@ from .errors import (
 )
 from .group import BlockGroup
 from .manifest import ModelIdentity, RoundManifest, ScoresManifest, TokenizerIdentity
-from .verify import Finding, repair, verify
+from .verify import Finding, block_groups, repair, verify
 
 __all__ = [
     "COMMIT_FIELDS",
@@ -74,6 +74,7 @@ __all__ = [
     "StorageError",
     "TokenizerIdentity",
     "UncommittedError",
+    "block_groups",
     "create",
     "encode_prompts",
     "open",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,17 @@ def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: Non
             yield Finding(index, "round", None, "attributes", str(error))
         else:
             yield from _verify_round(round_, progress)
+
+
+def block_groups(cache: Cache) -> list[BlockGroup]:
+    """Every group of blocks whose metadata can be read, over all rounds."""
+    groups: list[BlockGroup] = []
+    for index in cache.round_indices():
+        with contextlib.suppress(CacheError):  # what cannot be read is a finding of `verify`
+            round_ = cache.round(index)
+            groups.append(round_.rollouts)
+            groups += [round_.scores(name) for name in round_.scorer_names()]
+    return groups
 
 
 def repair(cache: Cache, findings: Sequence[Finding]) -> int:

@@ -252,8 +252,8 @@ def train(
 @cli.command("eval")
 @click.argument("target", metavar="MODEL_OR_RUN")
 @click.option("--prompts", metavar="FILE", help="Prompts with an answer; default: eval.path of the recipe.")
-@click.option("--teacher", metavar="MODEL", help="Also measure reverse KL to this teacher on fresh rollouts.")
-@click.option("--recipe", metavar="RECIPE", help="Settings for a bare model; default: the run's own recipe.")
+@click.option("--teacher", metavar="MODEL", help="Reverse KL to this teacher; default: the run's.")
+@click.option("--recipe", metavar="RECIPE", help="Settings for a bare model; a run brings its own.")
 @click.option("--out", metavar="FILE", help="The figures as JSON; default: eval.json in the run.")
 @_set_option
 def evaluate(
@@ -292,16 +292,17 @@ def verify(cache_url: str, repair: bool) -> int:
     from pipeline.console import escape_control, progress
 
     cache = cs.open(cache_url, writable=repair)
-    rounds = [cache.round(index) for index in cache.round_indices()]
-    blocks = sum(round_.n_blocks * (1 + len(round_.scorer_names())) for round_ in rounds)
     with cache.lock("redpen verify --repair") if repair else contextlib.nullcontext():
-        with progress("verify", blocks) as bar:
+        groups = cs.block_groups(cache)
+        with progress("verify", sum(group.n_blocks for group in groups)) as bar:
             findings = list(cs.verify(cache, progress=bar.advance))
         repaired = cs.repair(cache, findings) if repair else 0
     for finding in findings:
         click.echo(escape_control(str(finding)))
     if not findings:
-        click.echo(f"{cache_url}: {blocks} blocks of {len(rounds)} rounds, nothing wrong")
+        total = sum(group.n_blocks for group in groups)
+        committed = sum(int(group.committed().sum()) for group in groups)
+        click.echo(f"{cache_url}: {committed} of {total} blocks are committed, nothing wrong with them")
         return 0
     beyond = sum(finding.block is None for finding in findings)
     if repair:

@@ -296,6 +296,8 @@ def load_model(
             model = _with_adapter(model, cfg, trainable)
     except torch.OutOfMemoryError:
         raise
+    except ModelError:
+        raise
     except _LOAD_ERRORS as error:
         raise ModelError(
             f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
@@ -332,7 +334,13 @@ def _with_adapter(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> 
         raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+        try:
+            adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+        except _LOAD_ERRORS as error:
+            raise ModelError(
+                f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: cannot be loaded as a PEFT adapter of {cfg.model} "
+                f"({_one_line(error)}); train or copy it again"
+            ) from error
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise ModelError(

@@ -180,7 +180,7 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     cache = cache_factory.filled("c.zarr", n_prompts=10)
     assert cli.main(["verify", "c.zarr"]) == 0
-    assert "9 blocks of 1 rounds, nothing wrong" in capsys.readouterr().out
+    assert "9 of 9 blocks are committed, nothing wrong with them" in capsys.readouterr().out
     shard = next(path for path in Path("c.zarr").rglob("rollouts/token_ids/c/1/*") if path.is_file())
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1

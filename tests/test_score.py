@@ -269,6 +269,14 @@ def test_a_finished_cache_does_not_ask_for_its_teacher_again(
         stage.run(recipe(f"teacher.model={teacher}2"), str(fresh))
 
 
+def test_a_teacher_that_does_not_fit_is_found_before_the_student_reads(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ModelError, match="no such directory"):
+        stage.run(recipe(f"teacher.model={tmp_path / 'nowhere'}"), str(fresh))
+
+
 def test_half_a_cache_is_scored_as_far_as_it_goes(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cs.open(fresh, writable=True).round().rollouts.uncommit(1)
     assert stage.run(recipe(), str(fresh)) == 0

@@ -637,3 +637,17 @@ def test_a_cached_advantage_is_for_one_pass(toy_cache: Path, tmp_path: Path, rec
     with pytest.raises(ConfigError, match=r"one pass only: 7 steps x 4 prompts need 28 prompts, the round holds 24"):
         stage.run(recipe(*cached, "train.steps=7"), str(toy_cache), tmp_path / "seven")
     assert stage.run(recipe(*cached, "train.steps=6"), str(toy_cache), tmp_path / "six") == 0
+
+
+def test_a_first_start_on_a_bad_block_leaves_the_run_usable(toy_cache: Path, recipe: Make, tmp_path: Path) -> None:
+    """The same command trains once the cache is repaired."""
+    cache = Path(shutil.copytree(toy_cache, tmp_path / "cache"))
+    shards = [p for p in (cache / "rounds/00000/scores/teacher/logprobs/c").rglob("*") if p.is_file()]
+    kept = {shard: shard.read_bytes() for shard in shards}
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(cs.CorruptBlockError, match="its shard is missing"):
+        stage.run(recipe("train.steps=1"), str(cache), tmp_path / "run")
+    for shard, data in kept.items():
+        shard.write_bytes(data)
+    assert stage.run(recipe("train.steps=1"), str(cache), tmp_path / "run") == 0

@@ -177,6 +177,8 @@ def _job(
         recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
         students = {"model": recipe.student}
         chosen = None
+    if teacher == "":
+        raise ConfigError("--teacher: expected a model's path or Hub id, got an empty text")
     if teacher is not None:
         known = (t for t in recipe.teacher if t.model == teacher)
         chosen = next(known, TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device))

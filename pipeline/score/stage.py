@@ -74,9 +74,11 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
                 f"cache {cache_url} round {round_.index}: no block of rollouts is finished; "
                 f"run `redpen rollouts RECIPE --cache {cache_url}`"
             )
-        for name, cfg in scorers.items():
-            if only in (None, name):
-                _score(recipe, round_, name, cfg)
+        # All of them before the first forward: a teacher that does not fit must not be found out hours later.
+        plans = [_plan(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
+        for plan in plans:
+            if plan is not None:
+                _score(recipe, round_, *plan)
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -90,15 +92,28 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
     return 0
 
 
-def _score(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> None:
-    """Bring one scorer's blocks up to date and print what it thinks."""
-    is_student = name == cs.STUDENT
-    if not is_student and _is_complete(round_, name, cfg) and not models.is_here(cfg):
+def _plan(
+    recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig
+) -> tuple[str, ModelConfig, models.ModelFacts, cs.ScoresManifest] | None:
+    """What a scorer will be recorded as; None where its finished scores are taken as they are."""
+    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_here(cfg):
         # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
         print(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
-        return
+        return None
     facts = models.model_facts(cfg)
-    manifest = _manifest(recipe, round_, name, cfg, facts)
+    return name, cfg, facts, _manifest(recipe, round_, name, cfg, facts)
+
+
+def _score(
+    recipe: Recipe,
+    round_: cs.Round,
+    name: str,
+    cfg: ModelConfig,
+    facts: models.ModelFacts,
+    manifest: cs.ScoresManifest,
+) -> None:
+    """Bring one scorer's blocks up to date and print what it thinks."""
+    is_student = name == cs.STUDENT
     group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
     readable = round_.rollouts.committed()
     if not is_student:

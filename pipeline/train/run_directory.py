@@ -108,8 +108,9 @@ class RunDirectory:
                 f"run {self.path}: metrics.jsonl holds {len(kept)} of the {step} steps of its checkpoint; "
                 "restore it, or start another --run"
             )
-        with self.writing():
-            write_atomically(self.metrics, "".join(kept))
+        if self.metrics.exists():  # else nothing was logged, and a run that fails before its start leaves nothing
+            with self.writing():
+                write_atomically(self.metrics, "".join(kept))
 
     def _read_run(self) -> dict[str, Any]:
         try:
