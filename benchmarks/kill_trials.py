@@ -74,25 +74,27 @@ def undisturbed(stage: str, cache: Path, run: Path) -> tuple[float, float]:
     return first or end, end
 
 
-def disturbed(stage: str, cache: Path, run: Path, times: tuple[float, float], args: argparse.Namespace) -> list[int]:
+def disturbed(
+    stage: str, cache: Path, run: Path, times: tuple[float, float], total: int, args: argparse.Namespace
+) -> list[int]:
     """Kill the stage `args.kills` times, then let it finish; its progress after each kill.
 
-    A quarter of the kills fall anywhere into start-up. The others wait until this attempt has made some progress, and
-    then for a random share of the time that a kill has of the whole, so that the last ones still find work.
+    A quarter of the kills fall anywhere into start-up. The others wait until the work has come as far as their number
+    among the kills, and then a random moment, so that the last ones still find work.
     """
     rng = random.Random(f"{args.seed} {stage}")
     first, end = times
-    share = (end - first) / args.kills
+    share = (end - first) / (args.kills + 1) / 2
     reached = []
-    for _ in range(args.kills):
-        before = progress(stage, cache, run)
+    for kill in range(args.kills):
+        due = total * (kill + 0.5) / (args.kills + 1)
         process = subprocess.Popen(command(stage, cache, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if rng.random() < 0.25:
             wait(process, rng.uniform(0, first))
         else:
-            while process.poll() is None and progress(stage, cache, run) <= before:
-                time.sleep(0.02)
-            wait(process, rng.uniform(0, 1.5 * share))
+            while process.poll() is None and progress(stage, cache, run) < due:
+                time.sleep(0.01)
+            wait(process, rng.uniform(0, share))
         met = process.poll() is None
         process.send_signal(args.signal)
         process.wait()
@@ -151,7 +153,9 @@ def main() -> None:
         if stage not in args.stage:
             undisturbed(stage, killed / "cache", killed / "run")
             continue
-        reached = disturbed(stage, killed / "cache", killed / "run", times, args)
+        reached = disturbed(
+            stage, killed / "cache", killed / "run", times, progress(stage, calm / "cache", calm / "run"), args
+        )
         if stage == "train":
             differing = differing_runs(calm / "run", killed / "run")
         else:
