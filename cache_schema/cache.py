@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,9 +57,9 @@ def create(location: str | os.PathLike[str] | Store, *, created_by: str = "") ->
     store, label = _store(location, writable=True)
     with storage_errors(f"cache {label}"):
         if _is_empty(store):
-            zarr.create_group(
-                store, attributes={"redpen": {"format": FORMAT, "version": VERSION, "created_by": created_by}}
-            )
+            header = {"format": FORMAT, "version": VERSION, "created_by": created_by}
+            with suppress(zarr.errors.ContainsGroupError):  # another process was first: its cache is as good
+                zarr.create_group(store, attributes={"redpen": header})
     return open(location, writable=True)
 
 
@@ -172,7 +172,7 @@ class Cache:
         index = (indices[-1] if indices else 0) if index is None else index
         if index in indices:
             existing = self.round(index)
-            if existing.manifest.differences(manifest) and not existing.rollouts.commits()["rows"].any():
+            if existing.manifest.differences(manifest) and not existing.holds_anything():
                 return self._create_round(index, manifest, prompts)  # nothing was sampled yet, so nothing is lost
             _require_same(
                 existing.manifest,
@@ -211,7 +211,8 @@ class Cache:
         if self.path is None:
             yield
             return
-        lock_path = self.path.with_name(f".{self.path.name}.lock")
+        path = self.path.resolve()  # one lock, however the path is spelled
+        lock_path = path.with_name(f".{path.name}.lock")
         with storage_errors(f"cache {self.url}: lock file {lock_path}"):
             handle = _acquire(lock_path, self.url)
             os.ftruncate(handle, 0)
@@ -250,6 +251,11 @@ class Round:
     def block_prompts(self, block: int) -> range:
         """Indices of the prompts that block `block` holds; known before anything is sampled."""
         return self.manifest.block_prompts(block)
+
+    def holds_anything(self) -> bool:
+        """Whether any block of rollouts or scores is there, readable now or not."""
+        groups = [self.rollouts, *(self.scores(name) for name in self.scorer_names())]
+        return any(bool(group.commits()["rows"].any()) for group in groups)
 
     def scorer_names(self) -> list[str]:
         """Names of the score groups, the student's first."""
@@ -298,6 +304,14 @@ class Round:
         return self._create_scores(name, manifest)
 
     def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
+        path = f"{self._group.path}/scores/{name}"
+        if name not in self.scorer_names() and _listed_keys(
+            self._group.store.list_prefix(f"{path}/commit/c/"), at_most=1
+        ):
+            raise CacheError(
+                f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is gone; "
+                f"restore {path}/zarr.json from a copy, or name the scorer differently"
+            )
         if manifest.role == "teacher":
             student = self.scores(STUDENT).manifest
             assert isinstance(student, ScoresManifest)
@@ -402,7 +416,8 @@ def _store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple
 
 def _is_empty(store: Store) -> bool:
     if isinstance(store, LocalStore):
-        return not store.root.exists() or not os.listdir(store.root)
+        # what a kill during the very first write may leave is nothing yet
+        return not store.root.exists() or all(name.endswith(".partial") for name in os.listdir(store.root))
     return not _listed_keys(store.list_dir(""), at_most=1)
 
 

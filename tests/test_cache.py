@@ -350,6 +350,27 @@ def test_a_round_or_scores_without_a_block_are_made_anew(tmp_path: Path) -> None
     assert round_.start_scores("student", factory.scores_manifest("student")).manifest == factory.scores_manifest()
 
 
+def test_scores_keep_a_round_without_rollouts_from_being_made_anew(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=4)
+    cache.round().rollouts.uncommit(0)
+    records = factory.prompts(4)
+    with pytest.raises(cs.ProvenanceError, match="temperature"):
+        cache.start_round(factory.round_manifest(records, temperature=0.3), records)
+    (tmp_path / "c/rounds/00000/scores/teacher/zarr.json").unlink()
+    with pytest.raises(cs.CacheError, match="'teacher' hold blocks, but their metadata is gone"):
+        cache.round().start_scores("teacher", factory.scores_manifest("teacher"))
+
+
+def test_one_lock_however_the_path_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=4)
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    monkeypatch.chdir(tmp_path / "c")
+    with cache.lock("redpen score"):
+        for other in (tmp_path / "link", Path(".")):
+            with pytest.raises(cs.CacheLockedError), cs.open(other, writable=True).lock("redpen score"):
+                pass
+
+
 def test_half_created_round_is_created_again(tmp_path: Path) -> None:
     """A kill between the first array of a round and its attributes leaves no round behind."""
     cache = cs.create(tmp_path / "c")

@@ -92,6 +92,8 @@ def run(
     """
     started = time.perf_counter()
     job = _job(target, prompts, teacher, overrides, recipe, out)
+    if job.out is not None and not job.out.parent.is_dir():
+        raise ConfigError(f"--out {job.out}: there is no directory {job.out.parent}")
     settings, student = job.recipe.eval, next(iter(job.students.values()))
     records = load_prompts(job.recipe.prompts.model_copy(update={"path": settings.path, "limit": settings.limit}))
     with_answer = [i for i, record in enumerate(records) if "answer" in record]

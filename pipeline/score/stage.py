@@ -173,7 +173,9 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     group = round_.scores(name)
     assert isinstance(group.manifest, cs.ScoresManifest)
     cached = group.manifest.model
-    return cached.name == cfg.model and cfg.revision in (None, cached.revision) and bool(group.committed().all())
+    same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
+    same &= (cached.adapter_digest is None) == (cfg.adapter is None) and cfg.dtype in ("auto", group.manifest.dtype)
+    return same and bool(group.committed().all())
 
 
 def _manifest(

@@ -79,7 +79,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
     config: Any = model.peft_config[_NAME]
-    wanted = {"r": train.lora_rank, "lora_alpha": train.lora_alpha}
+    wanted = {"r": train.lora_rank, "lora_alpha": train.lora_alpha, "lora_dropout": train.lora_dropout}
     different = [
         f"{name} {getattr(config, name, None)} and not {value:g}"
         for name, value in wanted.items()
@@ -87,8 +87,8 @@ def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
     ]
     if different:
         raise ModelError(
-            f"student.adapter: goes on training, but has {', '.join(different)}; set train.lora_rank and "
-            "train.lora_alpha to the adapter's, or merge it into the student first"
+            f"student.adapter: goes on training, but has {', '.join(different)}; set train.lora_rank, "
+            "train.lora_alpha and train.lora_dropout to the adapter's, or merge it into the student first"
         )
     return model
 

@@ -86,7 +86,8 @@ def importance_sampling(logprobs_T: Tensor, old_logprobs_T: Tensor, advantage_T:
 def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> Tensor:
     """`sum(weights * loss) / global_token_count`: what these positions add to the mean over the global batch.
 
-    Positions of weight 0 add exactly 0, whatever their loss; with no positions, or a count of 0, the result is 0.
+    Positions of weight 0 add exactly 0, whatever their loss (but keep it finite: a NaN gradient stays one); with no
+    positions, or a count of 0, the result is 0.
     """
     weighted = torch.where(weights_T > 0, weights_T * loss_T, 0.0)
     return weighted.sum() / max(global_token_count, 1.0)

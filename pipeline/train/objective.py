@@ -87,11 +87,14 @@ class Objective:
     Attributes:
         teacher: name of the teacher's scores.
         topk: the teacher's own top-k was stored and joins the candidates.
+        vocab_size: of the student's head. A teacher's vocabulary may be padded further; what it gives those ids is
+            outside the columns and outside its rest, as it should be.
     """
 
     train: TrainConfig
     teacher: str
     topk: bool
+    vocab_size: int
 
     @property
     def arrays(self) -> dict[str, tuple[str, ...]]:
@@ -109,13 +112,21 @@ class Objective:
         if self.topk:
             ids = torch.cat([ids, column(f"{self.teacher}/topk_ids")], 1)
             teacher = torch.cat([teacher, column(f"{self.teacher}/topk_logprobs")], 1)
+        ids = without_repeats(ids.long())
+        weights_T = torch.from_numpy(micro_batch.weights).to(device)
+        ignored_T = weights_T == 0
+
+        def finite(teacher_T: Tensor) -> Tensor:
+            # NaN (not scored) times a weight of 0 would still be a NaN gradient.
+            return teacher_T.masked_fill(ignored_T.view(-1, *[1] * (teacher_T.ndim - 1)), 0.0)
+
         return Targets(
-            ids_TC=without_repeats(ids.long()),
-            teacher_TC=teacher,
-            teacher_rest_T=column(f"{self.teacher}/{'topk_rest_logprob' if self.topk else 'rest_logprob'}"),
-            old_T=column(f"{cs.STUDENT}/logprobs"),
-            teacher_T=column(f"{self.teacher}/logprobs"),
-            weights_T=torch.from_numpy(micro_batch.weights).to(device),
+            ids_TC=ids.masked_fill(ids >= self.vocab_size, -1),
+            teacher_TC=finite(teacher),
+            teacher_rest_T=finite(column(f"{self.teacher}/{'topk_rest_logprob' if self.topk else 'rest_logprob'}")),
+            old_T=finite(column(f"{cs.STUDENT}/logprobs")),
+            teacher_T=finite(column(f"{self.teacher}/logprobs")),
+            weights_T=weights_T,
             copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
         )
 

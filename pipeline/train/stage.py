@@ -79,7 +79,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
         )
         scores = round_.scores(teacher).manifest
         assert isinstance(scores, cs.ScoresManifest)
-        objective = Objective(train, teacher, topk=scores.topk > 0)
+        objective = Objective(train, teacher, scores.topk > 0, round_.manifest.vocab_size)
         replay = Replay(round_, objective.arrays, order)
         model = lora.add_lora(models.load_model(recipe.student, trainable=True), train)
         trainer = Trainer(model, objective, train)
