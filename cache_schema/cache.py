@@ -122,12 +122,7 @@ class Cache:
         with storage_errors(f"cache {self.url}"):
             if _open_group(self._store, "rounds", f"cache {self.url}", writable=False) is None:
                 return []
-            groups = {
-                int(name): _open_group(self._store, f"rounds/{name}", f"cache {self.url}", writable=False)
-                for name in _entries(self._store, "rounds")
-                if name.isdigit()
-            }
-            return sorted(index for index, group in groups.items() if group is not None and "redpen" in group.attrs)
+            return sorted(int(n) for n in _described(self._store, "rounds", f"cache {self.url}") if n.isdigit())
 
     def lost_rounds(self) -> list[int]:
         """Numbers of rounds that hold committed blocks but whose own metadata is gone: damage, not a beginning."""
@@ -136,9 +131,7 @@ class Cache:
             return [
                 int(name)
                 for name in sorted(_entries(self._store, "rounds"))
-                if name.isdigit()
-                and int(name) not in known
-                and _listed_keys(self._store.list_prefix(f"rounds/{name}/rollouts/commit/c/"), at_most=1)
+                if name.isdigit() and int(name) not in known and _has_commits(self._store, f"rounds/{name}/rollouts")
             ]
 
     def round(self, index: int | None = None) -> Round:
@@ -262,11 +255,7 @@ class Round:
         self._child("scores")
         path, label = f"{self._group.path}/scores", f"cache {self.cache.url}"
         with storage_errors(label):
-            groups = {
-                name: _open_group(self._group.store, f"{path}/{name}", label, writable=False)
-                for name in _entries(self._group.store, path)
-            }
-        names = [name for name, group in groups.items() if group is not None and "redpen" in group.attrs]
+            names = _described(self._group.store, path, label)
         return sorted(names, key=lambda name: (name != STUDENT, name))
 
     def teacher_names(self) -> list[str]:
@@ -305,9 +294,7 @@ class Round:
 
     def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
         path = f"{self._group.path}/scores/{name}"
-        if name not in self.scorer_names() and _listed_keys(
-            self._group.store.list_prefix(f"{path}/commit/c/"), at_most=1
-        ):
+        if name not in self.scorer_names() and _has_commits(self._group.store, path):
             raise CacheError(
                 f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is gone; "
                 f"restore {path}/zarr.json from a copy, or name the scorer differently"
@@ -424,6 +411,17 @@ def _is_empty(store: Store) -> bool:
 def _entries(store: Store, path: str) -> list[str]:
     """Names directly below `path`. zarr's own listing of a group would warn of those that hold no metadata."""
     return [name.rstrip("/") for name in _listed_keys(store.list_dir(path)) if not name.startswith("zarr.json")]
+
+
+def _described(store: Store, path: str, label: str) -> list[str]:
+    """Names of the groups directly below `path` that exist, i.e. whose `redpen` attribute was written."""
+    groups = {name: _open_group(store, f"{path}/{name}", label, writable=False) for name in _entries(store, path)}
+    return [name for name, group in groups.items() if group is not None and "redpen" in group.attrs]
+
+
+def _has_commits(store: Store, path: str) -> bool:
+    """Whether the block group at `path` holds any commit, with or without metadata to read it by."""
+    return bool(_listed_keys(store.list_prefix(f"{path}/commit/c/"), at_most=1))
 
 
 def _listed_keys(keys: AsyncIterator[str], at_most: int | None = None) -> list[str]:

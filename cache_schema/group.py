@@ -106,10 +106,9 @@ class BlockGroup:
 
     def is_committed(self, block: int) -> bool:
         """`committed()[block]`, from that block's records alone."""
-        return self._why_uncommitted(block) is None
+        return self._why_uncommitted(block, self.commit(block)) is None
 
-    def _why_uncommitted(self, block: int) -> str | None:
-        commit = self.commit(block)
+    def _why_uncommitted(self, block: int, commit: Any) -> str | None:
         if commit["rows"] == 0:
             return "it was not written yet"
         if self._rollouts is not None and commit["rollouts_digest"] != self._rollouts.commit(block)["digest"]:
@@ -137,10 +136,11 @@ class BlockGroup:
     def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
         """The used part of some of the block's arrays; errors as `read`."""
         self._require_block(block)
-        why = self._why_uncommitted(block)
+        commit = self.commit(block)
+        why = self._why_uncommitted(block, commit)
         if why is not None:
             raise UncommittedError(f"{self._label} block {block}: {why}; run the stage that writes it")
-        return self._read_committed(block, self.commit(block), set(names), check=check)
+        return self._read_committed(block, commit, set(names), check=check)
 
     def _read_committed(
         self, block: int, commit: Any, names: set[str], *, check: bool

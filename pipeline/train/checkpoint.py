@@ -60,12 +60,9 @@ def save(directory: Path, step: int, tensors: Mapping[str, Tensors], state: Mapp
         record = {"step": step, "digests": digests, "state": dict(state)}
         (partial / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
     # Later steps are those of a damaged checkpoint that training went back from: they must not outlive the good ones.
-    later = [other for other in _paths(directory) if other.name > path.name]
-    for old in [
-        *later,
-        *[p for p in _paths(directory) if p not in later][:-keep],
-        *directory.glob(f"{_PREFIX}*{_PARTIAL}"),
-    ]:
+    paths = _paths(directory)
+    kept = [other for other in paths if other.name <= path.name][-keep:]
+    for old in [*(set(paths) - set(kept)), *directory.glob(f"{_PREFIX}*{_PARTIAL}")]:
         shutil.rmtree(old)
     return path
 
