@@ -35,7 +35,7 @@ class ThreeColumns(cs.RoundManifest):
     """A rollouts group of only the columns compared here, in the layout, codecs and commits of every other group."""
 
     def arrays(self) -> tuple[cs.ArraySpec, ...]:
-        specs = {spec.name: spec for spec in (*cs.ROLLOUT_ARRAYS, *cs.TEACHER_ARRAYS)}
+        specs = {spec.name: spec for spec in (*cs.ROLLOUT_ARRAYS, *cs.teacher_arrays())}
         return tuple(specs[name] for name in COLUMNS)
 
 

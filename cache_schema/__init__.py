@@ -19,10 +19,10 @@ from .arrays import (
     FINISH_STOP,
     ROLLOUT_ARRAYS,
     STUDENT_ARRAYS,
-    TEACHER_ARRAYS,
     TIME_FIELDS,
     TOPK_ARRAYS,
     ArraySpec,
+    teacher_arrays,
 )
 from .blocks import InvalidBlockError, RolloutBlock, RolloutRow, ScoreBlock
 from .cache import STUDENT, VERSION, Cache, PromptTable, Round, create, encode_prompts, open, prompts_sha256
@@ -48,7 +48,6 @@ __all__ = [
     "ROLLOUT_ARRAYS",
     "STUDENT",
     "STUDENT_ARRAYS",
-    "TEACHER_ARRAYS",
     "TIME_FIELDS",
     "TOPK_ARRAYS",
     "VERSION",
@@ -80,5 +79,6 @@ __all__ = [
     "open",
     "prompts_sha256",
     "repair",
+    "teacher_arrays",
     "verify",
 ]

@@ -52,7 +52,7 @@ _LOGPROBS = ArraySpec("logprobs", "f4", ("token",), NAN, "nat", "log-probability
 _ENTROPY = ArraySpec("entropy", "f4", ("token",), NAN, "nat", "entropy of the next-token distribution, temperature 1")
 _CANDIDATE_LOGPROBS = ArraySpec(
     "candidate_logprobs", "f4", ("token", "candidate"), NAN, "nat",
-    "log-probability of each of the student's candidates, temperature 1",
+    "log-probability of each of the student's candidates, temperature 1; NaN: not told, so part of the rest",
 )  # fmt: skip
 _REST = ArraySpec(
     "rest_logprob",
@@ -78,8 +78,6 @@ STUDENT_ARRAYS = (
     _REST,
 )  # fmt: skip
 
-TEACHER_ARRAYS = (_LOGPROBS, _ENTROPY, _CANDIDATE_LOGPROBS, _REST)
-
 TOPK_ARRAYS = (
     ArraySpec("topk_ids", "i4", ("token", "topk"), -1, "token id", "the teacher's own likeliest tokens"),
     ArraySpec("topk_logprobs", "f4", ("token", "topk"), NAN, "nat", "their log-probabilities, temperature 1"),
@@ -88,6 +86,17 @@ TOPK_ARRAYS = (
         "log of the probability outside the candidates and the teacher's top-k together",
     ),
 )  # fmt: skip
+
+
+def teacher_arrays(*, entropy: bool = True, candidates: bool = True, topk: bool = False) -> tuple[ArraySpec, ...]:
+    """The arrays of a teacher that tells this much; every one tells the log-prob of the token itself."""
+    return (
+        _LOGPROBS,
+        *((_ENTROPY,) if entropy else ()),
+        *((_CANDIDATE_LOGPROBS, _REST) if candidates else ()),
+        *(TOPK_ARRAYS if topk else ()),
+    )
+
 
 #: Leading fields of a commit record; one `digest.<array>` follows for each array of the group, in table order.
 COMMIT_FIELDS = (

@@ -193,12 +193,16 @@ class RolloutBlock:
 
 @dataclass(frozen=True)
 class ScoreBlock:
-    """One model's reading of a block's response tokens. Arrays that its group does not have are None."""
+    """One model's reading of a block's response tokens. Arrays that its group does not have are None.
+
+    In partial scores NaN means "not told": a token without a log-prob has no other score either, and a candidate
+    without one belongs to the rest.
+    """
 
     logprobs: Float32  # [T] nats
-    entropy: Float32  # [T] nats
-    candidate_logprobs: Float32  # [T, K]
-    rest_logprob: Float32  # [T]; -inf where the candidates are the whole vocabulary
+    entropy: Float32 | None = None  # [T] nats
+    candidate_logprobs: Float32 | None = None  # [T, K]
+    rest_logprob: Float32 | None = None  # [T]; -inf where the candidates are the whole vocabulary
     candidate_ids: Int32 | None = None  # [T, K], student only
     sampling_logprobs: Float32 | None = None  # [T], student only
     topk_ids: Int32 | None = None  # [T, M], teacher only
@@ -221,22 +225,25 @@ class ScoreBlock:
             )
         sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
         _check_shapes(self, specs, {"tokens": rollouts.n_tokens}, sizes)
-        for name in ("logprobs", "sampling_logprobs", "candidate_logprobs", "topk_logprobs"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_logprobs(value, name, lowest_finite=name in ("logprobs", "sampling_logprobs"))
-        _check_logprobs(self.rest_logprob, "rest_logprob", lowest_finite=False)
-        if self.topk_rest_logprob is not None:
-            _check_logprobs(self.topk_rest_logprob, "topk_rest_logprob", lowest_finite=False)
-        _require(
-            np.isfinite(self.entropy).all() and (self.entropy >= -LOGPROB_TOLERANCE).all(),
-            "entropy",
-            "must be finite and at least 0",
-        )
-        if manifest.candidate_kind == "topk":
-            total = np.exp(self.candidate_logprobs.astype(np.float64)).sum(-1) + np.exp(
-                self.rest_logprob.astype(np.float64)
-            )
+        told = np.isfinite(self.logprobs) if manifest.partial else np.ones(self.n_tokens, bool)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or value.dtype != np.float32:
+                continue
+            if manifest.partial:
+                _require(np.isnan(value[~told]).all(), field.name, "must be NaN where logprobs is")
+                value = value[told]
+            if field.name == "entropy":
+                at_least_0 = np.isfinite(value) & (value >= -LOGPROB_TOLERANCE)
+                _require(at_least_0.all(), field.name, "must be finite and at least 0")
+            else:
+                if manifest.partial and field.name == "candidate_logprobs":
+                    value = value[~np.isnan(value)]
+                _check_logprobs(value, field.name, lowest_finite=field.name in ("logprobs", "sampling_logprobs"))
+        if manifest.candidate_kind == "topk" and self.candidate_logprobs is not None:
+            assert self.rest_logprob is not None
+            of_candidates = np.exp(self.candidate_logprobs[told].astype(np.float64))
+            total = np.nansum(of_candidates, -1) + np.exp(self.rest_logprob[told].astype(np.float64))
             _require(
                 (np.abs(total - 1) < 1e-2).all(),
                 "rest_logprob",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import socket
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +17,12 @@ import zarr
 import zarr.errors
 from zarr.abc.store import Store
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from . import locks
 from .arrays import INNER_CHUNK
 from .errors import (
     CacheError,
-    CacheLockedError,
     FormatVersionError,
     NotACacheError,
     ProvenanceError,
@@ -36,6 +32,8 @@ from .errors import (
 )
 from .group import BlockGroup, create_arrays
 from .manifest import RoundManifest, ScoresManifest
+from .s3 import S3Store
+from .stores import entries, has_commits, is_empty, open_store
 
 FORMAT = "redpen"
 VERSION = 1
@@ -54,9 +52,9 @@ def create(location: str | os.PathLike[str] | Store, *, created_by: str = "") ->
     Raises:
         NotACacheError: something else is there. StorageError: it cannot be written.
     """
-    store, label = _store(location, writable=True)
+    store, label = open_store(location, writable=True)
     with storage_errors(f"cache {label}"):
-        if _is_empty(store):
+        if is_empty(store):
             header = {"format": FORMAT, "version": VERSION, "created_by": created_by}
             with suppress(zarr.errors.ContainsGroupError):  # another process was first: its cache is as good
                 zarr.create_group(store, attributes={"redpen": header})
@@ -69,9 +67,9 @@ def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) ->
     Raises:
         NotACacheError: nothing, or something else, is there. FormatVersionError: it is newer than this package.
     """
-    store, label = _store(location, writable=writable)
+    store, label = open_store(location, writable=writable)
     with storage_errors(f"cache {label}"):
-        if _is_empty(store):
+        if is_empty(store):
             raise NotACacheError(
                 f"cache {label}: nothing is there; `redpen rollouts RECIPE --cache {label}` makes one"
             )
@@ -130,8 +128,8 @@ class Cache:
         with storage_errors(f"cache {self.url}"):
             return [
                 int(name)
-                for name in sorted(_entries(self._store, "rounds"))
-                if name.isdigit() and int(name) not in known and _has_commits(self._store, f"rounds/{name}/rollouts")
+                for name in sorted(entries(self._store, "rounds"))
+                if name.isdigit() and int(name) not in known and has_commits(self._store, f"rounds/{name}/rollouts")
             ]
 
     def round(self, index: int | None = None) -> Round:
@@ -194,34 +192,18 @@ class Cache:
             group.attrs.put({"redpen": manifest.to_json() | {"slots": manifest.slots()}})
         return self.round(index)
 
-    @contextmanager
-    def lock(self, command: str) -> Iterator[None]:
-        """Hold the cache for writing, against other processes on this machine or file system.
+    def lock(self, command: str) -> AbstractContextManager[None]:
+        """Hold the cache for writing, against every other process that does.
 
-        The kernel releases the lock when the process ends, however it ends. Raises `CacheLockedError` naming the
-        holder. Caches that are not local directories have no lock: their readers rely on the digests.
+        A local cache is locked by the kernel: the lock ends with the process, however it ends. On S3 it is a lease
+        that ends soon after its holder; other stores have none, and their readers rely on the digests. Entering
+        raises `CacheLockedError` naming the holder.
         """
-        if self.path is None:
-            yield
-            return
-        path = self.path.resolve()  # one lock, however the path is spelled
-        lock_path = path.with_name(f".{path.name}.lock")
-        with storage_errors(f"cache {self.url}: lock file {lock_path}"):
-            handle = _acquire(lock_path, self.url)
-            os.ftruncate(handle, 0)
-            holder = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "command": command,
-                "since": time.ctime(),
-            }
-            os.pwrite(handle, json.dumps(holder).encode(), 0)
-        try:
-            _sweep_partial_writes(self.path)
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
-            os.close(handle)
+        if self.path is not None:
+            return locks.local(self.path, self.url, command)
+        if isinstance(self._store, S3Store):
+            return locks.leased(self._store.server, command)
+        return nullcontext()
 
 
 class Round:
@@ -230,6 +212,7 @@ class Round:
     def __init__(self, cache: Cache, index: int, group: zarr.Group, manifest: RoundManifest):
         self.cache, self.index, self.manifest = cache, index, manifest
         self._group = group
+        self._opened: dict[str, BlockGroup] = {}
         self.prompts = PromptTable(group)
         self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None)
 
@@ -263,16 +246,29 @@ class Round:
 
     def scores(self, name: str) -> BlockGroup:
         """Scores by `name`. Raises `CacheError` where there are none."""
-        names = self.scorer_names()
-        if name not in names:
+        self._child("scores")
+        found = self._scores(name)
+        if found is None:
             raise CacheError(
-                f"cache {self.cache.url} round {self.index}: not scored by {name!r} (scored by {_listed(names)}); "
-                f"run `redpen score RECIPE --cache {self.cache.url}`"
+                f"cache {self.cache.url} round {self.index}: not scored by {name!r} (scored by "
+                f"{_listed(self.scorer_names())}); run `redpen score RECIPE --cache {self.cache.url}`"
             )
-        group = self._child(f"scores/{name}")
-        manifest = ScoresManifest.from_json(_attributes(group), f"{self.cache.url} {group.path}")
-        student = self.scores(STUDENT) if manifest.role == "teacher" else None
-        return BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+        return found
+
+    def _scores(self, name: str) -> BlockGroup | None:
+        label = f"cache {self.cache.url}"
+        with storage_errors(label):
+            path = f"{self._group.path}/scores/{name}"
+            group = _open_group(self._group.store, path, label, writable=not self._group.store.read_only)
+        if group is None or "redpen" not in group.attrs:
+            return None
+        manifest = ScoresManifest.from_json(_attributes(group), f"{self.cache.url} {path}")
+        student = self.scores(STUDENT) if manifest.role == "teacher" and manifest.candidates else None
+        found = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+        known = self._opened.get(name)
+        if known is None or known.manifest != manifest or known._student is not student:  # made anew
+            self._opened[name] = known = found
+        return known
 
     def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
         """Create the scores of `name`, or return them where their provenance agrees.
@@ -281,8 +277,8 @@ class Round:
         """
         if (name == STUDENT) != (manifest.role == "student"):
             raise CacheError(f"scores {name!r}: the name {STUDENT!r} is for the student and for it alone")
-        if name in self.scorer_names():
-            existing = self.scores(name)
+        existing = self._scores(name)
+        if existing is not None:
             assert isinstance(existing.manifest, ScoresManifest)
             if existing.manifest.differences(manifest) and not existing.commits()["rows"].any():
                 return self._create_scores(name, manifest)  # nothing was scored yet, so nothing is lost
@@ -294,12 +290,12 @@ class Round:
 
     def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
         path = f"{self._group.path}/scores/{name}"
-        if name not in self.scorer_names() and _has_commits(self._group.store, path):
+        if self._scores(name) is None and has_commits(self._group.store, path):
             raise CacheError(
                 f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is gone; "
                 f"restore {path}/zarr.json from a copy, or name the scorer differently"
             )
-        if manifest.role == "teacher":
+        if manifest.role == "teacher" and manifest.candidates:
             student = self.scores(STUDENT).manifest
             assert isinstance(student, ScoresManifest)
             for field in ("candidates", "candidate_kind"):
@@ -386,54 +382,10 @@ def _write_prompts(group: zarr.Group, lines: list[bytes]) -> None:
         array[:] = value
 
 
-def _store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
-    if isinstance(location, Store):
-        return location if writable else location.with_read_only(True), str(location)
-    label = os.fspath(location)
-    scheme, separator, rest = label.partition("://")
-    if separator and scheme != "file":
-        raise StorageError(
-            f"cache {label}: {scheme}:// is not supported by this version; give a local path or a zarr Store"
-        )
-    path = Path(rest if separator else label)
-    if path.exists() and not path.is_dir():
-        raise NotACacheError(f"cache {label}: this is a file; a cache is a directory")
-    return LocalStore(path, read_only=not writable), label
-
-
-def _is_empty(store: Store) -> bool:
-    if isinstance(store, LocalStore):
-        # what a kill during the very first write may leave is nothing yet
-        return not store.root.exists() or all(name.endswith(".partial") for name in os.listdir(store.root))
-    return not _listed_keys(store.list_dir(""), at_most=1)
-
-
-def _entries(store: Store, path: str) -> list[str]:
-    """Names directly below `path`. zarr's own listing of a group would warn of those that hold no metadata."""
-    return [name.rstrip("/") for name in _listed_keys(store.list_dir(path)) if not name.startswith("zarr.json")]
-
-
 def _described(store: Store, path: str, label: str) -> list[str]:
     """Names of the groups directly below `path` that exist, i.e. whose `redpen` attribute was written."""
-    groups = {name: _open_group(store, f"{path}/{name}", label, writable=False) for name in _entries(store, path)}
+    groups = {name: _open_group(store, f"{path}/{name}", label, writable=False) for name in entries(store, path)}
     return [name for name, group in groups.items() if group is not None and "redpen" in group.attrs]
-
-
-def _has_commits(store: Store, path: str) -> bool:
-    """Whether the block group at `path` holds any commit, with or without metadata to read it by."""
-    return bool(_listed_keys(store.list_prefix(f"{path}/commit/c/"), at_most=1))
-
-
-def _listed_keys(keys: AsyncIterator[str], at_most: int | None = None) -> list[str]:
-    async def collect() -> list[str]:
-        found: list[str] = []
-        async for key in keys:
-            found.append(key)
-            if len(found) == at_most:
-                break
-        return found
-
-    return sync(collect())
 
 
 def _open_group(store: Store, path: str, label: str, *, writable: bool) -> zarr.Group | None:
@@ -469,39 +421,3 @@ def _round_path(index: int) -> str:
 
 def _listed(items: Sequence[object]) -> str:
     return ", ".join(str(item) for item in items) or "none"
-
-
-def _acquire(lock_path: Path, label: str) -> int:
-    while True:
-        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 4096, 0)
-            os.close(handle)
-            raise CacheLockedError(
-                f"cache {label} is being written by {_holder(holder)}; wait for it or stop it"
-            ) from None
-        # The previous holder may have removed the file between our open and our lock.
-        try:
-            if os.stat(lock_path).st_ino == os.fstat(handle).st_ino:
-                return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)
-
-
-def _holder(raw: bytes) -> str:
-    try:
-        holder = json.loads(raw)
-        return f"`{holder['command']}` (process {holder['pid']} on {holder['host']}, since {holder['since']})"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _sweep_partial_writes(root: Path) -> None:
-    """Remove what killed processes left of zarr's write-then-rename; nothing else writes while the lock is held."""
-    for directory, _, names in os.walk(root):
-        for name in names:
-            if name.endswith(".partial"):
-                Path(directory, name).unlink(missing_ok=True)

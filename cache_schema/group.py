@@ -6,19 +6,21 @@ array, so a reader notices missing shards and two writers that mixed their shard
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
-from zarr.core.sync import sync
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import StorePath, WrapperStore
 
 from .arrays import COMMIT_FIELDS, ArraySpec, inner_chunk
 from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
@@ -95,28 +97,36 @@ class BlockGroup:
 
         Scores count only while the rollouts, and for a teacher the candidates, are still those that were scored.
         """
+        return self._committed(None if self._rollouts is None else self._rollouts.commits())[1]
+
+    def _committed(self, rollouts: npt.NDArray[Any] | None) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         commits = self.commits()
         ready: npt.NDArray[np.bool_] = commits["rows"] > 0
-        if self._rollouts is not None:
-            ready &= commits["rollouts_digest"] == self._rollouts.commits()["digest"]
+        if rollouts is not None:
+            ready &= commits["rollouts_digest"] == rollouts["digest"]
         if self._student is not None:
-            ready &= self._student.committed()
-            ready &= commits["candidates_digest"] == self._student.commits()["digest.candidate_ids"]
-        return ready
+            candidates, there = self._student._committed(rollouts)
+            ready &= there & (commits["candidates_digest"] == candidates["digest.candidate_ids"])
+        return commits, ready
 
     def is_committed(self, block: int) -> bool:
         """`committed()[block]`, from that block's records alone."""
-        return self._why_uncommitted(block, self.commit(block)) is None
+        return self._why_uncommitted(*self._commits_of(block)) is None
 
-    def _why_uncommitted(self, block: int, commit: Any) -> str | None:
+    def _commits_of(self, block: int) -> list[Any]:
+        """The block's commit here, in the rollouts and in the student's scores; None where there is no such link."""
+        groups = (self, self._rollouts, self._student)
+        return list(_threads().map(lambda group: None if group is None else group.commit(block), groups))
+
+    def _why_uncommitted(self, commit: Any, rollouts: Any, candidates: Any) -> str | None:
         if commit["rows"] == 0:
             return "it was not written yet"
-        if self._rollouts is not None and commit["rollouts_digest"] != self._rollouts.commit(block)["digest"]:
+        if rollouts is not None and commit["rollouts_digest"] != rollouts["digest"]:
             return "it scores other rollouts than the block holds now"
         if self._student is not None:
-            if not self._student.is_committed(block):
+            if self._student._why_uncommitted(candidates, rollouts, None) is not None:
                 return "the student's scores, which bring its candidates, are not there"
-            if commit["candidates_digest"] != self._student.commit(block)["digest.candidate_ids"]:
+            if commit["candidates_digest"] != candidates["digest.candidate_ids"]:
                 return "it scores other candidates than the student's scores hold now"
         return None
 
@@ -136,11 +146,11 @@ class BlockGroup:
     def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
         """The used part of some of the block's arrays; errors as `read`."""
         self._require_block(block)
-        commit = self.commit(block)
-        why = self._why_uncommitted(block, commit)
+        commits = self._commits_of(block)
+        why = self._why_uncommitted(*commits)
         if why is not None:
             raise UncommittedError(f"{self._label} block {block}: {why}; run the stage that writes it")
-        return self._read_committed(block, commit, set(names), check=check)
+        return self._read_committed(block, commits[0], set(names), check=check)
 
     def _read_committed(
         self, block: int, commit: Any, names: set[str], *, check: bool
@@ -167,8 +177,20 @@ class BlockGroup:
             raise CorruptBlockError(self._label, block, spec.name, problem)
         return value
 
-    def write(self, block: int, record: RolloutBlock | ScoreBlock, *, elapsed_seconds: float = 0.0) -> None:
+    def write(
+        self,
+        block: int,
+        record: RolloutBlock | ScoreBlock,
+        *,
+        rollouts: RolloutBlock | None = None,
+        candidate_ids: npt.NDArray[np.int32] | None = None,
+        elapsed_seconds: float = 0.0,
+    ) -> None:
         """Validate, write and commit a block. A block that is there already is uncommitted first.
+
+        Args:
+            rollouts, candidate_ids: scores: what was scored, as it was read; by default what the cache holds now.
+                Where others have changed it meanwhile, the scores read as uncommitted.
 
         Raises `CacheError` where the record is invalid, `StorageError` where the storage refuses.
         """
@@ -181,14 +203,16 @@ class BlockGroup:
                 counts = record.counts()
             else:
                 assert isinstance(self.manifest, ScoresManifest) and self._rollouts is not None
-                scored = self._rollouts.read(block)
-                record.validate(self.manifest, scored)
-                counts = scored.counts()
-                links["rollouts_digest"] = int(self._rollouts.commit(block)["digest"])
+                rollouts = self._rollouts.read(block) if rollouts is None else rollouts
+                record.validate(self.manifest, rollouts)
+                counts = rollouts.counts()
+                links["rollouts_digest"] = self._rollouts.record_digest(rollouts)
                 if record.candidate_ids is not None:
                     links["candidates_digest"] = array_digest(record.candidate_ids)
                 elif self._student is not None:
-                    links["candidates_digest"] = int(self._student.commit(block)["digest.candidate_ids"])
+                    if candidate_ids is None:
+                        candidate_ids = self._student.read_arrays(block, ["candidate_ids"])["candidate_ids"]
+                    links["candidates_digest"] = array_digest(candidate_ids)
         except InvalidBlockError as error:
             raise CacheError(f"{self._label} block {block} cannot be written: {error}") from error
 
@@ -203,17 +227,29 @@ class BlockGroup:
         commit = np.zeros((), self._dtype)
         for name, number in fields.items():
             commit[name] = number
-        for spec in self.specs:
-            value = values[spec.name]
-            array = self._array(spec.name)
-            slot = np.full(array.shape[1:], spec.fill, np.dtype(spec.dtype))
-            slot[: value.shape[0]] = value
-            self._store(spec.name, block, slot)
-            commit[f"digest.{spec.name}"] = array_digest(value)
+        # All end before an error is raised: nothing writes behind the back of who then gives up the lock.
+        written = [_threads().submit(self._write_array, block, spec, values[spec.name]) for spec in self.specs]
+        wait(written)
+        for spec, digest in zip(self.specs, written, strict=True):
+            commit[f"digest.{spec.name}"] = digest.result()
         commit["digest"] = self._block_digest(commit)
         commit["elapsed_us"] = round(elapsed_seconds * 1e6)
         commit["committed_at_us"] = time.time_ns() // 1000
         self._store("commit", block, commit.reshape(1).view(np.uint64))
+
+    def _write_array(self, block: int, spec: ArraySpec, value: npt.NDArray[Any]) -> int:
+        """Write the whole slot; the digest of what it holds."""
+        slot = np.full(self._array(spec.name).shape[1:], spec.fill, np.dtype(spec.dtype))
+        slot[: value.shape[0]] = value
+        self._store(spec.name, block, slot)
+        return array_digest(value)
+
+    def record_digest(self, record: RolloutBlock) -> int:
+        """The `digest` of a commit of this record."""
+        fields = record.counts() | {
+            f"digest.{spec.name}": array_digest(getattr(record, spec.name)) for spec in self.specs
+        }
+        return self._block_digest(fields)
 
     @property
     def _label(self) -> str:
@@ -258,16 +294,21 @@ class BlockGroup:
     def _store(self, name: str, block: int, value: npt.NDArray[Any]) -> None:
         with storage_errors(f"{self._label}: cannot write block {block}, array {name}"):
             array = self._array(name)
-            # zarr reads the index of the shard that it replaces, and would stop at a damaged one.
-            shard = array.metadata.encode_chunk_key((block, *[0] * (array.ndim - 1)))
-            sync((array.store_path / shard).delete())
-            array[block] = value
+            unread = StorePath(_Unread(array.store_path.store), array.store_path.path)
+            zarr.Array(dataclasses.replace(array.async_array, store_path=unread))[block] = value
+
+
+class _Unread(WrapperStore[Store]):
+    """Finds nothing in a store: zarr would read the shard that it replaces whole, and stop at a damaged one."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        return None
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """Decoding and digests leave the GIL, so a block's arrays are read side by side."""
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="cache-read")
+    """A block's arrays pass side by side: codecs and digests leave the GIL, and servers are far away."""
+    return ThreadPoolExecutor(8, thread_name_prefix="cache-arrays")
 
 
 def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest) -> None:
@@ -276,7 +317,8 @@ def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, r
     if isinstance(manifest, ScoresManifest):
         slots |= {"candidate": manifest.candidates, "topk": manifest.topk}
     n_blocks = round_manifest.n_blocks
-    for spec in manifest.arrays():
+
+    def create(spec: ArraySpec) -> None:
         shape = tuple(slots[dim] for dim in spec.dims)
         group.create_array(
             spec.name,
@@ -290,6 +332,8 @@ def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, r
             dimension_names=spec.dimension_names,
             attributes={"unit": spec.unit, "meaning": spec.meaning},
         )
+
+    list(_threads().map(create, manifest.arrays()))
     fields = list(_commit_dtype(manifest.arrays()).names or ())
     group.create_array(
         "commit",

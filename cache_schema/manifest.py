@@ -9,10 +9,9 @@ from typing import Any, Self
 from .arrays import (
     ROLLOUT_ARRAYS,
     STUDENT_ARRAYS,
-    TEACHER_ARRAYS,
-    TOPK_ARRAYS,
     ArraySpec,
     slot_size,
+    teacher_arrays,
 )
 from .errors import CacheError
 
@@ -180,9 +179,13 @@ class ScoresManifest(_Manifest):
     Attributes:
         role: "student" (brings the candidates) or "teacher".
         engine: how log-probabilities were computed; tile_tokens: packing that they depend on in the last bits.
-        candidate_kind: "topk" or "sampled"; candidates: K, the sampled token included.
+        candidate_kind: "topk" or "sampled"; candidates: K, the sampled token included; 0: a teacher that tells of the
+            token itself alone, and so does not depend on the student's scores.
         sampling_temperature: of `sampling_logprobs` (student), None for a teacher.
         topk: how many of the teacher's own likeliest tokens are stored (0: none).
+        entropy: whether entropies are stored.
+        partial: the teacher may leave out (NaN) what it was not asked or could not tell: whole tokens, or candidates,
+            which then belong to the rest.
     """
 
     role: str
@@ -198,6 +201,8 @@ class ScoresManifest(_Manifest):
     candidates: int
     sampling_temperature: float | None
     topk: int = 0
+    entropy: bool = True
+    partial: bool = False
     created_by: str = ""
 
     def __post_init__(self) -> None:
@@ -205,10 +210,12 @@ class ScoresManifest(_Manifest):
             raise CacheError(f"scores manifest: role must be student or teacher, got {self.role!r}")
         if self.candidate_kind not in ("topk", "sampled"):
             raise CacheError(f"scores manifest: candidate_kind must be topk or sampled, got {self.candidate_kind!r}")
-        if self.candidates < 1:
+        if self.candidates < (1 if self.role == "student" else 0):
             raise CacheError(f"scores manifest: candidates must be at least 1, got {self.candidates}")
+        if self.role == "student" and (self.partial or not self.entropy):
+            raise CacheError("scores manifest: the student's scores cannot be partial")
 
     def arrays(self) -> tuple[ArraySpec, ...]:
         if self.role == "student":
             return STUDENT_ARRAYS
-        return TEACHER_ARRAYS + (TOPK_ARRAYS if self.topk else ())
+        return teacher_arrays(entropy=self.entropy, candidates=self.candidates > 0, topk=self.topk > 0)

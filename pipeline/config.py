@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.settings import Section
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Placement = Literal["resident", "streamed", "vllm", "server"]
 
 
 class ModelConfig(Section):
@@ -43,6 +44,11 @@ class TeacherConfig(ModelConfig):
     """A teacher: a model and the name of its scores in the cache."""
 
     name: str = Field(default="teacher", description="name of this teacher's scores in the cache")
+    placement: Placement | None = Field(default=None, description="default: score.placement")
+    url: str | None = Field(
+        default=None, description="placement server: base URL of its API, e.g. http://localhost:8000/v1"
+    )
+    served_name: str | None = Field(default=None, description="placement server: its name there; default: model")
 
     @field_validator("name")
     @classmethod
@@ -80,7 +86,7 @@ class PromptsConfig(Section):
 class RolloutsConfig(Section):
     """Stage one, sampling."""
 
-    engine: Literal["transformers"] = Field(default="transformers", description="what samples")
+    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="what samples")
     rollouts_per_prompt: int = Field(default=4, ge=1, le=64, description="responses sampled for each prompt")
     temperature: float = Field(default=1.0, ge=0, le=10, description="1 samples the student itself; 0 is greedy")
     top_p: float = Field(
@@ -103,7 +109,14 @@ class RolloutsConfig(Section):
 class ScoreConfig(Section):
     """Stage one, scoring."""
 
-    placement: Literal["resident"] = Field(default="resident", description="resident: the whole scorer on the device")
+    placement: Placement = Field(
+        default="resident",
+        description="resident: the whole scorer on the device; streamed: layer by layer, for models that do not fit; "
+        "vllm, server: teachers read by vLLM, here or behind teacher.url (the student then stays resident)",
+    )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="device memory that a streamed scorer may use; default: most of what is free"
+    )
     tile_tokens: int = Field(default=8192, ge=1, description="tokens (prompts included) packed into one forward")
     candidates: int = Field(
         default=8, ge=1, le=4096, description="alternatives kept at every position, the sampled token included"
@@ -115,6 +128,19 @@ class ScoreConfig(Section):
         default=0, ge=0, le=4096, description="the teacher's own likeliest tokens, stored beside; 0: none"
     )
     rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+    server_requests: int = Field(default=32, ge=1, le=1024, description="requests in flight to a served teacher")
+    server_timeout: float = Field(default=300.0, gt=0, description="seconds that one request to it may take")
+    server_retries: int = Field(default=8, ge=0, le=100, description="times a failed request to it is sent again")
+
+
+class VllmConfig(Section):
+    """The vLLM engine, as sampler (rollouts.engine) or scorer (score.placement)."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one model")
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="share of the device's memory; default: 0.9 on a GPU, 0.2 without one"
+    )
+    enforce_eager: bool = Field(default=False, description="no compilation: starts sooner, runs slower")
 
 
 class TrainConfig(Section):
@@ -209,6 +235,7 @@ class Recipe(Section):
     prompts: PromptsConfig = Field(description="training prompts")
     rollouts: RolloutsConfig = Field(default=RolloutsConfig(), description="sampling")
     score: ScoreConfig = Field(default=ScoreConfig(), description="scoring")
+    vllm: VllmConfig = Field(default=VllmConfig(), description="the vLLM engine, where it samples or scores")
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
 
@@ -234,11 +261,32 @@ class Recipe(Section):
                 f'train.advantage = "{self.train.advantage}" belongs to train.loss = "importance_sampling", '
                 'got "reverse_kl", which has none'
             )
+        if (
+            self.rollouts.engine == "vllm"
+            and self.rollouts.temperature != 0
+            and not 0.01 <= self.rollouts.temperature <= 2
+        ):
+            raise ValueError(
+                'rollouts.temperature must be 0, or 0.01 to 2, for rollouts.engine = "vllm", '
+                f"got {self.rollouts.temperature:g}: vLLM refuses others or replaces them"
+            )
+        for teacher in self.teacher:
+            if self.placement(teacher) == "server" and teacher.url is None:
+                raise ValueError(
+                    f'placement "server" of teacher {teacher.name!r} needs teacher.url, the base URL of its API, '
+                    "e.g. http://localhost:8000/v1"
+                )
         if self.prompts.template == "none" and (self.prompts.system is not None or self.prompts.template_args):
             raise ValueError(
                 'prompts.system and prompts.template_args need a chat template, got prompts.template = "none"'
             )
         return self
+
+    def placement(self, model: ModelConfig) -> Placement:
+        """How a scorer of this recipe is placed. The student, which brings the candidates, is always read here."""
+        if isinstance(model, TeacherConfig):
+            return model.placement or self.score.placement
+        return self.score.placement if self.score.placement in ("resident", "streamed") else "resident"
 
     @property
     def teacher_names(self) -> list[str]:

@@ -184,6 +184,7 @@ def score_rows(
     *,
     candidates: int = 0,
     candidate_kind: str = "topk",
+    candidate_vocab: int | None = None,
     candidate_ids_TK: Tensor | None = None,
     sampling_temperature: float | None = None,
     topk: int = 0,
@@ -197,6 +198,8 @@ def score_rows(
         candidates: K, the sampled token included; 0 for none.
         candidate_kind: "topk": the sampled token, then the K - 1 likeliest others; "sampled": the sampled token,
             then K - 1 independent draws from the softmax, repeats kept (a mean over them is unbiased).
+        candidate_vocab: choose candidates below this id only (the sampled token stays, whatever it is). Rows of the
+            head beyond the tokenizer's ids are padding, which another model of the same tokenizer may not have.
         candidate_ids_TK: score at these ids instead of choosing any: a teacher at the student's candidates.
         sampling_temperature: also give the sampled token's log-prob at this temperature. 0 is greedy decoding, a
             point mass on the likeliest token: 0 where the sampled token is that (or ties), -inf where it is not.
@@ -212,9 +215,10 @@ def score_rows(
             without a key.
     """
     vocab, device = head.vocab_size, hidden_TD.device
-    for name, count in (("candidates", candidates), ("topk", topk)):
-        if count > vocab:
-            raise ModelError(f"{name}: expected at most {vocab}, the size of the model's vocabulary, got {count}")
+    candidate_vocab = min(candidate_vocab or vocab, vocab)
+    for name, count, limit in (("candidates", candidates, candidate_vocab), ("topk", topk, vocab)):
+        if count > limit:
+            raise ModelError(f"{name}: expected at most {limit}, the size of the model's vocabulary, got {count}")
     token_ids_T = token_ids_T.to(device, torch.int64)
     check_ids(token_ids_T, vocab, "token id")
     uniforms_TK = None
@@ -236,9 +240,9 @@ def score_rows(
         if candidate_ids_TK is not None:
             ids_nK = candidate_ids_TK[rows]
         elif uniforms_TK is not None:
-            ids_nK = torch.cat([tokens_n1, _draw(z, uniforms_TK[rows].to(device))], 1)
+            ids_nK = torch.cat([tokens_n1, _draw(z[:, :candidate_vocab], uniforms_TK[rows].to(device))], 1)
         elif candidates:
-            ids_nK = torch.cat([tokens_n1, _likeliest_others(z, tokens_n1, candidates - 1)], 1)
+            ids_nK = torch.cat([tokens_n1, _likeliest_others(z, tokens_n1, candidates - 1, candidate_vocab)], 1)
         else:
             ids_nK = None
         parts.append(_score(z, tokens_n1, ids_nK, sampling_temperature, topk))
@@ -468,10 +472,10 @@ def _tempered(z: Tensor, part: _Partition, token_logit: Tensor, temperature: flo
     return (token_logit.double() / temperature - lse).to(z.dtype)
 
 
-def _likeliest_others(z: Tensor, tokens_n1: Tensor, count: int) -> Tensor:
-    """The `count` likeliest ids of each row that are not its token; z is left as it was."""
+def _likeliest_others(z: Tensor, tokens_n1: Tensor, count: int, vocab: int) -> Tensor:
+    """The `count` likeliest ids of each row, below `vocab`, that are not its token; z is left as it was."""
     token_logit = z.gather(1, tokens_n1)
-    others = z.scatter_(1, tokens_n1, -torch.inf).topk(count, dim=1).indices
+    others = z.scatter_(1, tokens_n1, -torch.inf)[:, :vocab].topk(count, dim=1).indices
     z.scatter_(1, tokens_n1, token_logit)
     return others
 

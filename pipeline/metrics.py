@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import cache_schema as cs
+
 Float64 = npt.NDArray[np.float64]
+
+#: The least probability that is left outside tokens whose fp32 log-probs are known: below it, it is their rounding.
+REST_FLOOR = 2.0**-24
 
 
 def reverse_kl(
@@ -31,6 +37,62 @@ def reverse_kl(
         counts[:, :-1] &= first_occurrence(candidate_ids_TK)
     terms = np.exp(student) * (np.where(counts, student, 0.0) - np.where(counts, teacher, 0.0))
     return np.asarray(np.where(counts, terms, 0.0).sum(axis=1))
+
+
+def scores_reverse_kl(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:
+    """KL(student || teacher) at each position [T], nats, from what both told; NaN where the teacher told nothing.
+
+    Candidates that the teacher did not tell count as rest. A teacher without candidates leaves two buckets: the token
+    itself, and everything else.
+    """
+    if teacher.candidate_logprobs is None:
+        of_student, of_teacher = ((s.logprobs[:, None], rest_of(s.logprobs)) for s in (student, teacher))
+        return reverse_kl(*of_student, *of_teacher)
+    assert student.candidate_logprobs is not None and student.rest_logprob is not None
+    assert student.candidate_ids is not None and teacher.rest_logprob is not None
+    first = first_occurrence(student.candidate_ids)
+    untold = np.isnan(teacher.candidate_logprobs)
+    own = student.candidate_logprobs.astype(np.float64)
+    rest = np.logaddexp.reduce(np.where(untold & first, own, -np.inf), axis=1, initial=-np.inf)
+    rest = np.logaddexp(rest, student.rest_logprob)
+    own = np.where(untold | ~first, -np.inf, own)
+    return reverse_kl(own, rest, teacher.candidate_logprobs, teacher.rest_logprob)
+
+
+def rest_of(logprobs: npt.ArrayLike) -> Float64:
+    """log(1 - sum of exp(logprobs) over the last axis, if there are two), at least log(REST_FLOOR); NaN stays NaN."""
+    told = np.exp(np.asarray(logprobs, np.float64))
+    return np.asarray(np.log(np.maximum(1.0 - (told if told.ndim == 1 else told.sum(-1)), REST_FLOOR)))
+
+
+@dataclass(frozen=True)
+class SamplerGap:
+    """How far the sampler is from the training forward: the ratio p_trainer / p_sampler of the tokens it sampled.
+
+    Its mean is 1 where both compute the same distribution, and off 1 where the sampler's log-probs are of another one
+    (another temperature, renormalised, another model). Rounding spreads it: bf16 puts up to a few % outside 0.9..1.1.
+    """
+
+    mean: float
+    p99: float
+    outside: float  # share of the tokens outside 0.9..1.1
+
+    @classmethod
+    def of(cls, log_ratio_T: npt.NDArray[np.float32]) -> SamplerGap | None:
+        """From log p_trainer - log p_sampler; None without tokens."""
+        if not len(log_ratio_T):
+            return None
+        ratio = np.exp(log_ratio_T)
+        outside = (ratio < 0.9) | (ratio > 1.1)
+        return cls(float(ratio.mean(dtype=np.float64)), float(np.quantile(ratio, 0.99)), float(outside.mean()))
+
+    @property
+    def is_wide(self) -> bool:
+        """Past what the rounding of half precision explains."""
+        return abs(self.mean - 1) > 0.02 or self.outside > 0.1
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.4f}, p99 {self.p99:.3f}, {self.outside:.2%} outside 0.9..1.1"
 
 
 def first_occurrence(ids_TK: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

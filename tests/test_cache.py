@@ -94,7 +94,7 @@ def test_any_zarr_reader_sees_the_documented_layout(tmp_path: Path) -> None:
     for path, specs in (
         ("rollouts", cs.ROLLOUT_ARRAYS),
         ("scores/student", cs.STUDENT_ARRAYS),
-        ("scores/teacher", cs.TEACHER_ARRAYS + cs.TOPK_ARRAYS),
+        ("scores/teacher", cs.teacher_arrays(topk=True)),
     ):
         group = root[f"rounds/00000/{path}"]
         assert isinstance(group, zarr.Group)

@@ -506,3 +506,18 @@ def test_prompt_learning_is_refused() -> None:
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match="prompt learning"):
         decoder_body(prompted)
+
+
+def test_padding_rows_of_the_head_are_no_candidates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (40, 64))
+    weight[60:] *= 5  # padding that would be likely
+    head, tokens = Head(weight), torch.randint(0, 64, (40,), generator=generator)
+    for kind in ("topk", "sampled"):
+        options = {"candidates": 9, "candidate_kind": kind, "generator_key": (1, 2)}
+        free = score_rows(hidden, head, tokens, **options).candidate_ids  # type: ignore[arg-type]
+        kept = score_rows(hidden, head, tokens, candidate_vocab=60, **options).candidate_ids  # type: ignore[arg-type]
+        assert free is not None and kept is not None
+        assert int(free[:, 1:].max()) >= 60 > int(kept[:, 1:].max()) and torch.equal(kept[:, 0], tokens)
+    with pytest.raises(ModelError, match="expected at most 60"):
+        score_rows(hidden, head, tokens, candidates=61, candidate_vocab=60)

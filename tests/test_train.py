@@ -33,7 +33,7 @@ def trainer_of(cache: Path, recipe: Recipe, teacher: str = "teacher") -> tuple[T
     round_ = cs.open(cache).round()
     scores = round_.scores(teacher).manifest
     assert isinstance(scores, cs.ScoresManifest)
-    objective = Objective(recipe.train, teacher, scores.topk > 0, round_.manifest.vocab_size)
+    objective = Objective(recipe.train, teacher, scores, round_.manifest.vocab_size)
     order = Order(round_.n_prompts, 4, recipe.train.prompts_per_step, 3, recipe.train.seed)
     model = lora.add_lora(models.load_model(recipe.student, trainable=True), recipe.train)
     return Trainer(model, objective, recipe.train), Replay(round_, objective.arrays, order)

@@ -36,7 +36,7 @@ from pipeline.console import progress, warn
 from pipeline.errors import ConfigError, ModelNotFoundError, RedpenError
 from pipeline.evaluate.answers import Estimate, extract_answer, mean_per_token, share_right
 from pipeline.evaluate.table import show
-from pipeline.metrics import reverse_kl
+from pipeline.metrics import scores_reverse_kl
 from pipeline.packing import ATTENTION
 from pipeline.prompts import load_prompts, prompts_sha256, render_all
 from pipeline.rollouts import PromptBlock, Sampling
@@ -254,8 +254,9 @@ def _respond(
     scores = None
     if job.teacher is not None:
         _set_attention(model, ATTENTION)
-        candidates = min(settings.candidates, models.model_facts(cfg).vocab_size)
-        scores = _read(job, model, rollouts["fresh"], None, candidates, f"{label}: reading")
+        known = min(models.tokenizer_identity(tokenizer, cfg.model).vocab_size, models.model_facts(cfg).vocab_size)
+        options = _options(job.recipe, min(settings.candidates, known), known)
+        scores = _read(model, rollouts["fresh"], None, options, f"{label}: reading")
     del model
     _free()
     return Responses(**rollouts, scores=scores)
@@ -268,11 +269,8 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses]) -
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
         assert student is not None and student.candidate_ids is not None
-        n_candidates = student.candidate_ids.shape[1]
-        teacher = _read(job, model, rollouts, student.candidate_ids, n_candidates, f"teacher: {label}")
-        kl_T = reverse_kl(
-            student.candidate_logprobs, student.rest_logprob, teacher.candidate_logprobs, teacher.rest_logprob
-        )
+        teacher = _read(model, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}")
+        kl_T = scores_reverse_kl(student, teacher)
         prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
         tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
@@ -282,19 +280,18 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses]) -
     return estimates
 
 
-def _read(
-    job: Job,
-    model: PreTrainedModel,
-    rollouts: cs.RolloutBlock,
-    candidate_ids: Any,
-    candidates: int,
-    label: str,
-) -> cs.ScoreBlock:
-    options = ScoreOptions(
+def _options(recipe: Recipe, candidates: int = 0, candidate_vocab: int | None = None) -> ScoreOptions:
+    return ScoreOptions(
         candidates=candidates,
-        tile_tokens=job.recipe.score.tile_tokens,
-        rows_per_chunk=job.recipe.score.rows_per_chunk,
+        candidate_vocab=candidate_vocab,
+        tile_tokens=recipe.score.tile_tokens,
+        rows_per_chunk=recipe.score.rows_per_chunk,
     )
+
+
+def _read(
+    model: PreTrainedModel, rollouts: cs.RolloutBlock, candidate_ids: Any, options: ScoreOptions, label: str
+) -> cs.ScoreBlock:
     with progress(label, rollouts.n_tokens, "tokens") as bar:
         on_tile: Callable[[int], None] = bar.advance
         scorer = ResidentScorer(model, options, on_tile=on_tile)

@@ -13,13 +13,13 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
-from pipeline.metrics import first_occurrence, reverse_kl
+from pipeline.metrics import first_occurrence, scores_reverse_kl
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000
 
 FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
-_KL_ARRAYS = ("candidate_logprobs", "rest_logprob")
+_KL_ARRAYS = ("logprobs", "candidate_ids", "candidate_logprobs", "rest_logprob")
 
 
 class Decoder(Protocol):
@@ -90,7 +90,8 @@ def _scores_summary(round_: cs.Round, name: str) -> dict[str, Any]:
 
 def _mean_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup) -> dict[str, Any]:
     """Mean over the trained tokens of the scored blocks, or of as many of them as make up SUMMARY_TOKENS."""
-    blocks = np.flatnonzero(teacher.committed())
+    student = round_.scores(cs.STUDENT).committed() if cs.STUDENT in round_.scorer_names() else False
+    blocks = np.flatnonzero(teacher.committed() & student)  # a teacher's imported scores may be there first
     tokens = round_.rollouts.commits()["tokens"][blocks]
     affordable = max(1, int(SUMMARY_TOKENS / max(float(tokens.mean()), 1.0))) if len(blocks) else 0
     if affordable < len(blocks):
@@ -99,20 +100,14 @@ def _mean_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup) -> dict[str, Any]
     for block in map(int, blocks):
         kl = _block_reverse_kl(round_, teacher, block)
         trained = round_.rollouts.read_arrays(block, ["trained"])["trained"] == 1
+        trained &= ~np.isnan(kl)  # not every token need be scored
         total, count = total + float(kl[trained].sum()), count + int(trained.sum())
     return {"reverse_kl": _number(total / count) if count else None, "reverse_kl_tokens": count}
 
 
 def _block_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup, block: int) -> Any:
-    student = round_.scores(cs.STUDENT).read_arrays(block, [*_KL_ARRAYS, "candidate_ids"])
-    other = teacher.read_arrays(block, _KL_ARRAYS)
-    return reverse_kl(
-        student["candidate_logprobs"],
-        student["rest_logprob"],
-        other["candidate_logprobs"],
-        other["rest_logprob"],
-        student["candidate_ids"],
-    )
+    student, other = (cs.ScoreBlock(**g.read_arrays(block, _KL_ARRAYS)) for g in (round_.scores(cs.STUDENT), teacher))
+    return scores_reverse_kl(student, other)
 
 
 def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
@@ -145,16 +140,11 @@ def rollout(
     name = _choose_teacher(round_, teacher)
     student = _scores(round_, cs.STUDENT, block, span)
     other = _scores(round_, name, block, span)
-    trained = record.trained[span] == 1
+    counts = trained = record.trained[span] == 1
     kl = None
     if student is not None and other is not None:
-        kl = reverse_kl(
-            student["candidate_logprobs"],
-            student["rest_logprob"],
-            other["candidate_logprobs"],
-            other["rest_logprob"],
-            student["candidate_ids"],
-        )
+        kl = scores_reverse_kl(cs.ScoreBlock(**student), cs.ScoreBlock(**other))
+        counts = trained & ~np.isnan(kl)
     prompt_index = int(record.prompt_index[record.row_prompt[row]])
     line = round_.prompts[prompt_index]
     tokenizer = load_decoder()
@@ -173,7 +163,7 @@ def rollout(
         "prompt": "".join(pieces([int(token) for token in record.prompt(row)], tokenizer)),
         "response": "".join(texts),
         "scored": kl is not None,
-        "mean_reverse_kl": _number(kl[trained].mean()) if kl is not None and trained.any() else None,
+        "mean_reverse_kl": _number(kl[counts].mean()) if kl is not None and counts.any() else None,
         "tokens": [
             {
                 "position": position,
@@ -240,12 +230,15 @@ def _candidates(
     if student is None:
         return []
     ids = student["candidate_ids"][position]
+    told = np.full(len(ids), np.nan)
+    if teacher is not None and "candidate_logprobs" in teacher:
+        told = teacher["candidate_logprobs"][position]
     found: dict[int, dict[str, Any]] = {
         int(ids[k]): {
             "id": int(ids[k]),
             "text": label(int(ids[k])),
             "student_logprob": _number(student["candidate_logprobs"][position][k]),
-            "teacher_logprob": None if teacher is None else _number(teacher["candidate_logprobs"][position][k]),
+            "teacher_logprob": _number(told[k]),
         }
         for k in np.flatnonzero(first_occurrence(ids[None])[0])
     }

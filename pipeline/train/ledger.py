@@ -22,12 +22,12 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ModelError
 from pipeline.models import resolve_path
-from pipeline.provenance import weight_files
+from pipeline.provenance import IMPORTED, weight_files
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage. `flops` is None where the model is not on this machine, so that its size is not known."""
+    """One stage. `flops` is None where the model's size is not known here, or the work was done elsewhere."""
 
     seconds: float
     tokens: int
@@ -85,7 +85,7 @@ def _cost(group: cs.BlockGroup, cfg: ModelConfig | None, *, prompts_once: bool) 
     rows, prompts = commits["rows"].astype(float), commits["prompts"].astype(float)
     prompt_tokens = commits["prompt_tokens"] * (1 if prompts_once else rows / prompts)
     tokens = int(commits["tokens"].sum() + prompt_tokens.sum())
-    n = parameters(cfg)
+    n = None if group.manifest.engine == IMPORTED else parameters(cfg)  # made elsewhere, at a cost that is not known
     return Cost(float(commits["elapsed_us"].sum()) / 1e6, tokens, None if n is None else 2.0 * n * tokens)
 
 

@@ -17,11 +17,10 @@ from torch import Tensor
 import cache_schema as cs
 from pipeline.config import TrainConfig
 from pipeline.logprobs import HeadLoss, without_repeats
+from pipeline.metrics import rest_of
 from pipeline.train import losses
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums
 from pipeline.train.replay import MicroBatch
-
-_TOPK = ("topk_ids", "topk_logprobs", "topk_rest_logprob")
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,23 @@ class Objective:
 
     Attributes:
         teacher: name of the teacher's scores.
-        topk: the teacher's own top-k was stored and joins the candidates.
+        scores: what those hold. The teacher's own top-k, if stored, joins the candidates; candidates that it did not
+            tell belong to the rest; where it told none, the sampled token is the only column.
         vocab_size: of the student's head. A teacher's vocabulary may be padded further; what it gives those ids is
             outside the columns and outside its rest, as it should be.
     """
 
     train: TrainConfig
     teacher: str
-    topk: bool
+    scores: cs.ScoresManifest
     vocab_size: int
 
     @property
     def arrays(self) -> dict[str, tuple[str, ...]]:
         """The arrays to read from the cache, by scorer."""
-        teacher = ("logprobs", "candidate_logprobs", *(_TOPK if self.topk else ("rest_logprob",)))
-        return {cs.STUDENT: ("logprobs", "candidate_ids"), self.teacher: teacher}
+        unused = {"entropy", "rest_logprob"} if self.scores.topk else {"entropy"}
+        told = tuple(spec.name for spec in self.scores.arrays() if spec.name not in unused)
+        return {cs.STUDENT: ("logprobs", "candidate_ids"), self.teacher: told}
 
     def targets(self, micro_batch: MicroBatch, device: torch.device | str) -> Targets:
         """The micro-batch's columns as tensors."""
@@ -108,24 +109,36 @@ class Objective:
         def column(name: str) -> Tensor:
             return torch.from_numpy(micro_batch.column(name)).to(device)
 
-        ids, teacher = column(f"{cs.STUDENT}/candidate_ids"), column(f"{self.teacher}/candidate_logprobs")
-        if self.topk:
-            ids = torch.cat([ids, column(f"{self.teacher}/topk_ids")], 1)
+        ids, sampled = column(f"{cs.STUDENT}/candidate_ids").long(), column(f"{self.teacher}/logprobs")
+        if self.scores.candidates:
+            teacher = column(f"{self.teacher}/candidate_logprobs")
+            untold = teacher.isnan()
+            untold[:, 0] = False  # the sampled token: where it is unscored, the row weighs nothing
+            ids = ids.masked_fill(untold, -1)
+        else:
+            ids, teacher = ids[:, :1], sampled[:, None]
+        if self.scores.topk:
+            ids = torch.cat([ids, column(f"{self.teacher}/topk_ids").long()], 1)
             teacher = torch.cat([teacher, column(f"{self.teacher}/topk_logprobs")], 1)
-        ids = without_repeats(ids.long())
+            rest = column(f"{self.teacher}/topk_rest_logprob")
+        elif self.scores.candidates:
+            rest = column(f"{self.teacher}/rest_logprob")
+        else:
+            rest = torch.from_numpy(rest_of(sampled.cpu().numpy())).to(sampled)
+        ids = without_repeats(ids)
         weights_T = torch.from_numpy(micro_batch.weights).to(device)
         ignored_T = weights_T == 0
 
         def finite(teacher_T: Tensor) -> Tensor:
-            # NaN (not scored) times a weight of 0 would still be a NaN gradient.
+            # NaN (not scored) times a weight of 0 would still be a NaN gradient; columns without an id are not read.
             return teacher_T.masked_fill(ignored_T.view(-1, *[1] * (teacher_T.ndim - 1)), 0.0)
 
         return Targets(
             ids_TC=ids.masked_fill(ids >= self.vocab_size, -1),
             teacher_TC=finite(teacher),
-            teacher_rest_T=finite(column(f"{self.teacher}/{'topk_rest_logprob' if self.topk else 'rest_logprob'}")),
+            teacher_rest_T=finite(rest),
             old_T=finite(column(f"{cs.STUDENT}/logprobs")),
-            teacher_T=finite(column(f"{self.teacher}/logprobs")),
+            teacher_T=finite(sampled),
             weights_T=weights_T,
             copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
         )

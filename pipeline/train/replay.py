@@ -85,7 +85,7 @@ class LoadedBlock:
 
     Attributes:
         columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`.
-        weights: f4 [T], what a token counts for in the loss: its `trained` flag.
+        weights: f4 [T], what a token counts for in the loss: 1 if it is `trained` and scored, else 0.
     """
 
     rollouts: cs.RolloutBlock
@@ -130,8 +130,11 @@ class Rollout:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """Equal for rollouts that teach the same: prompt, response, weights, and candidates, which may be drawn."""
-        ids = [self.column(name).tobytes() for name in self.block.columns if name.endswith("/candidate_ids")]
+        """Equal for rollouts that teach the same: prompt, response, weights, candidates (which may be drawn), and
+        which of them a teacher told.
+        """
+        ids = [self.column(name).tobytes() for name in self.block.columns if name.endswith("_ids")]
+        ids += [np.isnan(self.column(n)).tobytes() for n in self.block.columns if n.endswith("/candidate_logprobs")]
         response = self.block.rollouts.response(self.row)
         return (self.prompt_index, response.tobytes(), self.weights.tobytes(), *ids)
 
@@ -283,4 +286,8 @@ class Replay:
             for name, (group, arrays) in self._groups.items()
             for array, value in group.read_arrays(index, arrays).items()
         }
-        return LoadedBlock(rollouts, columns, rollouts.trained.astype(np.float32))
+        counts = rollouts.trained == 1
+        for name, value in columns.items():
+            if name.endswith("/logprobs"):  # what a scorer has not told of is nothing to learn from
+                counts &= np.isfinite(value)
+        return LoadedBlock(rollouts, columns, counts.astype(np.float32))

@@ -69,6 +69,9 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
         if run.result is not None:
             print(f"{run.path} is finished: {run.result.sentence}")
             return run.result.exit_code
+        scores = round_.scores(teacher).manifest
+        assert isinstance(scores, cs.ScoresManifest)
+        _check_candidates(recipe, scores, teacher)
         _check_student(recipe, round_, cache_url)
         order = Order(
             round_.n_prompts,
@@ -77,9 +80,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
             train.shuffle_window_blocks,
             train.seed,
         )
-        scores = round_.scores(teacher).manifest
-        assert isinstance(scores, cs.ScoresManifest)
-        objective = Objective(train, teacher, scores.topk > 0, round_.manifest.vocab_size)
+        objective = Objective(train, teacher, scores, round_.manifest.vocab_size)
         replay = Replay(round_, objective.arrays, order)
         model = lora.add_lora(models.load_model(recipe.student, trainable=True), train)
         trainer = Trainer(model, objective, train)
@@ -252,6 +253,21 @@ def _check_scored(round_: cs.Round, teacher: str, cache_url: str) -> None:
                 f"cache {cache_url} round {round_.index}: {done} of {round_.n_blocks} blocks are {what}; "
                 f"`redpen {command} RECIPE --cache {cache_url}` does the rest"
             )
+
+
+def _check_candidates(recipe: Recipe, scores: cs.ScoresManifest, teacher: str) -> None:
+    """A teacher that told of the sampled token alone allows no divergence over candidates."""
+    if scores.candidates or scores.topk:
+        return
+    if recipe.train.loss == "reverse_kl":
+        raise ConfigError(
+            f'train.loss = "reverse_kl": the scores by {teacher!r} hold no candidates (engine {scores.engine}); '
+            'set it to "importance_sampling", or let the teacher score the cache itself under another name'
+        )
+    warn(
+        f"the scores by {teacher!r} hold no candidates: reverse KL is measured over the sampled token and everything "
+        "else, a low bound; set train.stop_reverse_kl = 0 to train through"
+    )
 
 
 def _check_replay(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:

@@ -1,0 +1,202 @@
+"""One writer at a time: the kernel's lock for a local cache, a lease on S3."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zarr.core.sync import sync
+
+from .errors import CacheLockedError, storage_errors
+from .s3 import Server
+
+if TYPE_CHECKING:
+    import obstore
+
+#: A lease is renewed six times in this time, and is over when it was not.
+LEASE_SECONDS = 120.0
+#: How long giving it back may take at the end.
+_RELEASE_SECONDS = 3.0
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def local(root: Path, url: str, command: str) -> Iterator[None]:
+    """Hold the cache at `root`; the kernel frees it when the process ends. Raises `CacheLockedError`."""
+    path = root.resolve()  # one lock, however the path is spelled
+    lock_path = path.with_name(f".{path.name}.lock")
+    with storage_errors(f"cache {url}: lock file {lock_path}"):
+        handle = _acquire(lock_path, url)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(_myself(command)).encode(), 0)
+    try:
+        _sweep_partial_writes(root)
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def leased(server: Server, command: str) -> Iterator[None]:
+    """Hold a cache on S3: an object beside it names the holder, who renews it and deletes it at the end.
+
+    What was not renewed for `LEASE_SECONDS`, or by a process of this machine that is dead, is taken over. Every step
+    is a conditional write, so of two processes one gets it. Raises `CacheLockedError` naming the holder.
+    """
+    lease = _Lease(server, _myself(command))
+    try:
+        with storage_errors(f"cache {server.url}: lock"):
+            sync(lease.acquire())
+    except NotImplementedError:
+        _log.warning("cache %s is not locked: AWS_CONDITIONAL_PUT is disabled", server.url)
+        yield
+        return
+    try:
+        yield
+    finally:
+        sync(lease.release())
+
+
+class _Lease:
+    def __init__(self, server: Server, holder: dict[str, Any]):
+        self._server, self._holder = server, holder | {"machine": _machine(), "token": secrets.token_hex(8)}
+        self._tag: str | None = None
+        self._renewed = 0.0
+
+    async def acquire(self) -> None:
+        mode: obstore.PutMode = "create"
+        while not await self._put(mode):
+            holder, tag, age = await self._found()
+            if tag is None:
+                mode = "create"
+            elif age > LEASE_SECONDS or _is_dead(holder):
+                mode = {"e_tag": tag}
+            else:
+                raise CacheLockedError(
+                    f"cache {self._server.url} is being written by {_name(holder)}, last heard of {age:.0f} s ago; "
+                    f"wait for it or stop it (one that was killed is forgotten after {LEASE_SECONDS:.0f} s)"
+                )
+        self._server.lost_to = None
+        self._renewal = asyncio.create_task(self._renew())
+
+    async def release(self) -> None:
+        self._renewal.cancel()
+        surely_ours = time.monotonic() - self._renewed < LEASE_SECONDS / 2 and self._server.lost_to is None
+        if surely_ours:
+            with contextlib.suppress(OSError, TimeoutError):  # or it ends by itself
+                await asyncio.wait_for(self._server.delete_lock(), _RELEASE_SECONDS)
+
+    async def _renew(self) -> None:
+        while self._server.lost_to is None:
+            await asyncio.sleep(LEASE_SECONDS / 6)
+            with contextlib.suppress(OSError):  # the work will say that the server is away
+                if not await self._put({"e_tag": self._tag}):
+                    self._server.lost_to = _name((await self._found())[0])
+
+    async def _put(self, mode: obstore.PutMode) -> bool:
+        """Write the lock on that condition; whether it is ours now."""
+        import obstore.exceptions
+
+        started = time.monotonic()
+        # Each write differs, so that its tag does: who takes over must not overlook a renewal.
+        body = json.dumps(self._holder | {"renewed": time.time_ns()}).encode()
+        try:
+            self._tag = await self._server.put_lock(body, mode)
+        except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
+            holder, tag, _ = await self._found()
+            if holder.get("token") != self._holder["token"]:
+                return False
+            self._tag = tag  # our own write, whose answer was lost
+        self._renewed = started
+        return True
+
+    async def _found(self) -> tuple[dict[str, Any], str | None, float]:
+        """Holder, tag and age in seconds of the lock that is there; the tag is None where none is."""
+        try:
+            body, meta = await self._server.get_lock()
+        except FileNotFoundError:
+            return {}, None, 0.0
+        return _parsed(body), meta["e_tag"], max(0.0, time.time() - meta["last_modified"].timestamp())
+
+
+def _machine() -> str | None:
+    """What process ids are counted in: this machine since its start, and this container of it. None: not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder is known to be dead: a process of another machine never is."""
+    if _machine() is None or holder.get("machine") != _machine():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+        state = Path(f"/proc/{holder['pid']}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+    except ProcessLookupError:
+        return True
+    except (OSError, KeyError, TypeError):
+        return False
+    return state.split()[:1] == ["Z"]  # killed, but its parent has not looked
+
+
+def _myself(command: str) -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": time.ctime()}
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        holder = json.loads(raw)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _name(holder: dict[str, Any]) -> str:
+    try:
+        return f"`{holder['command']}` (process {holder['pid']} on {holder['host']}, since {holder['since']})"
+    except KeyError:
+        return "another process"
+
+
+def _acquire(lock_path: Path, label: str) -> int:
+    while True:
+        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _parsed(os.pread(handle, 4096, 0))
+            os.close(handle)
+            raise CacheLockedError(
+                f"cache {label} is being written by {_name(holder)}; wait for it or stop it"
+            ) from None
+        # The previous holder may have removed the file between our open and our lock.
+        try:
+            if os.stat(lock_path).st_ino == os.fstat(handle).st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+
+
+def _sweep_partial_writes(root: Path) -> None:
+    """Remove what killed processes left of zarr's write-then-rename; nothing else writes while the lock is held."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(".partial"):
+                Path(directory, name).unlink(missing_ok=True)

@@ -1,0 +1,263 @@
+"""Caches on S3, `s3://BUCKET/NAME`: zarr's own store over obstore (extra `s3`), made patient and plain-spoken.
+
+Credentials, region and endpoint are those of the usual AWS_* environment variables and are kept nowhere else.
+
+A server that fails for a moment is asked again; one that fails for `RETRY_SECONDS` ends the command with one line. To
+zarr a missing key is an array's fill value, so only the answer "no such key" may ever read as missing: every other
+failure, a missing bucket included, leaves this module as an `OSError` that is not a `FileNotFoundError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+from collections.abc import AsyncGenerator, Awaitable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import ObjectStore
+
+from .errors import CacheLockedError, StorageError
+
+if TYPE_CHECKING:
+    import obstore
+    import obstore.store
+
+#: How long a failing request is tried again, and how long an answer is awaited before a line says so.
+RETRY_SECONDS, PATIENCE_SECONDS = 30.0, 5.0
+#: To connect, and for one request with its answer; a large shard is written in parts of 5 MB.
+CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0
+
+_URL = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]+)/(?P<path>.+)")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+
+def open_s3(url: str, *, read_only: bool) -> S3Store:
+    """The store at `url`; nothing is asked of the server yet. Raises `StorageError`."""
+    match = _URL.fullmatch(url)
+    parts = [part for part in match["path"].split("/") if part] if match else []
+    if match is None or not parts or {".", ".."} & set(parts):
+        raise StorageError(f"cache {url}: expected s3://BUCKET/NAME, e.g. s3://my-bucket/caches/toy.zarr")
+    try:
+        import obstore.store
+    except ModuleNotFoundError:
+        raise StorageError(f"cache {url}: s3:// needs obstore; pip install 'redpen[s3]'") from None
+    variable = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    endpoint = urlsplit(os.environ[variable] if variable else "https://s3.amazonaws.com")
+    if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
+        raise StorageError(f"cache {url}: {variable}: expected http(s)://HOST[:PORT], got {endpoint.geturl()!r}")
+    allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true") or endpoint.hostname in _LOOPBACK
+    if endpoint.scheme == "http" and not allow_http:
+        raise StorageError(f"cache {url}: {variable} is not encrypted; use https://, or set AWS_ALLOW_HTTP=true")
+
+    def connect(prefix: list[str]) -> obstore.store.S3Store:
+        return obstore.store.S3Store(
+            match["bucket"],
+            prefix="/".join(prefix) or None,
+            client_options={
+                "allow_http": allow_http,
+                "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
+                "timeout": timedelta(seconds=REQUEST_SECONDS),
+            },
+            retry_config={
+                "max_retries": 1000,  # it is time that bounds them
+                "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+                "backoff": {"max_backoff": timedelta(seconds=2)},
+            },
+        )
+
+    server = Server(
+        url,
+        match["bucket"],
+        f"{endpoint.scheme}://{endpoint.netloc.rpartition('@')[2]}",
+        lock_store=connect(parts[:-1]),
+        lock_key=f".{parts[-1]}.lock",
+    )
+    return S3Store(connect(parts), server, read_only=read_only)
+
+
+@dataclass
+class Server:
+    """Whom the stores of one cache talk to.
+
+    Attributes:
+        lock_store, lock_key: where the cache's lock lies: beside it.
+        lost_to: who holds the lock that this process held, once another does.
+    """
+
+    url: str
+    bucket: str
+    endpoint: str
+    lock_store: obstore.store.S3Store
+    lock_key: str
+    lost_to: str | None = None
+    _waits: bool = False
+
+    async def answer(self, request: Awaitable[_T], *, may_be_missing: bool = False) -> _T:
+        """The answer to `request`. Its failures are `OSError`s that say what to check.
+
+        Args:
+            may_be_missing: pass the answer "no such key" on, as the `FileNotFoundError` that it is.
+        """
+        import obstore.exceptions
+
+        task = asyncio.ensure_future(request)
+        try:
+            if not (await asyncio.wait({task}, timeout=PATIENCE_SECONDS))[0] and not self._waits:
+                self._waits = True  # one line, however many requests wait
+                _log.warning(
+                    "cache %s: no answer from %s for %.0f s, trying on", self.url, self.endpoint, PATIENCE_SECONDS
+                )
+            answer = await task
+        except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
+            raise  # what a conditional request asks for
+        except (obstore.exceptions.BaseError, FileNotFoundError) as error:
+            if may_be_missing and isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+                raise
+            if "status code: 416" in str(error):
+                raise ValueError("the object is shorter than its index says") from error
+            raise OSError(errno.EIO, self._explained(str(error))) from error
+        finally:
+            task.cancel()
+        if self._waits:
+            self._waits = False
+            _log.warning("cache %s: %s answers again", self.url, self.endpoint)
+        return answer
+
+    async def put_lock(self, body: bytes, mode: obstore.PutMode) -> str | None:
+        """Write the lock on a condition; its new tag. Raises obstore's PreconditionError or AlreadyExistsError."""
+        import obstore
+
+        return (await self.answer(obstore.put_async(self.lock_store, self.lock_key, body, mode=mode)))["e_tag"]
+
+    async def get_lock(self) -> tuple[bytes, obstore.ObjectMeta]:
+        """The lock and its tag and time. Raises `FileNotFoundError`."""
+        import obstore
+
+        async def get() -> tuple[bytes, obstore.ObjectMeta]:
+            found = await obstore.get_async(self.lock_store, self.lock_key)
+            return bytes(await found.bytes_async()), found.meta
+
+        return await self.answer(get(), may_be_missing=True)
+
+    async def delete_lock(self) -> None:
+        import obstore
+
+        await self.answer(obstore.delete_async(self.lock_store, self.lock_key))
+
+    def require_lock(self) -> None:
+        """Raise `CacheLockedError` where this process held the cache's lock and lost it."""
+        if self.lost_to is not None:
+            raise CacheLockedError(f"cache {self.url}: {self.lost_to} has taken it over; wait for it or stop it")
+
+    def _explained(self, text: str) -> str:
+        """What obstore said over many lines, in one: what to check."""
+
+        def said(pattern: str) -> str:
+            return next(iter(re.findall(pattern, text)), "")
+
+        status, code, message = (
+            said(r"status code: (\d+)"),
+            said(r"<Code>(.*?)</Code>"),
+            said(r"<Message>(.*?)</Message>"),
+        )
+        reply = " ".join(f"{self.endpoint} answered {status} {code} {message}".split())[:200]
+        if code == "NoSuchBucket":
+            return f"{self.endpoint} has no bucket {self.bucket!r}; create it or choose another --cache"
+        if re.search(r"Missing\w*(KeyId|AccessKey)|//169\.254\.|Credential", text):
+            return "no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        if status in ("401", "403"):
+            return (
+                f"{reply}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and that they may "
+                f"list, get, put and delete objects of bucket {self.bucket!r}"
+            )
+        if status == "501":  # not for S3 itself, nor for recent releases of other servers
+            return f"{reply}; if it lacks conditional writes, AWS_CONDITIONAL_PUT=disabled does without a lock"
+        if status.startswith("5") or status == "429":
+            return f"{reply} for {RETRY_SECONDS:.0f} s; wait until the server works again"
+        if status:
+            return f"{reply}; check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
+        if "HTTP error" in text:
+            why = (
+                said(r'message: "(.*?)"') or said(r'error: "(.*?)"') or said(r"kind: (Timeout)") or "connection lost"
+            )
+            return f"{self.endpoint} cannot be reached ({why}); check the network and AWS_ENDPOINT_URL"
+        return f"{self.endpoint}: {' '.join(text.partition('Debug source')[0].split())[:200]}"
+
+
+class S3Store(ObjectStore["obstore.store.S3Store"]):
+    """zarr's `ObjectStore` with every request put through `Server.answer`."""
+
+    def __init__(self, store: obstore.store.S3Store, server: Server, *, read_only: bool = False):
+        super().__init__(store, read_only=read_only)
+        self.server = server
+
+    def with_read_only(self, read_only: bool = False) -> S3Store:
+        return S3Store(self.store, self.server, read_only=read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        with suppress(FileNotFoundError):
+            data = await self.server.answer(self._get(key, byte_range), may_be_missing=True)
+            return prototype.buffer.from_bytes(data)
+        return None
+
+    async def _get(self, key: str, byte_range: ByteRequest | None) -> Any:
+        import obstore
+
+        options: obstore.GetOptions = {}
+        if isinstance(byte_range, RangeByteRequest):
+            options["range"] = (byte_range.start, byte_range.end)
+        elif isinstance(byte_range, OffsetByteRequest):
+            options["range"] = {"offset": byte_range.offset}
+        elif isinstance(byte_range, SuffixByteRequest):
+            options["range"] = {"suffix": byte_range.suffix}
+        return await (await obstore.get_async(self.store, key, options=options)).bytes_async()
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        return await self.server.answer(super().exists(key))
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self.server.require_lock()
+        await self.server.answer(super().set(key, value))
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        self.server.require_lock()
+        await self.server.answer(super().set_if_not_exists(key, value))
+
+    async def delete(self, key: str) -> None:
+        self.server.require_lock()
+        await self.server.answer(super().delete(key))
+
+    async def delete_dir(self, prefix: str) -> None:
+        await self.server.answer(super().delete_dir(prefix))
+
+    async def _list(self, prefix: str | None = None) -> AsyncGenerator[obstore.ObjectMeta, None]:
+        found = super()._list(prefix)
+        with suppress(StopAsyncIteration):
+            while True:
+                yield await self.server.answer(anext(found))
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        import obstore
+
+        found = await self.server.answer(obstore.list_with_delimiter_async(self.store, prefix=prefix))
+        for path in (*found["common_prefixes"], *(meta["path"] for meta in found["objects"])):
+            yield path.removeprefix(prefix.rstrip("/")).lstrip("/")

@@ -1,0 +1,210 @@
+"""Teachers that tell less than everything: served ones know their likeliest tokens, imported ones the token alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cache_factory as factory
+import numpy as np
+import pytest
+import torch
+from test_train import flat_gradient, moved, trainer_of
+
+import cache_schema as cs
+from pipeline.config import Recipe
+from pipeline.errors import ConfigError
+from pipeline.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl, scores_reverse_kl
+from pipeline.report import data
+from pipeline.train import stage
+
+Make = Callable[..., Recipe]
+
+
+def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float = 0.1) -> cs.ScoreBlock:
+    """The same teacher, some of its candidates untold (so in its rest), and some tokens not scored at all."""
+    assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
+    untold = rng.random(scores.candidate_logprobs.shape) < 0.4
+    untold[:, 0] = False
+    told = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
+    rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
+        untold, np.exp(scores.candidate_logprobs), 0
+    ).sum(1)
+    missing = rng.random(scores.n_tokens) < unscored
+    arrays = {"logprobs": scores.logprobs, "candidate_logprobs": told, "rest_logprob": np.log(rest)}
+    for name, value in arrays.items():
+        value = value.astype(np.float32)
+        value[missing] = np.nan
+        arrays[name] = value
+    return cs.ScoreBlock(**arrays)
+
+
+@pytest.fixture
+def partial_cache(toy_cache: Path, tmp_path: Path) -> Path:
+    """The toy cache with two more teachers made of its own: "partial" tells less, "alone" the sampled token only."""
+    path = tmp_path / "partial.zarr"
+    shutil.copytree(toy_cache, path)
+    round_ = cs.open(path, writable=True).round()
+    full = round_.scores("teacher")
+    assert isinstance(full.manifest, cs.ScoresManifest)
+    less = dataclasses.replace(full.manifest, entropy=False, partial=True, engine="server")
+    partial = round_.start_scores("partial", less)
+    alone = round_.start_scores("alone", dataclasses.replace(less, candidates=0, engine="import"))
+    rng = np.random.default_rng(7)
+    for block in range(round_.n_blocks):
+        scores = poorer(full.read(block), rng)
+        partial.write(block, scores)
+        alone.write(block, cs.ScoreBlock(logprobs=scores.logprobs))
+    return path
+
+
+def test_what_is_not_told_reads_back_as_not_told(partial_cache: Path) -> None:
+    cache = cs.open(partial_cache)
+    round_ = cache.round()
+    assert not list(cs.verify(cache))
+    alone = round_.scores("alone").read(0)
+    assert {name for name, value in vars(alone).items() if value is not None} == {"logprobs"}
+    partial = round_.scores("partial").read(0)
+    unscored = np.isnan(partial.logprobs)
+    assert unscored.any() and np.isnan(partial.candidate_logprobs[unscored]).all()
+    assert np.isnan(partial.candidate_logprobs[~unscored]).any() and partial.entropy is None
+
+
+def test_a_teacher_without_candidates_does_not_wait_for_the_student(tmp_path: Path) -> None:
+    records = factory.prompts(4)
+    cache = cs.create(tmp_path / "c")
+    round_ = cache.start_round(factory.round_manifest(records), records)
+    rng = np.random.default_rng(0)
+    for block in range(round_.n_blocks):
+        round_.rollouts.write(block, factory.rollout_block(round_.manifest, block, rng))
+    imported = round_.start_scores("teacher", factory.scores_manifest("teacher", candidates=0, entropy=False))
+    imported.write(0, cs.ScoreBlock(logprobs=np.full(round_.rollouts.read(0).n_tokens, -1, np.float32)))
+    assert imported.committed().tolist() == [True] + [False] * (round_.n_blocks - 1)
+    assert not list(cs.verify(cache))
+
+
+BAD = {
+    "a whole teacher may leave nothing out": ({"partial": False}, {}, "logprobs"),
+    "an unscored token has no candidates": ({}, {"rest_logprob": 0.0}, "rest_logprob"),
+    "above 0": ({}, {"candidate_logprobs": 0.5}, "candidate_logprobs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_partial_scores_are_checked_too(case: str, partial_cache: Path) -> None:
+    changes, values, array = BAD[case]
+    round_ = cs.open(partial_cache, writable=True).round()
+    group = round_.scores("partial")
+    record = group.read(0)
+    for name, value in values.items():
+        setattr_on = getattr(record, name).copy()
+        setattr_on[np.isnan(record.logprobs) if array == "rest_logprob" else slice(None)] = value
+        record = dataclasses.replace(record, **{name: setattr_on})
+    with pytest.raises(cs.InvalidBlockError, match=array):
+        record.validate(dataclasses.replace(group.manifest, **changes), round_.rollouts.read(0))
+
+
+def test_the_student_tells_everything() -> None:
+    for change in ({"partial": True}, {"entropy": False}, {"candidates": 0}):
+        with pytest.raises(cs.CacheError):
+            factory.scores_manifest("student", **change)
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_untold_candidates_count_as_rest(partial_cache: Path) -> None:
+    round_ = cs.open(partial_cache).round()
+    student, scores = round_.scores("student").read(1), round_.scores("partial").read(1)
+    found = scores_reverse_kl(student, scores)
+    for t in range(student.n_tokens):
+        told = ~np.isnan(scores.candidate_logprobs[t])
+        own = student.candidate_logprobs[t].astype(np.float64)
+        rest = np.log(np.exp(own[~told]).sum() + np.exp(np.float64(student.rest_logprob[t])))
+        expected = reverse_kl([own[told]], [rest], [scores.candidate_logprobs[t][told]], [scores.rest_logprob[t]])[0]
+        if np.isnan(scores.logprobs[t]):
+            assert np.isnan(found[t])
+        else:
+            assert found[t] == pytest.approx(expected, abs=1e-12)
+    whole = scores_reverse_kl(student, round_.scores("teacher").read(1))
+    scored = ~np.isnan(found)
+    assert (found[scored] <= whole[scored] + 1e-5).all(), "a coarser partition has the smaller divergence"
+    alone = scores_reverse_kl(student, round_.scores("alone").read(1))
+    assert (alone[scored] <= whole[scored] + 1e-5).all() and (alone[scored] >= -1e-12).all()
+    assert np.isnan(alone[~scored]).all()
+
+
+def test_the_rest_of_a_sure_teacher_is_small_and_not_zero() -> None:
+    rest = rest_of(np.array([0.0, -1e-9, -0.5, np.nan], np.float32))
+    assert rest[0] == rest[1] == np.log(REST_FLOOR)
+    assert rest[2] == pytest.approx(np.log1p(-np.exp(-0.5))) and np.isnan(rest[3])
+    assert rest_of(np.log([[0.25, 0.5]])) == pytest.approx(np.log([0.25]))
+
+
+def test_the_views_show_what_was_told(partial_cache: Path) -> None:
+    cache = cs.open(partial_cache)
+    shown = {scores["name"]: scores for scores in data.summary(cache)["rounds"][0]["scores"]}
+    assert 0 < shown["partial"]["reverse_kl_tokens"] < shown["teacher"]["reverse_kl_tokens"]
+    assert shown["alone"]["reverse_kl"] > 0
+
+    class Decoder:
+        def decode(self, token_ids: object) -> str:
+            return "x"
+
+    for name in ("partial", "alone"):
+        tokens = data.rollout(cache.round(), 3, name, Decoder)["tokens"]
+        assert any(token["reverse_kl"] is not None for token in tokens)
+
+
+def test_a_sampler_of_another_distribution_is_seen() -> None:
+    rng = np.random.default_rng(0)
+    rounding = SamplerGap.of(rng.normal(0, 0.02, 100_000).astype(np.float32))
+    tempered = SamplerGap.of(rng.normal(0.05, 0.2, 100_000).astype(np.float32))
+    assert rounding is not None and not rounding.is_wide and rounding.mean == pytest.approx(1, abs=1e-2)
+    assert tempered is not None and tempered.is_wide and tempered.outside > 0.5
+    assert SamplerGap.of(np.empty(0, np.float32)) is None
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_of_partial_scores_is_that_of_the_formula(partial_cache: Path, recipe: Make) -> None:
+    trainer, replay = trainer_of(partial_cache, recipe(), "partial")
+    moved(trainer)
+    batch = replay.batch(1)
+    trainer.gradient(batch)
+    found = flat_gradient(trainer)
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    total, count = torch.zeros(()), 0
+    for rollout in batch.rollouts:
+        ids = torch.from_numpy(rollout.token_ids).long()
+        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        teacher = torch.from_numpy(rollout.column("partial/candidate_logprobs"))
+        for t in np.flatnonzero(np.isfinite(rollout.column("partial/logprobs"))).tolist():
+            told = ~teacher[t].isnan()
+            candidates = torch.from_numpy(rollout.column("student/candidate_ids")[t]).long()[told]
+            logp = logits[t].log_softmax(0)
+            rest = logp.index_fill(0, candidates, -torch.inf).logsumexp(0)
+            total = total + (logp[candidates].exp() * (logp[candidates] - teacher[t][told])).sum()
+            total = total + rest.exp() * (rest - rollout.column("partial/rest_logprob")[t])
+            count += 1
+    assert count == batch.n_tokens < sum(len(rollout.weights) for rollout in batch.rollouts)
+    (total / count).backward()
+    expected = flat_gradient(trainer)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_imported_log_probs_train_by_importance_sampling_only(
+    partial_cache: Path, tmp_path: Path, recipe: Make
+) -> None:
+    settings = ("train.teacher=alone", "train.steps=3")
+    with pytest.raises(ConfigError, match=r'hold no candidates \(engine import\); set it to "importance_sampling"'):
+        stage.run(recipe(*settings), str(partial_cache), tmp_path / "kl")
+    sampling = recipe(*settings, "train.loss=importance_sampling")
+    assert stage.run(sampling, str(partial_cache), tmp_path / "is") == 0
+    trainer, replay = trainer_of(partial_cache, sampling, "alone")
+    assert torch.isfinite(moved(trainer).gradient(replay.batch(0)).totals).all()
+    assert torch.isfinite(flat_gradient(trainer)).all()
