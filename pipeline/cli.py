@@ -31,6 +31,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are for programmers; vLLM's start sets some off
 }
 
 #: What the storage may refuse without anyone having made a mistake in the code.
@@ -332,6 +333,55 @@ def inspect(cache_url: str, round_index: int | None, rollout: int | None, teache
     from pipeline.report import terminal
 
     terminal.run(cache_url, round_index, rollout, teacher, as_json)
+
+
+@cli.command("import")
+@click.argument("file", metavar="FILE")
+@_recipe_options
+@click.option("--teacher", metavar="NAME", help="Whose log-probs FILE holds; default: the recipe's only teacher's.")
+def import_(
+    file: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    round_index: int | None,
+    teacher: str | None,
+) -> int | None:
+    """Finished rollouts from a file, as a round.
+
+    FILE is Parquet or JSONL, one rollout a row: prompt or messages, response_tokens (ids), and perhaps
+    rollout_logprobs, teacher_log_probs, loss_mask, finish_reason; Lightning-OPD's files are read as they are. RECIPE
+    names the student that wrote them. What FILE does not tell stays unscored.
+
+    \b
+    redpen import rollouts.parquet my.toml --cache my.zarr
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline.interchange import importing
+
+    return importing.run(file, resolved, cache_url, teacher=teacher, round_index=round_index)
+
+
+@cli.command("export-cache")
+@click.argument("cache_url", metavar="CACHE")
+@click.option(
+    "-o", "--output", required=True, metavar="DIR_OR_FILE", help="A name in .parquet, or a directory for one."
+)
+@_round_option
+def export_cache(cache_url: str, output: str, round_index: int | None) -> int:
+    """A round as Parquet, one rollout a row.
+
+    `datasets`, pandas and DuckDB load it; what is not scored is null.
+
+    \b
+    redpen export-cache toy.zarr -o toy.parquet
+    """
+    from pipeline.interchange import exporting
+
+    return exporting.run(cache_url, output, round_index=round_index)
 
 
 @cli.group(cls=_InOrder, invoke_without_command=True)

@@ -22,7 +22,14 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.console import console, say
 from pipeline.errors import ModelError, ModelNotFoundError
-from pipeline.provenance import adapter_digest, hub_commit, model_digest, tokenizer_digest, weight_files
+from pipeline.provenance import (
+    adapter_digest,
+    hub_commit,
+    model_digest,
+    served_digest,
+    tokenizer_digest,
+    weight_files,
+)
 from pipeline.toy import asset_path
 
 if TYPE_CHECKING:
@@ -71,12 +78,14 @@ def resolve_path(model: str) -> str:
         raise ModelError(f"model {model!r}: {error}") from None
 
 
-def model_directory(cfg: ModelConfig) -> Path:
-    """Where the model lies: the path itself, or a snapshot of the Hub repository, downloaded if need be.
+def model_directory(cfg: ModelConfig, *, weights: bool = True) -> Path:
+    """Where the model lies: the path itself, or a snapshot of the Hub repository, downloaded if need be, without
+    its weights if these are not wanted.
 
     Raises `ModelError` naming the setting, what was looked for, and the remedy.
     """
-    directory = _directory(resolve_path(cfg.model), cfg.revision, cfg.trust_remote_code, setting(cfg, "model"))
+    label = setting(cfg, "model")
+    directory = _directory(resolve_path(cfg.model), cfg.revision, cfg.trust_remote_code, label, weights)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             remedy = (
@@ -90,14 +99,16 @@ def model_directory(cfg: ModelConfig) -> Path:
 
 
 def is_here(cfg: ModelConfig) -> bool:
-    """Whether the model can be read without a download."""
+    """Whether the model, its weights included, can be read without a download."""
     try:
-        if Path(resolve_path(cfg.model)).expanduser().is_dir():
-            return True
-        from huggingface_hub import snapshot_download
+        directory = Path(resolve_path(cfg.model)).expanduser()
+        if not directory.is_dir():
+            from huggingface_hub import snapshot_download
 
-        snapshot_download(cfg.model, revision=cfg.revision, allow_patterns=_HUB_FILES, local_files_only=True)
-        return True
+            files, revision = _HUB_FILES, cfg.revision
+            found = snapshot_download(cfg.model, revision=revision, allow_patterns=files, local_files_only=True)
+            directory = Path(found)
+        return bool(weight_files(directory))
     except (ModelError, OSError, ValueError):  # not in the Hub's cache, or no Hub id at all
         return False
 
@@ -106,7 +117,7 @@ def adapter_directory(cfg: ModelConfig) -> Path | None:
     """The directory of the model's PEFT adapter, None if it has none. Raises `ModelError`."""
     if cfg.adapter is None:
         return None
-    directory = _directory(resolve_path(cfg.adapter), None, False, setting(cfg, "adapter"))
+    directory = _directory(resolve_path(cfg.adapter), None, False, setting(cfg, "adapter"), True)
     if not (directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: no adapter_config.json in {directory}; "
@@ -125,7 +136,7 @@ def setting(cfg: ModelConfig, field: str) -> str:
 
 
 @functools.cache
-def _directory(model: str, revision: str | None, with_code: bool, label: str) -> Path:
+def _directory(model: str, revision: str | None, with_code: bool, label: str, weights: bool) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -136,9 +147,8 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str) ->
 
     try:
         files = [*_HUB_FILES, "*.py"] if with_code else _HUB_FILES
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=_HUB_DUPLICATES)
-        )
+        unwanted = _HUB_DUPLICATES if weights else [*_HUB_DUPLICATES, "*.safetensors"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=unwanted))
     except Exception as error:  # network, authorisation, disk: the Hub client has no common root for them
         at = f" at revision {revision!r}" if revision else ""
         raise ModelNotFoundError(
@@ -173,6 +183,19 @@ def model_identity(cfg: ModelConfig) -> cs.ModelIdentity:
         name=cfg.model,
         revision=hub_commit(directory),
         digest=model_digest(directory),
+        adapter_digest=adapter_digest(adapter) if adapter else None,
+    )
+
+
+def served_identity(cfg: TeacherConfig) -> cs.ModelIdentity:
+    """Who a served teacher is, as far as can be known here: its digest is of its configuration and its name on the
+    server, and begins with "served:". Reads no weights, whether they are here or not. Raises `ModelError`.
+    """
+    directory, adapter = model_directory(cfg, weights=False), adapter_directory(cfg)
+    return cs.ModelIdentity(
+        name=cfg.model,
+        revision=hub_commit(directory),
+        digest=f"served:{served_digest(directory, cfg.served_name or cfg.model)}",
         adapter_digest=adapter_digest(adapter) if adapter else None,
     )
 
@@ -243,7 +266,7 @@ def pick_device(cfg: ModelConfig) -> torch.device:
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `ModelError`."""
-    directory = model_directory(cfg)
+    directory = model_directory(cfg, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
@@ -277,7 +300,7 @@ def load_model(
         register_packed_attention()
     directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
-    try:
+    with _loading(cfg):
         with _quiet(progress=n_bytes > _QUIET_BYTES and console.is_terminal):
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -293,16 +316,7 @@ def load_model(
             # transformers would go on with random numbers in their place
             raise ValueError(f"{len(missing)} weights are missing from its files, the first is {missing[0]}")
         if cfg.adapter is not None:
-            model = _with_adapter(model, cfg, trainable)
-    except torch.OutOfMemoryError:
-        raise
-    except ModelError:
-        raise
-    except _LOAD_ERRORS as error:
-        raise ModelError(
-            f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
-            f"({_one_line(error)})"
-        ) from error
+            model = with_adapter(model, cfg, trainable=trainable)
     model.eval()
     if not trainable:
         model.requires_grad_(False)
@@ -315,8 +329,50 @@ def load_model(
     return model
 
 
+def load_skeleton(cfg: ModelConfig) -> PreTrainedModel:
+    """What `load_model` would load, for packed rollouts, in eval mode and without its weights and its adapter.
+
+    Weights are on torch's meta device: shapes and types only. Buffers that no checkpoint holds, such as rotary
+    frequencies, are on the model's device.
+
+    Raises:
+        ModelError: not found, not a causal language model.
+    """
+    from pipeline.packing import register_packed_attention
+
+    register_packed_attention()
+    config, device, facts = _load_config(cfg), pick_device(cfg), model_facts(cfg)
+    with _loading(cfg), _quiet(progress=False):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, facts.dtype),
+                attn_implementation="redpen_packed",
+                trust_remote_code=cfg.trust_remote_code,
+            )
+        for name, buffer in model.named_non_persistent_buffers():
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
+        model.initialize_weights()  # which on the meta device does nothing
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _loading(cfg: ModelConfig) -> Iterator[None]:
+    """What libraries raise for a checkpoint that they cannot use becomes a `ModelError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModelError):
+        raise
+    except _LOAD_ERRORS as error:
+        raise ModelError(
+            f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
+            f"({_one_line(error)})"
+        ) from error
+
+
 def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
-    directory = model_directory(cfg)
+    directory = model_directory(cfg, weights=False)
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True)
     except _LOAD_ERRORS as error:
@@ -325,7 +381,8 @@ def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
         ) from error
 
 
-def _with_adapter(model: PreTrainedModel, cfg: ModelConfig, trainable: bool) -> Any:
+def with_adapter(model: PreTrainedModel, cfg: ModelConfig, *, trainable: bool = False) -> Any:
+    """The model with its adapter, unmerged. Raises `ModelError`."""
     from peft import PeftModel
 
     directory = adapter_directory(cfg)

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -229,6 +229,8 @@ def check_packing(
     sequences: Sequence[np.ndarray],
     response_starts: Sequence[int],
     tolerance: float | None = None,
+    *,
+    run: Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]] = lambda forwards: [go() for go in forwards],
 ) -> float:
     """Compare packed log-probs with those of each rollout alone, by transformers' own attention and `.logits`.
 
@@ -236,6 +238,7 @@ def check_packing(
 
     Args:
         tolerance: in nats; by the dtype of the model's head where None.
+        run: calls every forward and gives what they return, for a model that is not in memory as a whole.
 
     Returns:
         The largest absolute difference, in nats.
@@ -245,22 +248,26 @@ def check_packing(
     """
     base, head = unwrapped(model), Head.of(model)
     device = head.weight_VD.device
+
+    def together() -> Tensor:
+        packed = pack(sequences, response_starts, device)
+        return score_rows(packed_hidden(model, packed), head, packed.target_ids).logprobs
+
+    def alone(sequence: np.ndarray, start: int) -> Tensor:
+        ids = torch.as_tensor(np.asarray(sequence, np.int64), device=device)
+        with _own_attention(base):
+            logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1]
+        return logits.to(head.logits_dtype).log_softmax(1).gather(1, ids[start:, None])[:, 0]
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        packed = pack(sequences, response_starts, device)
-        ours = score_rows(packed_hidden(model, packed), head, packed.target_ids).logprobs
-        alone: list[Tensor] = []
-        with _own_attention(base):
-            for sequence, start in zip(sequences, response_starts, strict=True):
-                ids = torch.as_tensor(np.asarray(sequence, np.int64), device=device)
-                logits = model(input_ids=ids[None], use_cache=False).logits[0, start - 1 : -1]
-                logprobs = logits.to(ours.dtype).log_softmax(1)
-                alone.append(logprobs.gather(1, ids[start:, None])[:, 0])
+        rollouts = zip(sequences, response_starts, strict=True)
+        ours, *theirs = run([together, *(partial(alone, *rollout) for rollout in rollouts)])
     finally:
         for module in training:
             module.training = True
-    worst = float((ours - torch.cat(alone)).abs().max()) if len(ours) else 0.0
+    worst = float((ours - torch.cat(theirs)).abs().max()) if len(ours) else 0.0
     tolerance = _TOLERANCE[head.weight_VD.dtype] if tolerance is None else tolerance
     if not worst <= tolerance:
         raise ModelError(

@@ -32,7 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 def load_prompts(cfg: PromptsConfig) -> list[dict[str, Any]]:
     """The checked records of `cfg.path`, at most `cfg.limit`. Raises `PromptError` naming file and line."""
-    rows = (_check(value, place) for place, value in _rows(cfg))
+    rows = (check_record(value, place) for place, value in _rows(cfg))
     records = list(itertools.islice(rows, cfg.limit))
     if not records:
         raise PromptError(f"{cfg.path}: expected at least one prompt, the file holds none")
@@ -52,14 +52,14 @@ def prompts_sha256(records: Sequence[dict[str, Any]]) -> str:
 def _rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:
     """Pairs of place (`file:line`) and raw record."""
     if cfg.path.startswith("toy:"):
-        return _json_lines(_toy_path(cfg.path), cfg.path)
+        return json_lines(_toy_path(cfg.path), cfg.path)
     path = Path(cfg.path)
     try:
         exists = path.exists()
     except OSError as error:  # a name too long for the file system
         raise PromptError(f"{cfg.path}: cannot be read: {error.strerror}") from None
     if path.suffix in _JSON_SUFFIXES and not path.is_dir():
-        return _json_lines(path, cfg.path)
+        return json_lines(path, cfg.path)
     if path.suffix == ".parquet" and not path.is_dir():
         return _parquet_rows(path)
     if not exists and _HUB_ID.fullmatch(cfg.path):
@@ -80,7 +80,8 @@ def _toy_path(name: str) -> Path:
     return toy.asset_path(f"prompts/{split}.jsonl")
 
 
-def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Pairs of place (`name:line`) and the JSON value of each line that is not blank. Raises `PromptError`."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -145,8 +146,8 @@ def _hub_rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def _check(value: Any, place: str) -> dict[str, Any]:
-    """The record of one line, with only the fields that redpen knows."""
+def check_record(value: Any, place: str) -> dict[str, Any]:
+    """The prompt record of one line, with only the fields that redpen knows. Raises `PromptError` naming `place`."""
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
     record = {name: value[name] for name in FIELDS if value.get(name) is not None}

@@ -22,6 +22,9 @@ from .errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: Engine of rollouts and scores that `redpen import` brought from a file.
+IMPORTED = "import"
+
 # Settings that change with the software that saved a model, not with what it computes. The dtype is recorded
 # by itself: it is the one the model was loaded with.
 _INCIDENTAL = frozenset({"transformers_version", "torch_dtype", "dtype", "use_cache"})
@@ -34,6 +37,14 @@ def model_digest(directory: Path) -> str:
     """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not one."""
     config = _semantic(read_json(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "weights": _contents(weight_files(directory))})
+
+
+def served_digest(directory: Path, served_name: str) -> str:
+    """Digest of what is known here of a model that a server runs: its configuration, and its name there. Raises
+    `ModelError`.
+    """
+    config = _semantic(read_json(directory / "config.json"), _INCIDENTAL)
+    return _digest({"config": config, "served_name": served_name})
 
 
 def adapter_digest(directory: Path) -> str:

@@ -36,7 +36,12 @@ class Stop:
             raise Interrupted(self.signum, progress)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: note the first, die of the second."""
+        """Signal handler: note the first, die of the second.
+
+        A worker of torchrun gets Ctrl-C twice, from the terminal and from torchrun, which kills what does not end.
+        """
+        if self.requested and "TORCHELASTIC_RUN_ID" in os.environ:
+            return
         if self.requested:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -134,7 +134,7 @@ def test_a_student_that_teaches_itself_has_nothing_to_say(fresh: Path, capsys: p
             teacher.rest_logprob,
         )
         assert np.abs(reverse_kl(*pair)).max() <= 1e-5
-    assert "mean |sampler - trainer|" in capsys.readouterr().out
+    assert "trainer/sampler ratio: mean 1.0000" in capsys.readouterr().out
 
 
 # -- what scores depend on -----------------------------------------------------------------------------------

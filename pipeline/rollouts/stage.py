@@ -17,21 +17,25 @@ recipe says.
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models
+from pipeline import models, workers
 from pipeline.config import Recipe
-from pipeline.console import progress, say, warn
+from pipeline.console import Bar, progress, say, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
 from pipeline.provenance import created_by
 from pipeline.rollouts import PromptBlock, Sampler, Sampling
-from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.signals import graceful
 
 #: Warn from this share of responses that the length limit cut.
 MANY_TRUNCATED = 0.05
@@ -47,6 +51,24 @@ def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
         PromptError, ModelError, ConfigError: the recipe does not fit its prompts or its model.
         CacheError: the cache was made otherwise, is locked, or its disk is too small.
     """
+    with workers.team() as ranks, ExitStack() as stack:
+        manifest, records, prompts = ranks.agree(lambda: _plan(recipe))
+        create = functools.partial(cs.create, cache_url, created_by=created_by())
+        cache = stack.enter_context(workers.writing(cache_url, "redpen rollouts", ranks, create))
+        index = ranks.agree(lambda: cache.start_round(manifest, records, round_index).index)
+        round_ = cache.round(index)
+        pending = ranks.agree(lambda: np.flatnonzero(~round_.rollouts.committed()).tolist())
+        if pending:
+            _sample(RolloutsWork(recipe, cache_url, index, prompts), round_, pending, ranks)
+        elif ranks.leads:
+            print(f"rollouts: {_summary(round_)}; nothing to do")
+    if ranks.leads and pending:
+        print(f"next: redpen score RECIPE --cache {cache_url}")
+    return 0
+
+
+def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
+    """What the round will be recorded as, its prompt records, and their token ids."""
     settings = recipe.rollouts
     tokenizer = models.load_tokenizer(recipe.student)
     facts = models.model_facts(recipe.student)
@@ -81,45 +103,103 @@ def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
     for token in manifest.stop_token_ids:
         if token >= facts.vocab_size:
             raise ConfigError(f"rollouts.stop_token_ids: expected ids below {facts.vocab_size}, got {token}")
+    return manifest, records, prompts
 
-    cache = cs.create(cache_url, created_by=created_by())
-    with cache.lock("redpen rollouts"):
-        round_ = cache.start_round(manifest, records, round_index)
-        pending = np.flatnonzero(~round_.rollouts.committed())
-        if not len(pending):
-            print(f"rollouts: {_summary(round_)}; nothing to do")
-            return 0
-        committed = round_.n_blocks - len(pending)
-        if committed:
-            say(f"rollouts: {committed} of {round_.n_blocks} blocks are there already")
-        blocks = [PromptBlock(int(b), [(i, prompts[i]) for i in round_.block_prompts(int(b))]) for b in pending]
-        n_pending = sum(len(block.prompts) for block in blocks) * settings.rollouts_per_prompt
-        total = manifest.n_prompts * settings.rollouts_per_prompt
-        at_most = n_pending * settings.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
-        require_free(cache_url, at_most, "its rollouts, all at full length,")
 
-        model = models.load_model(recipe.student, attention="sdpa")
-        tokens_sampled, started = 0, time.perf_counter()
-        with graceful() as stop, progress("rollouts", total, "rollouts", done=total - n_pending) as bar:
+@dataclass(frozen=True)
+class RolloutsWork:
+    """The sampling of a round, for any process that has the cache and the student."""
 
-            def on_step(n_ended: int, n_tokens: int) -> None:
-                nonlocal tokens_sampled
-                stop.check(f"{committed} of {round_.n_blocks} blocks are committed")
-                tokens_sampled += n_tokens
-                bar.advance(n_ended, note=f"{tokens_sampled / (time.perf_counter() - started):,.0f} tokens/s")
+    recipe: Recipe
+    cache_url: str
+    round_index: int
+    prompts: list[npt.NDArray[np.int32]]
 
-            sampling = Sampling.of(manifest, round_.index)
-            sampler: Sampler = TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=on_step)
-            for block, rollouts, seconds in sampler.sample(blocks):
-                round_.rollouts.write(block, rollouts, elapsed_seconds=seconds)
-                committed += 1
-        seconds = time.perf_counter() - started
+    def open(self) -> RolloutsSession:
+        return RolloutsSession(self)
+
+
+class RolloutsSession:
+    """The sampler, loaded, and the round that it writes to."""
+
+    batch_tokens = 1
+
+    def __init__(self, work: RolloutsWork):
+        self._round, self._prompts = cs.open(work.cache_url, writable=True).round(work.round_index), work.prompts
+        self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
+        sampling = Sampling.of(self._round.manifest, self._round.index)
+        self._engine = ExitStack()
+        self._sampler = _sampler(work.recipe, sampling, lambda *counts: self._on_progress(*counts), self._engine)
+
+    def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
+        """Sample blocks and commit each as soon as it is whole."""
+        self._on_progress = on_progress
+        prompts = (PromptBlock(b, [(i, self._prompts[i]) for i in self._round.block_prompts(b)]) for b in blocks)
+        for block, rollouts, seconds in self._sampler.sample(prompts):
+            self._round.rollouts.write(block, rollouts, elapsed_seconds=seconds)
+
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _sampler(recipe: Recipe, sampling: Sampling, on_step: Callable[[int, int], None], stack: ExitStack) -> Sampler:
+    """The sampler that the recipe asks for, its engine left to the stack. Only what is needed is imported."""
+    settings = recipe.rollouts
+    if settings.engine == "vllm":
+        from pipeline.rollouts.vllm_sampler import VllmSampler
+        from pipeline.vllm_engine import Engine
+
+        longest = settings.max_prompt_tokens + settings.max_response_tokens
+        context = models.model_facts(recipe.student).context or longest
+        engine = Engine(
+            recipe.student, recipe.vllm, max_length=min(longest, context), max_sequences=settings.batch_size
+        )
+        stack.enter_context(engine)
+        return VllmSampler(engine, sampling, batch_size=settings.batch_size, on_step=on_step)
+    from pipeline.rollouts.transformers_sampler import TransformersSampler
+
+    model = models.load_model(recipe.student, attention="sdpa")
+    return TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=on_step)
+
+
+def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: workers.Team) -> None:
+    """Sample the blocks that are missing and print what the round then holds."""
+    manifest, n_blocks = round_.manifest, round_.n_blocks
+    if len(pending) < n_blocks:
+        say(f"rollouts: {n_blocks - len(pending)} of {n_blocks} blocks are there already")
+    total = manifest.n_prompts * manifest.rollouts_per_prompt
+
+    def n_rollouts(blocks: Sequence[int]) -> int:
+        return sum(len(round_.block_prompts(block)) for block in blocks) * manifest.rollouts_per_prompt
+
+    n_pending, mine = n_rollouts(pending), n_rollouts(ranks.share(pending))
+    at_most = n_pending * manifest.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
+    ranks.agree(lambda: require_free(round_.cache.url, at_most, "its rollouts, all at full length,"))
+
+    tokens_sampled, started = 0, time.perf_counter()
+
+    def advance(bar: Bar, rollouts: int, tokens: int) -> None:
+        nonlocal tokens_sampled
+        tokens_sampled += tokens
+        bar.advance(rollouts, note=f"{tokens_sampled / (time.perf_counter() - started):,.0f} tokens/s")
+
+    workers.run(
+        work,
+        pending,
+        ranks,
+        begin=lambda: None,
+        state=lambda: f"{round_.rollouts.committed().sum()} of {n_blocks} blocks are committed",
+        bar=progress("rollouts", total - n_pending + mine, "rollouts", done=total - n_pending),
+        advance=advance,
+    )
+    seconds = time.perf_counter() - started
+    if ranks.leads:
+        n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
         print(
             f"rollouts: {_summary(round_)}; {n_pending:,} rollouts now in {seconds:.1f} s, "
-            f"{n_pending / seconds:,.0f} rollouts/s, {tokens_sampled / seconds:,.0f} tokens/s"
+            f"{n_pending / seconds:,.0f} rollouts/s, {n_tokens / seconds:,.0f} tokens/s"
         )
-    print(f"next: redpen score RECIPE --cache {cache_url}")
-    return 0
 
 
 def _summary(round_: cs.Round) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class ScoreOptions:
         candidates: K alternatives a position, the sampled token included; where a batch brings candidate ids
             of its own, those are read instead.
         candidate_kind: "topk" or "sampled" (see `pipeline.logprobs.score_rows`).
+        candidate_vocab: candidates are ids below it: those that the tokenizer knows. None: the whole head.
         sampling_temperature: also the token's log-prob at this temperature.
         topk: also the model's own likeliest tokens, this many.
         tile_tokens: prompt and response tokens in one forward. It moves the last bits, so it is provenance.
@@ -32,6 +35,7 @@ class ScoreOptions:
 
     candidates: int = 8
     candidate_kind: str = "topk"
+    candidate_vocab: int | None = None
     sampling_temperature: float | None = None
     topk: int = 0
     tile_tokens: int = 8192
@@ -56,13 +60,17 @@ class TokenBatch:
     def n_tokens(self) -> int:
         return sum(block.n_tokens for block in self.blocks)
 
+    def part(self, values: npt.NDArray[_Scalar], index: int) -> npt.NDArray[_Scalar]:
+        """What of an array [T, ...] over all blocks belongs to block number `index` of the batch."""
+        start = sum(block.n_tokens for block in self.blocks[:index])
+        return values[start : start + self.blocks[index].n_tokens]
+
     def split(self, scores: cs.ScoreBlock) -> list[cs.ScoreBlock]:
         """The scores of each block."""
-        ends = np.cumsum([block.n_tokens for block in self.blocks])
         arrays = {name: value for name, value in vars(scores).items() if value is not None}
         return [
-            cs.ScoreBlock(**{name: value[end - block.n_tokens : end] for name, value in arrays.items()})
-            for block, end in zip(self.blocks, ends, strict=True)
+            cs.ScoreBlock(**{name: self.part(value, index) for name, value in arrays.items()})
+            for index in range(len(self.blocks))
         ]
 
 

@@ -25,26 +25,26 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import ModelConfig, Recipe
+from pipeline import models, workers
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, say, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelError
-from pipeline.metrics import reverse_kl
+from pipeline.metrics import SamplerGap, scores_reverse_kl
 from pipeline.packing import check_packing
-from pipeline.provenance import created_by
+from pipeline.provenance import IMPORTED, created_by
 from pipeline.score import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.score.resident import ResidentScorer
-from pipeline.signals import graceful
 
 _CHECKED_ROLLOUTS = 4
 
@@ -65,8 +65,7 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
     scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
     if only is not None and only not in scorers:
         raise ConfigError(f"--only: expected one of {', '.join(scorers)}, got {only!r}")
-    cache = cs.open(cache_url, writable=True)
-    with cache.lock("redpen score"):
+    with workers.team() as ranks, workers.writing(cache_url, "redpen score", ranks) as cache:
         round_ = cache.round(round_index)
         n_missing = int((~round_.rollouts.committed()).sum())
         if n_missing == round_.n_blocks:
@@ -75,13 +74,17 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
                 f"run `redpen rollouts RECIPE --cache {cache_url}`"
             )
         # All of them before the first forward: a teacher that does not fit must not be found out hours later.
-        plans = [_plan(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
-        for plan in plans:
-            if plan is not None:
-                _score(recipe, round_, *plan)
+        jobs = ranks.agree(
+            lambda: [_job(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
+        )
+        for job in jobs:
+            if job is not None:
+                _score(job, round_, ranks)
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+        if not ranks.leads:
+            return 0
         if n_missing:
             warn(
                 f"{n_missing} of {round_.n_blocks} blocks have no rollouts yet; "
@@ -92,31 +95,131 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
     return 0
 
 
-def _plan(
-    recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig
-) -> tuple[str, ModelConfig, models.ModelFacts, cs.ScoresManifest] | None:
-    """What a scorer will be recorded as; None where its finished scores are taken as they are."""
+@dataclass(frozen=True)
+class ScoreWork:
+    """One scorer's work on a round, for any process that has the cache and the model."""
+
+    recipe: Recipe
+    cache_url: str
+    round_index: int
+    name: str
+    manifest: cs.ScoresManifest
+
+    @property
+    def cfg(self) -> ModelConfig:
+        if self.name == cs.STUDENT:
+            return self.recipe.student
+        return next(teacher for teacher in self.recipe.teacher if teacher.name == self.name)
+
+    def open(self) -> ScoreSession:
+        return ScoreSession(self)
+
+
+class ScoreSession:
+    """The scorer, loaded, and the round that it writes to."""
+
+    def __init__(self, work: ScoreWork):
+        self._round = cs.open(work.cache_url, writable=True).round(work.round_index)
+        self._name, self._is_student = work.name, work.name == cs.STUDENT
+        self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
+        with ExitStack() as stack:
+            self._scorer = _scorer(work, self._round, lambda tokens: self._on_progress(0, tokens), stack)
+            self._engine = stack.pop_all()
+        self.batch_tokens = self._scorer.batch_tokens
+
+    def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
+        """Score and commit blocks, as many at a time as keep the scorer busy."""
+        self._on_progress = on_progress
+        group = self._round.scores(self._name)
+        n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
+        for batch in _batches(blocks, n_tokens, self.batch_tokens):
+            started = time.perf_counter()
+            tokens = _read(self._round, batch, with_candidates=not self._is_student)
+            scores = tokens.split(self._scorer.compute_logprobs(tokens))
+            seconds = (time.perf_counter() - started) / len(batch)
+            for index, block in enumerate(batch):
+                candidate_ids = None if tokens.candidate_ids is None else tokens.part(tokens.candidate_ids, index)
+                group.write(
+                    block,
+                    scores[index],
+                    rollouts=tokens.blocks[index],
+                    candidate_ids=candidate_ids,
+                    elapsed_seconds=seconds,
+                )
+
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
+    """The scorer that the recipe asks for, checked on a few rollouts; its engine, if it has one, is the stack's."""
+    recipe, cfg, options = work.recipe, work.cfg, _options(work.recipe, work.manifest)
+    if recipe.placement(cfg) in ("vllm", "server"):
+        from pipeline.score.engines import open_engine
+
+        assert isinstance(cfg, TeacherConfig)
+        return open_engine(recipe, cfg, round_, options, on_tile, stack)
+    readable = np.flatnonzero(round_.rollouts.committed())
+    sample = _shortest(round_.rollouts.read(int(readable[0])))
+    if recipe.placement(cfg) == "streamed":
+        from pipeline.score.streamed import StreamedScorer
+
+        streamed = StreamedScorer(cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
+        _say_packing(streamed.check_packing(*sample))
+        return streamed
+    model = models.load_model(cfg)
+    _say_packing(check_packing(model, *sample))
+    return ResidentScorer(model, options, on_tile=on_tile)
+
+
+def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
+    """A scorer's work; None where its finished scores are taken as they are."""
+    if name in round_.scorer_names() and round_.scores(name).manifest.engine == IMPORTED:
+        print(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
+        return None
     if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_here(cfg):
         # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
         print(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
         return None
-    facts = models.model_facts(cfg)
-    return name, cfg, facts, _manifest(recipe, round_, name, cfg, facts)
+    manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
+    return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)
 
 
-def _score(
-    recipe: Recipe,
-    round_: cs.Round,
-    name: str,
-    cfg: ModelConfig,
-    facts: models.ModelFacts,
-    manifest: cs.ScoresManifest,
-) -> None:
+def _score(work: ScoreWork, round_: cs.Round, ranks: workers.Team) -> None:
     """Bring one scorer's blocks up to date and print what it thinks."""
-    is_student = name == cs.STUDENT
+    name = work.name
+    pending, n_readable = ranks.agree(lambda: _pending(work, round_))
+    if not len(pending):
+        if ranks.leads:
+            print(f"{name}: {_summary(round_, name)}; nothing to do")
+        return
+    n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
+    n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.share(pending)].sum())
+    started = time.perf_counter()
+    workers.run(
+        work,
+        pending,
+        ranks,
+        begin=lambda: round_.start_scores(name, work.manifest),
+        state=lambda: f"{round_.scores(name).committed().sum()} of {round_.n_blocks} blocks by {name} are committed",
+        bar=progress(name, mine + n_readable - n_pending, "tokens", done=n_readable - n_pending),
+        advance=lambda bar, rollouts, tokens: bar.advance(tokens),
+    )
+    seconds = time.perf_counter() - started
+    if ranks.leads:
+        print(
+            f"{name}: {_summary(round_, name)}; {n_pending:,} tokens now in {seconds:.1f} s, "
+            f"{n_pending / seconds:,.0f} tokens/s"
+        )
+
+
+def _pending(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
+    """Blocks to score, and the response tokens of all that can be; refuses what would fail later."""
+    name, manifest = work.name, work.manifest
     group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
     readable = round_.rollouts.committed()
-    if not is_student:
+    if name != cs.STUDENT:
         have_candidates = round_.scores(cs.STUDENT).committed()
         if n_waiting := int((readable & ~have_candidates).sum()):
             warn(f"{name}: {n_waiting} blocks wait for the student's scores, which bring the candidates")
@@ -128,42 +231,13 @@ def _score(
             )
     done = np.zeros_like(readable) if group is None else group.committed()
     pending = np.flatnonzero(readable & ~done)
-    if not len(pending):
-        print(f"{name}: {_summary(round_, name)}; nothing to do")
-        return
-
     n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
-    n_readable, n_pending = int(n_tokens[readable].sum()), int(n_tokens[pending].sum())
-    sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
-    require_free(round_.cache.url, n_pending * bytes_per_token(manifest.arrays(), sizes), f"scores by {name}")
-    _require_context(round_, pending, cfg, facts)
-    model = models.load_model(cfg)
-    _check_packing(model, round_.rollouts.read(int(pending[0])))
-    # only now: a model that could not be used leaves no trace in the cache
-    group = group or round_.start_scores(name, manifest)
-    committed = int(done.sum())
-    started = time.perf_counter()
-    already = n_readable - n_pending
-    with graceful() as stop, progress(name, n_readable, "tokens", done=already) as bar:
-
-        def on_tile(n_read: int) -> None:
-            stop.check(f"{committed} of {round_.n_blocks} blocks by {name} are committed")
-            bar.advance(n_read)
-
-        scorer: Scorer = ResidentScorer(model, _options(recipe, manifest), on_tile=on_tile)
-        for blocks in _batches(pending, n_tokens, scorer.batch_tokens):
-            batch_started = time.perf_counter()
-            batch = _read(round_, blocks, with_candidates=not is_student)
-            scores = batch.split(scorer.compute_logprobs(batch))
-            seconds = (time.perf_counter() - batch_started) / len(blocks)
-            for block, record in zip(blocks, scores, strict=True):
-                group.write(block, record, elapsed_seconds=seconds)
-                committed += 1
-    seconds = time.perf_counter() - started
-    print(
-        f"{name}: {_summary(round_, name)}; {n_pending:,} tokens now in {seconds:.1f} s, "
-        f"{n_pending / seconds:,.0f} tokens/s"
-    )
+    if len(pending):
+        sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
+        needed = int(n_tokens[pending].sum()) * bytes_per_token(manifest.arrays(), sizes)
+        require_free(round_.cache.url, needed, f"scores by {name}")
+        _require_context(round_, pending, work.cfg, models.model_facts(work.cfg))
+    return pending.tolist(), int(n_tokens[readable].sum())
 
 
 def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
@@ -174,7 +248,8 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     assert isinstance(group.manifest, cs.ScoresManifest)
     cached = group.manifest.model
     same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
-    same &= (cached.adapter_digest is None) == (cfg.adapter is None) and cfg.dtype in ("auto", group.manifest.dtype)
+    same &= (cached.adapter_digest is None) == (cfg.adapter is None)
+    same &= group.manifest.engine == "server" or cfg.dtype in ("auto", group.manifest.dtype)
     return same and bool(group.committed().all())
 
 
@@ -184,7 +259,13 @@ def _manifest(
     """Who scores how. Refuses a student that did not sample the round, a teacher that reads other tokens."""
     sampled, is_student = round_.manifest, name == cs.STUDENT
     tokenizer = models.load_tokenizer(cfg)
-    tokenizer_identity, identity = models.tokenizer_identity(tokenizer, cfg.model), models.model_identity(cfg)
+    tokenizer_identity, placement = models.tokenizer_identity(tokenizer, cfg.model), recipe.placement(cfg)
+    by_engine = placement in ("vllm", "server")
+    if placement == "server":
+        assert isinstance(cfg, TeacherConfig)
+        identity = models.served_identity(cfg)
+    else:
+        identity = models.model_identity(cfg)
     if is_student:
         differing = sampled.differences(replace(sampled, student=identity, tokenizer=tokenizer_identity))
         if differing:
@@ -193,10 +274,10 @@ def _manifest(
                 f"({'; '.join(differing)}); set [student] back, or sample a round by this one with "
                 f"`redpen rollouts RECIPE --round {round_.index + 1}`"
             )
-        if recipe.score.candidates > facts.vocab_size:
+        known = min(facts.vocab_size, tokenizer_identity.vocab_size)
+        if recipe.score.candidates > known:
             raise ConfigError(
-                f"score.candidates: expected at most {facts.vocab_size}, the student's vocabulary, "
-                f"got {recipe.score.candidates}"
+                f"score.candidates: expected at most {known}, the student's vocabulary, got {recipe.score.candidates}"
             )
     elif tokenizer_identity.digest != sampled.tokenizer.digest:
         models.check_same_vocabulary(
@@ -207,16 +288,18 @@ def _manifest(
         model=identity,
         tokenizer=tokenizer_identity,
         template=sampled.template,
-        dtype=facts.dtype,
+        dtype="served" if placement == "server" else facts.dtype,
         quantisation=facts.quantisation,
-        engine="transformers",
-        tile_tokens=recipe.score.tile_tokens,
+        engine=placement if by_engine else "transformers",
+        tile_tokens=0 if by_engine else recipe.score.tile_tokens,
         vocab_size=facts.vocab_size,
         candidate_kind=recipe.score.candidate_kind,
         candidates=recipe.score.candidates,
         # greedy decoding has no log-probs to compare with
         sampling_temperature=(sampled.temperature or 1.0) if is_student else None,
         topk=0 if is_student else recipe.score.teacher_topk,
+        entropy=not by_engine,
+        partial=by_engine,
         created_by=created_by(),
     )
 
@@ -225,6 +308,7 @@ def _options(recipe: Recipe, manifest: cs.ScoresManifest) -> ScoreOptions:
     return ScoreOptions(
         candidates=manifest.candidates,
         candidate_kind=manifest.candidate_kind,
+        candidate_vocab=manifest.tokenizer.vocab_size,
         sampling_temperature=manifest.sampling_temperature,
         topk=manifest.topk,
         tile_tokens=manifest.tile_tokens,
@@ -250,18 +334,20 @@ def _require_context(round_: cs.Round, blocks: IntArray, cfg: ModelConfig, facts
             )
 
 
-def _check_packing(model: PreTrainedModel, rollouts: cs.RolloutBlock) -> None:
-    """Packed log-probs are those of each rollout alone, on a few short rollouts. Raises `ModelError`."""
+def _shortest(rollouts: cs.RolloutBlock) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """A few short rollouts of a block, as `sequences` gives them."""
     lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-    shortest = np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS]
-    difference = check_packing(model, *sequences(rollouts, shortest.tolist()))
+    return sequences(rollouts, np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS].tolist())
+
+
+def _say_packing(difference: float) -> None:
     say(f"packing: a rollout among others has the log-probs it has alone, to {difference:.1g} nats")
 
 
-def _batches(blocks: IntArray, n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:
+def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:
     """Consecutive blocks, as many as it takes to reach `batch_tokens` response tokens."""
     batch: list[int] = []
-    for block in blocks.tolist():
+    for block in blocks:
         batch.append(block)
         if n_tokens[batch].sum() >= batch_tokens:
             yield batch
@@ -283,34 +369,34 @@ def _read(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> Toke
 
 
 def _summary(round_: cs.Round, name: str) -> str:
-    """Means over the scored and trained tokens, nats: what the scorer thinks, and its distance to others."""
+    """Means over the scored and trained tokens: what the scorer thinks, and its distance to the student's or, for the
+    student itself, to the sampler's. Warns where that gap is more than rounding.
+    """
     sampled, is_student = round_.manifest, name == cs.STUDENT
     group, student = round_.scores(name), round_.scores(cs.STUDENT)
-    logprobs, entropy, distance = [], [], []
+    columns: dict[str, list[npt.NDArray[Any]]] = {"mean log-prob": [], "mean entropy": [], "reverse KL": []}
+    log_ratios = []
     for block in np.flatnonzero(group.committed()).tolist():
         rollouts, scores = round_.rollouts.read(block), group.read(block)
-        trained = rollouts.trained == 1
-        logprobs.append(scores.logprobs[trained])
-        entropy.append(scores.entropy[trained])
+        told = (rollouts.trained == 1) & np.isfinite(scores.logprobs)
+        columns["mean log-prob"].append(scores.logprobs[told])
+        if scores.entropy is not None:
+            columns["mean entropy"].append(scores.entropy[told])
         if is_student:
-            gap = np.abs(rollouts.rollout_logprobs - scores.sampling_logprobs)[trained]
-            distance.append(gap[np.isfinite(gap)])
+            log_ratio = (scores.sampling_logprobs - rollouts.rollout_logprobs)[told]
+            log_ratios.append(log_ratio[np.isfinite(log_ratio)])
         else:
-            own = student.read(block)
-            distance.append(
-                reverse_kl(
-                    own.candidate_logprobs,
-                    own.rest_logprob,
-                    scores.candidate_logprobs,
-                    scores.rest_logprob,
-                    own.candidate_ids,
-                )[trained]
-            )
-    parts = {"mean log-prob": logprobs, "mean entropy": entropy}
-    if not is_student:
-        parts["reverse KL"] = distance
-    elif sampled.temperature > 0 and sampled.top_p == 1:
-        parts["mean |sampler - trainer|"] = distance
-    means = {key: np.concatenate(values) for key, values in parts.items()}
-    shown = [f"{key} {values.mean(dtype=np.float64):.4g}" for key, values in means.items() if len(values)]
-    return f"{', '.join(shown)} nats a token"
+            columns["reverse KL"].append(scores_reverse_kl(student.read(block), scores)[told])
+    means = {name: np.concatenate(parts).mean(dtype=np.float64) for name, parts in columns.items() if parts}
+    shown = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + " nats a token"
+    if is_student and sampled.temperature > 0 and sampled.top_p == 1:
+        gap = SamplerGap.of(np.concatenate(log_ratios))
+        if gap is not None:
+            shown += f"; trainer/sampler ratio: {gap}"
+            if gap.is_wide:
+                warn(
+                    f"the sampler ({sampled.engine}) and the training forward disagree more than rounding explains "
+                    f"({gap}); importance ratios start from the training forward's log-probs, but look at dtype, "
+                    "attention and quantisation of both"
+                )
+    return shown

@@ -65,6 +65,7 @@ def score_tile(
         packed.target_ids,
         candidates=options.candidates if given is None else 0,
         candidate_kind=options.candidate_kind,
+        candidate_vocab=options.candidate_vocab,
         candidate_ids_TK=None if given is None else torch.from_numpy(given),
         sampling_temperature=options.sampling_temperature,
         topk=options.topk,

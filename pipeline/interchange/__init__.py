@@ -1,0 +1,1 @@
+"""Caches to and from files of other tools."""

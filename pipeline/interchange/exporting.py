@@ -1,0 +1,144 @@
+"""Export: a round of a cache as one Parquet file that `datasets`, pandas or DuckDB load, one rollout a row.
+
+    prompt_index, sample_index                  which rollout
+    prompt | messages, answer, source, id       the prompt as it was given
+    prompt_token_ids, response_token_ids        lists
+    rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
+    student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
+                                                there are K values a token
+
+What is unknown or not scored is null: a value, or the whole list where a scorer has not done the block. NAMEs are
+those of the cache (cache_schema/SPEC.md); the manifests of round and scorers are JSON under `redpen` in the schema's
+metadata. One block is in memory at a time and makes one row group; the file appears when it is whole. `redpen
+import` reads the rollouts back.
+
+    redpen export-cache CACHE -o DIR_OR_FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import parquet
+
+import cache_schema as cs
+from pipeline.console import progress, warn
+from pipeline.disk import readable
+from pipeline.errors import RedpenError
+
+_TEXTS = ("prompt", "answer", "source", "id")
+_FINISH = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
+    """Write a round's committed blocks; returns the exit code 0.
+
+    Args:
+        output: a name ending in .parquet, or a directory for `round-00000.parquet`. A file that is there is replaced.
+        round_index: the latest round by default.
+
+    Raises:
+        CacheError: not a cache, no finished block, a damaged one. RedpenError: `output` is a file of another kind.
+    """
+    round_ = cs.open(cache_url).round(round_index)
+    blocks = np.flatnonzero(round_.rollouts.committed()).tolist()
+    if not blocks:
+        raise cs.CacheError(
+            f"cache {cache_url} round {round_.index}: no block of rollouts is finished, nothing to export"
+        )
+    path = Path(output) if output.endswith(".parquet") else Path(output, f"round-{round_.index:05d}.parquet")
+    if path.parent.is_file():
+        raise RedpenError(f"-o {output}: expected a name ending in .parquet or a directory, got a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    exporter = _Exporter(round_)
+    try:
+        with (
+            parquet.ParquetWriter(partial, exporter.schema, compression="zstd") as writer,
+            progress("export", len(blocks)) as bar,
+        ):
+            for block in blocks:
+                table = exporter.table(block)
+                writer.write_table(table, row_group_size=table.num_rows)
+                bar.advance()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    for name, group in (("rollouts", round_.rollouts), *exporter.scorers.items()):
+        if n_missing := round_.n_blocks - int(group.committed().sum()):
+            left = "left out" if name == "rollouts" else "null"
+            warn(f"{name}: {n_missing} of {round_.n_blocks} blocks are not finished, and {left} in the export")
+    rows = int(round_.rollouts.commits()["rows"].sum())
+    print(f"export: {rows:,} rollouts of {cache_url} round {round_.index} in {path}, {readable(path.stat().st_size)}")
+    print(f'next: datasets.load_dataset("parquet", data_files="{path}")')
+    return 0
+
+
+class _Exporter:
+    """Blocks of a round as tables of one schema."""
+
+    def __init__(self, round_: cs.Round):
+        self._round = round_
+        self.scorers = {name: round_.scores(name) for name in round_.scorer_names()}
+        numbers = {code: pa.from_numpy_dtype(np.dtype(code)) for code in ("u1", "i4", "i8", "f4")}
+        fields: dict[str, Any] = {"prompt_index": numbers["i8"], "sample_index": numbers["i4"]}
+        fields |= {"messages": _MESSAGES, **dict.fromkeys((*_TEXTS, "finish_reason"), pa.string())}
+        fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
+        fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
+        for name, group in self.scorers.items():
+            assert isinstance(group.manifest, cs.ScoresManifest)
+            sizes = {"candidate": group.manifest.candidates, "topk": group.manifest.topk}
+            for spec in group.specs:
+                value = numbers[spec.dtype]
+                for dim in spec.dims[1:]:
+                    value = pa.list_(value, sizes[dim])
+                fields[_column(name, spec)] = pa.list_(value)
+        about = {
+            "round": round_.index,
+            "manifest": round_.manifest.to_json(),
+            "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
+        }
+        self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
+
+    def table(self, block: int) -> Any:
+        """The block's rollouts, in their order."""
+        rollouts: cs.RolloutBlock = self._round.rollouts.read(block)
+        prompts = [rollouts.prompt(row) for row in range(rollouts.n_rows)]
+        records = [self._round.prompts[index] for index in rollouts.prompt_index.tolist()]
+        bounds = np.append(rollouts.response_start, rollouts.n_tokens)
+        columns: dict[str, Any] = {
+            "prompt_index": rollouts.prompt_index[rollouts.row_prompt],
+            "sample_index": rollouts.sample_index,
+            "prompt_token_ids": _lists(np.cumsum([0, *map(len, prompts)]), np.concatenate(prompts)),
+            "response_token_ids": _lists(bounds, rollouts.token_ids),
+            "rollout_logprobs": _lists(bounds, rollouts.rollout_logprobs),
+            "trained": _lists(bounds, rollouts.trained),
+            "finish_reason": [_FINISH[code] for code in rollouts.finish_reason.tolist()],
+        }
+        for field in ("messages", *_TEXTS):
+            columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+        for name, group in self.scorers.items():
+            scores = group.read(block) if group.is_committed(block) else None
+            for spec in group.specs:
+                value = None if scores is None else _lists(bounds, getattr(scores, spec.name))
+                columns[_column(name, spec)] = [None] * rollouts.n_rows if value is None else value
+        return pa.table([pa.array(columns[field.name], field.type) for field in self.schema], schema=self.schema)
+
+
+def _column(scorer: str, spec: cs.ArraySpec) -> str:
+    return f"{scorer if scorer == cs.STUDENT else f'teacher.{scorer}'}.{spec.name}"
+
+
+def _lists(bounds: npt.NDArray[Any], values: npt.NDArray[Any]) -> Any:
+    """Values [T] or [T, K] as one list for each span between `bounds`; NaN becomes null."""
+    flat = pa.array(values.reshape(-1), from_pandas=True)
+    if values.ndim == 2:
+        flat = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), flat)

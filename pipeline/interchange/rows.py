@@ -1,0 +1,170 @@
+"""Finished rollouts in a Parquet or JSONL file, row by row, every value checked where it is taken.
+
+A field is looked for under each of its names: as a column, as a column literally named `metadata.NAME`, and within an
+object `metadata`, where Lightning-OPD keeps it. Lists of numbers are never Python objects on their way from Parquet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
+
+from cache_schema.blocks import LOGPROB_TOLERANCE
+from pipeline.errors import RedpenError
+from pipeline.prompts import FIELDS, json_lines
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+#: What a field may be called; the first that is there counts.
+NAMES = {
+    "rendered": ("is_lightning_opd", "is_offline_opd"),
+    "prompt_index": ("prompt_index",),
+    "prompt_tokens": ("prompt_tokens", "prompt_token_ids"),
+    "response_tokens": ("response_tokens", "response_token_ids"),
+    "rollout_logprobs": ("rollout_logprobs", "rollout_log_probs", "logprobs"),
+    "teacher_logprobs": ("teacher_log_probs", "teacher_logprobs"),
+    "trained": ("loss_mask", "response_mask", "trained"),
+    "finish_reason": ("finish_reason",),
+}
+_WANTED = {*FIELDS, *(prefix + name for names in NAMES.values() for name in names for prefix in ("", "metadata."))}
+_BATCH_ROWS = 64  # megabytes, of long rollouts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rollout of a file, and its place there for messages. Whatever is wrong is a `RedpenError`, one line."""
+
+    place: str
+    values: dict[str, Any]
+
+    def get(self, name: str) -> tuple[str, Any]:
+        """What the field is called in this file, and its value; None where it has none."""
+        names = NAMES[name]
+        for called in (*names, *(f"metadata.{called}" for called in names)):
+            if self.values.get(called) is not None:
+                return called, self.values[called]
+        return names[0], None
+
+    def ids(self, name: str, below: int) -> Int32 | None:
+        """Token ids, at least one; None where the row has no such field."""
+        called, array = self._list(name, "token ids")
+        if array is None:
+            return None
+        if not len(array):
+            raise self.fault(called, "at least one token id", "an empty list", "remove the row")
+        if array.null_count or not pa.types.is_integer(array.type):
+            raise self.fault(called, "a list of token ids", f"a list {_of(array)}", "give them as integers")
+        ids = array.to_numpy(zero_copy_only=False)
+        outside = ids[(ids < 0) | (ids >= below)]
+        if len(outside):
+            raise self.fault(
+                called, f"ids in 0..{below - 1}", str(outside[0]), "are they another model's? set student.model to it"
+            )
+        return np.asarray(ids, np.int32)
+
+    def logprobs(self, name: str, length: int) -> Float32:
+        """[length], nats; NaN where the file has a null, or no such field."""
+        called, array = self._list(name, "numbers", length)
+        if array is None:
+            return np.full(length, np.nan, np.float32)
+        numbers = pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_null(array.type)
+        if not numbers:
+            raise self.fault(called, "a list of numbers", f"a list {_of(array)}", "null is for what is not known")
+        array = array.cast(pa.float64())
+        told = array.drop_null().to_numpy(zero_copy_only=False)
+        bad = told[~np.isfinite(told) | (told > LOGPROB_TOLERANCE)]
+        if len(bad):
+            raise self.fault(
+                called, "log-probs, finite and at most 0", f"{bad[0]:g}", "null is for what is not known"
+            )
+        return np.asarray(array.to_numpy(zero_copy_only=False), np.float32)
+
+    def mask(self, name: str, length: int) -> UInt8:
+        """[length] of 0 and 1; ones where the row has no such field."""
+        called, array = self._list(name, "0 and 1", length)
+        if array is None:
+            return np.ones(length, np.uint8)
+        flags = pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)
+        values = array.to_numpy(zero_copy_only=False) if flags and not array.null_count else np.empty(0)
+        if len(values) != length or not np.isin(values, (0, 1)).all():
+            raise self.fault(called, "a list of 0 and 1", f"a list {_of(array)}", "1 marks the student's own tokens")
+        return values.astype(np.uint8)
+
+    def fault(self, called: str, expected: str, got: str, remedy: str) -> RedpenError:
+        return RedpenError(f"{self.place}: {called}: expected {expected}, got {got}; {remedy}")
+
+    def _list(self, name: str, what: str, length: int | None = None) -> tuple[str, Any]:
+        """The field as an Arrow array; None where the row has no such field."""
+        called, value = self.get(name)
+        if isinstance(value, list):
+            try:
+                value = pa.array(value)
+            except (pa.ArrowException, OverflowError):
+                raise self.fault(called, f"a list of {what}", "one of other things", "see the row") from None
+        if value is not None and not isinstance(value, pa.Array):
+            raise self.fault(called, f"a list of {what}", type(value).__name__, "give one value for each token")
+        if value is not None and length not in (None, len(value)):
+            raise self.fault(
+                called, f"{length} values, one for each response token", str(len(value)), "score the rollout again"
+            )
+        return called, value
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every row of a `.parquet` file or of one with a JSON object on each line. Raises `RedpenError`."""
+    if not path.is_file():
+        came = "a directory" if path.is_dir() else "no such file"
+        raise RedpenError(f"{path}: expected a Parquet or JSONL file of finished rollouts, got {came}")
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    for place, value in json_lines(path, str(path)):
+        if not isinstance(value, dict):
+            raise RedpenError(f"{place}: expected one JSON object on each line, got {type(value).__name__}")
+        metadata = value.get("metadata")
+        within = {f"metadata.{key}": item for key, item in metadata.items()} if isinstance(metadata, dict) else {}
+        yield Row(place, within | value)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            schema, number = file.schema_arrow, 0
+            names = set(schema.names)
+            if "metadata" in names and pa.types.is_struct(schema.field("metadata").type):
+                names |= {f"metadata.{child.name}" for child in schema.field("metadata").type}
+            wanted = sorted(names & _WANTED)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+                columns = {name: _column(batch, name) for name in wanted}
+                for row in range(batch.num_rows):
+                    number += 1
+                    values = {name: _value(column[row]) for name, column in columns.items()}
+                    yield Row(f"{path}: row {number}", dict.fromkeys(schema.names) | values)
+    except (pa.ArrowException, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise RedpenError(f"{path}: expected a Parquet file: {type(error).__name__}: {text}") from None
+
+
+def _column(batch: Any, name: str) -> Any:
+    return batch[name] if name in batch.schema.names else pc.struct_field(batch["metadata"], name.split(".", 1)[1])
+
+
+def _value(scalar: Any) -> Any:
+    """A list of numbers as an Arrow array, anything else as Python has it."""
+    values = getattr(scalar, "values", None)
+    return values if isinstance(values, pa.Array) and not pa.types.is_struct(values.type) else scalar.as_py()
+
+
+def _of(array: Any) -> str:
+    return f"with {array.null_count} nulls" if array.null_count else f"of {array.type}"

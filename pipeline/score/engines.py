@@ -1,0 +1,99 @@
+"""Teachers read by an inference engine: vLLM in this process, or a server. Started, and checked before they write.
+
+An engine is another implementation of the model: another attention, another head, perhaps another checkpoint behind
+the same name. So the forward of this machine reads a few rollouts first, and the engine must say the same of them.
+Where the weights are not here, the engine must at least say the same twice.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+
+import numpy as np
+import torch
+
+import cache_schema as cs
+from pipeline import models
+from pipeline.config import Recipe, TeacherConfig
+from pipeline.console import say, warn
+from pipeline.errors import ModelError
+from pipeline.score import ScoreOptions, Scorer, TokenBatch
+from pipeline.score.prompt_logprobs import check_agreement, sample_of
+from pipeline.score.resident import ResidentScorer
+
+
+def open_engine(
+    recipe: Recipe,
+    teacher: TeacherConfig,
+    round_: cs.Round,
+    options: ScoreOptions,
+    on_tile: Callable[[int], None],
+    stack: ExitStack,
+) -> Scorer:
+    """The teacher in the engine that the recipe asks for, which ends with the stack. At least one block must have the
+    student's scores.
+
+    Raises `ModelError` where the engine's log-probs are not the model's, and whatever starting it raises.
+    """
+    facts, student = models.model_facts(teacher), round_.scores(cs.STUDENT)
+    readable = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
+    candidate_ids = student.read_arrays(readable[0], ["candidate_ids"])["candidate_ids"]
+    sample = sample_of(round_.rollouts.read(readable[0]), candidate_ids, facts.vocab_size)
+    expected = _read_here(recipe, teacher, sample) if models.is_here(teacher) else None
+    longest = max(_longest(round_, block) for block in readable)
+    scorer: Scorer
+    if recipe.placement(teacher) == "server":
+        from pipeline.score.server import ServerScorer
+
+        who, dtype = "the server", "served"
+        scorer = ServerScorer(teacher, recipe.score, options, max_length=longest, on_tile=on_tile)
+    else:
+        from pipeline.score.vllm import VllmScorer
+
+        who, dtype = "vLLM", facts.dtype
+        vllm = VllmScorer(teacher, recipe.vllm, options, max_length=longest, on_tile=on_tile)
+        scorer = stack.enter_context(closing(vllm))
+    told, other = scorer.compute_logprobs(sample), "the forward here"
+    if expected is None:
+        expected, other = scorer.compute_logprobs(sample), "itself, asked twice,"
+        warn(f"{teacher.name}: its weights are not here to check {who} against")
+    try:
+        say(f"{teacher.name}: {who} and {other} agree {check_agreement(told, expected, dtype)}")
+    except ModelError as error:
+        raise ModelError(
+            f"{teacher.name}: {who} and {other} {error}; look at the model, revision, adapter and quantisation that "
+            "it runs, or set score.placement to resident or streamed"
+        ) from error
+    return scorer
+
+
+def _read_here(recipe: Recipe, teacher: TeacherConfig, sample: TokenBatch) -> cs.ScoreBlock | None:
+    """The sample by the training forward; None where its checkpoint is quantised in a way that only engines read."""
+    options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
+    try:
+        scorer: Scorer
+        if models.pick_device(teacher).type == "cuda" and models.model_facts(teacher).quantisation is None:
+            from pipeline.score.streamed import StreamedScorer
+
+            scorer = StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib)  # fits on any card
+        else:
+            scorer = ResidentScorer(models.load_model(teacher), options)
+        return scorer.compute_logprobs(sample)
+    except ModelError as error:
+        if models.model_facts(teacher).quantisation is None:
+            raise
+        warn(f"{teacher.name}: cannot be read without an engine, so not checked ({error})")
+        return None
+    finally:
+        scorer = None  # type: ignore[assignment]  # the engine wants its memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _longest(round_: cs.Round, block: int) -> int:
+    """Tokens of a block's longest rollout."""
+    rows = round_.rollouts.read_arrays(block, ("prompt_length", "row_prompt", "response_length"))
+    return int((rows["prompt_length"][rows["row_prompt"]] + rows["response_length"]).max())

@@ -1,0 +1,122 @@
+"""How much of a device's memory a streamed scorer may take, what takes it, and how long a wave then is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+from torch.utils import _python_dispatch
+
+from pipeline.disk import readable
+from pipeline.errors import ConfigError
+
+# Beyond it a wave gains nothing: a card computes so many tokens far longer than its link takes for the weights, a CPU
+# longer than its disk does. It would only hold up finished blocks.
+_MOST_WAVE_TOKENS = {"cuda": 131_072, "cpu": 16_384}
+# Of what is free; on the CPU the rest is left to the file cache, from which weights are read.
+_SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
+# Workspaces of libraries, and how far the allocator may be from the sum of what is in use.
+_LIBRARY_BYTES = {"cuda": 2**28, "cpu": 2**26}
+_MARGIN = 1.15
+_GIB = 2**30
+
+_weak_storage: Any = reductions.StorageWeakRef  # has no types
+_DispatchMode: Any = _python_dispatch.TorchDispatchMode
+
+
+class Memory:
+    """What of a device's memory goes where.
+
+    Attributes:
+        budget: bytes to be used at most.
+        taken: bytes that are, or will be, in use, by what for.
+    """
+
+    def __init__(self, device: torch.device, gib: float | None):
+        self._device, self._gib = device, gib
+        self.budget = int(gib * _GIB if gib else _SHARE_OF_FREE[device.type] * free_bytes(device))
+        self.taken = {"libraries": _LIBRARY_BYTES[device.type]}
+
+    def take(self, what: str, nbytes: float) -> None:
+        """Raises `ConfigError` where it is too much."""
+        self.taken[what] = self.taken.get(what, 0) + int(nbytes)
+        if (needed := sum(self.taken.values())) > self.budget:
+            shown = ", ".join(f"{what} {readable(nbytes)}" for what, nbytes in self.taken.items())
+            given = f"score.memory_gib = {self._gib:g}" if self._gib else f"free memory ({self._device.type})"
+            raise ConfigError(
+                f"{given}: expected at least {needed / _GIB:.2f} GiB to stream this model ({shown}), got "
+                f"{self.budget / _GIB:.2f}; give it more, or lower score.tile_tokens or score.rows_per_chunk"
+            )
+
+    def take_wave(self, tile_tokens: int, waiting: float, working: float, head: float) -> int:
+        """Take the memory of a wave that is as long as is useful, and return its tokens.
+
+        Args:
+            tile_tokens: what a wave has at least.
+            waiting: bytes of a token while other tiles are computed.
+            working: bytes of a token in the tile that a layer works on, beside those.
+            head: bytes for the logits.
+        """
+        self.take(
+            f"a tile of {tile_tokens:,} tokens", _MARGIN * max(working * tile_tokens, head) + waiting * tile_tokens
+        )
+        room = self.budget - sum(self.taken.values())
+        more = max(0, min(int(room / waiting), _MOST_WAVE_TOKENS[self._device.type] - tile_tokens))
+        self.take(f"a wave of {tile_tokens + more:,}", more * waiting)
+        return tile_tokens + more
+
+
+class PeakBytes(_DispatchMode):  # type: ignore[misc]
+    """Most bytes of storages that operations under it made and that lived at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+        self._alive: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors([args, kwargs])}
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:  # not a view of what was given
+                self._alive[storage.data_ptr()] = _weak_storage(storage), storage.nbytes()
+        self.nbytes = max(self.nbytes, sum(nbytes for _, nbytes in self._alive.values()))
+        return out
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(vars(value))
+
+
+def bytes_of(value: Any) -> int:
+    storages = (tensor.untyped_storage() for tensor in _tensors(value))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be had on a device now; on the CPU, file caches that would give way included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            available = min(available, int(text))
+    return available

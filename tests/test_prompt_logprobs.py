@@ -1,0 +1,603 @@
+"""Partial scores against full distributions, and a served teacher that misbehaves: a real HTTP server on loopback
+whose answers are the toy teacher's.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import cache_schema as cs
+import pipeline.train.stage as train_stage
+from pipeline import models
+from pipeline.config import Recipe, TeacherConfig, load_recipe
+from pipeline.errors import ConfigError, Interrupted, ModelError
+from pipeline.metrics import REST_FLOOR
+from pipeline.score import ScoreOptions, TokenBatch, server, stage
+from pipeline.score.prompt_logprobs import Question, Told, check_agreement, partial_scores
+from pipeline.score.server import ServerScorer
+from pipeline.toy import asset_path
+
+Make = Callable[..., Recipe]
+ROOT = Path(__file__).parent.parent
+
+
+# -- partial scores ------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def likeliest(logprobs: np.ndarray, tokens: np.ndarray, n: int) -> Told:
+    """What vLLM tells: the token itself first, then the n likeliest, in fp32."""
+    ids = np.hstack([tokens[:, None], np.argsort(-logprobs, axis=1, kind="stable")[:, :n]])
+    return Told(ids, np.take_along_axis(logprobs, ids, 1).astype(np.float32).astype(np.float64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_told=st.integers(1, 30),
+    n_candidates=st.integers(1, 12),
+    topk=st.integers(0, 6),
+    sharpness=st.floats(0.1, 30),
+)
+def test_partial_scores_are_those_of_the_distribution(
+    seed: int, n_told: int, n_candidates: int, topk: int, sharpness: float
+) -> None:
+    rng, n_tokens, vocab = np.random.default_rng(seed), 9, 30
+    expected = log_softmax(rng.normal(size=(n_tokens, vocab)) * sharpness)
+    tokens = rng.integers(0, vocab, n_tokens)
+    candidates = np.hstack([tokens[:, None], rng.integers(0, vocab, (n_tokens, n_candidates - 1))]).astype(np.int32)
+    question = Question(np.concatenate([[0], tokens]).astype(np.int32), 1, candidates)
+    told = likeliest(expected, tokens, max(n_told, topk))
+    scores = partial_scores(question, told, topk)
+
+    every = np.arange(n_tokens)
+    np.testing.assert_allclose(scores.logprobs, expected[every, tokens], rtol=1e-6)
+    known = np.zeros((n_tokens, vocab), bool)
+    np.put_along_axis(known, told.ids, True, 1)
+    is_told = np.take_along_axis(known, candidates, 1)
+    assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
+    np.testing.assert_array_equal(np.isnan(scores.candidate_logprobs), ~is_told)
+    np.testing.assert_allclose(
+        scores.candidate_logprobs[is_told], np.take_along_axis(expected, candidates, 1)[is_told], rtol=1e-6
+    )
+
+    def outside(*inside: np.ndarray) -> np.ndarray:
+        """log of what is outside these ids, if they are told of."""
+        taken = np.zeros((n_tokens, vocab), bool)
+        for ids in inside:
+            np.put_along_axis(taken, ids, True, 1)
+        return np.log(np.maximum(np.where(taken & known, 0, np.exp(expected)).sum(1), REST_FLOOR))
+
+    np.testing.assert_allclose(np.exp(scores.rest_logprob), np.exp(outside(candidates)), atol=2e-6)
+    if topk:
+        assert scores.topk_ids is not None and scores.topk_rest_logprob is not None
+        best = -np.sort(-expected, axis=1)[:, :topk]
+        np.testing.assert_allclose(scores.topk_logprobs, best, rtol=1e-6)
+        np.testing.assert_allclose(np.take_along_axis(expected, scores.topk_ids, 1), best, rtol=1e-6)
+        np.testing.assert_allclose(
+            np.exp(scores.topk_rest_logprob), np.exp(outside(candidates, scores.topk_ids)), atol=2e-6
+        )
+
+
+def test_what_is_told_beyond_the_candidates_makes_a_small_rest_exact() -> None:
+    logprobs = log_softmax(np.array([[30.0, 8.0, 7.0, 0.0]]))  # candidates hold all but 4e-10
+    question = Question(np.array([0, 0], np.int32), 1, np.array([[0]], np.int32))
+    scores = partial_scores(question, likeliest(logprobs, np.array([0]), 3))
+    assert scores.rest_logprob is not None and np.isfinite(scores.rest_logprob).all()
+    assert scores.rest_logprob[0] == pytest.approx(np.log(REST_FLOOR))
+    logprobs = log_softmax(np.array([[14.0, 0.0, 0.0, -9.0]]))  # 2e-6: fp32 alone would be off by 5 %
+    scores = partial_scores(question, likeliest(logprobs, np.array([0]), 3))
+    assert scores.rest_logprob is not None
+    assert scores.rest_logprob[0] == pytest.approx(np.logaddexp.reduce(logprobs[0, 1:]), abs=0.04)
+
+
+def test_what_is_not_told_is_nan_and_never_0() -> None:
+    """A position without an answer, a null log-prob, and a token that the teacher holds to be impossible."""
+    tokens = np.array([3, 5, 6, 7, 4], np.int32)
+    candidates = np.array([[5, 1], [6, 2], [7, 2], [4, 9]], np.int32)
+    answer = [
+        None,
+        {"5": {"logprob": -0.5}, "2": {"logprob": -1.0}},
+        None,
+        {"7": {"logprob": None}, "2": {"logprob": -0.1}},
+        {"4": {"logprob": -9999.0}, "9": {"logprob": 0.0}},
+    ]
+    question = Question(tokens, 1, candidates)
+    scores = partial_scores(question, Told.positions(answer, question), topk=1)
+    nan = np.nan
+    np.testing.assert_array_equal(scores.logprobs, np.float32([-0.5, nan, nan, nan]))
+    np.testing.assert_array_equal(
+        scores.candidate_logprobs, np.float32([[-0.5, nan], [nan, nan], [nan, nan], [nan, nan]])
+    )
+    assert scores.rest_logprob is not None and scores.topk_ids is not None
+    np.testing.assert_allclose(scores.rest_logprob, [np.log(1 - np.exp(-0.5)), nan, nan, nan], rtol=1e-5)
+    np.testing.assert_array_equal(scores.topk_ids, [[5], [0], [2], [9]])
+    np.testing.assert_array_equal(np.isnan(scores.topk_logprobs).ravel(), [False, True, True, True])
+
+
+def test_an_id_that_the_teacher_lacks_is_not_asked_for() -> None:
+    question = Question(np.array([1, 2], np.int32), 1, np.array([[2, 40, 3]], np.int32))
+    ids = question.given_ids(8, vocab_size=30)
+    np.testing.assert_array_equal(ids, [[2, -1, 3]])
+    scores = partial_scores(question, Told.given(ids, [[-1.0, -np.inf, -2.0]]))
+    np.testing.assert_array_equal(scores.candidate_logprobs, np.float32([[-1, np.nan, -2]]))
+    np.testing.assert_array_equal(question.given_ids(2, vocab_size=50), [[2, 40]])
+
+
+TOKENS = np.array([1, 2, 3], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([None, {"1": {"logprob": -1.0}}, {"2": {"logprob": -1.0}}], "position 1 token 2 was sent, told of 1"),
+        ([None, {"2": {"logprob": -1.0}}], "told of 2 positions, 3 tokens were sent"),
+        ([None, {"2": {"logprob": -0.1}, "3": {"logprob": -0.1}}, None], "add up to 1.81"),
+        ([None, {"2": {"logprob": 2.5}}, None], "a log-prob of 2.5; log-probs are at most 0"),
+        ([None, {"2": {"logprob": -0.1}}, {"3": {"logprob": -0.1}}], "told of 1 tokens at a position, expected 2"),
+    ],
+)
+def test_answers_that_mean_something_else_are_refused(answer: Any, message: str) -> None:
+    question = Question(TOKENS, 1, None)
+    with pytest.raises(ModelError, match=message):
+        partial_scores(question, Told.positions(answer, question), topk=2)
+
+
+def test_readings_that_are_apart_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    logprobs = -rng.exponential(size=200).astype(np.float32)
+    near = cs.ScoreBlock(logprobs=logprobs - rng.normal(size=200).astype(np.float32) * 1e-5)
+    assert "on 200 tokens" in check_agreement(near, cs.ScoreBlock(logprobs=logprobs), "float32")
+    shifted, missing = np.roll(logprobs, 1), logprobs.copy()
+    missing[3] = np.nan
+    for wrong in (shifted, logprobs / 2, missing):
+        with pytest.raises(ModelError, match=r"differ by .* nats a token on average"):
+            check_agreement(cs.ScoreBlock(logprobs=wrong), cs.ScoreBlock(logprobs=logprobs), "bfloat16")
+
+
+# -- a server ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _model() -> PreTrainedModel:
+    return models.load_model(load_recipe("toy").teacher[0], attention="sdpa")
+
+
+class TeacherServer:
+    """Answers as vLLM's server does, with the toy teacher's log-probs, after the mishaps that it is told to have.
+
+    Attributes:
+        mishaps: what happens to the next requests, instead of an answer: a name, or a status to answer with.
+        always: what happens to all of them. after: what happens to all of them once it gave so many answers.
+        allowed: its --max-logprobs. scale_out: whether it tells the log-probs of given ids.
+        temperature: another one makes it another model.
+    """
+
+    def __init__(self, port: int = 0):
+        self.mishaps: deque[str | int] = deque()
+        self.always: str | int | None = None
+        self.after: tuple[int, str] | None = None
+        self.allowed, self.scale_out, self.temperature, self.key = 20, False, 1.0, ""
+        self.n_answers = self.n_requests = self.in_flight = self.most_in_flight = 0
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._model = _model()
+        teacher = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.reply(200, {"data": [{"id": "teach", "max_model_len": 64}]})
+
+            def do_POST(self) -> None:
+                with teacher._lock:
+                    teacher.in_flight += 1
+                    teacher.most_in_flight = max(teacher.in_flight, teacher.most_in_flight)
+                try:
+                    body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                    teacher.handle(self, body)
+                finally:
+                    with teacher._lock:
+                        teacher.in_flight -= 1
+
+            def reply(
+                self,
+                status: int,
+                value: Any,
+                headers: dict[str, str] | None = None,
+                kept: float = 1,
+                promised: float = 1,
+            ) -> None:
+                text = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(int(promised * len(text))))
+                for name, header in (headers or {}).items():
+                    self.send_header(name, header)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(text[: int(kept * len(text))])
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *args: Any) -> None:  # clients may go
+                pass
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def handle(self, request: Any, body: dict[str, Any]) -> None:
+        with self._lock:
+            self.n_requests += 1
+            if self.after is not None and self.n_answers >= self.after[0]:
+                self.always = self.after[1]
+            mishap = self.always or (self.mishaps.popleft() if self.mishaps else None)
+        if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+            sent = request.headers.get("authorization")
+            return request.reply(401, {"error": {"message": f"Incorrect API key provided: {sent}"}})
+        if mishap == "hang":
+            self._closing.wait(30)
+            mishap = "reset"
+        if mishap == "reset":
+            request.close_connection = True
+            return request.connection.close()
+        if isinstance(mishap, int):
+            headers = {"retry-after": "0.3"} if mishap == 429 else {}
+            return request.reply(mishap, {"error": {"message": f"mishap {mishap}"}}, headers)
+        by_ids = request.path == "/inference/v1/generate"
+        if by_ids and not self.scale_out:
+            return request.reply(403, {"error": {"message": "Scale-out endpoints are disabled. Restart vllm serve"}})
+        asked = body["sampling_params"] if by_ids else body
+        given = asked.get("prompt_logprob_token_ids")
+        for n in (asked.get("prompt_logprobs") or 0, len(given[0]) if given else 0):
+            if n > self.allowed:
+                message = f"Requested prompt logprobs of {n}, which is greater than max allowed: {self.allowed}"
+                return request.reply(400, {"error": {"message": message}})
+        answer = self.answer(body["token_ids"] if by_ids else body["prompt"], asked)
+        if mishap == "other ids":
+            holder = answer if by_ids else answer["choices"][0]
+            holder["prompt_token_ids"] = [*holder["prompt_token_ids"][:-1], 7]
+        elif mishap == "shifted":
+            answer["choices"][0]["prompt_logprobs"].insert(0, answer["choices"][0]["prompt_logprobs"].pop())
+        elif mishap == "silent":
+            answer["choices"][0]["prompt_logprobs"] = None
+        elif mishap == "no choices":
+            answer = {"choices": "none"}
+        with self._lock:
+            self.n_answers += 1
+        kept, promised = {"truncated": (0.5, 1), "half": (0.5, 0.5)}.get(str(mishap), (1, 1))
+        request.reply(200, answer, kept=kept, promised=promised)
+        if kept < 1:
+            request.close_connection = True
+
+    @torch.inference_mode()
+    def answer(self, ids: list[int], asked: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            logits = self._model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float() / self.temperature
+        logprobs, n = logits.log_softmax(-1).numpy(), asked.get("prompt_logprobs")
+        positions: list[Any] = [None]
+        for row, token in zip(logprobs, ids[1:], strict=True):
+            told = [token, *np.argsort(-row)[: n or 0].tolist()]
+            positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in told})
+        choice = {"text": "?", "prompt_logprobs": None if n is None else positions, "prompt_token_ids": ids}
+        if (given := asked.get("prompt_logprob_token_ids")) is None:
+            return {"choices": [choice]}
+        rows = logprobs[asked["prompt_logprob_start"] :]
+        array = np.where(np.array(given) < 0, -np.inf, np.take_along_axis(rows, np.maximum(given, 0), 1))
+        np.save(file := io.BytesIO(), array.astype(np.float32))
+        encoded = base64.b64encode(file.getvalue()).decode()
+        return {"choices": [{}], "prompt_token_id_logprobs": encoded} | {k: choice[k] for k in list(choice)[1:]}
+
+
+@pytest.fixture
+def teacher_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherServer]:
+    monkeypatch.setattr(server, "_FIRST_WAIT", 0.01)
+    for name in ("REDPEN_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with contextlib.closing(TeacherServer()) as served:
+        yield served
+
+
+@pytest.fixture
+def unscored(toy_cache: Path, tmp_path: Path) -> Path:
+    """The toy cache, its teacher yet to be asked."""
+    path = Path(shutil.copytree(toy_cache, tmp_path / "toy.zarr"))
+    shutil.rmtree(path / "rounds/00000/scores/teacher")
+    return path
+
+
+def served(recipe: Make, at: TeacherServer | str, *overrides: str) -> Recipe:
+    url = at if isinstance(at, str) else at.url
+    mine = ["score.placement=server", f"teacher.url={url}", "teacher.served_name=teach", "score.server_retries=3"]
+    return recipe(*mine, *overrides)
+
+
+def scorer_of(made: Recipe, topk: int = 0, on_tile: Callable[[int], None] = lambda tokens: None) -> ServerScorer:
+    options = ScoreOptions(candidates=8, topk=topk)
+    return ServerScorer(made.teacher[0], made.score, options, max_length=48, on_tile=on_tile)
+
+
+def batch_of(cache: Path, blocks: int = 1) -> tuple[TokenBatch, cs.ScoreBlock]:
+    """Some blocks of the cache, and the resident teacher's scores of them."""
+    round_ = cs.open(cache).round()
+    ids = [round_.scores("student").read(block).candidate_ids for block in range(blocks)]
+    batch = TokenBatch(tuple(round_.rollouts.read(block) for block in range(blocks)), np.concatenate(ids))
+    scores = [round_.scores("teacher").read(block) for block in range(blocks)]
+    joined = {n: np.concatenate([getattr(s, n) for s in scores]) for n in ("logprobs", "candidate_logprobs")}
+    return batch, cs.ScoreBlock(**joined)
+
+
+def assert_agrees(scores: cs.ScoreBlock, expected: cs.ScoreBlock, *, told: float) -> None:
+    assert scores.candidate_logprobs is not None and expected.candidate_logprobs is not None
+    np.testing.assert_allclose(scores.logprobs, expected.logprobs, atol=1e-5)
+    known = np.isfinite(scores.candidate_logprobs)
+    assert known.mean() >= told and known[:, 0].all()
+    np.testing.assert_allclose(scores.candidate_logprobs[known], expected.candidate_logprobs[known], atol=2e-5)
+    assert scores.rest_logprob is not None and np.isfinite(scores.rest_logprob).all()
+
+
+def test_a_served_teacher_is_verified_and_learnt_from(
+    unscored: Path,
+    toy_cache: Path,
+    tmp_path: Path,
+    recipe: Make,
+    teacher_server: TeacherServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = served(recipe, teacher_server, "score.teacher_topk=4", "score.server_requests=3", "train.steps=2")
+    assert stage.run(made, str(unscored)) == 0
+    out, err = capsys.readouterr()
+    assert "the server and the forward here agree" in err and "tells its 20 likeliest" in err and "reverse KL" in out
+    assert 2 <= teacher_server.most_in_flight <= 3
+    assert not list(cs.verify(cs.open(unscored)))
+    group = cs.open(unscored).round().scores("teacher")
+    manifest = group.manifest
+    assert isinstance(manifest, cs.ScoresManifest)
+    assert (manifest.engine, manifest.partial, manifest.entropy, manifest.dtype) == ("server", True, False, "served")
+    assert manifest.model.digest.startswith("served:")
+    expected = batch_of(toy_cache, 6)[1]
+    blocks = [group.read(block) for block in range(6)]
+    names = ("logprobs", "candidate_logprobs", "rest_logprob")
+    scores = cs.ScoreBlock(**{n: np.concatenate([getattr(b, n) for b in blocks]) for n in names})
+    assert_agrees(scores, expected, told=0.9)
+    assert train_stage.run(made, str(unscored), str(tmp_path / "run")) == 0
+    assert stage.run(made, str(unscored)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mishap", ["reset", "truncated", "half", "hang", 429, 500, 503])
+def test_what_may_pass_is_tried_again(
+    toy_cache: Path, recipe: Make, teacher_server: TeacherServer, mishap: str | int
+) -> None:
+    batch, expected = batch_of(toy_cache)
+    made = served(recipe, teacher_server, "score.server_timeout=0.5")
+    scorer = scorer_of(made)
+    assert_agrees(scorer.compute_logprobs(batch), expected, told=0.9)
+    n_before, started = teacher_server.n_requests, time.monotonic()
+    teacher_server.mishaps.extend([mishap] * 2)
+    assert_agrees(scorer.compute_logprobs(batch), expected, told=0.9)
+    assert teacher_server.n_requests == n_before + batch.blocks[0].n_rows + 2
+    if mishap in (429, "hang"):  # it said when to come back; it had that long
+        assert time.monotonic() - started >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("mishap", "message"),
+    [
+        ("other ids", r"of other tokens than were sent: .* was sent, told of 7"),
+        ("shifted", r"of other tokens than were sent"),
+        ("silent", r"told no prompt_logprobs; serve the teacher with vLLM"),
+        ("no choices", r"an answer that cannot be read"),
+        (400, r"refused with 400: mishap 400; 'teach' must be served with .*--max-model-len"),
+        (404, r"refused with 404: mishap 404; check the URL .*teacher\.served_name, now 'teach'"),
+        (500, r"4 requests in a row failed, the last by 500: mishap 500; .* run the same command again"),
+        ("reset", r"4 requests in a row failed, the last by \w+Error.*; .* run the same command again"),
+    ],
+)
+def test_what_will_not_pass_is_one_line_and_nothing_is_stored(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer, mishap: str | int, message: str
+) -> None:
+    teacher_server.always = mishap
+    with pytest.raises(ModelError, match=rf"teacher\.url = 'http://127.*{message}") as caught:
+        stage.run(served(recipe, teacher_server), str(unscored))
+    assert "\n" not in str(caught.value)
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+def test_the_key_is_sent_and_never_shown(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher_server.key = "right-key"
+    made = served(recipe, teacher_server)
+    with pytest.raises(ModelError, match=r"refused with 401: .*REDPEN_API_KEY or OPENAI_API_KEY"):
+        stage.run(made, str(unscored))
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
+    with pytest.raises(ModelError, match=r"refused with 401: .*Bearer \*\*\*") as caught:
+        stage.run(made, str(unscored))
+    assert "wrong-key" not in str(caught.value)
+    monkeypatch.setenv("REDPEN_API_KEY", "right-key\n")
+    assert stage.run(made, str(unscored)) == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["teacher.url=http://127.0.0.1:9/v1", "score.server_retries=1"], ModelError, r"2 requests in a row failed"),
+        (["teacher.url=localhost:8000/v1"], ConfigError, r"teacher\.url: expected a URL such as"),
+        (["teacher.served_name=other"], ModelError, r"serves 'teach', not 'other'; set teacher\.served_name"),
+        (["score.teacher_topk=21"], ConfigError, r"score\.teacher_topk = 21: .* tells 20 .*--max-logprobs 21"),
+    ],
+)
+def test_a_server_that_cannot_do_it_is_named(
+    unscored: Path,
+    recipe: Make,
+    teacher_server: TeacherServer,
+    overrides: list[str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        stage.run(served(recipe, teacher_server, *overrides), str(unscored))
+    assert "\n" not in str(caught.value)
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+def test_a_rollout_as_long_as_the_servers_context_is_found_out_at_once(
+    recipe: Make, teacher_server: TeacherServer
+) -> None:
+    made = served(recipe, teacher_server)
+    with pytest.raises(ModelError, match=r"--max-model-len 64, a rollout has 64 tokens .* 65 or more"):
+        ServerScorer(made.teacher[0], made.score, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "scale_out", "topk", "told", "said"),
+    [
+        (20, True, 0, 1.0, ""),
+        (20, True, 4, 1.0, ""),
+        (5, True, 0, 0.7, "tells 5 of 8 candidates and its 5 likeliest"),
+        (5, False, 0, 0.4, "tells its 5 likeliest tokens"),
+    ],
+)
+def test_the_way_that_tells_most_is_found(
+    toy_cache: Path,
+    recipe: Make,
+    teacher_server: TeacherServer,
+    capsys: pytest.CaptureFixture[str],
+    allowed: int,
+    scale_out: bool,
+    topk: int,
+    told: float,
+    said: str,
+) -> None:
+    teacher_server.allowed, teacher_server.scale_out = allowed, scale_out
+    batch, expected = batch_of(toy_cache)
+    scores = scorer_of(served(recipe, teacher_server), topk).compute_logprobs(batch)
+    assert_agrees(scores, expected, told=told)
+    assert said in capsys.readouterr().err
+    assert (scores.topk_ids is not None) == bool(topk)
+    alone = scorer_of(served(recipe, teacher_server)).compute_logprobs(batch.blocks[0])
+    np.testing.assert_allclose(alone.logprobs, scores.logprobs, atol=1e-6)
+    assert alone.candidate_logprobs is None
+
+
+def test_another_model_behind_the_name_is_refused(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer
+) -> None:
+    teacher_server.temperature = 0.2
+    with pytest.raises(ModelError, match=r"the server and the forward here differ by .* nats a token on average"):
+        stage.run(served(recipe, teacher_server), str(unscored))
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+def test_the_weights_of_a_served_teacher_need_not_be_here(
+    unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = shutil.ignore_patterns("*.safetensors")
+    directory = Path(shutil.copytree(asset_path("teacher"), tmp_path / "teacher", ignore=without))
+    made = served(recipe, teacher_server, f"teacher.model={directory}")
+    assert stage.run(made, str(unscored)) == 0
+    assert "its weights are not here to check the server against" in capsys.readouterr().err
+    identity = cs.open(unscored).round().scores("teacher").manifest.model  # type: ignore[union-attr]
+    beside = TeacherConfig(model="toy:teacher", served_name="teach")
+    assert identity.digest == models.served_identity(beside).digest
+    assert models.served_identity(TeacherConfig(model="toy:teacher")).digest != identity.digest
+    assert not list(cs.verify(cs.open(unscored)))
+
+
+def test_a_server_that_dies_costs_the_blocks_in_flight(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer
+) -> None:
+    made = served(recipe, teacher_server, "score.server_requests=1", "score.server_retries=1")
+    teacher_server.after = (40, "reset")  # of 96, and the sample
+    with pytest.raises(ModelError, match=r"2 requests in a row failed.*finished blocks are committed"):
+        stage.run(made, str(unscored))
+    group = cs.open(unscored).round().scores("teacher")
+    committed = group.committed()
+    assert committed.any() and not committed.all()
+    before = {int(b): group.commits()["committed_at_us"][b] for b in np.flatnonzero(committed)}
+    assert not list(cs.verify(cs.open(unscored)))
+    teacher_server.after = teacher_server.always = None
+    assert stage.run(made, str(unscored)) == 0
+    group = cs.open(unscored).round().scores("teacher")
+    assert group.committed().all() and not list(cs.verify(cs.open(unscored)))
+    assert before == {b: group.commits()["committed_at_us"][b] for b in before}
+
+
+def test_a_stop_drops_requests_at_once(toy_cache: Path, recipe: Make, teacher_server: TeacherServer) -> None:
+    scorer = scorer_of(served(recipe, teacher_server))
+    batch, _ = batch_of(toy_cache)
+    scorer.compute_logprobs(batch)
+    teacher_server.always = "hang"
+    started, calls = time.monotonic(), []
+
+    def on_tile(n_read: int) -> None:
+        calls.append(n_read)
+        if len(calls) > 2:
+            raise Interrupted(signal.SIGTERM)
+
+    stopped = scorer_of(served(recipe, teacher_server), on_tile=on_tile)
+    stopped._way = scorer._way
+    with pytest.raises(Interrupted):
+        stopped.compute_logprobs(batch)
+    assert time.monotonic() - started < 5 and calls == [0, 0, 0]
+
+
+def test_sigterm_ends_a_run_whose_server_hangs(
+    unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer
+) -> None:
+    teacher_server.after = (20, "hang")
+    (tmp_path / "served.toml").write_text(served(recipe, teacher_server).to_toml())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "score", str(tmp_path / "served.toml"), "--cache", str(unscored)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while teacher_server.always is None:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "0 of 6 blocks by teacher are committed; the same command continues" in err and "Traceback" not in err
+    assert not list(cs.verify(cs.open(unscored)))
