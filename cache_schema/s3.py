@@ -14,10 +14,12 @@ import errno
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Awaitable, Iterable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -52,6 +54,7 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
     if match is None or not parts or {".", ".."} & set(parts):
         raise StorageError(f"cache {url}: expected s3://BUCKET/NAME, e.g. s3://my-bucket/caches/toy.zarr")
     try:
+        import obstore.exceptions
         import obstore.store
     except ModuleNotFoundError:
         raise StorageError(f"cache {url}: s3:// needs obstore; pip install 'redpen[s3]'") from None
@@ -79,14 +82,12 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
             },
         )
 
-    server = Server(
-        url,
-        match["bucket"],
-        f"{endpoint.scheme}://{endpoint.netloc.rpartition('@')[2]}",
-        lock_store=connect(parts[:-1]),
-        lock_key=f".{parts[-1]}.lock",
-    )
-    return S3Store(connect(parts), server, read_only=read_only)
+    server = Server(url, match["bucket"], f"{endpoint.scheme}://{endpoint.netloc.rpartition('@')[2]}")
+    try:
+        server.lock_store, server.lock_key = connect(parts[:-1]), f".{parts[-1]}.lock"
+        return S3Store(connect(parts), server, read_only=read_only)
+    except obstore.exceptions.BaseError as error:  # half of the credentials, an unknown setting
+        raise StorageError(f"cache {url}: {server.explained(str(error))}") from error
 
 
 @dataclass
@@ -101,27 +102,29 @@ class Server:
     url: str
     bucket: str
     endpoint: str
-    lock_store: obstore.store.S3Store
-    lock_key: str
+    lock_store: obstore.store.S3Store = field(init=False)
+    lock_key: str = field(init=False)
     lost_to: str | None = None
-    _waits: bool = False
+    _waiting: int = 0
+    _asked: set[asyncio.Task[Any]] = field(default_factory=set)
 
-    async def answer(self, request: Awaitable[_T], *, may_be_missing: bool = False) -> _T:
+    async def answer(
+        self, request: Callable[[], Awaitable[_T]], *, sends: int = 0, may_be_missing: bool = False
+    ) -> _T:
         """The answer to `request`. Its failures are `OSError`s that say what to check.
 
         Args:
+            sends: bytes to upload first; a slow line is no reason for a line of ours.
             may_be_missing: pass the answer "no such key" on, as the `FileNotFoundError` that it is.
         """
         import obstore.exceptions
 
-        task = asyncio.ensure_future(request)
+        task = asyncio.create_task(_persistently(request))
+        self._asked.add(task)
         try:
-            if not (await asyncio.wait({task}, timeout=PATIENCE_SECONDS))[0] and not self._waits:
-                self._waits = True  # one line, however many requests wait
-                _log.warning(
-                    "cache %s: no answer from %s for %.0f s, trying on", self.url, self.endpoint, PATIENCE_SECONDS
-                )
-            answer = await task
+            if (await asyncio.wait({task}, timeout=PATIENCE_SECONDS + sends / 1e6))[0]:
+                return task.result()
+            return await self._awaited(task)
         except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
             raise  # what a conditional request asks for
         except (obstore.exceptions.BaseError, FileNotFoundError) as error:
@@ -129,19 +132,37 @@ class Server:
                 raise
             if "status code: 416" in str(error):
                 raise ValueError("the object is shorter than its index says") from error
-            raise OSError(errno.EIO, self._explained(str(error))) from error
+            raise OSError(errno.EIO, self.explained(str(error))) from error
         finally:
             task.cancel()
-        if self._waits:
-            self._waits = False
+            self._asked.discard(task)
+
+    async def _awaited(self, task: asyncio.Task[_T]) -> _T:
+        """The result of what takes long; the first that does says so, the last says that it is over."""
+        if self._waiting == 0:
+            _log.warning(
+                "cache %s: no answer from %s for %.0f s, trying on", self.url, self.endpoint, PATIENCE_SECONDS
+            )
+        self._waiting += 1
+        try:
+            answer = await task
+        finally:
+            self._waiting -= 1
+        if self._waiting == 0:
             _log.warning("cache %s: %s answers again", self.url, self.endpoint)
         return answer
+
+    def hang_up(self) -> None:
+        """Give up, from any thread, the requests that wait for an answer."""
+        for task in list(self._asked):
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
     async def put_lock(self, body: bytes, mode: obstore.PutMode) -> str | None:
         """Write the lock on a condition; its new tag. Raises obstore's PreconditionError or AlreadyExistsError."""
         import obstore
 
-        return (await self.answer(obstore.put_async(self.lock_store, self.lock_key, body, mode=mode)))["e_tag"]
+        put = await self.answer(lambda: obstore.put_async(self.lock_store, self.lock_key, body, mode=mode))
+        return put["e_tag"]
 
     async def get_lock(self) -> tuple[bytes, obstore.ObjectMeta]:
         """The lock and its tag and time. Raises `FileNotFoundError`."""
@@ -151,19 +172,19 @@ class Server:
             found = await obstore.get_async(self.lock_store, self.lock_key)
             return bytes(await found.bytes_async()), found.meta
 
-        return await self.answer(get(), may_be_missing=True)
+        return await self.answer(get, may_be_missing=True)
 
     async def delete_lock(self) -> None:
         import obstore
 
-        await self.answer(obstore.delete_async(self.lock_store, self.lock_key))
+        await self.answer(lambda: obstore.delete_async(self.lock_store, self.lock_key))
 
     def require_lock(self) -> None:
         """Raise `CacheLockedError` where this process held the cache's lock and lost it."""
         if self.lost_to is not None:
             raise CacheLockedError(f"cache {self.url}: {self.lost_to} has taken it over; wait for it or stop it")
 
-    def _explained(self, text: str) -> str:
+    def explained(self, text: str) -> str:
         """What obstore said over many lines, in one: what to check."""
 
         def said(pattern: str) -> str:
@@ -177,7 +198,7 @@ class Server:
         reply = " ".join(f"{self.endpoint} answered {status} {code} {message}".split())[:200]
         if code == "NoSuchBucket":
             return f"{self.endpoint} has no bucket {self.bucket!r}; create it or choose another --cache"
-        if re.search(r"Missing\w*(KeyId|AccessKey)|//169\.254\.|Credential", text):
+        if re.search(r"Missing\w*(KeyId|AccessKey)|/latest/(api|meta-data)/|//169\.254\.", text):
             return "no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         if status in ("401", "403"):
             return (
@@ -188,6 +209,8 @@ class Server:
             return f"{reply}; if it lacks conditional writes, AWS_CONDITIONAL_PUT=disabled does without a lock"
         if status.startswith("5") or status == "429":
             return f"{reply} for {RETRY_SECONDS:.0f} s; wait until the server works again"
+        if "redirect" in text:
+            return f"{self.endpoint} redirects to another region; set AWS_REGION to the bucket's"
         if status:
             return f"{reply}; check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
         if "HTTP error" in text:
@@ -196,6 +219,21 @@ class Server:
             )
             return f"{self.endpoint} cannot be reached ({why}); check the network and AWS_ENDPOINT_URL"
         return f"{self.endpoint}: {' '.join(text.partition('Debug source')[0].split())[:200]}"
+
+
+async def _persistently(request: Callable[[], Awaitable[_T]]) -> _T:
+    """obstore itself asks again where no answer comes; this does where an answer breaks off."""
+    import obstore.exceptions
+
+    deadline = time.monotonic() + RETRY_SECONDS
+    while True:
+        try:
+            return await request()
+        except obstore.exceptions.GenericError as error:
+            broke_off = "HttpError" in str(error) and "status code" not in str(error)
+            if not broke_off or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.2)
 
 
 class S3Store(ObjectStore["obstore.store.S3Store"]):
@@ -210,7 +248,7 @@ class S3Store(ObjectStore["obstore.store.S3Store"]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         with suppress(FileNotFoundError):
-            data = await self.server.answer(self._get(key, byte_range), may_be_missing=True)
+            data = await self.server.answer(lambda: self._get(key, byte_range), may_be_missing=True)
             return prototype.buffer.from_bytes(data)
         return None
 
@@ -232,32 +270,40 @@ class S3Store(ObjectStore["obstore.store.S3Store"]):
         return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
 
     async def exists(self, key: str) -> bool:
-        return await self.server.answer(super().exists(key))
+        return await self.server.answer(partial(super().exists, key))
 
     async def set(self, key: str, value: Buffer) -> None:
         self.server.require_lock()
-        await self.server.answer(super().set(key, value))
+        await self.server.answer(partial(super().set, key, value), sends=len(value))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         self.server.require_lock()
-        await self.server.answer(super().set_if_not_exists(key, value))
+        try:
+            await self.server.answer(partial(super().set_if_not_exists, key, value))
+        except NotImplementedError:  # AWS_CONDITIONAL_PUT=disabled
+            if not await self.exists(key):
+                await self.set(key, value)
 
     async def delete(self, key: str) -> None:
         self.server.require_lock()
-        await self.server.answer(super().delete(key))
+        await self.server.answer(partial(super().delete, key))
 
     async def delete_dir(self, prefix: str) -> None:
-        await self.server.answer(super().delete_dir(prefix))
+        import obstore
+
+        self.server.require_lock()
+        keys = [meta["path"] async for meta in self._list(f"{prefix.rstrip('/')}/" if prefix else prefix)]
+        await self.server.answer(lambda: obstore.delete_async(self.store, keys))
 
     async def _list(self, prefix: str | None = None) -> AsyncGenerator[obstore.ObjectMeta, None]:
-        found = super()._list(prefix)
-        with suppress(StopAsyncIteration):
-            while True:
-                yield await self.server.answer(anext(found))
+        import obstore
+
+        for meta in await self.server.answer(lambda: obstore.list(self.store, prefix).collect_async()):
+            yield meta
 
     async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
         import obstore
 
-        found = await self.server.answer(obstore.list_with_delimiter_async(self.store, prefix=prefix))
+        found = await self.server.answer(lambda: obstore.list_with_delimiter_async(self.store, prefix=prefix))
         for path in (*found["common_prefixes"], *(meta["path"] for meta in found["objects"])):
             yield path.removeprefix(prefix.rstrip("/")).lstrip("/")

@@ -11,7 +11,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from .errors import NotACacheError, StorageError
-from .s3 import open_s3
+from .s3 import S3Store, open_s3
 
 
 def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
@@ -29,6 +29,12 @@ def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> t
     if path.exists() and not path.is_dir():
         raise NotACacheError(f"cache {label}: this is a file; a cache is a directory")
     return LocalStore(path, read_only=not writable), label
+
+
+def hang_up(store: Store) -> None:
+    """Give up the requests that wait for an answer."""
+    if isinstance(store, S3Store):
+        store.server.hang_up()
 
 
 def is_empty(store: Store) -> bool:

@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the data 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,33 +13,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.errors import Interrupted, RedpenError
-from pipeline.signals import interruptible
+from pipeline.environment import ENVIRONMENT, RANK
+from pipeline.errors import Interrupted, explained
+from pipeline.signals import interruptible, let_the_first_speak
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
+    from pipeline.workers import Launcher
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
-#: No library reports home, and the tokenizer's threads do not complain about forks. OpenMP threads that wait do not
-#: spin: on a machine with other work, spinning made scoring on the CPU ten times slower.
-_ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings are for programmers; vLLM's start sets some off
-}
-
-#: What the storage may refuse without anyone having made a mistake in the code.
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         with interruptible():
@@ -48,40 +34,26 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
         return code or 0
     except click.ClickException as error:
+        if RANK:
+            let_the_first_speak()
         error.show()
         return error.exit_code
     except Interrupted as error:
-        return _fail(str(error), error.exit_code)
+        return error.exit_code if RANK else _fail(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush complains
         return 1
     except Exception as error:
-        if (line := _explained(error)) is None:
+        if (line := explained(error)) is None:
             raise
         return _fail(line, 1)
-
-
-def _explained(error: Exception) -> str | None:
-    """One line for an error that is not a bug, None for one that is."""
-    if isinstance(error, RedpenError):
-        return str(error)
-    from cache_schema.errors import CacheError
-
-    if isinstance(error, CacheError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in _STORAGE:
-        return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
-        return (
-            "the GPU's memory is full; lower rollouts.batch_size, score.tile_tokens or train.tokens_per_microbatch, "
-            "and run it again"
-        )
-    return None
 
 
 def _fail(line: str, code: int) -> int:
     from pipeline.console import escape_control
 
+    if RANK:
+        let_the_first_speak()
     click.echo(f"redpen: {escape_control(line)}", err=True)
     return code
 
@@ -159,6 +131,34 @@ _round_option = click.option(
 )
 
 
+def _worker_options(command: _F) -> _F:
+    for option in (
+        click.option(
+            "--workers",
+            "n_workers",
+            type=click.IntRange(1),
+            metavar="N",
+            callback=_with_launcher,
+            help="Ray's workers; default: one a GPU, or one a machine without any.",
+        ),
+        click.option(
+            "--launcher",
+            type=click.Choice(["ray"]),
+            is_eager=True,
+            help="Do the blocks on a Ray cluster: RAY_ADDRESS, or one of this machine. Default: this process, or "
+            "torchrun's.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _with_launcher(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value is not None and not ctx.params.get("launcher"):
+        raise click.UsageError("--workers goes with --launcher ray; torchrun has --nproc-per-node", ctx)
+    return value
+
+
 def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | None:
     """The checked recipe, its warnings said; None after a dry run."""
     from pipeline.config import load_recipe
@@ -178,8 +178,15 @@ def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | N
 
 @cli.command()
 @_recipe_options
+@_worker_options
 def rollouts(
-    recipe: str, overrides: tuple[str, ...], dry_run: bool, cache_url: str, round_index: int | None
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    round_index: int | None,
+    launcher: Launcher,
+    n_workers: int | None,
 ) -> int | None:
     """Stage one, sampling: the student answers every prompt.
 
@@ -191,11 +198,12 @@ def rollouts(
         return None
     from pipeline.rollouts import stage
 
-    return stage.run(resolved, cache_url, round_index=round_index)
+    return stage.run(resolved, cache_url, round_index=round_index, launcher=launcher, n_workers=n_workers)
 
 
 @cli.command()
 @_recipe_options
+@_worker_options
 @click.option("--only", metavar="NAME", help="Only this scorer: student, or a teacher's name.")
 def score(
     recipe: str,
@@ -204,6 +212,8 @@ def score(
     cache_url: str,
     round_index: int | None,
     only: str | None,
+    launcher: Launcher,
+    n_workers: int | None,
 ) -> int | None:
     """Stage one, scoring: student and teachers read every rollout.
 
@@ -215,7 +225,7 @@ def score(
         return None
     from pipeline.score import stage
 
-    return stage.run(resolved, cache_url, only, round_index=round_index)
+    return stage.run(resolved, cache_url, only, round_index=round_index, launcher=launcher, n_workers=n_workers)
 
 
 @cli.command()

@@ -276,6 +276,11 @@ class Recipe(Section):
                     f'placement "server" of teacher {teacher.name!r} needs teacher.url, the base URL of its API, '
                     "e.g. http://localhost:8000/v1"
                 )
+            if self.placement(teacher) == "server" and teacher.adapter is not None and teacher.served_name is None:
+                raise ValueError(
+                    f'placement "server" of teacher {teacher.name!r} with an adapter needs teacher.served_name, '
+                    "the name by which the server applies it"
+                )
         if self.prompts.template == "none" and (self.prompts.system is not None or self.prompts.template_args):
             raise ValueError(
                 'prompts.system and prompts.template_args need a chat template, got prompts.template = "none"'

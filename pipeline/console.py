@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from pipeline.environment import RANK
+
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=RANK > 0)  # of several workers, one talks
 
 #: C0 and C1 controls, and the invisible characters that reorder or hide text
 _CONTROLS = re.compile(

@@ -6,6 +6,7 @@ exits with 1; any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import signal
 
 
@@ -46,3 +47,25 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """128 + signal number, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
+
+
+#: What the storage may refuse without anyone having made a mistake in the code.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
+
+
+def explained(error: Exception) -> str | None:
+    """One line for an error that is not a bug, None for one that is."""
+    if isinstance(error, RedpenError):
+        return str(error)
+    from cache_schema.errors import CacheError
+
+    if isinstance(error, CacheError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+        return (
+            "the GPU's memory is full; lower rollouts.batch_size, score.tile_tokens or train.tokens_per_microbatch, "
+            "and run it again"
+        )
+    return None

@@ -12,12 +12,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from pipeline.errors import Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_OTHERS_WAIT_SECONDS = 10
 
 
 class Stop:
@@ -36,16 +38,13 @@ class Stop:
             raise Interrupted(self.signum, progress)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: note the first, die of the second.
-
-        A worker of torchrun gets Ctrl-C twice, from the terminal and from torchrun, which kills what does not end.
-        """
-        if self.requested and "TORCHELASTIC_RUN_ID" in os.environ:
-            return
+        """Signal handler: note the first, die of the second."""
         if self.requested:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
+        if _deaf_under_torchrun():
+            return
         newline = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar
         # not print: the interrupted code may itself be inside a write to the buffered stream
         line = f"{newline}{signal.Signals(signum).name}: stopping at the next safe point; once more to kill\n"
@@ -66,6 +65,7 @@ def interruptible() -> Iterator[None]:
     """Turn SIGTERM into `Interrupted` at once, as Python does with Ctrl-C: for whole commands, outside `graceful`."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        _deaf_under_torchrun()
         raise Interrupted(signum)
 
     with _handlers(interrupt):
@@ -82,4 +82,25 @@ def _handlers(handler: object) -> Iterator[None]:
         yield
     finally:
         for signum, before in previous.items():
-            signal.signal(signum, before)
+            if signal.getsignal(signum) == handler:
+                signal.signal(signum, before)
+
+
+def _deaf_under_torchrun() -> bool:
+    """Hear no second signal in a worker of torchrun: it gets Ctrl-C twice, from the terminal and from torchrun, which
+    says what it does and kills what does not end.
+    """
+    is_worker = "TORCHELASTIC_RUN_ID" in os.environ
+    for signum in _SIGNALS if is_worker else ():
+        signal.signal(signum, signal.SIG_IGN)
+    return is_worker
+
+
+def let_the_first_speak() -> None:
+    """In a rank of torchrun that found what the first rank finds too: wait to be ended by torchrun after its line.
+
+    Returns after some seconds where the first rank has found nothing.
+    """
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    time.sleep(_OTHERS_WAIT_SECONDS)

@@ -1,7 +1,7 @@
 """The vLLM engine, as the sampler and the scorer use it: token ids in, outputs out.
 
-The engine runs in this process, unless several GPUs share the model or torchrun started this process: then vLLM has
-processes of its own, which end with it. Sampling defaults of the model's own (generation_config) never apply,
+The engine runs in this process, so nothing of it outlives a kill; only where several GPUs share the model has vLLM
+processes of its own, and they end with this one. A model's own sampling defaults (generation_config) never apply,
 log-probs are those of the distribution sampled from, and vLLM needs no tokenizer: it is given ids alone.
 
     with Engine(recipe.student, recipe.vllm, max_length=2048, max_sequences=256) as engine:
@@ -15,13 +15,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -31,6 +28,7 @@ import torch
 from pipeline import models
 from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
+from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -38,8 +36,8 @@ if TYPE_CHECKING:
 
 #: Read by vLLM when it is imported or started. What the user has set stays.
 _ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
+    **ENVIRONMENT,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or several engines on a machine are bound to the same cores
@@ -73,23 +71,21 @@ class Engine:
         max_batched_tokens: int | None = None,
     ):
         started = time.perf_counter()
-        # beside the process group of torchrun's workers, which vLLM would take for its own, it needs its own process
-        apart = torch.distributed.is_initialized()
-        vllm, device = _import_vllm(apart), _device(model)
-        options = _placement(settings, device, apart)
+        vllm, device = import_vllm(), _device(model)
         directory, adapter = models.model_directory(model), models.adapter_directory(model)
         facts, label = models.model_facts(model), models.setting(model, "model")
+        options: dict[str, Any] = {}
         self._lora: Any = None
         if adapter is not None:
             from vllm.lora.request import LoRARequest
 
             self._lora = LoRARequest("adapter", 1, str(adapter))
-            options |= {"enable_lora": True, "max_lora_rank": _lora_rank(model, adapter)}
-        self._held: list[Any] = []  # the engine, or nothing once it is closed
-        self._finalizer = weakref.finalize(self, _shut_down, self._held, apart, torch.set_num_threads)
+            options = {"enable_lora": True, "max_lora_rank": _lora_rank(model, adapter)}
+        self._engine: Any = None
+        self._set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts a stub in its place
         try:
             with _quiet():
-                llm = vllm.LLM(
+                self._engine = vllm.LLM(
                     model=str(directory),
                     skip_tokenizer_init=True,
                     load_format="safetensors",
@@ -98,6 +94,8 @@ class Engine:
                     max_model_len=max_length,
                     max_num_seqs=max_sequences,
                     max_num_batched_tokens=max_batched_tokens,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    gpu_memory_utilization=settings.gpu_memory_utilization or _MEMORY_SHARE[device],
                     enforce_eager=settings.enforce_eager,
                     generation_config="vllm",
                     language_model_only=True,
@@ -105,16 +103,13 @@ class Engine:
                     max_logprobs=max_logprobs,
                     use_tqdm_on_load=console.is_terminal,
                     **options,
-                )
-                self._held.append(llm.llm_engine)
-                if apart:
-                    self._held.append(_watchdog())
+                ).llm_engine
                 # what vLLM finds out only when it runs, such as a kernel that it lacks, is found out now
                 self.add("first", [0], vllm.SamplingParams(max_tokens=1, detokenize=False))
                 while self.n_unfinished:
                     self.step()
         except BaseException as error:
-            self.close()
+            self._shut_down()
             if not isinstance(error, Exception):
                 raise
             # an error that vLLM, torch or the model's own code raised: they have no common root
@@ -158,42 +153,26 @@ class Engine:
         self._engine.abort_request(list(names))
 
     def close(self) -> None:
-        """Stop vLLM's processes and give its memory back; so does the garbage collector."""
-        self._finalizer()
+        """Stop vLLM and give its memory back."""
+        if self._engine is not None:
+            self._shut_down()
 
-    @property
-    def _engine(self) -> Any:
-        return self._held[0]
+    def _shut_down(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-
-def _shut_down(held: list[Any], apart: bool, set_num_threads: Any) -> None:
-    torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a stub in its place
-    engine, *watchdogs = held or [None]
-    held.clear()
-    with _quiet():
-        if engine is not None:
-            engine.engine_core.shutdown()
-        if not apart:
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
+        engine, self._engine = self._engine, None
+        torch.set_num_threads = self._set_num_threads
+        with _quiet():
+            if engine is not None:
+                engine.engine_core.shutdown()
+                del engine
             cleanup_dist_env_and_memory()
-    for watchdog in watchdogs:
-        watchdog.kill()
-        watchdog.communicate()
 
 
-def _watchdog() -> subprocess.Popen[bytes]:
-    """A process that kills vLLM's when this one ends, even by SIGKILL: by itself it would go on."""
-    (engine,) = (child for child in multiprocessing.active_children() if child.name.startswith("EngineCore"))
-    code = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
-    command = [sys.executable, "-S", "-c", code, str(engine.pid)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-def _import_vllm(apart: bool) -> Any:
+def import_vllm() -> Any:
+    """vLLM, its telemetry off and its talk low. Raises `ConfigError` where it is not installed."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(apart))
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM does so too late for its first words
     try:
         with _quiet():
@@ -220,24 +199,6 @@ def _device(model: ModelConfig) -> str:
             f'use "auto" or "{device}"'
         )
     return device
-
-
-def _placement(settings: VllmConfig, device: str, apart: bool) -> dict[str, Any]:
-    """vLLM's arguments that say which devices, and how much of their memory."""
-    size = settings.tensor_parallel_size
-    options: dict[str, Any] = {
-        "tensor_parallel_size": size,
-        "gpu_memory_utilization": settings.gpu_memory_utilization or _MEMORY_SHARE[device],
-    }
-    if apart:
-        if size > 1:
-            raise ConfigError(
-                f"vllm.tensor_parallel_size = {size}: expected 1 under torchrun, where every worker starts an engine "
-                "of its own; start one process without torchrun, or set it to 1"
-            )
-        if device == "cuda":
-            options["device_ids"] = [torch.cuda.current_device()]
-    return options
 
 
 def _lora_rank(model: ModelConfig, adapter: Path) -> int:

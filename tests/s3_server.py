@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 BUCKET = "bucket"
 
@@ -24,13 +24,15 @@ class Proxy:
 
     Attributes:
         requests: method and path of each, as `GET /bucket/key`.
-        latency_seconds: added to each request.
+        watch: called with each before it is passed on.
+        latency_seconds: added to each.
         reset_share: share of requests at which the connection is cut, half of them after the server did its work.
     """
 
     def __init__(self, target: int):
         self.target, self.requests = target, list[str]()
         self.latency_seconds, self.reset_share = 0.0, 0.0
+        self.watch: Callable[[str], object] = lambda request: None
         self._rng, self._open = random.Random(0), set[socket.socket]()
         self._port = 0
         self.revive()
@@ -40,12 +42,14 @@ class Proxy:
         return f"http://127.0.0.1:{self._port}"
 
     def revive(self) -> None:
+        self.alive = True
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def kill(self) -> None:
         """Refuse new connections and cut those that are open, as a machine that goes away does."""
+        self.alive = False
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in list(self._open):
@@ -70,6 +74,9 @@ class Proxy:
             while data := source.recv(1 << 16):
                 if asks and (request := _REQUEST.match(data)):
                     self.requests.append(b" ".join(request.groups()).decode())
+                    self.watch(self.requests[-1])
+                    if not self.alive:
+                        break
                     time.sleep(self.latency_seconds)
                     if self._rng.random() < self.reset_share:
                         if self._rng.random() < 0.5:

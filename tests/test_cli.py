@@ -18,6 +18,7 @@ import pytest
 
 import cache_schema as cs
 from pipeline import cli, console, errors
+from pipeline.environment import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 PIPE = subprocess.PIPE
@@ -215,13 +216,13 @@ def test_module_runs_as_the_command() -> None:
 
 
 def test_no_library_reports_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cli._ENVIRONMENT:
+    for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     assert cli.main(["recipes"]) == 0
     assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    for name in cli._ENVIRONMENT:  # set by the command, not by monkeypatch
+    for name in ENVIRONMENT:  # set by the command, not by monkeypatch
         if name != "TOKENIZERS_PARALLELISM":
             monkeypatch.delenv(name)
 

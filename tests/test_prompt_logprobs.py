@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -383,7 +385,8 @@ def test_a_served_teacher_is_verified_and_learnt_from(
     made = served(recipe, teacher_server, "score.teacher_topk=4", "score.server_requests=3", "train.steps=2")
     assert stage.run(made, str(unscored)) == 0
     out, err = capsys.readouterr()
-    assert "the server and the forward here agree" in err and "tells its 20 likeliest" in err and "reverse KL" in out
+    assert "the server and the forward here agree" in err and "tells its 20 likeliest" in err
+    assert "reverse KL" in out and "% of candidates told" in out and "not scored" not in out
     assert 2 <= teacher_server.most_in_flight <= 3
     assert not list(cs.verify(cs.open(unscored)))
     group = cs.open(unscored).round().scores("teacher")
@@ -461,6 +464,11 @@ def test_the_key_is_sent_and_never_shown(
         (["teacher.url=http://127.0.0.1:9/v1", "score.server_retries=1"], ModelError, r"2 requests in a row failed"),
         (["teacher.url=localhost:8000/v1"], ConfigError, r"teacher\.url: expected a URL such as"),
         (["teacher.served_name=other"], ModelError, r"serves 'teach', not 'other'; set teacher\.served_name"),
+        (
+            ["teacher.adapter=run/adapter", "teacher.served_name="],
+            ConfigError,
+            r"with an adapter needs teacher\.served_name",
+        ),
         (["score.teacher_topk=21"], ConfigError, r"score\.teacher_topk = 21: .* tells 20 .*--max-logprobs 21"),
     ],
 )
@@ -476,6 +484,14 @@ def test_a_server_that_cannot_do_it_is_named(
         stage.run(served(recipe, teacher_server, *overrides), str(unscored))
     assert "\n" not in str(caught.value)
     assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_is_missed_before_anything_is_read(unscored: Path, recipe: Make) -> None:
+    shutil.rmtree(unscored / "rounds/00000/scores/student")
+    with pytest.raises(ConfigError, match="vLLM is not installed; "):
+        stage.run(recipe("score.placement=vllm"), str(unscored))
+    assert cs.open(unscored).round().scorer_names() == []
 
 
 def test_a_rollout_as_long_as_the_servers_context_is_found_out_at_once(
@@ -526,13 +542,28 @@ def test_another_model_behind_the_name_is_refused(
     assert cs.open(unscored).round().scorer_names() == ["student"]
 
 
-def test_the_weights_of_a_served_teacher_need_not_be_here(
-    unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer, capsys: pytest.CaptureFixture[str]
+def test_the_weights_of_a_served_teacher_are_not_fetched(
+    unscored: Path,
+    tmp_path: Path,
+    recipe: Make,
+    teacher_server: TeacherServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    without = shutil.ignore_patterns("*.safetensors")
-    directory = Path(shutil.copytree(asset_path("teacher"), tmp_path / "teacher", ignore=without))
-    made = served(recipe, teacher_server, f"teacher.model={directory}")
+    directory = tmp_path / "snapshot"
+
+    def snapshot_download(repo: str, **options: Any) -> str:
+        """The Hub, which holds the toy teacher."""
+        assert repo == "org/teacher"
+        if not options.get("local_files_only"):
+            refused = shutil.ignore_patterns(*options["ignore_patterns"])
+            shutil.copytree(asset_path("teacher"), directory, ignore=refused, dirs_exist_ok=True)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    made = served(recipe, teacher_server, "teacher.model=org/teacher")
     assert stage.run(made, str(unscored)) == 0
+    assert (directory / "config.json").exists() and not list(directory.glob("*.safetensors"))
     assert "its weights are not here to check the server against" in capsys.readouterr().err
     identity = cs.open(unscored).round().scores("teacher").manifest.model  # type: ignore[union-attr]
     beside = TeacherConfig(model="toy:teacher", served_name="teach")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,9 @@ needs_vllm = [
 ]
 SETTINGS = ["vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1"]
 #: nats, float32: vLLM's kernels against the transformers forward, or against themselves in another batch
-TOLERANCE = 2e-4
+TOLERANCE = 2e-5
+
+Start = Callable[..., subprocess.Popen[str]]
 
 
 def random_student(path: Path, hidden: int = 64, heads: int = 2) -> Path:
@@ -322,21 +324,39 @@ class TestStart:
         assert not torch.distributed.is_initialized()
 
 
-def start(student: Path, cache: Path | str, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
-    """`redpen rollouts` in a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    settings = [f"student.model={student}", "rollouts.engine=vllm", "rollouts.batch_size=8", *SETTINGS, *overrides]
-    arguments = [argument for setting in settings for argument in ("--set", setting)]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "pipeline", "rollouts", "toy", "--cache", str(cache), *arguments],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-        | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(student: Path) -> Iterator[Start]:
+    """`start(cache, *overrides, ranks=1)`: `redpen rollouts`, in a process group that ends with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(cache: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        settings = [
+            f"student.model={student}",
+            "rollouts.engine=vllm",
+            "rollouts.batch_size=8",
+            *SETTINGS,
+            *overrides,
+        ]
+        arguments = [argument for setting in settings for argument in ("--set", setting)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "pipeline", "rollouts", "toy", "--cache", str(cache), *arguments],
+            cwd=ROOT,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def wait_for_commits(process: subprocess.Popen[str], cache: Path, count: int) -> None:
@@ -350,31 +370,33 @@ def wait_for_commits(process: subprocess.Popen[str], cache: Path, count: int) ->
 class TestCommand:
     pytestmark = needs_vllm
 
-    def test_killed_and_stopped_runs_are_finished_by_the_same_command(self, student: Path, tmp_path: Path) -> None:
-        cache, settings = tmp_path / "cache.zarr", ["prompts.limit=1200", "rollouts.prompts_per_block=2"]
+    def test_killed_and_stopped_runs_are_finished_by_the_same_command(
+        self, start: Start, student: Path, tmp_path: Path
+    ) -> None:
+        cache, settings = tmp_path / "cache.zarr", ["prompts.limit=300", "rollouts.prompts_per_block=2"]
         rng = random.Random()
-        killed = start(student, cache, *settings)
-        wait_for_commits(killed, cache, rng.randint(1, 50))
+        killed = start(cache, *settings)
+        wait_for_commits(killed, cache, rng.randint(1, 20))
         killed.kill()
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL and not list(cs.verify(cs.open(cache)))
         before = cs.open(cache).round().rollouts.committed()
-        assert 0 < before.sum() < 600
+        assert 0 < before.sum() < 150
         kept = {int(block): cs.open(cache).round().rollouts.read(int(block)) for block in np.flatnonzero(before)}
 
-        stopped = start(student, cache, *settings)
-        wait_for_commits(stopped, cache, int(before.sum()) + rng.randint(1, 50))
+        stopped = start(cache, *settings)
+        wait_for_commits(stopped, cache, int(before.sum()) + rng.randint(1, 20))
         stopped.terminate()
         out, err = stopped.communicate(timeout=60)
         last = err.splitlines()[-1]
         assert stopped.returncode == 143 and out == "" and "Traceback" not in err
         committed = int(cs.open(cache).round().rollouts.committed().sum())
-        assert before.sum() < committed < 600
+        assert before.sum() < committed < 150
         assert (
-            last == f"redpen: stopped by SIGTERM: {committed} of 600 blocks are committed; the same command continues"
+            last == f"redpen: stopped by SIGTERM: {committed} of 150 blocks are committed; the same command continues"
         )
 
-        finished = start(student, cache, *settings)
+        finished = start(cache, *settings)
         out, err = finished.communicate(timeout=200)
         assert finished.returncode == 0, err
         round_ = cs.open(cache).round()
@@ -388,14 +410,14 @@ class TestCommand:
         assert all(re.match(r"(student|rollouts|warning): ", line) for line in err.splitlines()), err
 
         other = load_recipe("toy", [f"student.model={student}", *settings])
-        with pytest.raises(cs.ProvenanceError, match=r"engine: cached 'vllm', now 'transformers'"):
+        with pytest.raises(cs.ProvenanceError, match=r"engine: cached vllm, now transformers"):
             rollouts_stage.run(other, str(cache))
 
     def test_tensor_parallel_workers_sample_what_the_training_forward_expects(
-        self, student: Path, tmp_path: Path
+        self, start: Start, student: Path, tmp_path: Path
     ) -> None:
         cache = tmp_path / "cache.zarr"
-        process = start(student, cache, "prompts.limit=8", "vllm.tensor_parallel_size=2")
+        process = start(cache, "prompts.limit=8", "vllm.tensor_parallel_size=2")
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         assert not list(cs.verify(cs.open(cache)))
@@ -404,22 +426,24 @@ class TestCommand:
         scores = ResidentScorer(models.load_model(recipe(student).student), options).compute_logprobs(rollouts)
         np.testing.assert_allclose(rollouts.rollout_logprobs, scores.sampling_logprobs, atol=TOLERANCE)
 
-    def test_no_engine_outlives_a_killed_torchrun_worker(self, student: Path, tmp_path: Path) -> None:
-        cache, settings = tmp_path / "cache.zarr", ["prompts.limit=1200", "rollouts.prompts_per_block=2"]
-        job = start(student, cache, *settings, ranks=2)
+    def test_workers_of_torchrun_have_an_engine_each(self, start: Start, tmp_path: Path) -> None:
+        """...one of which is killed; what is left takes one process."""
+        cache, settings = tmp_path / "cache.zarr", ["prompts.limit=300", "rollouts.prompts_per_block=2"]
+        job = start(cache, *settings, ranks=2)
         wait_for_commits(job, cache, 20)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True)
-        workers = [int(pid) for pid in children.stdout.split()]
-        engines = [int(pid) for worker in workers for pid in descendants(worker)]
-        assert len(workers) == 2 and len(engines) >= 2
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True, check=True
+        )
+        workers = [int(pid) for pid in found.stdout.split()]
+        assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
         job.communicate(timeout=120)
-        deadline = time.monotonic() + 30
-        while alive := [pid for pid in engines if Path(f"/proc/{pid}").exists()]:
-            assert time.monotonic() < deadline, alive
-            time.sleep(0.1)
-        assert not list(cs.verify(cs.open(cache)))
-        assert 20 <= cs.open(cache).round().rollouts.committed().sum() < 600
+        assert job.returncode != 0 and not list(cs.verify(cs.open(cache)))
+        assert 20 <= cs.open(cache).round().rollouts.committed().sum() < 150
+        alone = start(cache, *settings)
+        _, err = alone.communicate(timeout=200)
+        assert alone.returncode == 0, err
+        assert cs.open(cache).round().rollouts.committed().all() and not list(cs.verify(cs.open(cache)))
 
     def test_the_toy_from_end_to_end(self, tmp_path: Path) -> None:
         """As `make rollouts ENGINE=vllm` samples it: compiled, with the settings' defaults."""
@@ -437,12 +461,6 @@ class TestCommand:
         round_ = cs.open(cache).round()
         rollouts, scores = round_.rollouts.read(0), round_.scores("student").read(0)
         np.testing.assert_allclose(rollouts.rollout_logprobs, scores.sampling_logprobs, atol=TOLERANCE)
-
-
-def descendants(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    children = [int(child) for child in found.stdout.split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 def test_a_missing_vllm_is_one_line_that_says_what_to_install(

@@ -189,6 +189,7 @@ def serving(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
+@pytest.mark.timeout(400)
 def test_a_killed_server_costs_one_line_and_the_same_command_goes_on(
     unscored: Path, toy_cache: Path, tmp_path: Path, recipe: Make
 ) -> None:

@@ -18,6 +18,7 @@ recipe says.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -39,19 +40,29 @@ from pipeline.rollouts import PromptBlock, Sampler, Sampling
 
 #: Warn from this share of responses that the length limit cut.
 MANY_TRUNCATED = 0.05
+# Times that a batch of blocks fills vLLM's engine: while it runs empty at the end of one, it is slow.
+_FILLS = 8
 
 
-def run(recipe: Recipe, cache_url: str, round_index: int | None = None) -> int:
+def run(
+    recipe: Recipe,
+    cache_url: str,
+    round_index: int | None = None,
+    *,
+    launcher: workers.Launcher = None,
+    n_workers: int | None = None,
+) -> int:
     """Sample whatever the round lacks; returns the exit code 0.
 
     Args:
         round_index: an existing round to complete, or the next number to start it; the latest by default.
+        launcher, n_workers: as `workers.team`.
 
     Raises:
         PromptError, ModelError, ConfigError: the recipe does not fit its prompts or its model.
         CacheError: the cache was made otherwise, is locked, or its disk is too small.
     """
-    with workers.team() as ranks, ExitStack() as stack:
+    with workers.team(launcher, n_workers) as ranks, ExitStack() as stack:
         manifest, records, prompts = ranks.agree(lambda: _plan(recipe))
         create = functools.partial(cs.create, cache_url, created_by=created_by())
         cache = stack.enter_context(workers.writing(cache_url, "redpen rollouts", ranks, create))
@@ -115,6 +126,15 @@ class RolloutsWork:
     round_index: int
     prompts: list[npt.NDArray[np.int32]]
 
+    @property
+    def gpus(self) -> int:
+        if self.recipe.student.device == "cpu":
+            return 0
+        return self.recipe.vllm.tensor_parallel_size if self.recipe.rollouts.engine == "vllm" else 1
+
+    def group(self) -> cs.BlockGroup:
+        return cs.open(self.cache_url).round(self.round_index).rollouts
+
     def open(self) -> RolloutsSession:
         return RolloutsSession(self)
 
@@ -122,12 +142,13 @@ class RolloutsWork:
 class RolloutsSession:
     """The sampler, loaded, and the round that it writes to."""
 
-    batch_tokens = 1
-
     def __init__(self, work: RolloutsWork):
         self._round, self._prompts = cs.open(work.cache_url, writable=True).round(work.round_index), work.prompts
         self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
         sampling = Sampling.of(self._round.manifest, self._round.index)
+        settings, manifest = work.recipe.rollouts, self._round.manifest
+        rollouts = _FILLS * settings.batch_size if settings.engine == "vllm" else 1
+        self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
         self._engine = ExitStack()
         self._sampler = _sampler(work.recipe, sampling, lambda *counts: self._on_progress(*counts), self._engine)
 
@@ -137,7 +158,6 @@ class RolloutsSession:
         prompts = (PromptBlock(b, [(i, self._prompts[i]) for i in self._round.block_prompts(b)]) for b in blocks)
         for block, rollouts, seconds in self._sampler.sample(prompts):
             self._round.rollouts.write(block, rollouts, elapsed_seconds=seconds)
-
 
     def close(self) -> None:
         self._engine.close()

@@ -37,14 +37,26 @@ def open_engine(
 
     Raises `ModelError` where the engine's log-probs are not the model's, and whatever starting it raises.
     """
-    facts, student = models.model_facts(teacher), round_.scores(cs.STUDENT)
+    facts, student, placement = models.model_facts(teacher), round_.scores(cs.STUDENT), recipe.placement(teacher)
     readable = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
     candidate_ids = student.read_arrays(readable[0], ["candidate_ids"])["candidate_ids"]
     sample = sample_of(round_.rollouts.read(readable[0]), candidate_ids, facts.vocab_size)
-    expected = _read_here(recipe, teacher, sample) if models.is_here(teacher) else None
+    expected: cs.ScoreBlock | None = None
+    try:
+        if placement == "vllm" or models.is_here(teacher):
+            expected = _read_here(recipe, teacher, facts, sample)
+        else:
+            warn(f"{teacher.name}: its weights are not here to check the server against")
+    except (ModelError, torch.OutOfMemoryError) as error:
+        # A quantised checkpoint may be for engines alone, and a server may leave no room for a second reading.
+        if placement == "vllm" and facts.quantisation is None:
+            raise
+        reason = str(error).splitlines()[0]
+        warn(f"{teacher.name}: its weights cannot be read here to check the engine against ({reason})")
+    _give_back_memory()
     longest = max(_longest(round_, block) for block in readable)
     scorer: Scorer
-    if recipe.placement(teacher) == "server":
+    if placement == "server":
         from pipeline.score.server import ServerScorer
 
         who, dtype = "the server", "served"
@@ -58,7 +70,6 @@ def open_engine(
     told, other = scorer.compute_logprobs(sample), "the forward here"
     if expected is None:
         expected, other = scorer.compute_logprobs(sample), "itself, asked twice,"
-        warn(f"{teacher.name}: its weights are not here to check {who} against")
     try:
         say(f"{teacher.name}: {who} and {other} agree {check_agreement(told, expected, dtype)}")
     except ModelError as error:
@@ -69,28 +80,21 @@ def open_engine(
     return scorer
 
 
-def _read_here(recipe: Recipe, teacher: TeacherConfig, sample: TokenBatch) -> cs.ScoreBlock | None:
-    """The sample by the training forward; None where its checkpoint is quantised in a way that only engines read."""
+def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: models.ModelFacts, sample: TokenBatch) -> cs.ScoreBlock:
+    """The sample by the training forward, streamed where there is a card, so that it fits on any."""
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
-    try:
-        scorer: Scorer
-        if models.pick_device(teacher).type == "cuda" and models.model_facts(teacher).quantisation is None:
-            from pipeline.score.streamed import StreamedScorer
+    if models.pick_device(teacher).type == "cuda" and facts.quantisation is None:
+        from pipeline.score.streamed import StreamedScorer
 
-            scorer = StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib)  # fits on any card
-        else:
-            scorer = ResidentScorer(models.load_model(teacher), options)
-        return scorer.compute_logprobs(sample)
-    except ModelError as error:
-        if models.model_facts(teacher).quantisation is None:
-            raise
-        warn(f"{teacher.name}: cannot be read without an engine, so not checked ({error})")
-        return None
-    finally:
-        scorer = None  # type: ignore[assignment]  # the engine wants its memory
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib).compute_logprobs(sample)
+    return ResidentScorer(models.load_model(teacher), options).compute_logprobs(sample)
+
+
+def _give_back_memory() -> None:
+    """The engine wants what the forward here had."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _longest(round_: cs.Round, block: int) -> int:

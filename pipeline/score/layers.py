@@ -31,6 +31,7 @@ SLOTS = 2
 _cuda: Any = torch.cuda  # its streams and events have no types
 # What CUDA's allocator aligns tensors to; kernels choose by alignment.
 _ALIGNMENT = 512
+_MAPPED_BYTES = 2**20
 _CHUNK_BYTES = 16 * 2**20
 _STAGED_CHUNKS_PER_READER = 2
 
@@ -94,16 +95,17 @@ def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
-def _phase(weight: Weight, device: torch.device) -> int:
-    """How far from alignment transformers would have the weight.
+def _mapped(weight: Weight, device: torch.device) -> bool:
+    """Whether transformers would leave the weight in a mapped file: on the CPU, as it is."""
+    if device.type != "cpu" or len(weight.pieces) != 1:
+        return False
+    piece = weight.pieces[0]
+    return piece.dtype == weight.dtype and piece.offset % weight.dtype.itemsize == 0
 
-    On the CPU it maps files into memory, so a tensor that it neither converts nor casts lies where it lies in the
-    file; and the last bits of a product of one row with a matrix depend on that.
-    """
-    if device.type != "cpu" or len(weight.pieces) != 1 or weight.pieces[0].dtype != weight.dtype:
-        return 0
-    phase = weight.pieces[0].offset % _ALIGNMENT
-    return 0 if phase % weight.dtype.itemsize else phase
+
+def _phase(weight: Weight, device: torch.device) -> int:
+    """How far from alignment transformers would have the weight: the last bits of products depend on that."""
+    return weight.pieces[0].offset % _ALIGNMENT if _mapped(weight, device) else 0
 
 
 def empty_slot(nbytes: int, device: torch.device) -> Tensor:
@@ -150,7 +152,9 @@ class Transfer:
         return views
 
     def place(self, group: Group) -> dict[str, Tensor]:
-        """Weights in memory of their own, ready for use. Raises `ModelError`."""
+        """Weights in memory of their own, ready for use; mapped if they are large and can be. Raises `ModelError`."""
+        if group.nbytes >= _MAPPED_BYTES and all(_mapped(weight, self.device) for weight in group.weights):
+            return {weight.name: self.checkpoint.mapped(weight.pieces[0]) for weight in group.weights}
         slot = empty_slot(group.nbytes, self.device)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -24,6 +24,7 @@ Departure from the source: it trains on the sampler's log-probs; here the studen
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -51,12 +52,21 @@ _CHECKED_ROLLOUTS = 4
 IntArray = npt.NDArray[np.int64]
 
 
-def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: int | None = None) -> int:
+def run(
+    recipe: Recipe,
+    cache_url: str,
+    only: str | None = None,
+    round_index: int | None = None,
+    *,
+    launcher: workers.Launcher = None,
+    n_workers: int | None = None,
+) -> int:
     """Score whatever committed rollouts lack; returns the exit code 0.
 
     Args:
         only: one scorer's name, "student" or a teacher's.
         round_index: the latest round by default.
+        launcher, n_workers: as `workers.team`.
 
     Raises:
         ConfigError: `only` names no scorer. ModelError: a model cannot be had, or reads another vocabulary.
@@ -65,7 +75,7 @@ def run(recipe: Recipe, cache_url: str, only: str | None = None, round_index: in
     scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
     if only is not None and only not in scorers:
         raise ConfigError(f"--only: expected one of {', '.join(scorers)}, got {only!r}")
-    with workers.team() as ranks, workers.writing(cache_url, "redpen score", ranks) as cache:
+    with workers.team(launcher, n_workers) as ranks, workers.writing(cache_url, "redpen score", ranks) as cache:
         round_ = cache.round(round_index)
         n_missing = int((~round_.rollouts.committed()).sum())
         if n_missing == round_.n_blocks:
@@ -111,6 +121,16 @@ class ScoreWork:
             return self.recipe.student
         return next(teacher for teacher in self.recipe.teacher if teacher.name == self.name)
 
+    @property
+    def gpus(self) -> int:
+        placement = self.recipe.placement(self.cfg)
+        if self.cfg.device == "cpu" or placement == "server":
+            return 0
+        return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
+
+    def group(self) -> cs.BlockGroup:
+        return cs.open(self.cache_url).round(self.round_index).scores(self.name)
+
     def open(self) -> ScoreSession:
         return ScoreSession(self)
 
@@ -125,14 +145,14 @@ class ScoreSession:
         with ExitStack() as stack:
             self._scorer = _scorer(work, self._round, lambda tokens: self._on_progress(0, tokens), stack)
             self._engine = stack.pop_all()
-        self.batch_tokens = self._scorer.batch_tokens
+        self._n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
+        self.batch_blocks = math.ceil(self._scorer.batch_tokens / self._n_tokens[self._n_tokens > 0].mean())
 
     def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
         """Score and commit blocks, as many at a time as keep the scorer busy."""
         self._on_progress = on_progress
         group = self._round.scores(self._name)
-        n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
-        for batch in _batches(blocks, n_tokens, self.batch_tokens):
+        for batch in _batches(blocks, self._n_tokens, self._scorer.batch_tokens):
             started = time.perf_counter()
             tokens = _read(self._round, batch, with_candidates=not self._is_student)
             scores = tokens.split(self._scorer.compute_logprobs(tokens))
@@ -146,7 +166,6 @@ class ScoreSession:
                     candidate_ids=candidate_ids,
                     elapsed_seconds=seconds,
                 )
-
 
     def close(self) -> None:
         self._engine.close()
@@ -183,6 +202,10 @@ def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Score
         print(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
         return None
     manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
+    if manifest.engine == "vllm" and not (name in round_.scorer_names() and round_.scores(name).committed().all()):
+        from pipeline.vllm_engine import import_vllm
+
+        import_vllm()  # better missed now than after the student has read everything
     return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)
 
 
@@ -375,10 +398,11 @@ def _summary(round_: cs.Round, name: str) -> str:
     sampled, is_student = round_.manifest, name == cs.STUDENT
     group, student = round_.scores(name), round_.scores(cs.STUDENT)
     columns: dict[str, list[npt.NDArray[Any]]] = {"mean log-prob": [], "mean entropy": [], "reverse KL": []}
-    log_ratios = []
+    log_ratios, candidates_told, n_unscored = [], [], 0
     for block in np.flatnonzero(group.committed()).tolist():
         rollouts, scores = round_.rollouts.read(block), group.read(block)
         told = (rollouts.trained == 1) & np.isfinite(scores.logprobs)
+        n_unscored += int((rollouts.trained == 1).sum() - told.sum())
         columns["mean log-prob"].append(scores.logprobs[told])
         if scores.entropy is not None:
             columns["mean entropy"].append(scores.entropy[told])
@@ -387,8 +411,14 @@ def _summary(round_: cs.Round, name: str) -> str:
             log_ratios.append(log_ratio[np.isfinite(log_ratio)])
         else:
             columns["reverse KL"].append(scores_reverse_kl(student.read(block), scores)[told])
+            if scores.candidate_logprobs is not None:
+                candidates_told.append(~np.isnan(scores.candidate_logprobs[told]).ravel())
     means = {name: np.concatenate(parts).mean(dtype=np.float64) for name, parts in columns.items() if parts}
     shown = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + " nats a token"
+    if candidates_told and (share := np.concatenate(candidates_told).mean(dtype=np.float64)) < 1:
+        shown += f", {share:.1%} of candidates told"
+    if n_unscored:
+        shown += f", {n_unscored:,} tokens not scored"
     if is_student and sampled.temperature > 0 and sampled.top_p == 1:
         gap = SamplerGap.of(np.concatenate(log_ratios))
         if gap is not None:

@@ -8,6 +8,7 @@ either way at temperature 1, and without the prefix cache, whose positions would
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import say
 from pipeline.errors import ModelError
+from pipeline.models import _one_line as one_line
 from pipeline.models import model_facts, setting
 from pipeline.score import ScoreOptions, TokenBatch, as_batch
 from pipeline.score.prompt_logprobs import (
@@ -67,7 +69,7 @@ class VllmScorer:
     ):
         facts = model_facts(model)
         self._who, self._vocab_size = f"{setting(model, 'model')} = {model.model!r} in vLLM", facts.vocab_size
-        self._options, self._on_tile = options, on_tile
+        self._options, self._on_tile, self._adapted = options, on_tile, model.adapter is not None
         if facts.context is not None and max_length >= facts.context:
             raise ModelError(
                 f"{self._who}: its context is {facts.context} tokens, a rollout has {max_length}, and vLLM needs one "
@@ -106,14 +108,26 @@ class VllmScorer:
             while self._engine.n_unfinished:
                 self._on_tile(n_read)
                 n_read = 0
-                for output in self._engine.step():
+                for output in self._step():
                     number = int(output.request_id)
                     told[number] = self._scores(asked[number], output)
                     n_read += told[number].n_tokens
-        finally:
-            self._engine.abort(str(number) for number in range(len(asked)) if number not in told)
+        except BaseException:
+            with contextlib.suppress(Exception):  # an engine that failed cannot
+                self._engine.abort(str(number) for number in range(len(asked)) if number not in told)
+            raise
         self._on_tile(n_read)
         return joined([told[number] for number in range(len(asked))])
+
+    def _step(self) -> list[RequestOutput]:
+        try:
+            return self._engine.step()
+        except Exception as error:  # whatever vLLM and its kernels raise
+            self._on_tile(0)  # a signal to stop may have reached vLLM's processes too: then that is the reason
+            hint = "; it may not read prompts through an adapter: merge it, or score" if self._adapted else "; score"
+            raise ModelError(
+                f"{self._who}: failed while reading ({one_line(error)}){hint} by placement resident or streamed"
+            ) from error
 
     def _params(self, question: Question) -> SamplingParams:
         from vllm import SamplingParams

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import math
+import mmap
 import os
 import re
 import weakref
@@ -109,6 +110,13 @@ class Checkpoint:
         out = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_into(stored, 0, out.view(-1).view(torch.uint8))
         return out
+
+    def mapped(self, stored: Stored) -> Tensor:
+        """A tensor in memory that the system fills from the file when it is looked at, and may take back."""
+        start = stored.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        within = stored.offset - start
+        pages = mmap.mmap(self._files[stored.file], within + stored.nbytes, offset=start, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=torch.uint8)[within:].view(stored.dtype).view(stored.shape)
 
     def uncache(self, stored: Iterable[Stored]) -> None:
         """Let the system drop its copy of tensors that will not be read again soon."""

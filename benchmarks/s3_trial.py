@@ -1,0 +1,65 @@
+"""One toy run on a local cache and the same on S3, stage by stage: seconds, and what it asks of the server.
+
+    python benchmarks/s3_trial.py [--latency-ms 20] [--prompts 64]
+
+The server is moto on loopback, in Python, which takes about 3 ms a request of its own; a proxy before it counts the
+requests and adds `--latency-ms` to each. Needs the extra `dev`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import s3_server
+
+STAGES = ("rollouts", "score", "train", "verify", "inspect", "rollouts", "score")
+SETTINGS = (
+    "rollouts.prompts_per_block=4",
+    "train.prompts_per_step=8",
+    "train.steps=6",
+    "train.lora_rank=4",
+    "train.stop_reverse_kl=0",
+)
+
+
+def seconds(stage: str, cache: str, run: Path, prompts: int) -> float:
+    """Run one command; its wall time, imports included."""
+    args = [stage, cache] if stage in ("verify", "inspect") else [stage, "toy", "--cache", cache]
+    if "toy" in args:
+        args += [part for setting in (*SETTINGS, f"prompts.limit={prompts}") for part in ("--set", setting)]
+    if stage == "train":
+        args += ["--run", str(run)]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "pipeline", *args], capture_output=True, text=True, env=os.environ)
+    if done.returncode:
+        sys.exit(f"{stage} on {cache} failed:\n{done.stderr}")
+    return time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--prompts", type=int, default=64, help="4 make a block")
+    args = parser.parse_args()
+    with s3_server.serving() as proxy, tempfile.TemporaryDirectory() as directory:
+        proxy.latency_seconds = args.latency_ms / 1000
+        print(f"{'stage':10}{'local, s':>10}{'S3, s':>10}   requests ({-(-args.prompts // 4)} blocks)")
+        for stage in STAGES:
+            local = seconds(stage, f"{directory}/local.zarr", Path(directory, "local"), args.prompts)
+            proxy.requests.clear()
+            remote = seconds(stage, f"s3://{s3_server.BUCKET}/toy.zarr", Path(directory, "s3"), args.prompts)
+            asked = Counter(request.split()[0] for request in proxy.requests)
+            told = ", ".join(f"{n} {method}" for method, n in sorted(asked.items()))
+            print(f"{stage:10}{local:10.1f}{remote:10.1f}   {len(proxy.requests)}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Scoring with layers streamed from disk, beside the whole model in memory and accelerate's disk offload, on the CPU.
+
+    python benchmarks/streamed_scoring.py [--tokens 2048] [--repeats 3] [--directory DIR] [--small]
+
+A Qwen3-shaped decoder of random bf16 weights (2.3 GB, 32,768 tokens, head and embedding apart) scores the same
+rollouts three ways, each run in a process of its own, the ways in turn:
+
+    resident    pipeline.score.resident: the model as transformers loads it, weights touched before the clock starts
+    streamed    pipeline.score.streamed: all tiles as one wave; the system's cache of the files is emptied before the
+                clock starts, so that weights come from the disk (`read`)
+    accelerate  the resident scorer, the layers of its model on disk by from_pretrained(device_map=...), files cached
+
+Ratios are medians of those of the rounds, by the clock and by the CPU time of the process, which other work on the
+machine moves less. `anonymous` is how far RssAnon rises above what it is with everything imported, sampled every 5 ms
+from before the model is loaded. Pages of mapped files, which the system may drop, are not in it but in `mapped`:
+transformers maps weights that it need not cast, so the resident model is there. Scores are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMS = ("resident", "streamed", "accelerate")
+SHAPE = dict(hidden_size=1536, intermediate_size=4608, num_attention_heads=24, num_key_value_heads=8, head_dim=64)
+LAYERS, VOCABULARY, TILE_TOKENS, ROWS_PER_CHUNK = 38, 32_768, 1024, 256
+PROMPT_TOKENS, RESPONSE_TOKENS = 64, 192
+
+
+def make_model(directory: Path, small: bool) -> None:
+    """Save random weights, a layer's worth at a time, in shards as save_pretrained would."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = SHAPE | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    if small:
+        shape |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1024}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).bfloat16()
+    model.save_pretrained(directory, max_shard_size="500MB")
+    os.sync()  # only clean pages can be dropped from the cache
+
+
+def rollouts(tokens: int, vocabulary: int) -> Any:
+    """A block of rollouts with `tokens` tokens in all, prompts included."""
+    import cache_schema as cs
+
+    rng = np.random.default_rng(0)
+    n_rows = max(1, tokens // (PROMPT_TOKENS + RESPONSE_TOKENS))
+    rows = []
+    for sample in range(n_rows):
+        ids = rng.integers(0, vocabulary, RESPONSE_TOKENS)
+        rows.append(cs.RolloutRow(0, sample, ids, np.zeros(len(ids)), cs.FINISH_LENGTH))
+    return cs.RolloutBlock.from_rows([(0, rng.integers(0, vocabulary, PROMPT_TOKENS))], rows)
+
+
+class Memory(threading.Thread):
+    """The highest RssAnon and RssFile of this process since the start, above those at the start, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._first, self._stop_asked = self._now(), threading.Event()
+        self.peak = dict.fromkeys(self._first, 0)
+        self.start()
+
+    def _now(self) -> dict[str, int]:
+        status = Path("/proc/self/status").read_text()
+        return {name: 1024 * int(kib) for name, kib in re.findall(r"(RssAnon|RssFile):\s+(\d+)", status)}
+
+    def run(self) -> None:
+        while not self._stop_asked.wait(0.005):
+            for name, value in self._now().items():
+                self.peak[name] = max(self.peak[name], value - self._first[name])
+
+    def stop(self) -> dict[str, int]:
+        self._stop_asked.set()
+        self.join()
+        return self.peak
+
+
+def uncache(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes() -> int:
+    return int(re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[1])  # type: ignore[index]
+
+
+def child(form: str, directory: Path, tokens: int, out: Path) -> dict[str, float]:
+    """Load and score once; saves the scores, returns seconds and bytes."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from pipeline import models
+    from pipeline.config import ModelConfig
+    from pipeline.packing import register_packed_attention
+    from pipeline.score import ScoreOptions
+    from pipeline.score.resident import ResidentScorer
+    from pipeline.score.streamed import StreamedScorer
+
+    register_packed_attention()
+    cfg = ModelConfig(model=str(directory), dtype="bfloat16", device="cpu")
+    options = ScoreOptions(tile_tokens=TILE_TOKENS, rows_per_chunk=ROWS_PER_CHUNK)
+    vocabulary = models.model_facts(cfg).vocab_size
+    small = {**SHAPE, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
+    tiny = Qwen3ForCausalLM(Qwen3Config(**small, attn_implementation="redpen_packed")).bfloat16().eval()
+    ResidentScorer(tiny, options).compute_logprobs(rollouts(TILE_TOKENS, 512))  # much is loaded on first use
+    batch, memory = rollouts(tokens, vocabulary), Memory()
+    scorer: Any
+    if form == "streamed":
+        scorer = StreamedScorer(cfg, options, memory_gib=1.0)
+        scorer.wave_tokens = max(tokens, TILE_TOKENS)
+    elif form == "resident":
+        scorer = ResidentScorer(models.load_model(cfg), options)
+    else:
+        parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        with tempfile.TemporaryDirectory() as folder:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.bfloat16,
+                attn_implementation="redpen_packed",
+                device_map=parts | {"model.layers": "disk"},
+                offload_folder=folder,
+            )
+        scorer = ResidentScorer(model.eval(), options)
+    scorer.compute_logprobs(rollouts(PROMPT_TOKENS + RESPONSE_TOKENS, vocabulary))  # the first touch
+    if form == "streamed":
+        uncache(directory)
+    read, started, cpu_started = disk_bytes(), time.perf_counter(), time.process_time()
+    scores = scorer.compute_logprobs(batch)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    read = disk_bytes() - read
+    peak = memory.stop()
+    np.savez(out, **{name: value for name, value in vars(scores).items() if value is not None})
+    return {"seconds": seconds, "cpu": cpu, "read": read, "anonymous": peak["RssAnon"], "mapped": peak["RssFile"]}
+
+
+def in_fresh_process(*arguments: object) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048, help="prompt and response tokens of the batch, one wave")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the three ways")
+    parser.add_argument(
+        "--directory", type=Path, help="where the model is written (2.2 GB); default: a temporary one"
+    )
+    parser.add_argument("--small", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        form, directory, tokens, out = options.child
+        print(json.dumps(child(form, Path(directory), int(tokens), Path(out))))
+        return
+
+    import accelerate
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        model = Path(folder) / "model"
+        make_model(model, options.small)
+        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        print(
+            f"torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"accelerate {accelerate.__version__}\n"
+            f"{torch.get_num_threads()} threads, {weights / 1e9:.2f} GB of bf16 weights, {options.tokens} tokens, "
+            f"tiles of {TILE_TOKENS}, median of {options.repeats} rounds"
+        )
+        runs: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
+        for _ in range(options.repeats):
+            for form in FORMS:
+                runs[form].append(in_fresh_process(form, model, options.tokens, Path(folder) / f"{form}.npz"))
+        row = "{:12}{:>10}{:>12}{:>10}{:>20}{:>14}{:>10}  {}"
+        print(row.format("", "tokens/s", "x resident", "by CPU", "anonymous", "mapped, GB", "read, GB", "scores"))
+        expected = np.load(Path(folder) / "resident.npz")
+        for form in FORMS:
+
+            def ratio(key: str, form: str = form) -> str:
+                pairs = zip(runs["resident"], runs[form], strict=True)
+                return f"{statistics.median(resident[key] / run[key] for resident, run in pairs):.3f}"
+
+            middle = {key: statistics.median(run[key] for run in runs[form]) for key in runs[form][0]}
+            scores = np.load(Path(folder) / f"{form}.npz")
+            same = all(np.array_equal(scores[name], expected[name]) for name in expected.files)
+            print(
+                row.format(
+                    form,
+                    f"{options.tokens / middle['seconds']:.1f}",
+                    ratio("seconds"),
+                    ratio("cpu"),
+                    f"{middle['anonymous'] / 1e9:.2f} GB = {middle['anonymous'] / weights:.1%}",
+                    f"{middle['mapped'] / 1e9:.2f}",
+                    f"{middle['read'] / 1e9:.2f}",
+                    "equal bits" if same else "differ",
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+"""Caches on S3, against a real server on loopback behind a proxy that dies, lies and drops connections."""
+
+from __future__ import annotations
+
+import http.server
+import itertools
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import cache_factory as factory
+import numpy as np
+import pytest
+import s3_server
+from conftest import SMALL, make_cache, small_recipe
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+import cache_schema as cs
+from cache_schema import locks, s3, stores
+from pipeline import cli
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+ROOT = Path(__file__).parent.parent
+RETRY_SECONDS, PATIENCE_SECONDS = 2.0, 0.7
+SETTINGS = (*SMALL, "prompts.limit=12", "train.steps=2")  # three blocks
+OPTIONS = [part for setting in SETTINGS for part in ("--set", setting)]
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[s3_server.Proxy]:
+    with s3_server.serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture(autouse=True)
+def proxy(server: s3_server.Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.Proxy]:
+    """The proxy in good order, and a client that gives up soon."""
+    monkeypatch.setattr(s3, "RETRY_SECONDS", RETRY_SECONDS)
+    monkeypatch.setattr(s3, "PATIENCE_SECONDS", PATIENCE_SECONDS)
+    server.requests.clear()
+    yield server
+    server.watch, server.latency_seconds, server.reset_share = lambda request: None, 0.0, 0.0
+    if not server.alive:
+        server.revive()
+
+
+@pytest.fixture
+def url() -> str:
+    return f"s3://{s3_server.BUCKET}/tests/{next(_numbers)} \u00e9/c.zarr"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("local") / "c.zarr", small_recipe(*SETTINGS))
+
+
+def assert_same_rounds(a: cs.Round, b: cs.Round) -> None:
+    """The decoded arrays of `a`, all committed, are those of `b`, and so are the commits, times aside."""
+    assert a.scorer_names() == b.scorer_names() and a.manifest == b.manifest
+    for left, right in zip(groups(a), groups(b), strict=True):
+        assert left.committed().all()
+        names = [name for name in left.commits().dtype.names if name not in cs.TIME_FIELDS]
+        assert (left.commits()[names] == right.commits()[names]).all()
+        for block in range(left.n_blocks):
+            x, y = left.read(block), right.read(block)
+            for field in fields(x):
+                np.testing.assert_array_equal(getattr(x, field.name), getattr(y, field.name), err_msg=field.name)
+
+
+def groups(round_: cs.Round) -> list[cs.BlockGroup]:
+    return [round_.rollouts, *(round_.scores(name) for name in round_.scorer_names())]
+
+
+def run(*args: str) -> subprocess.Popen[str]:
+    """The command in a process of its own, as impatient as this one."""
+    code = (
+        f"import sys; from cache_schema import s3; s3.RETRY_SECONDS, s3.PATIENCE_SECONDS = {RETRY_SECONDS}, "
+        f"{PATIENCE_SECONDS}; from pipeline.cli import main; sys.exit(main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize(("seed", "n_prompts", "topk"), [(0, 1, 0), (1, 6, 3)])
+def test_round_trip(url: str, seed: int, n_prompts: int, topk: int) -> None:
+    factory.filled(url, n_prompts=n_prompts, seed=seed, topk=topk)
+    here = factory.filled(MemoryStore(), n_prompts=n_prompts, seed=seed, topk=topk)
+    there = cs.open(url)
+    assert_same_rounds(there.round(), here.round())
+    assert [there.round().prompts[i] for i in range(n_prompts)] == factory.prompts(n_prompts)
+    assert list(cs.verify(there)) == []
+    assert cs.open(url + "/").url == url + "/" and there.path is None
+
+
+def test_damage_is_found_and_repaired(url: str) -> None:
+    import obstore
+
+    cache = factory.filled(url, n_prompts=5)
+    teacher, store = cache.round().scores("teacher"), cache._store
+    good = teacher.read(1)
+    assert isinstance(store, s3.S3Store)
+    shard = "rounds/00000/scores/teacher/logprobs/c/1/0"
+    whole = bytes(obstore.get(store.store, shard).bytes())
+    for left in (None, b"", whole[: len(whole) // 2]):
+        obstore.delete(store.store, shard) if left is None else obstore.put(store.store, shard, left)
+        findings = list(cs.verify(cache))
+        assert [(f.group, f.block, f.array) for f in findings] == [("scores/teacher", 1, "logprobs")]
+        assert cs.repair(cache, findings) == 1
+        assert teacher.committed().tolist() == [True, False]
+        teacher.write(1, good)
+    assert list(cs.verify(cs.open(url))) == []
+
+
+def test_a_whole_run_over_a_bad_line_equals_a_local_one(
+    proxy: s3_server.Proxy,
+    local: Path,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One request in twenty loses its connection, before or after the server did what it was asked."""
+    secret = "not-to-be-found-anywhere"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    proxy.reset_share = 0.05
+    make_cache(url, small_recipe(*SETTINGS))  # type: ignore[arg-type]
+    for where in (url, str(local)):
+        run_dir = tmp_path / where.partition(":")[0].strip("/")
+        assert cli.main(["train", "toy", "--cache", where, "--run", str(run_dir), *OPTIONS]) == 0
+    assert cli.main(["verify", url]) == 0
+    proxy.reset_share = 0.0
+    assert_same_rounds(cs.open(url).round(), cs.open(local).round())
+    adapters = [path.read_bytes() for path in sorted(tmp_path.rglob("adapter_model.safetensors"))]
+    assert len(adapters) >= 2 and len(set(adapters)) == 1
+
+    capsys.readouterr()
+    assert cli.main(["inspect", url, "--json"]) == 0
+    there = capsys.readouterr().out
+    assert cli.main(["inspect", str(local), "--json"]) == 0
+    here = capsys.readouterr().out
+    assert without_place(there) == without_place(here)
+
+    store = cs.open(url)._store
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for key in stores._listed_keys(store.list_prefix("")):
+        found = sync(store.get(key, default_buffer_prototype()))
+        assert found is not None
+        kept += found.to_bytes()
+    assert secret.encode() not in kept and b"127.0.0.1" not in kept
+
+
+def without_place(inspected: str) -> str:
+    """What does not depend on where and when."""
+    return re.sub(r'"(cache|url|bytes|\w*seconds\w*|\w+_per_second)": [^\n]*', "", inspected)
+
+
+# --------------------------------------------------------------------------------------------- servers that stop
+
+
+def test_server_dies_in_mid_run(proxy: s3_server.Proxy, local: Path, url: str) -> None:
+    """Nothing is lost, one line while it waits and one at the end; the same commands then finish the work."""
+    for stage, fatal in (("rollouts", "rollouts/commit/c/2/"), ("score", "scores/teacher/commit/c/1/")):
+        dead = threading.Event()
+
+        def watch(request: str, fatal: str = fatal, dead: threading.Event = dead) -> None:
+            if request.startswith("PUT") and fatal in request and not dead.is_set():
+                proxy.kill()
+                dead.set()
+
+        proxy.watch = watch
+        process = run(stage, "toy", "--cache", url, *OPTIONS)
+        out, err = process.communicate()
+        assert dead.is_set(), err
+        lines = [line for line in err.splitlines() if proxy.url in line]
+        assert process.returncode == 1 and "Traceback" not in out + err
+        assert len(lines) == 2, err
+        waiting, failed = lines
+        assert waiting == f"cache {url}: no answer from {proxy.url} for 1 s, trying on"
+        assert err.splitlines()[-1] == failed
+        assert re.search(r"^redpen: .*cannot write block \d.* cannot be reached \(Connection refused\); ", failed)
+        assert failed.endswith("then run the same command again (committed blocks are untouched)")
+
+        proxy.revive()
+        group = cs.open(url).round().rollouts if stage == "rollouts" else cs.open(url).round().scores("teacher")
+        before = group.commits().copy()
+        assert 1 <= (before["rows"] > 0).sum() < group.n_blocks
+        assert cli.main([stage, "toy", "--cache", url, *OPTIONS]) == 0
+        kept = before["rows"] > 0
+        assert (group.commits()[kept] == before[kept]).all() and group.committed().all()
+    assert_same_rounds(cs.open(url).round(), cs.open(local).round())
+    assert list(cs.verify(cs.open(url))) == []
+
+
+def test_no_failure_reads_as_missing(proxy: s3_server.Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing key is an array's fill value and an empty place; a server that is away is neither."""
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 0.1)
+    round_ = factory.filled(url, n_prompts=8).round()
+    teacher, fresh = round_.scores("teacher"), cs.open(url).round()
+    asks: list[Callable[[], object]] = [
+        lambda: cs.create(url),
+        lambda: cs.open(url),
+        lambda: cs.open(url).round(),
+        round_.cache.round_indices,
+        round_.cache.lost_rounds,
+        round_.scorer_names,
+        round_.holds_anything,
+        round_.rollouts.committed,
+        lambda: teacher.is_committed(1),
+        lambda: teacher.read(1),
+        lambda: fresh.rollouts.read(1),
+        lambda: fresh.prompts[0],
+        lambda: list(cs.verify(round_.cache)),
+        lambda: round_.start_scores("other", factory.scores_manifest("teacher")),
+    ]
+    proxy.kill()
+    for ask in asks:
+        with pytest.raises(cs.StorageError, match="cannot be reached") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    proxy.revive()
+    for ask in asks:
+        ask()
+    assert teacher.committed().all() and fresh.rollouts.committed().all()
+
+
+def test_a_silent_server_is_mentioned_once(
+    proxy: s3_server.Proxy, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = factory.filled(url, n_prompts=8).round().scores("teacher")
+    proxy.watch = lambda request: "/c/1/" not in request or time.sleep(1.5 * PATIENCE_SECONDS)
+    with caplog.at_level(logging.WARNING):
+        teacher.read(1)
+    assert [re.sub(r"http://\S+", "SERVER", record.message) for record in caplog.records] == [
+        f"cache {url}: no answer from SERVER for 1 s, trying on",
+        f"cache {url}: SERVER answers again",
+    ] * (len(caplog.records) // 2)
+    assert len(caplog.records) <= 4  # commits, then arrays; not one for each
+
+
+def test_ctrl_c_does_not_wait_for_a_silent_server(proxy: s3_server.Proxy, url: str) -> None:
+    factory.filled(url, n_prompts=8)
+    silent = threading.Event()
+
+    def watch(request: str) -> None:
+        if "/c/1/" in request or silent.is_set():
+            silent.set()
+            time.sleep(30)
+
+    proxy.watch = watch
+    process = run("verify", url)
+    assert silent.wait(60)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    _, err = process.communicate()
+    assert process.returncode == 130 and time.monotonic() - asked < 10
+    assert err.splitlines()[-1] == "redpen: stopped by SIGINT; the same command continues"
+
+
+# ---------------------------------------------------------------------------------------- servers that refuse
+
+
+class _Canned(http.server.BaseHTTPRequestHandler):
+    """Answers everything alike."""
+
+    protocol_version = "HTTP/1.1"
+    status, body = 500, b""
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(self.body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
+    """`canned(status, body)`: a server that has only this answer, at AWS_ENDPOINT_URL."""
+    handler = type("Handler", (_Canned,), {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{httpd.server_port}")
+        monkeypatch.setattr(s3, "RETRY_SECONDS", 0.1)
+
+        def answer(status: int, body: str) -> None:
+            handler.status, handler.body = status, body.encode()
+
+        yield answer
+        httpd.shutdown()
+
+
+def error(code: str, message: str = "") -> str:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "problem"),
+    [
+        (404, error("NoSuchBucket", "x"), "has no bucket 'bucket'; create it or choose another --cache"),
+        (
+            403,
+            error("InvalidAccessKeyId", "The key does not exist."),
+            "InvalidAccessKeyId The key does not exist.; che",
+        ),
+        (
+            403,
+            error("AccessDenied"),
+            "403 AccessDenied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION",
+        ),
+        (401, "", "answered 401; check AWS_ACCESS_KEY_ID"),
+        (400, error("ExpiredToken", "It expired."), "400 ExpiredToken It expired.; check .*the credentials"),
+        (
+            400,
+            error("AuthorizationHeaderMalformed", "expecting 'eu-west-1'"),
+            "expecting 'eu-west-1'; check .*AWS_REGION",
+        ),
+        (301, error("PermanentRedirect"), "redirects to another region; set AWS_REGION"),
+        (404, "<html>\n<h1>nginx</h1></html>", "answered 404; check AWS_ENDPOINT_URL"),
+        (200, "", "Got invalid list response"),
+        (500, error("InternalError"), "answered 500 InternalError for 0 s; wait until the server works again"),
+        (503, error("SlowDown", "Reduce your rate."), "503 SlowDown Reduce your rate. for 0 s; wait until"),
+        (501, error("NotImplemented"), "501 NotImplemented; .*AWS_CONDITIONAL_PUT=disabled"),
+    ],
+)
+def test_what_a_server_refuses_is_one_line(
+    canned: Callable[[int, str], None], status: int, body: str, problem: str
+) -> None:
+    canned(status, body)
+    for attempt in (cs.create, cs.open):
+        with pytest.raises(cs.StorageError, match=problem) as caught:
+            attempt("s3://bucket/c.zarr")
+        assert str(caught.value).startswith("cache s3://bucket/c.zarr: ") and "\n" not in str(caught.value)
+    store, _ = stores.open_store("s3://bucket/c.zarr", writable=True)
+    buffer = default_buffer_prototype()
+    with pytest.raises(OSError) as refused:
+        sync(store.set("key", buffer.buffer.from_bytes(b"x")))
+    assert not isinstance(refused.value, FileNotFoundError)
+    if "NoSuchBucket" in body:
+        with pytest.raises(OSError, match="has no bucket"):
+            sync(store.get("key", buffer))
+        with pytest.raises(OSError, match="has no bucket"):
+            sync(store.get_partial_values(buffer, [("key", None)]))
+
+
+def test_no_credentials(canned: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    canned(404, "")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for _ in range(2):
+        with pytest.raises(cs.StorageError, match="no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET"):
+            cs.open("s3://bucket/c.zarr")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+
+
+def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(cs.StorageError, match=r"cannot be reached \(Timeout\); check the network"):
+            cs.create("s3://bucket/c.zarr")
+
+
+@pytest.mark.parametrize("wrong", ["s3://bucket", "s3://bucket/", "s3:///c", "s3://a:b@c/d", "s3://bucket/../c"])
+def test_wrong_locations(wrong: str) -> None:
+    with pytest.raises(cs.StorageError, match=f"cache {re.escape(wrong)}: expected s3://BUCKET/NAME"):
+        cs.create(wrong)
+
+
+def test_wrong_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(cs.StorageError, match="gs:// is not supported; give a local path, s3://BUCKET/NAME"):
+        cs.create("gs://bucket/c.zarr")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:9000")
+    with pytest.raises(cs.StorageError, match=r"AWS_ENDPOINT_URL: expected http\(s\)://HOST\[:PORT\], got '127"):
+        cs.create("s3://bucket/c.zarr")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.example")
+    with pytest.raises(cs.StorageError, match="not encrypted; use https://, or set AWS_ALLOW_HTTP=true"):
+        cs.create("s3://bucket/c.zarr")
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(cs.StorageError, match=r"s3:// needs obstore; pip install 'redpen\[s3\]'"):
+        cs.create("s3://bucket/c.zarr")
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+
+def holding(url: str, machine: str = "") -> subprocess.Popen[str]:
+    """A process that holds the lock of `url` and dies of SIGKILL with it."""
+    code = (
+        "import time, cache_schema as cs; from cache_schema import locks\n"
+        f"locks._machine = (lambda: {machine!r}) if {machine!r} else locks._machine\n"
+        f"with cs.open({url!r}, writable=True).lock('redpen score toy'):\n"
+        "    print('locked', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_lock_names_its_holder_and_ends_with_its_process(url: str) -> None:
+    cache = cs.create(url)
+    with holding(url) as other:
+        with (
+            pytest.raises(cs.CacheLockedError, match=rf"`redpen score toy` \(process {other.pid} .*last heard of"),
+            cache.lock("redpen rollouts"),
+        ):
+            pass
+        other.kill()  # its parent has not looked yet
+        with cache.lock("redpen rollouts"):
+            pass
+    with cache.lock("redpen rollouts"), pytest.raises(cs.CacheLockedError), cs.open(url, writable=True).lock("x"):
+        pass
+    server = cache._store.server  # type: ignore[attr-defined]
+    with pytest.raises(FileNotFoundError):
+        sync(server.get_lock())
+
+
+def test_lock_of_another_machine_ends_when_it_is_not_renewed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cs.create(url)
+    with holding(url, machine="elsewhere") as other:
+        other.kill()
+    with pytest.raises(cs.CacheLockedError, match="forgotten after 120 s"), cache.lock("redpen rollouts"):
+        pass
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 2.0)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with cache.lock("redpen rollouts"):
+                break
+        except cs.CacheLockedError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("a lock without a holder was never taken over")
+
+
+def test_lock_is_renewed_and_who_lost_it_writes_no_more(
+    proxy: s3_server.Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 3.0)
+    round_ = factory.filled(url, n_prompts=8).round()
+    server = round_.cache._store.server  # type: ignore[attr-defined]
+    with round_.cache.lock("redpen rollouts"):
+        proxy.requests.clear()
+        time.sleep(4)
+        assert sum(request.startswith("PUT") and request.endswith(".lock") for request in proxy.requests) >= 4
+        with pytest.raises(cs.CacheLockedError), cs.open(url, writable=True).lock("redpen score"):
+            pass
+        thief = b'{"command": "redpen score", "pid": 1, "host": "elsewhere", "since": "now", "token": "other"}'
+        sync(server.put_lock(thief, "overwrite"))
+        time.sleep(1)
+        with pytest.raises(cs.CacheLockedError, match=r"`redpen score` \(process 1 on elsewhere.* has taken it"):
+            round_.rollouts.uncommit(0)
+    assert sync(server.get_lock())[0] == thief
+    assert round_.rollouts.committed().all()
+
+
+def test_without_conditional_writes_there_is_no_lock(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    cache = factory.filled(url, n_prompts=1)
+    with caplog.at_level(logging.WARNING), cache.lock("redpen score"), cache.lock("redpen score"):
+        assert list(cs.verify(cache)) == []
+    assert f"cache {url} is not locked: AWS_CONDITIONAL_PUT is disabled" in caplog.messages

@@ -1,0 +1,213 @@
+"""Several workers on one stage, by torchrun and on a Ray cluster: real processes, real kills, equal results."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_stage_one_resume import ROOT, SETTINGS, assert_same, nothing, undisturbed, wait_for_commits, without_scores
+
+import cache_schema as cs
+from pipeline import ray_launcher, workers
+from pipeline.config import load_recipe
+from pipeline.errors import ConfigError
+from pipeline.rollouts import stage as rollouts_stage
+
+__all__ = ["undisturbed"]  # a fixture
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+RAY = ["--launcher", "ray", "--workers", "2"]
+
+
+def start(launcher: list[str], command: str, cache: Path) -> subprocess.Popen[str]:
+    """A stage by two workers of one thread each, in a process group of its own."""
+    before, after = (launcher, []) if launcher is TORCHRUN else ([], launcher)
+    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    return subprocess.Popen(
+        [sys.executable, *before, "-m", "pipeline", command, "toy", "--cache", str(cache), *settings, *after],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes(pid: int) -> Iterator[tuple[int, str]]:
+    """The processes that one has started, directly or not, with their command lines."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in map(int, children):
+            yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            yield from processes(child)
+    except OSError:
+        return  # it has just ended
+
+
+def kill_one(process: subprocess.Popen[str], command_line: str) -> None:
+    """SIGKILL for one of its workers, at once or as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for pid, line in processes(process.pid):
+            if command_line in line:
+                os.kill(pid, signal.SIGKILL)
+                return
+    raise AssertionError(f"no {command_line} met running")
+
+
+def test_a_killed_rank_ends_the_job_and_the_same_command_finishes_it(undisturbed: Path, tmp_path: Path) -> None:
+    cache = without_scores(undisturbed, tmp_path / "toy.zarr")
+    job = start(TORCHRUN, "score", cache)
+    wait_for_commits(job, cache / "rounds/00000/scores/student", 2)
+    ranks = [pid for pid, _ in processes(job.pid)]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 1 and not out.strip().endswith("DIR")
+    said = [line for line in err.splitlines() if line.startswith("redpen: ")]
+    (line,) = said
+    assert re.fullmatch(
+        r"redpen: stopped by SIGTERM: \d+ of 24 blocks by (student|teacher) are committed; the same command continues",
+        line,
+    )
+    assert not list(cs.verify(cs.open(cache)))
+    job = start(TORCHRUN, "score", cache)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    assert [line.split(":")[0] for line in out.splitlines()] == ["student", "teacher", "next"]
+    assert "Traceback" not in err and "Warning" not in err
+    assert_same(cache, undisturbed, ["student", "teacher"])
+
+
+def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+    job = start(TORCHRUN, "score", tmp_path / "toy.zarr")
+    out, err = job.communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("redpen: ")]
+    assert out == "" and len(said) == 1 and "toy.zarr: nothing is there" in said[0]
+
+
+@needs_ray
+def test_a_ray_run_survives_its_workers_and_stops_when_told(undisturbed: Path, tmp_path: Path) -> None:
+    cache = nothing(undisturbed, tmp_path / "toy.zarr")
+    commits = cache / "rounds/00000/rollouts"
+    stopped = start(RAY, "rollouts", cache)
+    wait_for_commits(stopped, commits, 2)
+    os.killpg(stopped.pid, signal.SIGINT)  # as Ctrl-C does
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and out == ""
+    asked, last = err.splitlines()[-2:]
+    assert asked == "SIGINT: stopping at the next safe point; once more to kill"
+    assert re.fullmatch(
+        r"redpen: stopped by SIGINT: \d+ of 24 blocks are committed; the same command continues", last
+    )
+    assert not list(cs.verify(cs.open(cache)))
+
+    run = start(RAY, "rollouts", cache)
+    wait_for_commits(run, commits, 2)
+    kill_one(run, "ray::_Worker.run")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts", "next"]
+    assert len(re.findall("a worker's process has ended and is replaced; to do again: block", err)) == 1
+    assert all(re.match(r"(student|rollouts|a worker's process)\b", line) for line in err.splitlines()), err
+    assert_same(cache, undisturbed, ["rollouts"])
+
+
+#: A stage whose blocks are empty files.
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from pipeline import ray_launcher
+from pipeline.errors import ModelError, RedpenError
+
+class Group:
+    def is_committed(self, block): return Path(str(block)).exists()
+    def commit(self, block): return {"rows": 1, "tokens": 10}
+
+class Session:
+    batch_blocks = 3
+    def run(self, blocks, on_progress):
+        for block in blocks:
+            if block == FATAL: os.kill(os.getpid(), 9)
+            if block == WRONG: raise ModelError("block 5 is wrong")
+            Path(str(block)).touch()
+    def close(self): pass
+
+class Work:
+    gpus = 1
+    def group(self): return Group()
+    def open(self):
+        if LOADS: return Session()
+        os._exit(1)
+
+with ray_launcher.cluster(2) as team:
+    for FATAL, WRONG, LOADS in ((None, None, True), (8, None, True), (None, 5, True), (None, None, False)):
+        for name in "0123456789": Path(name).unlink(missing_ok=True)
+        counts = []
+        try:
+            team.open(Work()).run(range(10), lambda *count: counts.append(count))
+        except RedpenError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(len(list(Path().iterdir())), *map(sum, zip(*counts)))
+"""
+
+
+@needs_ray
+def test_what_ends_every_worker_or_stops_one_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STAGE)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout, done.stderr)
+
+
+def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, cache = load_recipe("toy", ["prompts.limit=4"]), str(tmp_path / "toy.zarr")
+    if importlib.util.find_spec("ray") is not None:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        with pytest.raises(ConfigError, match=r"RAY_ADDRESS = '127\.0\.0\.1:1': no such cluster \(.*refused\)"):
+            rollouts_stage.run(toy, cache, launcher="ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"--launcher ray: Ray is not installed; `pip install 'redpen\[ray\]'`"):
+        rollouts_stage.run(toy, cache, launcher="ray")
+    assert not Path(cache).exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "n_ranks", "shares"),
+    [
+        ("0123", 4, ["0", "1", "2", "3"]),
+        ("0123", 2, ["01", "23"]),
+        ("0123", 3, ["0", "1", "2"]),
+        ("57", 3, ["5", "7", "5"]),
+        ("0", 2, ["0", "0"]),
+    ],
+)
+def test_ranks_share_the_gpus_of_their_machine(gpus: str, n_ranks: int, shares: list[str]) -> None:
+    assert ["".join(workers.gpu_share(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "wanted", "n_workers", "each"),
+    [(0, 1, 4, 0), (4, 0, 4, 0), (4, 1, 4, 1), (4, 1, 2, 1), (2, 1, 3, 0.5), (1, 1, 4, 0.25), (8, 2, 4, 2)],
+)
+def test_ray_workers_share_gpus_where_there_are_more_of_them(
+    n_gpus: int, wanted: int, n_workers: int, each: float
+) -> None:
+    assert ray_launcher._gpus_each(n_gpus, wanted, n_workers) == each
