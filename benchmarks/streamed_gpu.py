@@ -4,8 +4,9 @@
     python benchmarks/streamed_gpu.py --shape tiny --device cpu        # does it run?
 
 The model has the shape of Qwen3-32B and random bf16 weights: one layer is made and written 64 times, as safetensors
-shards in host memory (/dev/shm, 65 GB; fewer layers where that is too small, which is said). Each way of scoring runs
-in a process of its own, its share of the card capped by torch.cuda.set_per_process_memory_fraction:
+shards in host memory (65 GB in /dev/shm; where neither that nor the temporary directory is large enough, fewer layers
+are, which is said). Each way of scoring runs in a process of its own, its share of the card capped by
+torch.cuda.set_per_process_memory_fraction:
 
     resident      pipeline.score.resident, not capped
     streamed      pipeline.score.streamed under 24 and 12 GiB, 0.9 of which is its score.memory_gib, at several waves
@@ -355,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("qwen3-32b", "tiny"), default="qwen3-32b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--directory", type=Path, default=Path("/dev/shm"), help="where the model is written")
+    parser.add_argument("--directory", type=Path, help="where the model is written; default: /dev/shm or temporary")
     parser.add_argument(
         "--out", type=Path, default=os.environ.get("OUT"), help="where figures are left; default: $OUT"
     )
@@ -376,8 +377,9 @@ def main() -> None:
         return
 
     shape = Shape(options.shape)
-    layers = fitting_layers(shape, options.directory)
-    with tempfile.TemporaryDirectory() as unkept, tempfile.TemporaryDirectory(dir=options.directory) as folder:
+    places = [options.directory] if options.directory else [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    layers, place = max(((fitting_layers(shape, place), place) for place in places), key=lambda found: found[0])
+    with tempfile.TemporaryDirectory() as unkept, tempfile.TemporaryDirectory(dir=place) as folder:
         out = options.out or Path(unkept)
         out.mkdir(parents=True, exist_ok=True)
         model = str(Path(folder) / "model")

@@ -51,8 +51,9 @@ def local(root: Path, url: str, command: str) -> Iterator[None]:
 def leased(server: s3.Server, command: str) -> Iterator[None]:
     """Hold a cache on S3: an object beside it names the holder, who renews it and deletes it at the end.
 
-    What was not renewed for `LEASE_SECONDS`, or by a process of this machine that is dead, is taken over. Every step
-    is a conditional write, so of two processes one gets it. Raises `CacheLockedError` naming the holder.
+    The lease of a dead process of this machine is taken over at once, any other when it was not renewed for
+    `LEASE_SECONDS`: a job that was killed and starts again elsewhere waits for that. Every step is a conditional
+    write, so of two processes one gets it. Raises `CacheLockedError` naming a holder that lives.
     """
     lease = _Lease(server, _myself(command))
     try:
@@ -76,17 +77,29 @@ class _Lease:
 
     async def acquire(self) -> None:
         mode: obstore.PutMode = "create"
+        watched, since = None, time.monotonic()
         while not await self._put(mode):
             holder, tag, age = await self._found()
+            over, unchanged, lives = age > LEASE_SECONDS, time.monotonic() - since, _lives(holder)
             if tag is None:
                 mode = "create"
-            elif age > LEASE_SECONDS or _is_dead(holder):
+            elif lives is False:
+                mode = {"e_tag": tag}
+            elif watched not in (None, tag) or (lives and not over):
+                raise CacheLockedError(
+                    f"cache {self._server.url} is being written by {_name(holder)}; wait for it or stop it"
+                )
+            # Its age is by two clocks, so it has to miss a renewal before our eyes too.
+            elif unchanged > (LEASE_SECONDS / 4 if over else LEASE_SECONDS):
                 mode = {"e_tag": tag}
             else:
-                raise CacheLockedError(
-                    f"cache {self._server.url} is being written by {_name(holder)}, last heard of {age:.0f} s ago; "
-                    f"wait for it or stop it (one that was killed is forgotten after {LEASE_SECONDS:.0f} s)"
-                )
+                if watched is None:
+                    _log.warning(
+                        "cache %s was being written by %s %.0f s ago; looking whether it still is, at most %.0f s",
+                        *(self._server.url, _name(holder), age, LEASE_SECONDS),
+                    )
+                watched = tag
+                await asyncio.sleep(LEASE_SECONDS / 12)
         self._server.lost_to = None
         self._renewal = asyncio.create_task(self._renew())
 
@@ -139,18 +152,19 @@ def _machine() -> str | None:
         return None
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to be dead: a process of another machine never is."""
-    if _machine() is None or holder.get("machine") != _machine():
-        return False
+def _lives(holder: dict[str, Any]) -> bool | None:
+    """Whether the holder's process is there; None: it is on another machine, or nothing is known."""
+    pid = holder.get("pid")
+    if _machine() is None or holder.get("machine") != _machine() or not isinstance(pid, int):
+        return None
     try:
-        os.kill(holder["pid"], 0)
-        state = Path(f"/proc/{holder['pid']}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
     except ProcessLookupError:
-        return True
-    except (OSError, KeyError, TypeError):
         return False
-    return state.split()[:1] == ["Z"]  # killed, but its parent has not looked
+    except OSError:  # another user's
+        return True
+    return state.split()[:1] != ["Z"]  # a zombie was killed, and its parent has not looked
 
 
 def _myself(command: str) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class Server:
         if code == "NoSuchBucket":
             return f"{self.endpoint} has no bucket {self.bucket!r}; create it or choose another --cache"
         if re.search(r"Missing\w*(KeyId|AccessKey)|/latest/(api|meta-data)/|//169\.254\.", text):
-            return "no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            return "no credentials for S3; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (this machine has no role)"
         if status in ("401", "403"):
             return (
                 f"{reply}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, and that they may "
@@ -213,6 +213,8 @@ class Server:
             return f"{self.endpoint} redirects to another region; set AWS_REGION to the bucket's"
         if status:
             return f"{reply}; check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
+        if "InvalidCertificate" in text:
+            return f"{self.endpoint} has a certificate that is not trusted; give its authority's as SSL_CERT_FILE"
         if "HTTP error" in text:
             why = (
                 said(r'message: "(.*?)"') or said(r'error: "(.*?)"') or said(r"kind: (Timeout)") or "connection lost"

@@ -115,7 +115,11 @@ def _recipe_options(command: _F) -> _F:
         _set_option,
         _round_option,
         click.option(
-            "--cache", "cache_url", metavar="URL", callback=_unless_dry_run, help="The cache: a directory. [required]"
+            "--cache",
+            "cache_url",
+            metavar="URL",
+            callback=_unless_dry_run,
+            help="The cache: a directory, or s3://BUCKET/NAME. [required]",
         ),
         click.argument("recipe", metavar="RECIPE"),
     ):

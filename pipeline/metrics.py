@@ -39,6 +39,10 @@ def reverse_kl(
     return np.asarray(np.where(counts, terms, 0.0).sum(axis=1))
 
 
+#: The arrays of either scorer that `scores_reverse_kl` looks at.
+REVERSE_KL_ARRAYS = ("logprobs", "candidate_ids", "candidate_logprobs", "rest_logprob")
+
+
 def scores_reverse_kl(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:
     """KL(student || teacher) at each position [T], nats, from what both told; NaN where the teacher told nothing.
 

@@ -122,13 +122,14 @@ class Team:
         value: _T = pickle.loads(told)
         return value
 
-    def meet(self) -> None:
-        """Wait for every rank."""
+    def meet(self, check: Callable[[], object] = lambda: None) -> None:
+        """Wait for every rank; what `check` raises meanwhile ends that."""
         if self.store is not None:
             key = f"redpen/{next(self._calls)}"
             with _same_job():
                 self.store.add(key, 1)
                 while self.store.add(key, 0) < self.size:
+                    check()
                     time.sleep(_POLL_SECONDS)
 
 
@@ -200,16 +201,20 @@ def run(
     with ExitStack() as stack:
         session = stack.enter_context(closing(ranks.open(work))) if mine else None
         ranks.agree(prepare)
-        with graceful() as stop, bar as shown:
+        with graceful() as stop:
 
-            def on_progress(rollouts: int, tokens: int) -> None:
+            def check() -> None:
                 if stop.requested:
                     stop.check(state() if ranks.leads else "")
+
+            def on_progress(rollouts: int, tokens: int) -> None:
+                check()
                 advance(shown, rollouts, tokens)
 
-            if session is not None:
-                session.run(mine, on_progress)
-    ranks.meet()
+            with bar as shown:
+                if session is not None:
+                    session.run(mine, on_progress)
+            ranks.meet(check)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -62,7 +63,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def save(family: str, dtype: torch.dtype = torch.float32) -> Path:
         if (family, dtype) not in made:
             path = tmp_path_factory.mktemp(family) / "model"
-            random_model(CONFIGS[family], "eager").to(dtype).save_pretrained(path, max_shard_size="20KB")
+            random_model(copy.deepcopy(CONFIGS[family]), "eager").to(dtype).save_pretrained(
+                path, max_shard_size="20KB"
+            )
             made[family, dtype] = path
         return made[family, dtype]
 
@@ -244,6 +247,19 @@ def test_each_weight_is_read_once_a_wave(saved: Callable[..., Path], monkeypatch
             assert read == {name: n_waves * stored[name].nbytes for name in stored.keys() - outside}
         assert_same_bits(scorer.compute_logprobs(block()), resident(cfg, block()))
         read.clear()
+
+
+@pytest.mark.parametrize(("stored", "n_mapped"), [(torch.float32, 0), (torch.bfloat16, 3)])
+def test_large_weights_outside_the_layers_stay_in_their_file_if_they_are_not_cast(
+    stored: torch.dtype, n_mapped: int, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[str] = []
+    look = weights.Checkpoint.mapped
+    monkeypatch.setattr(layers, "_MAPPED_BYTES", 0)
+    monkeypatch.setattr(weights.Checkpoint, "mapped", lambda self, w: mapped.append(w.name) or look(self, w))
+    cfg = config(saved("llama", stored), "bfloat16")
+    assert_same_bits(StreamedScorer(cfg, OPTIONS).compute_logprobs(block()), resident(cfg, block()))
+    assert len(mapped) == n_mapped
 
 
 @pytest.mark.parametrize(

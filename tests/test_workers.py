@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_stage_one_resume import ROOT, SETTINGS, assert_same, nothing, undisturbed, wait_for_commits, without_scores
+import torch
+from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait_for_commits, without_scores
 
 import cache_schema as cs
 from pipeline import ray_launcher, workers
 from pipeline.config import load_recipe
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.rollouts import stage as rollouts_stage
 
 __all__ = ["undisturbed"]  # a fixture
@@ -70,17 +72,13 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_finishes_it(undisturbed
     cache = without_scores(undisturbed, tmp_path / "toy.zarr")
     job = start(TORCHRUN, "score", cache)
     wait_for_commits(job, cache / "rounds/00000/scores/student", 2)
-    ranks = [pid for pid, _ in processes(job.pid)]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
+    _, other = (pid for pid, _ in processes(job.pid))
+    os.kill(other, signal.SIGKILL)
     out, err = job.communicate(timeout=60)
     assert job.returncode == 1 and not out.strip().endswith("DIR")
-    said = [line for line in err.splitlines() if line.startswith("redpen: ")]
-    (line,) = said
-    assert re.fullmatch(
-        r"redpen: stopped by SIGTERM: \d+ of 24 blocks by (student|teacher) are committed; the same command continues",
-        line,
-    )
+    (line,) = (line for line in err.splitlines() if line.startswith("redpen: "))
+    assert line.startswith("redpen: stopped by SIGTERM: ") and line.endswith("the same command continues")
+    assert re.search(r": \d+ of 24 blocks by (student|teacher) are committed;", line)
     assert not list(cs.verify(cs.open(cache)))
     job = start(TORCHRUN, "score", cache)
     out, err = job.communicate(timeout=60)
@@ -91,30 +89,41 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_finishes_it(undisturbed
 
 
 def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
-    job = start(TORCHRUN, "score", tmp_path / "toy.zarr")
-    out, err = job.communicate(timeout=60)
-    said = [line for line in err.splitlines() if line.startswith("redpen: ")]
-    assert out == "" and len(said) == 1 and "toy.zarr: nothing is there" in said[0]
+    settings = ["--set", "train.step=1"]
+    command = [sys.executable, *TORCHRUN, "-m", "pipeline", "score", "toy", "--cache", str(tmp_path), *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("redpen: ") == 1
+    assert "train.step" in done.stderr and "did you mean train.steps" in done.stderr
+
+
+def test_what_the_leader_finds_every_rank_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    leader, other = (workers.Team(rank, 2, store) for rank in range(2))
+    found = np.arange(3_000_000), "more than torchrun's store takes at a time"
+    assert leader.agree(lambda: found) is found
+    array, text = other.agree(lambda: pytest.fail("only the leader looks"))
+    np.testing.assert_array_equal(array, found[0])
+    assert text == found[1]
+    assert leader.agree(lambda: None) is other.agree(lambda: None) is None
+
+    with pytest.raises(ModelError, match="no such model"):
+        leader.agree(functools.partial(fail, ModelError("no such model")))
+    waited: list[bool] = []
+    monkeypatch.setattr(workers, "let_the_first_speak", lambda: waited.append(True))
+    with pytest.raises(SystemExit):
+        other.agree(lambda: None)
+    assert waited == [True]
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 @needs_ray
-def test_a_ray_run_survives_its_workers_and_stops_when_told(undisturbed: Path, tmp_path: Path) -> None:
-    cache = nothing(undisturbed, tmp_path / "toy.zarr")
-    commits = cache / "rounds/00000/rollouts"
-    stopped = start(RAY, "rollouts", cache)
-    wait_for_commits(stopped, commits, 2)
-    os.killpg(stopped.pid, signal.SIGINT)  # as Ctrl-C does
-    out, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and out == ""
-    asked, last = err.splitlines()[-2:]
-    assert asked == "SIGINT: stopping at the next safe point; once more to kill"
-    assert re.fullmatch(
-        r"redpen: stopped by SIGINT: \d+ of 24 blocks are committed; the same command continues", last
-    )
-    assert not list(cs.verify(cs.open(cache)))
-
+def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "toy.zarr"
     run = start(RAY, "rollouts", cache)
-    wait_for_commits(run, commits, 2)
+    wait_for_commits(run, cache / "rounds/00000/rollouts", 2)
     kill_one(run, "ray::_Worker.run")
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
@@ -124,9 +133,9 @@ def test_a_ray_run_survives_its_workers_and_stops_when_told(undisturbed: Path, t
     assert_same(cache, undisturbed, ["rollouts"])
 
 
-#: A stage whose blocks are empty files.
-STAGE = """
-import os, sys, time
+#: Stages whose blocks are empty files: block 8 ends its workers, block 5 is refused, no model loads.
+STAGES = """
+import os, signal, sys
 from pathlib import Path
 from pipeline import ray_launcher
 from pipeline.errors import ModelError, RedpenError
@@ -151,22 +160,26 @@ class Work:
         if LOADS: return Session()
         os._exit(1)
 
-with ray_launcher.cluster(2) as team:
-    for FATAL, WRONG, LOADS in ((None, None, True), (8, None, True), (None, 5, True), (None, None, False)):
+ray_launcher._MAX_DEATHS = 2
+handler = lambda signum, frame: None
+signal.signal(signal.SIGTERM, handler)
+with ray_launcher.cluster(1) as team:
+    assert signal.getsignal(signal.SIGTERM) is handler
+    for FATAL, WRONG, LOADS in ((8, None, True), (None, 5, True), (None, None, False)):
         for name in "0123456789": Path(name).unlink(missing_ok=True)
         counts = []
         try:
             team.open(Work()).run(range(10), lambda *count: counts.append(count))
         except RedpenError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        print(len(list(Path().iterdir())), *map(sum, zip(*counts)))
+        print(*sorted(path.name for path in Path().iterdir()), *map(sum, zip(*counts)))
 """
 
 
 @needs_ray
 def test_what_ends_every_worker_or_stops_one_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STAGE)],
+        [sys.executable, "-c", STAGES],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -174,7 +187,18 @@ def test_what_ends_every_worker_or_stops_one_is_one_line(tmp_path: Path) -> None
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    print(done.stdout, done.stderr)
+    # what could be done is done, and counted: blocks, rows, tokens
+    assert done.stdout.splitlines() == ["0 1 2 3 4 5 6 7 8 80", "0 1 2 3 4 3 30", ""]
+    ended = r"a worker's process has ended and is replaced"
+    patterns = [
+        rf"{ended}; to do again: block 8 \(.*\)",
+        r"RedpenError: block 8 has ended 2 workers \(.*\).*",
+        r"RedpenError: block 5 is wrong",
+        rf"{ended} \(.*\)",
+        r"RedpenError: loading the model has ended 2 workers \(.*\).*",
+    ]
+    for line, pattern in zip(done.stderr.splitlines(), patterns, strict=True):
+        assert re.fullmatch(pattern, line)
 
 
 def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

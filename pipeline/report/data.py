@@ -13,13 +13,12 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
-from pipeline.metrics import first_occurrence, scores_reverse_kl
+from pipeline.metrics import REVERSE_KL_ARRAYS, first_occurrence, scores_reverse_kl
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000
 
 FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
-_KL_ARRAYS = ("logprobs", "candidate_ids", "candidate_logprobs", "rest_logprob")
 
 
 class Decoder(Protocol):
@@ -106,7 +105,9 @@ def _mean_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup) -> dict[str, Any]
 
 
 def _block_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup, block: int) -> Any:
-    student, other = (cs.ScoreBlock(**g.read_arrays(block, _KL_ARRAYS)) for g in (round_.scores(cs.STUDENT), teacher))
+    student, other = (
+        cs.ScoreBlock(**g.read_arrays(block, REVERSE_KL_ARRAYS)) for g in (round_.scores(cs.STUDENT), teacher)
+    )
     return scores_reverse_kl(student, other)
 
 

@@ -24,11 +24,8 @@ Departure from the source: it trains on the sampler's log-probs; here the studen
 from __future__ import annotations
 
 import gc
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,16 +35,12 @@ import torch
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, say, warn
+from pipeline.console import progress, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelError
-from pipeline.metrics import SamplerGap, scores_reverse_kl
-from pipeline.packing import check_packing
+from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.provenance import IMPORTED, created_by
-from pipeline.score import ScoreOptions, Scorer, TokenBatch, sequences
-from pipeline.score.resident import ResidentScorer
-
-_CHECKED_ROLLOUTS = 4
+from pipeline.score.session import ScoreWork
 
 IntArray = npt.NDArray[np.int64]
 
@@ -103,93 +96,6 @@ def run(
         else:
             print(f"next: redpen train RECIPE --cache {cache_url} --run DIR")
     return 0
-
-
-@dataclass(frozen=True)
-class ScoreWork:
-    """One scorer's work on a round, for any process that has the cache and the model."""
-
-    recipe: Recipe
-    cache_url: str
-    round_index: int
-    name: str
-    manifest: cs.ScoresManifest
-
-    @property
-    def cfg(self) -> ModelConfig:
-        if self.name == cs.STUDENT:
-            return self.recipe.student
-        return next(teacher for teacher in self.recipe.teacher if teacher.name == self.name)
-
-    @property
-    def gpus(self) -> int:
-        placement = self.recipe.placement(self.cfg)
-        if self.cfg.device == "cpu" or placement == "server":
-            return 0
-        return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
-
-    def group(self) -> cs.BlockGroup:
-        return cs.open(self.cache_url).round(self.round_index).scores(self.name)
-
-    def open(self) -> ScoreSession:
-        return ScoreSession(self)
-
-
-class ScoreSession:
-    """The scorer, loaded, and the round that it writes to."""
-
-    def __init__(self, work: ScoreWork):
-        self._round = cs.open(work.cache_url, writable=True).round(work.round_index)
-        self._name, self._is_student = work.name, work.name == cs.STUDENT
-        self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
-        with ExitStack() as stack:
-            self._scorer = _scorer(work, self._round, lambda tokens: self._on_progress(0, tokens), stack)
-            self._engine = stack.pop_all()
-        self._n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
-        self.batch_blocks = math.ceil(self._scorer.batch_tokens / self._n_tokens[self._n_tokens > 0].mean())
-
-    def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
-        """Score and commit blocks, as many at a time as keep the scorer busy."""
-        self._on_progress = on_progress
-        group = self._round.scores(self._name)
-        for batch in _batches(blocks, self._n_tokens, self._scorer.batch_tokens):
-            started = time.perf_counter()
-            tokens = _read(self._round, batch, with_candidates=not self._is_student)
-            scores = tokens.split(self._scorer.compute_logprobs(tokens))
-            seconds = (time.perf_counter() - started) / len(batch)
-            for index, block in enumerate(batch):
-                candidate_ids = None if tokens.candidate_ids is None else tokens.part(tokens.candidate_ids, index)
-                group.write(
-                    block,
-                    scores[index],
-                    rollouts=tokens.blocks[index],
-                    candidate_ids=candidate_ids,
-                    elapsed_seconds=seconds,
-                )
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
-    """The scorer that the recipe asks for, checked on a few rollouts; its engine, if it has one, is the stack's."""
-    recipe, cfg, options = work.recipe, work.cfg, _options(work.recipe, work.manifest)
-    if recipe.placement(cfg) in ("vllm", "server"):
-        from pipeline.score.engines import open_engine
-
-        assert isinstance(cfg, TeacherConfig)
-        return open_engine(recipe, cfg, round_, options, on_tile, stack)
-    readable = np.flatnonzero(round_.rollouts.committed())
-    sample = _shortest(round_.rollouts.read(int(readable[0])))
-    if recipe.placement(cfg) == "streamed":
-        from pipeline.score.streamed import StreamedScorer
-
-        streamed = StreamedScorer(cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
-        _say_packing(streamed.check_packing(*sample))
-        return streamed
-    model = models.load_model(cfg)
-    _say_packing(check_packing(model, *sample))
-    return ResidentScorer(model, options, on_tile=on_tile)
 
 
 def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
@@ -327,18 +233,6 @@ def _manifest(
     )
 
 
-def _options(recipe: Recipe, manifest: cs.ScoresManifest) -> ScoreOptions:
-    return ScoreOptions(
-        candidates=manifest.candidates,
-        candidate_kind=manifest.candidate_kind,
-        candidate_vocab=manifest.tokenizer.vocab_size,
-        sampling_temperature=manifest.sampling_temperature,
-        topk=manifest.topk,
-        tile_tokens=manifest.tile_tokens,
-        rows_per_chunk=recipe.score.rows_per_chunk,
-    )
-
-
 def _require_context(round_: cs.Round, blocks: IntArray, cfg: ModelConfig, facts: models.ModelFacts) -> None:
     """Refuse a model that was not made for rollouts as long as these: it would read them wrongly and say
     nothing.
@@ -357,40 +251,6 @@ def _require_context(round_: cs.Round, blocks: IntArray, cfg: ModelConfig, facts
             )
 
 
-def _shortest(rollouts: cs.RolloutBlock) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
-    """A few short rollouts of a block, as `sequences` gives them."""
-    lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-    return sequences(rollouts, np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS].tolist())
-
-
-def _say_packing(difference: float) -> None:
-    say(f"packing: a rollout among others has the log-probs it has alone, to {difference:.1g} nats")
-
-
-def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:
-    """Consecutive blocks, as many as it takes to reach `batch_tokens` response tokens."""
-    batch: list[int] = []
-    for block in blocks:
-        batch.append(block)
-        if n_tokens[batch].sum() >= batch_tokens:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _read(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> TokenBatch:
-    candidate_ids = None
-    if with_candidates:
-        student = round_.scores(cs.STUDENT)
-        candidate_ids = np.concatenate([student.read_arrays(b, ["candidate_ids"])["candidate_ids"] for b in blocks])
-    return TokenBatch(
-        blocks=tuple(round_.rollouts.read(block) for block in blocks),
-        candidate_ids=candidate_ids,
-        keys=tuple((round_.manifest.seed, round_.index, block) for block in blocks),
-    )
-
-
 def _summary(round_: cs.Round, name: str) -> str:
     """Means over the scored and trained tokens: what the scorer thinks, and its distance to the student's or, for the
     student itself, to the sampler's. Warns where that gap is more than rounding.
@@ -400,17 +260,22 @@ def _summary(round_: cs.Round, name: str) -> str:
     columns: dict[str, list[npt.NDArray[Any]]] = {"mean log-prob": [], "mean entropy": [], "reverse KL": []}
     log_ratios, candidates_told, n_unscored = [], [], 0
     for block in np.flatnonzero(group.committed()).tolist():
-        rollouts, scores = round_.rollouts.read(block), group.read(block)
-        told = (rollouts.trained == 1) & np.isfinite(scores.logprobs)
-        n_unscored += int((rollouts.trained == 1).sum() - told.sum())
+        # Not the whole block: the student's candidates alone are most of its bytes.
+        rollouts = round_.rollouts.read_arrays(block, ("trained", "rollout_logprobs"))
+        arrays = ("logprobs", "entropy", *(("sampling_logprobs",) if is_student else REVERSE_KL_ARRAYS))
+        scores = cs.ScoreBlock(**group.read_arrays(block, arrays))
+        trained = rollouts["trained"] == 1
+        told = trained & np.isfinite(scores.logprobs)
+        n_unscored += int(trained.sum() - told.sum())
         columns["mean log-prob"].append(scores.logprobs[told])
         if scores.entropy is not None:
             columns["mean entropy"].append(scores.entropy[told])
         if is_student:
-            log_ratio = (scores.sampling_logprobs - rollouts.rollout_logprobs)[told]
+            log_ratio = (scores.sampling_logprobs - rollouts["rollout_logprobs"])[told]
             log_ratios.append(log_ratio[np.isfinite(log_ratio)])
         else:
-            columns["reverse KL"].append(scores_reverse_kl(student.read(block), scores)[told])
+            read_by_student = cs.ScoreBlock(**student.read_arrays(block, REVERSE_KL_ARRAYS))
+            columns["reverse KL"].append(scores_reverse_kl(read_by_student, scores)[told])
             if scores.candidate_logprobs is not None:
                 candidates_told.append(~np.isnan(scores.candidate_logprobs[told]).ravel())
     means = {name: np.concatenate(parts).mean(dtype=np.float64) for name, parts in columns.items() if parts}
