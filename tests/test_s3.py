@@ -89,10 +89,10 @@ def groups(round_: cs.Round) -> list[cs.BlockGroup]:
 
 
 def run(*args: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, as impatient as this one."""
+    """The command in a process of its own, less patient than it is, but with a busy machine."""
     code = (
-        f"import sys; from cache_schema import s3; s3.RETRY_SECONDS, s3.PATIENCE_SECONDS = {RETRY_SECONDS}, "
-        f"{PATIENCE_SECONDS}; from pipeline.cli import main; sys.exit(main())"
+        "import sys; from cache_schema import s3; s3.RETRY_SECONDS, s3.PATIENCE_SECONDS = 4, 2; "
+        "from pipeline.cli import main; sys.exit(main())"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *args],
@@ -200,7 +200,7 @@ def test_server_dies_in_mid_run(proxy: s3_server.Proxy, local: Path, url: str) -
         assert process.returncode == 1 and "Traceback" not in out + err
         assert len(lines) == 2, err
         waiting, failed = lines
-        assert waiting == f"cache {url}: no answer from {proxy.url} for 1 s, trying on"
+        assert waiting == f"cache {url}: no answer from {proxy.url} for 2 s, trying on"
         assert err.splitlines()[-1] == failed
         assert re.search(r"^redpen: .*cannot write block \d.* cannot be reached \(Connection refused\); ", failed)
         assert failed.endswith("then run the same command again (committed blocks are untouched)")
@@ -259,7 +259,7 @@ def test_a_silent_server_is_mentioned_once(
         f"cache {url}: no answer from SERVER for 1 s, trying on",
         f"cache {url}: SERVER answers again",
     ] * (len(caplog.records) // 2)
-    assert len(caplog.records) <= 4  # commits, then arrays; not one for each
+    assert 2 <= len(caplog.records) <= 8  # for the commits and for the arrays, not for each of seven requests
 
 
 def test_ctrl_c_does_not_wait_for_a_silent_server(proxy: s3_server.Proxy, url: str) -> None:
