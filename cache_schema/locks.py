@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: A lease is renewed six times in this time, and is over when it was not.
 LEASE_SECONDS = 120.0
 
+#: Tokens of the leases that this process holds. One that it could not give back is not held.
+_held: set[str] = set()
+
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +74,8 @@ def leased(server: s3.Server, command: str) -> Iterator[None]:
 
 class _Lease:
     def __init__(self, server: s3.Server, holder: dict[str, Any]):
-        self._server, self._holder = server, holder | {"machine": _machine(), "token": secrets.token_hex(8)}
+        self._token = secrets.token_hex(8)
+        self._server, self._holder = server, holder | {"machine": _machine(), "token": self._token}
         self._tag: str | None = None
         self._renewed = 0.0
 
@@ -100,11 +104,13 @@ class _Lease:
                     )
                 watched = tag
                 await asyncio.sleep(LEASE_SECONDS / 12)
+        _held.add(self._token)
         self._server.lost_to = None
         self._renewal = asyncio.create_task(self._renew())
 
     async def release(self) -> None:
         self._renewal.cancel()
+        _held.discard(self._token)
         surely_ours = time.monotonic() - self._renewed < LEASE_SECONDS / 2 and self._server.lost_to is None
         if surely_ours:
             with contextlib.suppress(OSError, TimeoutError):  # or it ends by itself
@@ -128,7 +134,7 @@ class _Lease:
             self._tag = await self._server.put_lock(body, mode)
         except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
             holder, tag, _ = await self._found()
-            if holder.get("token") != self._holder["token"]:
+            if holder.get("token") != self._token:
                 return False
             self._tag = tag  # our own write, whose answer was lost
         self._renewed = started
@@ -157,6 +163,8 @@ def _lives(holder: dict[str, Any]) -> bool | None:
     pid = holder.get("pid")
     if _machine() is None or holder.get("machine") != _machine() or not isinstance(pid, int):
         return None
+    if pid == os.getpid():
+        return holder.get("token") in _held
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
