@@ -497,7 +497,7 @@ def test_a_stale_cache_ends_a_run_with_code_3(
     strict = recipe("train.stale_ess=0.9999", "train.stop_window=1", "train.learning_rate=0.01")
     for _ in range(2):  # the second time it only says so again
         assert stage.run(strict, str(toy_cache), tmp_path / "run") == 3
-        assert "stale after 3 steps: the effective sample size is" in capsys.readouterr().out
+        assert "stale after 2 steps: the effective sample size is" in capsys.readouterr().out
 
 
 # -- caches that do not fit ---------------------------------------------------------------------------------------
