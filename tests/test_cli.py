@@ -138,7 +138,8 @@ def test_stage_gets_what_was_asked_for(command: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, f"pipeline.{command}", package)
     extra = {"rollouts": [], "score": ["--only", "student"], "train": ["--run", "r"]}[command]
     assert cli.main([command, "toy", "--cache", "c", "--round", "2", "--set", "train.steps=7", *extra]) == 3
-    assert seen["recipe"].train.steps == 7 and seen["options"] == {"round_index": 2}
+    workers = {} if command == "train" else {"launcher": None, "n_workers": None}
+    assert seen["recipe"].train.steps == 7 and seen["options"] == {"round_index": 2} | workers
     assert seen["args"] == ("c", *extra[1:])
 
 
