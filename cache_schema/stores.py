@@ -15,11 +15,12 @@ from .s3 import S3Store, open_s3
 
 
 def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
+    """The store at `location`, and what to call it. Raises `StorageError`, `NotACacheError`."""
     if isinstance(location, Store):
         return location if writable else location.with_read_only(True), str(location)
     label = os.fspath(location)
     scheme, separator, rest = label.partition("://")
-    if scheme == "s3":
+    if separator and scheme == "s3":
         return open_s3(label, read_only=not writable), label
     if separator and scheme != "file":
         raise StorageError(

@@ -380,6 +380,11 @@ def test_half_created_round_is_created_again(tmp_path: Path) -> None:
     assert cache.start_round(factory.round_manifest(records), records).index == 0
 
 
+def test_a_directory_may_be_called_like_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cs.create("s3").path == Path("s3")
+
+
 def test_location_errors(tmp_path: Path) -> None:
     with pytest.raises(cs.NotACacheError, match="nothing is there"):
         cs.open(tmp_path / "none")

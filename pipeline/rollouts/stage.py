@@ -11,8 +11,8 @@ Departures from the source: temperature 1 instead of 0.3 by default, since tempe
 student's support; a model's own generation defaults (top_k, penalties) never apply, so that q is what the
 recipe says.
 
-    redpen rollouts RECIPE --cache CACHE
-    python -m pipeline rollouts RECIPE --cache CACHE
+    redpen rollouts RECIPE --cache CACHE [--launcher ray [--workers N]]
+    torchrun --nproc-per-node N -m pipeline rollouts RECIPE --cache CACHE
 """
 
 from __future__ import annotations

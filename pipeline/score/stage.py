@@ -17,8 +17,8 @@ is whole, so neither a kill nor its place in a batch moves a bit.
 
 Departure from the source: it trains on the sampler's log-probs; here the student's are computed again.
 
-    redpen score RECIPE --cache CACHE [--only NAME]
-    python -m pipeline score RECIPE --cache CACHE
+    redpen score RECIPE --cache CACHE [--only NAME] [--launcher ray [--workers N]]
+    torchrun --nproc-per-node N -m pipeline score RECIPE --cache CACHE
 """
 
 from __future__ import annotations
