@@ -23,7 +23,7 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import cache_schema as cs
@@ -104,7 +104,7 @@ class Team:
         """What the leader finds, on every rank. Where the leader fails, all end; its line says why."""
         if self.store is None:
             return find()
-        key = f"redpen/{next(self._calls)}"
+        key = str(next(self._calls))
         if self.leads:
             told = b""
             try:
@@ -125,7 +125,7 @@ class Team:
     def meet(self, check: Callable[[], object] = lambda: None) -> None:
         """Wait for every rank; what `check` raises meanwhile ends that."""
         if self.store is not None:
-            key = f"redpen/{next(self._calls)}"
+            key = str(next(self._calls))
             with _same_job():
                 self.store.add(key, 1)
                 while self.store.add(key, 0) < self.size:
@@ -228,7 +228,9 @@ def _ranks() -> Team:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     # a store, not a process group: waiting for it can be interrupted, and a vLLM engine has its own group
     with _same_job():
-        store = next(rendezvous("env://"))[0]
+        store: Store = next(rendezvous("env://"))[0]
+    # `--max-restarts` brings new ranks to the same store
+    store = PrefixStore(f"redpen/{WORLD_SIZE}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or that engine looks for its peers in torchrun's store
     return Team(RANK, WORLD_SIZE, store)
 
