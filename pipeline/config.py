@@ -38,6 +38,10 @@ class ModelConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    quantisation: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: linear layers in 4 bits while loading (extra quant); default: as the checkpoint",
+    )
 
 
 class TeacherConfig(ModelConfig):
@@ -146,15 +150,38 @@ class VllmConfig(Section):
 class TrainConfig(Section):
     """Stage two."""
 
-    loss: Literal["reverse_kl", "importance_sampling"] = Field(
+    loss: Literal["reverse_kl", "importance_sampling", "forward_kl", "jsd", "mixed_kl"] = Field(
         default="reverse_kl",
-        description="reverse_kl: candidates + rest; importance_sampling: the source's four lines",
+        description="reverse_kl, forward_kl, jsd: over candidates + rest; mixed_kl: of reverse and forward; "
+        "importance_sampling: the policy gradient on the sampled token",
+    )
+    jsd_beta: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="jsd: weight of the teacher in the mixture, as in GKD; 0 forward, 1 reverse",
+    )
+    forward_weight: float = Field(
+        default=0.5, ge=0, le=1, description="mixed_kl: share of forward KL; reverse KL has the rest"
     )
     advantage: Literal["current", "cached"] = Field(
         default="current",
         description="importance sampling: advantage by the current student, or as cached (one pass only)",
     )
     advantage_clip: float = Field(default=10.0, gt=0, description="bound on the absolute advantage, nats")
+    ratio_truncation: float | None = Field(
+        default=None, ge=1, description="importance sampling: larger ratios count as this; default: as they are"
+    )
+    ppo_clip: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="importance sampling: PPO's epsilon, the ratio clipped to 1 +- it; default: off",
+    )
+    behaviour_correction: bool = Field(
+        default=False,
+        description="importance sampling: ratios against the distribution really sampled from (rollout_logprobs)",
+    )
     steps: int = Field(default=150, ge=1, description="optimizer steps at most")
     prompts_per_step: int = Field(
         default=64, ge=1, description="prompts, each with all its rollouts, in a global batch"
@@ -165,6 +192,10 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW betas")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: its moments in 8 bits (extra quant; one GPU or ddp)"
+    )
+    method: Literal["lora", "full"] = Field(default="lora", description="lora: an adapter; full: every weight")
     lora_rank: int = Field(default=128, ge=1, le=4096, description="LoRA rank; 32 or more is advised")
     lora_alpha: float = Field(default=32.0, gt=0, description="LoRA updates are scaled by lora_alpha / lora_rank")
     lora_targets: Literal["all-linear"] | list[str] = Field(
@@ -177,6 +208,9 @@ class TrainConfig(Section):
     rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
     gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in backward: slower, far less memory"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="under torchrun; ddp: a student on each GPU; fsdp: one in shards over all of them"
     )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of the replay order and the new LoRA weights")
     shuffle_window_blocks: int = Field(default=8, ge=1, description="blocks whose prompts are shuffled together")
@@ -192,7 +226,45 @@ class TrainConfig(Section):
         lt=1,
         description="effective sample size, as a fraction, below which the cache is stale; 0: off",
     )
-    teacher: str | None = Field(default=None, description="name of the teacher to learn from; default: the only one")
+    heldout_metric: Literal["reverse_kl", "accuracy"] | None = Field(
+        default=None,
+        description="measured while training: reverse_kl on prompts of the round that are held back, or greedy "
+        "accuracy on eval.path; the best checkpoint by it becomes the adapter; default: none",
+    )
+    heldout_every: int = Field(default=10, ge=1, description="steps between measurements of heldout_metric")
+    heldout_prompts: int = Field(default=64, ge=1, description="prompts to measure it on")
+    heldout_patience: int = Field(
+        default=3, ge=1, description="measurements in a row without a new best that end training: a plateau"
+    )
+    teacher: str | list[str] | None = Field(
+        default=None, description="name of the teacher to learn from, or a list of several; default: the only one"
+    )
+    mixture: Literal["arithmetic", "geometric"] = Field(
+        default="arithmetic", description="several teachers: mean of their probabilities, or of their log-probs"
+    )
+    teacher_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="several teachers: weight by name; default: equal"
+    )
+    route: dict[str, str] = Field(
+        default_factory=dict,
+        description="the one teacher for prompts of a source, by source, e.g. { math = 'big', '*' = 'base' }; "
+        "default: the mixture",
+    )
+
+
+class SelectConfig(Section):
+    """Which of the cached response tokens stage two trains on; the cache itself is never changed."""
+
+    first_tokens: int | None = Field(default=None, ge=1, description="only the first so many of a response")
+    special_tokens: bool = Field(default=True, description="the tokenizer's special tokens, stop tokens aside")
+    eos: bool = Field(default=True, description="the stop token that ends a response")
+    truncated: bool = Field(default=True, description="responses that were cut at the length limit")
+    entropy_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="only this share of a step's tokens, those of the highest student entropy",
+    )
 
 
 class EvalConfig(Section):
@@ -237,6 +309,7 @@ class Recipe(Section):
     score: ScoreConfig = Field(default=ScoreConfig(), description="scoring")
     vllm: VllmConfig = Field(default=VllmConfig(), description="the vLLM engine, where it samples or scores")
     train: TrainConfig = Field(default=TrainConfig(), description="training")
+    select: SelectConfig = Field(default=SelectConfig(), description="which tokens are trained on")
     eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
 
     @model_validator(mode="before")
@@ -256,11 +329,27 @@ class Recipe(Section):
                 f'rollouts.top_p must be 1 for train.loss = "importance_sampling", got {self.rollouts.top_p}: tokens '
                 'outside the nucleus have no ratio; set it to 1 or train.loss = "reverse_kl"'
             )
-        if self.train.loss == "reverse_kl" and self.train.advantage != "current":
+        if self.train.loss != "importance_sampling":
+            defaults = TrainConfig()
+            for name in ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction"):
+                if (value := getattr(self.train, name)) != getattr(defaults, name):
+                    raise ValueError(
+                        f'train.{name} = {value!r} belongs to train.loss = "importance_sampling", '
+                        f'got "{self.train.loss}", which does not use it'
+                    )
+        sharded, in_bits = self.train.parallel == "fsdp", self.student.quantisation or self.train.optimizer
+        if sharded and in_bits != "adamw":
             raise ValueError(
-                f'train.advantage = "{self.train.advantage}" belongs to train.loss = "importance_sampling", '
-                'got "reverse_kl", which has none'
+                f'train.parallel = "fsdp" with {in_bits} corrupts weights or memory without an error '
+                '(bitsandbytes #1633, accelerate #3983); use "ddp", or neither nf4 nor adamw_8bit'
             )
+        if self.train.method == "full" and self.student.quantisation:
+            raise ValueError(
+                f'train.method = "full" cannot train weights in {self.student.quantisation}; '
+                'set it to "lora" or leave student.quantisation out'
+            )
+        if self.train.heldout_metric == "accuracy" and self.eval.path is None:
+            raise ValueError('train.heldout_metric = "accuracy" needs eval.path: prompts with an answer')
         if (
             self.rollouts.engine == "vllm"
             and self.rollouts.temperature != 0

@@ -34,23 +34,22 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
 from pipeline import models
-from pipeline.config import Recipe, TrainConfig
+from pipeline.config import Recipe
 from pipeline.console import progress, say, warn
-from pipeline.errors import ConfigError, ModelError
 from pipeline.signals import graceful
-from pipeline.train import checkpoint, ledger, lora
+from pipeline.train import checkpoint, inputs, ledger, lora
 from pipeline.train.objective import Objective
 from pipeline.train.replay import Batch, Order, Replay
 from pipeline.train.run_directory import Result, RunDirectory, cache_identity, open_run
+from pipeline.train.stopping import Memory, verdict
 from pipeline.train.trainer import Trainer
 
-EXIT_STALE = 3
 _CHECKED_ROLLOUTS = 4
 
 
@@ -62,17 +61,17 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
     """
     train = recipe.train
     round_ = cs.open(cache_url).round(round_index)
-    teacher = _teacher_name(recipe, round_, cache_url)
-    _check_scored(round_, teacher, cache_url)
-    _check_replay(recipe, round_, cache_url)
+    teacher = inputs.teacher_name(recipe, round_, cache_url)
+    inputs.check_scored(round_, teacher, cache_url)
+    inputs.check_replay(recipe, round_, cache_url)
     with open_run(run_dir, recipe, cache_identity(cache_url, round_, teacher)) as run:
         if run.result is not None:
             print(f"{run.path} is finished: {run.result.sentence}")
             return run.result.exit_code
         scores = round_.scores(teacher).manifest
         assert isinstance(scores, cs.ScoresManifest)
-        _check_candidates(recipe, scores, teacher)
-        _check_student(recipe, round_, cache_url)
+        inputs.check_candidates(recipe, scores, teacher)
+        inputs.check_student(recipe, round_, cache_url)
         order = Order(
             round_.n_prompts,
             round_.manifest.prompts_per_block,
@@ -100,15 +99,6 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
     print(result.sentence)
     print(f"adapter: {run.adapter}")
     return result.exit_code
-
-
-@dataclass
-class Memory:
-    """What a run remembers beside weights and optimizer: the gauges of its last steps, and what training has cost."""
-
-    window: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
 
 
 def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) -> Result:
@@ -152,34 +142,6 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) 
     return result
 
 
-def verdict(train: TrainConfig, step: int, window: list[dict[str, float]]) -> Result | None:
-    """Whether, and how, training ends after `step` steps; `window` holds the gauges of the last of them."""
-    n = len(window)
-    reverse_kl, ess = (sum(gauges[key] for gauges in window) / max(n, 1) for key in ("reverse_kl", "ess"))
-    over = f"mean of the last {n} step{'s' * (n != 1)}"
-    if n == train.stop_window and reverse_kl < train.stop_reverse_kl:
-        return Result(
-            step,
-            f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token "
-            f"({over}), below {train.stop_reverse_kl:g}; new rollouts are needed to learn more",
-            0,
-        )
-    if n == train.stop_window and ess < train.stale_ess:
-        return Result(
-            step,
-            f"stale after {step} steps: the effective sample size is {ess:.3f} of the tokens ({over}), below "
-            f"{train.stale_ess:g}; the student has left the one that sampled this cache, sample a new round from it",
-            EXIT_STALE,
-        )
-    if step >= train.steps:
-        return Result(
-            step,
-            f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})",
-            0,
-        )
-    return None
-
-
 def _resume(run: RunDirectory, trainer: Trainer) -> Memory:
     """Put the trainer where the last whole checkpoint is, and the curve with it."""
     found = checkpoint.latest(run.checkpoints, warn)
@@ -220,91 +182,6 @@ def _curves(run: RunDirectory, step: int) -> Iterator[Any]:
         yield draw
     finally:
         writer.close()
-
-
-# -- what must fit together before anything is loaded -----------------------------------------------------------
-
-
-def _teacher_name(recipe: Recipe, round_: cs.Round, cache_url: str) -> str:
-    """The scores to learn from: `train.teacher`, or the only ones there are."""
-    scored, wanted = round_.teacher_names(), recipe.train.teacher
-    where = f"cache {cache_url} round {round_.index}"
-    if cs.STUDENT not in round_.scorer_names() or not scored:
-        raise cs.CacheError(f"{where}: not scored yet; run `redpen score RECIPE --cache {cache_url}`")
-    if wanted is None and len(scored) > 1:
-        raise ConfigError(f"train.teacher: {where} is scored by {', '.join(scored)}; say which one to learn from")
-    if wanted is not None and wanted not in scored:
-        raise ConfigError(
-            f"train.teacher = {wanted!r}: {where} is scored by {', '.join(scored)}; "
-            f"run `redpen score RECIPE --cache {cache_url} --only {wanted}`"
-        )
-    return wanted or scored[0]
-
-
-def _check_scored(round_: cs.Round, teacher: str, cache_url: str) -> None:
-    """Training needs every block of the rollouts, the student's scores and the teacher's."""
-    groups = {"rollouts": round_.rollouts, "student": round_.scores(cs.STUDENT), teacher: round_.scores(teacher)}
-    for name, group in groups.items():
-        done = int(group.committed().sum())
-        if done < round_.n_blocks:
-            what = "sampled" if name == "rollouts" else f"scored by {name!r}"
-            command = "rollouts" if name == "rollouts" else "score"
-            raise cs.UncommittedError(
-                f"cache {cache_url} round {round_.index}: {done} of {round_.n_blocks} blocks are {what}; "
-                f"`redpen {command} RECIPE --cache {cache_url}` does the rest"
-            )
-
-
-def _check_candidates(recipe: Recipe, scores: cs.ScoresManifest, teacher: str) -> None:
-    """A teacher that told of the sampled token alone allows no divergence over candidates."""
-    if scores.candidates or scores.topk:
-        return
-    if recipe.train.loss == "reverse_kl":
-        raise ConfigError(
-            f'train.loss = "reverse_kl": the scores by {teacher!r} hold no candidates (engine {scores.engine}); '
-            'set it to "importance_sampling", or let the teacher score the cache itself under another name'
-        )
-    warn(
-        f"the scores by {teacher!r} hold no candidates: reverse KL is measured over the sampled token and everything "
-        "else, a low bound; set train.stop_reverse_kl = 0 to train through"
-    )
-
-
-def _check_replay(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
-    """What the loss needs of how this round was sampled, whatever the recipe says of sampling."""
-    recipe.check_single_use(round_.n_prompts)
-    sampled = round_.manifest
-    if recipe.train.loss != "importance_sampling":
-        return
-    where = f"cache {cache_url} round {round_.index} was sampled at"
-    if sampled.top_p < 1:
-        raise ConfigError(
-            f'train.loss = "importance_sampling": {where} top_p {sampled.top_p:g}, and tokens outside the nucleus '
-            'have no ratio; set it to "reverse_kl", or sample a round at top_p 1'
-        )
-    if sampled.temperature != 1 and recipe.rollouts.temperature == 1:  # else the recipe has warned already
-        warn(f"{where} temperature {sampled.temperature:g}: importance sampling then raises the on-policy reverse KL")
-
-
-def _check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
-    """The student must be the one that sampled the rollouts, and should be read in the type it was scored in."""
-    cached, now = round_.manifest.student, models.model_identity(recipe.student)
-    differing = [
-        f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's {getattr(now, field)} ({now.name})"
-        for field in ("digest", "adapter_digest")
-        if getattr(cached, field) != getattr(now, field)
-    ]
-    if differing:
-        raise ModelError(
-            f"cache {cache_url} round {round_.index} is another student's: it has {'; '.join(differing)}; "
-            "set student.model and student.adapter to that student, or sample a cache of this one"
-        )
-    scored, dtype = round_.scores(cs.STUDENT).manifest.dtype, models.model_facts(recipe.student).dtype
-    if scored != dtype:
-        warn(
-            f"student.dtype: the student was scored in {scored} and is trained in {dtype}; "
-            "importance ratios then also hold the difference of their roundings"
-        )
 
 
 def _base_name(recipe: Recipe) -> str:
