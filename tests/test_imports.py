@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange"}
-ENTRY_POINTS = {"cli", "__main__"}
-#: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer.
-BORROWS = {"evaluate": {"rollouts", "score"}}
+ENTRY_POINTS = {"cli", "__main__", "api", "plan"}
+#: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer; training may watch
+#: evaluation's accuracy.
+BORROWS = {"evaluate": {"rollouts", "score"}, "train": {"evaluate"}}
 LIGHT = (
     "cache_schema",
     "pipeline",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import cache_schema as cs
 from pipeline.train import replay
-from pipeline.train.replay import Order, Replay, deal, pack_rows
+from pipeline.train.packs import deal, pack_rows
+from pipeline.train.replay import Order, Replay
 
 COLUMNS = {"student": ("logprobs", "candidate_ids"), "teacher": ("logprobs", "candidate_logprobs", "rest_logprob")}
 
@@ -78,13 +79,13 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(drawn) == 6
 
 
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 80))
-def test_packs_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    packs = pack_rows(lengths, budget)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 80), st.integers(1, 5))
+def test_packs_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, ranks: int) -> None:
+    packs = pack_rows(lengths, budget, ranks)
     assert sorted(row for pack in packs for row in pack) == list(range(len(lengths)))
     for pack in packs:
         assert sum(lengths[row] for row in pack) <= budget or len(pack) == 1
-    assert packs == pack_rows(lengths, budget)
+    assert packs == pack_rows(lengths, budget, ranks)
 
 
 def test_packs_are_well_filled() -> None:
@@ -93,6 +94,20 @@ def test_packs_are_well_filled() -> None:
     lengths = np.clip(rng.lognormal(6.5, 0.8, 256), 50, 4096).astype(int).tolist()
     packs = pack_rows(lengths, 8192)
     assert sum(lengths) / (8192 * len(packs)) > 0.97
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_are_loaded_evenly(world: int) -> None:
+    """Else the others wait: with packs dealt as they are full, the last ones are on some ranks only."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6.5, 0.8, 256), 50, 4096).astype(int).tolist()
+    packs = pack_rows(lengths, 8192, world)
+    loads = [sum(lengths[r] for pack in deal(packs, rank, world) if pack for r in pack) for rank in range(world)]
+    assert sum(loads) / world / max(loads) > 0.98
+
+
+def test_a_step_that_fits_one_pack_is_shared_by_all_ranks() -> None:
+    assert sorted(map(len, pack_rows([10] * 8, 8192, 4))) == [2, 2, 2, 2]
 
 
 @given(st.integers(0, 12), st.integers(1, 5))

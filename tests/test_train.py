@@ -21,7 +21,7 @@ import pipeline.score.stage
 from pipeline import models
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.train import ledger, lora, stage, stopping
+from pipeline.train import ledger, lora, stage
 from pipeline.train.objective import Objective
 from pipeline.train.replay import Batch, Order, Replay
 from pipeline.train.trainer import Trainer, learning_rate
@@ -459,27 +459,6 @@ def test_a_full_disk_is_one_line(toy_cache: Path, tmp_path: Path, monkeypatch: p
 
 
 # -- how training ends --------------------------------------------------------------------------------------------
-
-
-def gauges(*values: tuple[float, float]) -> list[dict[str, float]]:
-    return [{"reverse_kl": kl, "ess": ess} for kl, ess in values]
-
-
-def test_verdicts(recipe: Make) -> None:
-    train = recipe("train.stop_reverse_kl=0.002", "train.stop_window=2", "train.stale_ess=0.5").train
-    low, high = (0.0015, 0.9), (0.1, 0.9)
-    assert stopping.verdict(train, 1, gauges(low)) is None, "one step is not a window"
-    assert stopping.verdict(train, 3, gauges(low, high)) is None
-    done = stopping.verdict(train, 3, gauges(low, low))
-    assert (
-        done is not None and done.exit_code == 0 and done.sentence.startswith("round done after 3 steps: reverse KL")
-    )
-    stale = stopping.verdict(train, 4, gauges((0.1, 0.4), (0.1, 0.5)))
-    assert stale is not None and stale.exit_code == 3 and "0.450 of the tokens" in stale.sentence
-    ended = stopping.verdict(train, 5, gauges(high, high))
-    assert ended is not None and ended.exit_code == 0 and ended.sentence.startswith("max steps: 5 done")
-    off = recipe("train.stop_reverse_kl=0").train
-    assert stopping.verdict(off, 3, gauges(*[(0.0, 0.0)] * off.stop_window)) is None
 
 
 def test_a_run_stops_when_the_round_is_done(

@@ -34,18 +34,15 @@ from pipeline import models
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import progress, warn
 from pipeline.errors import ConfigError, ModelNotFoundError, RedpenError
-from pipeline.evaluate.answers import Estimate, extract_answer, mean_per_token, share_right
+from pipeline.evaluate.accuracy import answer_of, generating, greedy_sampling, right_answers
+from pipeline.evaluate.answers import Estimate, mean_per_token, share_right
 from pipeline.evaluate.table import show
 from pipeline.metrics import scores_reverse_kl
-from pipeline.packing import ATTENTION
 from pipeline.prompts import load_prompts, prompts_sha256, render_all
-from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.rollouts import PromptBlock
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.score import ScoreOptions, TokenBatch
 from pipeline.score.resident import ResidentScorer
-
-# Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
-_EVALUATION = -1
 
 
 @dataclass(frozen=True)
@@ -122,11 +119,10 @@ def run(
     figures: dict[str, dict[str, Any]] = {label: {} for label in responses}
     for label, done in responses.items():
         if with_answer:
-            right = {
-                "greedy": _right(done.greedy, records, with_answer, tokenizer, settings.answer_pattern),
-                "sampled": _right(done.sampled, records, with_answer, tokenizer, settings.answer_pattern),
-            }
-            figures[label] |= {name: asdict(share_right(values)) for name, values in right.items()}
+            answers = [answer_of(record) for record in records]
+            for name, rollouts in (("greedy", done.greedy), ("sampled", done.sampled)):
+                right_PS = right_answers(rollouts, answers, tokenizer, settings.answer_pattern)
+                figures[label][name] = asdict(share_right(right_PS[with_answer]))
         figures[label] |= {
             "response_tokens": float(done.sampled.response_length.mean()),
             "truncated": float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean()),
@@ -221,15 +217,7 @@ def _respond(
 ) -> Responses:
     """Everything that needs this student in memory."""
     recipe, settings = job.recipe, job.recipe.eval
-    greedy = Sampling(
-        temperature=0.0,
-        top_p=1.0,
-        stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
-        rollouts_per_prompt=1,
-        max_response_tokens=settings.max_response_tokens or recipe.rollouts.max_response_tokens,
-        seed=recipe.rollouts.seed,
-        round_index=_EVALUATION,
-    )
+    greedy = greedy_sampling(recipe, cfg, tokenizer)
     sampled = replace(greedy, temperature=settings.temperature, rollouts_per_prompt=settings.samples)
     fresh = sampled if settings.temperature == 1 else replace(greedy, temperature=1.0)
     wanted = {"greedy": greedy, "sampled": sampled}
@@ -237,9 +225,8 @@ def _respond(
         wanted["fresh"] = fresh
 
     model = models.load_model(cfg)
-    _set_attention(model, "sdpa")
     total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling in wanted.values())
-    with progress(f"{label}: responses", total, "responses") as bar:
+    with progress(f"{label}: responses", total, "responses") as bar, generating(model):
 
         def count(ended: int, _: int) -> None:
             bar.advance(ended)
@@ -253,7 +240,6 @@ def _respond(
     rollouts.setdefault("fresh", rollouts["sampled"])
     scores = None
     if job.teacher is not None:
-        _set_attention(model, ATTENTION)
         known = min(models.tokenizer_identity(tokenizer, cfg.model).vocab_size, models.model_facts(cfg).vocab_size)
         options = _options(job.recipe, min(settings.candidates, known), known)
         scores = _read(model, rollouts["fresh"], None, options, f"{label}: reading")
@@ -296,28 +282,6 @@ def _read(
         on_tile: Callable[[int], None] = bar.advance
         scorer = ResidentScorer(model, options, on_tile=on_tile)
         return scorer.compute_logprobs(TokenBatch((rollouts,), candidate_ids))
-
-
-def _right(
-    rollouts: cs.RolloutBlock,
-    records: list[dict[str, Any]],
-    with_answer: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    pattern: str | None,
-) -> Any:
-    """bool [P, S] over the prompts that have an answer."""
-    texts = tokenizer.batch_decode(
-        [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
-    )
-    answers = [records[i].get("answer") for i in rollouts.row_prompt]
-    right = [extract_answer(t, pattern) == str(a).strip() for t, a in zip(texts, answers, strict=True)]
-    return np.array(right).reshape(len(records), -1)[with_answer]
-
-
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """Generation pads and keeps keys and values, reading packs: two attention functions of one model."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(name)
 
 
 def _free() -> None:

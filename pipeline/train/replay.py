@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
+from pipeline.train.packs import deal, pack_rows
 
 Array = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
@@ -197,7 +198,7 @@ class Batch:
 
     def micro_batches(self, tokens_per_microbatch: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
         """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
-        packs = pack_rows([rollout.n_tokens for rollout, _ in self.distinct], tokens_per_microbatch)
+        packs = pack_rows([rollout.n_tokens for rollout, _ in self.distinct], tokens_per_microbatch, world)
         shares = []
         for pack in deal(packs, rank, world):
             if pack is None:
@@ -207,30 +208,6 @@ class Batch:
                 rollouts, copies = zip(*(self.distinct[i] for i in pack), strict=True)
                 shares.append(MicroBatch(rollouts, copies))
         return shares
-
-
-def pack_rows(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: rows in packs of at most `budget` tokens; a row that is longer has a pack to itself.
-
-    Deterministic; rows within a pack are in ascending order.
-    """
-    packs: list[list[int]] = []
-    room: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fit = next((i for i, free in enumerate(room) if lengths[row] <= free), None)
-        if fit is None:
-            packs.append([])
-            room.append(budget)
-            fit = len(packs) - 1
-        packs[fit].append(row)
-        room[fit] -= lengths[row]
-    return [sorted(pack) for pack in packs]
-
-
-def deal(packs: Sequence[list[int]], rank: int, world: int) -> list[list[int] | None]:
-    """Packs of one rank, every `world`-th; None pads ranks that are short of one, so that all have as many."""
-    mine: list[list[int] | None] = list(packs[rank::world])
-    return mine + [None] * (-(-len(packs) // world) - len(mine))
 
 
 class Replay:

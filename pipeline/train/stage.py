@@ -117,7 +117,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) 
     batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
     bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
     with graceful() as stop, batches as stream, _curves(run, trainer.step) as curve, bar as shown:
-        while (result := verdict(train, trainer.step, memory.window)) is None:
+        while (result := verdict(train, trainer.step, memory)) is None:
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started

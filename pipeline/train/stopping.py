@@ -12,36 +12,55 @@ EXIT_STALE = 3
 
 @dataclass
 class Memory:
-    """What a run remembers beside weights and optimizer: the gauges of its last steps, and what training has cost."""
+    """What a run remembers beside weights and optimizer; it is part of every checkpoint.
+
+    Attributes:
+        window: the gauges of the last steps.
+        heldout: `train.heldout_metric` by the step after which it was measured (text, as JSON keys are).
+        seconds, tokens: what training has cost; tokens include prompts.
+    """
 
     window: list[dict[str, float]] = field(default_factory=list)
+    heldout: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
 
 
-def verdict(train: TrainConfig, step: int, window: list[dict[str, float]]) -> Result | None:
-    """Whether, and how, training ends after `step` steps; `window` holds the gauges of the last of them."""
-    n = len(window)
-    reverse_kl, ess = (sum(gauges[key] for gauges in window) / max(n, 1) for key in ("reverse_kl", "ess"))
+def best_step(train: TrainConfig, memory: Memory) -> int | None:
+    """The first step with the best held-out metric; None before the first measurement."""
+    sign = -1.0 if train.heldout_metric == "accuracy" else 1.0
+    return min((int(step) for step in memory.heldout), key=lambda s: (sign * memory.heldout[str(s)], s), default=None)
+
+
+def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
+    """Whether, and how, training ends after `step` steps. Exit code 0, or `EXIT_STALE`."""
+    n, best = len(memory.window), best_step(train, memory)
+    full = n == train.stop_window
+    reverse_kl, ess = (sum(gauges[key] for gauges in memory.window) / max(n, 1) for key in ("reverse_kl", "ess"))
     over = f"mean of the last {n} step{'s' * (n != 1)}"
-    if n == train.stop_window and reverse_kl < train.stop_reverse_kl:
-        return Result(
-            step,
+    code, kept, since = 0, "", 0
+    if best is not None:
+        since = sum(int(measured) > best for measured in memory.heldout)
+        value = memory.heldout[str(best)]
+        told = f"accuracy {value:.1%}" if train.heldout_metric == "accuracy" else f"reverse KL {value:.5f}"
+        kept = f"; the result is step {best}, the best by held-out {told}"
+    if full and reverse_kl < train.stop_reverse_kl:
+        sentence = (
             f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token "
-            f"({over}), below {train.stop_reverse_kl:g}; new rollouts are needed to learn more",
-            0,
+            f"({over}), below {train.stop_reverse_kl:g}; new rollouts are needed to learn more"
         )
-    if n == train.stop_window and ess < train.stale_ess:
-        return Result(
-            step,
+    elif full and ess < train.stale_ess:
+        code = EXIT_STALE
+        sentence = (
             f"stale after {step} steps: the effective sample size is {ess:.3f} of the tokens ({over}), below "
-            f"{train.stale_ess:g}; the student has left the one that sampled this cache, sample a new round from it",
-            EXIT_STALE,
+            f"{train.stale_ess:g}; the student has left the one that sampled this cache, sample a new round from it"
         )
-    if step >= train.steps:
-        return Result(
-            step,
-            f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})",
-            0,
+    elif since >= train.heldout_patience:
+        sentence = f"plateau after {step} steps: no better in the last {since} measurements"
+    elif step >= train.steps:
+        sentence = (
+            f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})"
         )
-    return None
+    else:
+        return None
+    return Result(step, sentence + kept, code)
