@@ -7,11 +7,15 @@ The attention function registered with transformers as "redpen_packed" never bui
 kernel on CUDA in half precision, else by causal SDPA over a few batches of sequences of similar length, padded on
 the right, where causal attention does not look. Without one, as in `model(input_ids)` or `generate`, it is ordinary
 causal attention.
+
+Rollouts of one prompt may share it: the prompt is then one sequence, each response another, whose keys are the
+prompt's followed by its own. That is what each would see with a copy of the prompt before it, at the price of one.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,11 +45,23 @@ _QUERY_BLOCK = 512
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sequences of similar length: `rows` [count * length] into S, padded with each sequence's last row."""
+    """Sequences of similar length: `rows` [count * length] into S, padded with each sequence's last row.
+
+    `key_rows` [count * (prefix + length)] are those of their keys, of which the queries are the last.
+    """
 
     rows: Tensor
+    key_rows: Tensor
     count: int
-    length: int
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Whose keys each sequence sees, for the varlen kernel: rows into S end to end, as `PackPlan` has its queries."""
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 @dataclass(frozen=True)
@@ -58,42 +74,67 @@ class PackPlan:
         batches: for SDPA.
         order: [S], where each packed token's row is in the batches' outputs end to end; None if that is the packed
             order itself (one batch of equally long sequences).
+        keys: None where every sequence sees itself alone.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     batches: tuple[_Batch, ...]
     order: Tensor | None
+    keys: _Keys | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str) -> PackPlan:
-        """The plan for sequences of these lengths; it depends on nothing else."""
+    def of(
+        cls, lengths: Sequence[int], device: torch.device | str, prefixes: Sequence[range] | None = None
+    ) -> PackPlan:
+        """The plan for sequences of these lengths; it depends on nothing else.
+
+        Args:
+            prefixes: rows of S that each sequence continues, empty where it stands alone.
+        """
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        prefixes = prefixes or [range(0)] * len(lengths)
         order = np.zeros(starts[-1], np.int64)
         batches: list[_Batch] = []
         offset = 0
-        for members in _similar(lengths):
-            length = lengths[members[0]]
-            columns = np.arange(length)
-            rows = np.stack([starts[i] + np.minimum(columns, lengths[i] - 1) for i in members])
-            for row, i in enumerate(members):
-                order[starts[i] : starts[i + 1]] = offset + row * length + columns[: lengths[i]]
-            batches.append(_Batch(torch.from_numpy(rows.ravel()).to(device), len(members), length))
-            offset += rows.size
+        for prefix in dict.fromkeys(prefixes):
+            for members in _similar(lengths, [i for i, own in enumerate(prefixes) if own == prefix]):
+                length = lengths[members[0]]
+                columns = np.arange(length)
+                rows = np.stack([starts[i] + np.minimum(columns, lengths[i] - 1) for i in members])
+                for row, i in enumerate(members):
+                    order[starts[i] : starts[i + 1]] = offset + row * length + columns[: lengths[i]]
+                queries = keys = torch.from_numpy(rows.ravel()).to(device)
+                if prefix:
+                    before = np.broadcast_to(np.asarray(prefix), (len(members), len(prefix)))
+                    keys = torch.from_numpy(np.concatenate([before, rows], 1).ravel()).to(device)
+                batches.append(_Batch(queries, keys, len(members)))
+                offset += rows.size
         in_order = len(batches) == 1 and np.array_equal(order, np.arange(offset))
         return cls(
             cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
             max_seqlen=max(lengths, default=0),
             batches=tuple(batches),
             order=None if in_order else torch.from_numpy(order).to(device),
+            keys=_keys(starts, prefixes, device) if any(prefixes) else None,
         )
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Indexes of the non-empty sequences, longest first, split where padding to the longest would cost too much."""
+def _keys(starts: np.ndarray, prefixes: Sequence[range], device: torch.device | str) -> _Keys:
+    rows = [np.r_[prefix, start:stop] for prefix, start, stop in zip(prefixes, starts, starts[1:], strict=False)]
+    cu_seqlens = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return _Keys(
+        torch.from_numpy(np.concatenate(rows).astype(np.int64)).to(device),
+        torch.from_numpy(cu_seqlens).to(device),
+        max(map(len, rows)),
+    )
+
+
+def _similar(lengths: Sequence[int], among: Sequence[int]) -> list[list[int]]:
+    """Those of `among` that are not empty, longest first, split where padding to the longest would cost too much."""
     groups: list[list[int]] = []
     padding = tokens = 0
-    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: (-lengths[i], i)):
+    for i in sorted((i for i in among if lengths[i]), key=lambda i: (-lengths[i], i)):
         if groups:
             padding += lengths[groups[-1][0]] - lengths[i]
             tokens += lengths[i]
@@ -110,7 +151,7 @@ class PackedTokens:
     """Rollouts end to end, ready for `packed_hidden`.
 
     Attributes:
-        input_ids, position_ids: i64 [1, S]; positions start again with every sequence.
+        input_ids, position_ids: i64 [1, S]; positions start again with every sequence, or go on from its prompt.
         predict_rows: i64 [T], the row of S whose output predicts each response token, in packed order.
         target_ids: i64 [T], those response tokens.
         plan: for the attention.
@@ -132,18 +173,23 @@ class PackedTokens:
 
     def model_kwargs(self) -> dict[str, Any]:
         """What a decoder body's forward is to be called with."""
-        return {
+        kwargs = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "use_cache": False,
-            "cu_seqlens": self.plan.cu_seqlens,
-            "max_seqlen": self.plan.max_seqlen,
             "pack_plan": self.plan,
         }
+        if self.plan.keys is None:  # else they would tell of responses without their prompt
+            kwargs |= {"cu_seqlens": self.plan.cu_seqlens, "max_seqlen": self.plan.max_seqlen}
+        return kwargs
 
 
 def pack(
-    sequences: Sequence[np.ndarray], response_starts: Sequence[int], device: torch.device | str = "cpu"
+    sequences: Sequence[np.ndarray],
+    response_starts: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    share_prompts: bool = False,
 ) -> PackedTokens:
     """Lay sequences (prompt + response token ids) end to end.
 
@@ -151,32 +197,54 @@ def pack(
         sequences: N >= 1 integer arrays.
         response_starts: where each response starts in its sequence, from 1 (something must predict its first token)
             to the sequence's length (no response).
+        share_prompts: read a prompt that several sequences begin with once. Only for models whose tokens meet in
+            attention alone: what `check_packing` finds out.
 
     Raises:
         ModelError: an empty sequence, or a response that starts outside those bounds.
     """
-    lengths = [len(sequence) for sequence in sequences]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    parts: list[np.ndarray] = []  # what S is made of; a shared prompt is one, and each of its responses
+    prefixes: list[range] = []
+    positions: list[np.ndarray] = []
     predicting: list[np.ndarray] = []
-    for i, (length, response) in enumerate(zip(lengths, response_starts, strict=True)):
-        if not 1 <= response <= length:
+    prompts = [sequence[:response].tobytes() for sequence, response in zip(sequences, response_starts, strict=True)]
+    times = Counter(prompts)
+    shared: dict[bytes, range] = {}
+    total = 0
+
+    def lay(ids: np.ndarray, prefix: range = range(0)) -> range:
+        nonlocal total
+        rows = range(total, total + len(ids))
+        parts.append(np.asarray(ids, np.int64))
+        prefixes.append(prefix)
+        positions.append(np.arange(len(prefix), len(prefix) + len(ids)))
+        total = rows.stop
+        return rows
+
+    for i, (sequence, response, prompt) in enumerate(zip(sequences, response_starts, prompts, strict=True)):
+        if not 1 <= response <= len(sequence):
             raise ModelError(
-                f"sequence {i}: expected its response to start after 1..{length} prompt tokens, got {response}; a "
-                "rollout needs at least one prompt token"
+                f"sequence {i}: expected its response to start after 1..{len(sequence)} prompt tokens, got "
+                f"{response}; a rollout needs at least one prompt token"
             )
-        predicting.append(np.arange(starts[i] + response - 1, starts[i + 1] - 1))
-    ids = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
-    rows = np.concatenate(predicting)
+        if share_prompts and times[prompt] > 1:
+            if prompt not in shared:
+                shared[prompt] = lay(sequence[:response])
+            rows = np.r_[shared[prompt], lay(sequence[response:], shared[prompt])]
+        else:
+            rows = np.asarray(lay(sequence))
+        predicting.append(rows[response - 1 : -1])
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
 
+    targets = [sequence[response:] for sequence, response in zip(sequences, response_starts, strict=True)]
     return PackedTokens(
-        input_ids=on_device(ids)[None],
-        position_ids=on_device(np.arange(len(ids)) - np.repeat(starts[:-1], lengths))[None],
-        predict_rows=on_device(rows),
-        target_ids=on_device(ids[rows + 1]),
-        plan=PackPlan.of(lengths, device),
+        input_ids=on_device(np.concatenate(parts))[None],
+        position_ids=on_device(np.concatenate(positions))[None],
+        predict_rows=on_device(np.concatenate(predicting)),
+        target_ids=on_device(np.concatenate(targets)),
+        plan=PackPlan.of([len(part) for part in parts], device, prefixes),
     )
 
 
@@ -230,6 +298,7 @@ def check_packing(
     response_starts: Sequence[int],
     tolerance: float | None = None,
     *,
+    share_prompts: bool = False,
     run: Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]] = lambda forwards: [go() for go in forwards],
 ) -> float:
     """Compare packed log-probs with those of each rollout alone, by transformers' own attention and `.logits`.
@@ -250,7 +319,7 @@ def check_packing(
     device = head.weight_VD.device
 
     def together() -> Tensor:
-        packed = pack(sequences, response_starts, device)
+        packed = pack(sequences, response_starts, device, share_prompts=share_prompts)
         return score_rows(packed_hidden(model, packed), head, packed.target_ids).logprobs
 
     def alone(sequence: np.ndarray, start: int) -> Tensor:
@@ -370,8 +439,11 @@ def packed_attention(
     packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [S, heads, size], as projected
     outputs = []
     for batch in pack_plan.batches:
-        inputs = packed if pack_plan.order is None else [tensor.index_select(0, batch.rows) for tensor in packed]
-        q, k, v = (x.view(batch.count, batch.length, *x.shape[1:]).transpose(1, 2) for x in inputs)
+        inputs = packed
+        if pack_plan.order is not None:
+            rows = (batch.rows, batch.key_rows, batch.key_rows)
+            inputs = [tensor.index_select(0, index) for tensor, index in zip(packed, rows, strict=True)]
+        q, k, v = (x.view(batch.count, -1, *x.shape[1:]).transpose(1, 2) for x in inputs)
         outputs.append(_attend(q, k, v, None, settings).transpose(1, 2).flatten(0, 1))
     if pack_plan.order is None:
         return outputs[0][None], None
@@ -464,17 +536,23 @@ def _varlen_fits(query: Tensor, settings: _Settings) -> bool:
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: PackPlan, settings: _Settings) -> Tensor:
     """The flash kernel over [S, heads, size]; a value head narrower than the query's (MLA) is padded, then cut."""
-    kernel, size = _varlen_kernel(), value.shape[-1]
+    kernel, size, grouped = _varlen_kernel(), value.shape[-1], query.shape[1] != key.shape[1]
     assert kernel is not None
     value = F.pad(value, (0, query.shape[-1] - size))
+    query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    keys = plan.keys or _Keys(plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen)
+    if plan.keys is not None:
+        key, value = key.index_select(0, keys.rows), value.index_select(0, keys.rows)
     out: Tensor = kernel(
-        *(tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)),
+        query,
+        key,
+        value,
         plan.cu_seqlens,
-        plan.cu_seqlens,
+        keys.cu_seqlens,
         plan.max_seqlen,
-        plan.max_seqlen,
+        keys.max_seqlen,
         scale=settings.scaling,
         window_size=(-1 if settings.window is None else settings.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=grouped,
     )
     return out[..., :size]

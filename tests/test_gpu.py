@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_cache, small_recipe
-from test_packing import FAMILIES, LENGTHS, STARTS, random_model
+from test_packing import FAMILIES, LENGTHS, STARTS, STARTS_OF_FEW, of_few_prompts, random_model
 
 from pipeline.logprobs import Head, chunked_head_loss, score_rows
 from pipeline.packing import check_packing, register_packed_attention
@@ -29,7 +29,9 @@ def test_packed_rollouts_have_their_own_logprobs(family: str, dtype: torch.dtype
     model = random_model(config).to("cuda", dtype)
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, config.vocab_size, n) for n in LENGTHS]
-    check_packing(model, sequences, STARTS, tolerance=1e-3 if dtype == torch.float32 else 1.0)
+    tolerance = 1e-3 if dtype == torch.float32 else 1.0
+    check_packing(model, sequences, STARTS, tolerance)
+    check_packing(model, of_few_prompts(), STARTS_OF_FEW, tolerance, share_prompts=True)
 
 
 def test_bf16_head_on_cuda_is_as_good_as_its_weights() -> None:

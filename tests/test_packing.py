@@ -83,22 +83,50 @@ def random_sequences(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[
     return [generator.integers(3, V, length).astype(np.int32) for length in lengths]
 
 
+def of_few_prompts() -> list[np.ndarray]:
+    """The same with rollouts 1 and 3, 4 and 7, and 0, 2 and 6 beginning alike, as far as `STARTS_OF_FEW` says."""
+    sequences = random_sequences()
+    for copy, first in ((3, 1), (7, 4), (2, 0), (6, 0)):
+        shared = STARTS_OF_FEW[copy]
+        sequences[copy][:shared] = sequences[first][:shared]
+    return sequences
+
+
+STARTS_OF_FEW = (4, 10, 4, 10, 1, 1, 4, 1)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logprobs_are_those_of_each_rollout_alone(family: str) -> None:
+def test_packed_logprobs_are_those_of_each_rollout_alone(family: str, share_prompts: bool) -> None:
     model = random_model(FAMILIES[family])
     assert check_packing(model, random_sequences(), STARTS, 1e-5) <= 1e-5
+    worst = check_packing(model, of_few_prompts(), STARTS_OF_FEW, 1e-5, share_prompts=share_prompts)
+    assert 0 < worst <= 1e-5
     assert model.config._attn_implementation == ATTENTION
 
 
+def test_a_shared_prompt_is_read_once() -> None:
+    sequences = of_few_prompts()
+    apart, shared = (pack(sequences, STARTS_OF_FEW, share_prompts=share) for share in (False, True))
+    assert apart.input_ids.shape[1] - shared.input_ids.shape[1] == 2 * 4 + 10 + 1
+    assert torch.equal(apart.target_ids, shared.target_ids)
+    of_prompt = [shared.predict_rows[0], shared.predict_rows[sum(LENGTHS[:2]) - sum(STARTS_OF_FEW[:2])]]
+    assert of_prompt == [3, 3], "both first tokens are predicted by the prompt's last"
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral-window"])
-def test_packed_gradients_are_the_sum_of_each_rollouts_own(family: str, checkpointing: bool) -> None:
-    model, sequences = random_model(FAMILIES[family]).train(), random_sequences()
+def test_packed_gradients_are_the_sum_of_each_rollouts_own(
+    family: str, checkpointing: bool, share_prompts: bool
+) -> None:
+    model = random_model(FAMILIES[family]).train()
+    sequences, all_starts = (of_few_prompts(), STARTS_OF_FEW) if share_prompts else (random_sequences(), STARTS)
 
     def gradients(packs: list[tuple[list[np.ndarray], tuple[int, ...]]]) -> list[Tensor]:
         model.zero_grad()
         for members, starts in packs:
-            packed = pack(members, starts)
+            packed = pack(members, starts, share_prompts=share_prompts)
             chunked_head_loss(
                 packed_hidden(model, packed),
                 Head.of(model),
@@ -108,10 +136,10 @@ def test_packed_gradients_are_the_sum_of_each_rollouts_own(family: str, checkpoi
             ).loss.backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    alone = gradients([([sequence], (start,)) for sequence, start in zip(sequences, STARTS, strict=True)])
+    alone = gradients([([sequence], (start,)) for sequence, start in zip(sequences, all_starts, strict=True)])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    together = gradients([(sequences, STARTS)])
+    together = gradients([(sequences, all_starts)])
     assert len(alone) == len(together) == len(list(model.parameters()))
     scale = max(float(g.abs().max()) for g in alone)
     for one, other in zip(together, alone, strict=True):
@@ -278,7 +306,7 @@ def test_short_sequences_take_few_calls_and_little_padding() -> None:
     assert len(toy.batches) <= 3
     mixed = generator.integers(1, 4096, 64).tolist()
     plan = PackPlan.of(mixed, "cpu")
-    padding = sum(batch.count * batch.length for batch in plan.batches) - sum(mixed)
+    padding = sum(len(batch.rows) for batch in plan.batches) - sum(mixed)
     assert padding <= packing._FREE_PADDING_TOKENS * len(plan.batches) + packing._PADDING_SHARE * sum(mixed)
     assert len(plan.batches) < 40
     assert PackPlan.of([7, 7, 7], "cpu").order is None

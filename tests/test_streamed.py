@@ -31,7 +31,8 @@ from pipeline import models
 from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.errors import ConfigError, ModelError
 from pipeline.packing import PackPlan
-from pipeline.score import ScoreOptions, TokenBatch, layered, layers, memory, stage, streamed, weights
+from pipeline.peak import PeakBytes, bytes_of
+from pipeline.score import ScoreOptions, TokenBatch, layered, layers, stage, streamed, weights
 from pipeline.score.resident import ResidentScorer
 from pipeline.score.streamed import StreamedScorer
 
@@ -336,7 +337,7 @@ def test_the_wave_follows_from_the_memory(saved: Callable[..., Path], capsys: py
 def test_measured_memory_is_what_a_layer_takes() -> None:
     """5 tensors of 1 MB, of which 3 at once, beside what is only looked at."""
     a, b = torch.ones(250_000), torch.ones(500, 500)
-    with memory.PeakBytes() as peak:
+    with PeakBytes() as peak:
         c = a + 1
         d = (c * 2).view(500, 500)
         del c
@@ -344,7 +345,7 @@ def test_measured_memory_is_what_a_layer_takes() -> None:
         del d, e
         (a * 3).sum()
     assert peak.nbytes == pytest.approx(2e6, rel=0.01)
-    assert memory.bytes_of([a, {"same": a[:3]}, (b, PackPlan.of([3, 3], "cpu"))]) == 2_000_000 + 12 + 6 * 8
+    assert bytes_of([a, {"same": a[:3]}, (b, PackPlan.of([3, 3], "cpu"))]) == 2_000_000 + 12 + 6 * 8
 
 
 # -- refusals ------------------------------------------------------------------------------------------------
