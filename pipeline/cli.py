@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the data 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
     try:
         with interruptible():
             code = cli.main(args, prog_name="redpen", standalone_mode=False)
@@ -130,6 +132,7 @@ def _recipe_options(command: _F) -> _F:
 _set_option = click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."
 )
+_POSITIVE = click.FloatRange(0, min_open=True)
 _round_option = click.option(
     "--round", "round_index", type=click.IntRange(0), metavar="N", help="Round of the cache; default: the latest."
 )
@@ -290,6 +293,29 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("target", metavar="RUN_OR_ADAPTER")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Where the model goes; must be new or empty.")
+@click.option("--base", metavar="MODEL", help="What the adapter goes on; default: what it was trained on.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Type of the merged weights; default: the base model's.",
+)
+def merge(target: str, output: str, base: str | None, dtype: str | None) -> int:
+    """An adapter and its base as one model.
+
+    Every weight is added up in float32 and rounded once. The result needs no peft: transformers and vLLM load it, and
+    so does student.model.
+
+    \b
+    redpen merge runs/a -o merged --dtype bfloat16
+    """
+    from pipeline import merge as merging
+
+    return merging.run(target, output, base=base, dtype=dtype)
+
+
+@cli.command()
 @click.argument("cache_url", metavar="CACHE")
 @click.option("--repair", is_flag=True, help="Take back the bad blocks, and only those.")
 def verify(cache_url: str, repair: bool) -> int:
@@ -347,6 +373,59 @@ def inspect(cache_url: str, round_index: int | None, rollout: int | None, teache
     from pipeline.report import terminal
 
     terminal.run(cache_url, round_index, rollout, teacher, as_json)
+
+
+@cli.command()
+@click.argument("recipe", metavar="RECIPE")
+@_set_option
+@click.option("--gpu-memory", type=_POSITIVE, default=24.0, show_default=True, metavar="GIB", help="Of a card.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="How many cards.")
+@click.option("--mean-prompt-tokens", type=_POSITIVE, metavar="N", help="Default: the longest allowed.")
+@click.option("--mean-response-tokens", type=_POSITIVE, metavar="N", help="Default: the longest allowed.")
+@click.option(
+    "--device-tflops", type=_POSITIVE, default=165.0, show_default=True, help="Of bf16 products; an RTX 4090's."
+)
+@click.option("--device-gbps", type=_POSITIVE, default=1008.0, show_default=True, help="GB/s of the card's memory.")
+@click.option(
+    "--utilisation",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of the TFLOP/s that is reached.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON, in bytes and seconds.")
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    gpu_memory: float,
+    gpus: int,
+    mean_prompt_tokens: float | None,
+    mean_response_tokens: float | None,
+    device_tflops: float,
+    device_gbps: float,
+    utilisation: float,
+    as_json: bool,
+) -> None:
+    """What a recipe will take: memory, FLOPs, bytes, time.
+
+    From the models' configs alone: no weights are read or downloaded. Memory is by part, for each step, with a
+    verdict and the largest micro-batch that fits.
+
+    \b
+    redpen plan qwen3-8b-from-32b --gpu-memory 24 --mean-response-tokens 900
+    """
+    resolved = _resolve(recipe, overrides, False)
+    assert resolved is not None
+    from pipeline import plan
+
+    device = plan.Device(gib=gpu_memory, gpus=gpus, tflops=device_tflops, gbps=device_gbps, utilisation=utilisation)
+    plan.run(
+        resolved,
+        device,
+        mean_prompt_tokens=mean_prompt_tokens,
+        mean_response_tokens=mean_response_tokens,
+        as_json=as_json,
+    )
 
 
 @cli.command("import")

@@ -205,6 +205,9 @@ class TrainConfig(Section):
     tokens_per_microbatch: int = Field(
         default=8192, ge=1, description="tokens (prompts included) in one forward and backward"
     )
+    share_prompts: bool = Field(
+        default=True, description="read a prompt once for all its rollouts in a micro-batch: less work, equal results"
+    )
     rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
     gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in backward: slower, far less memory"
@@ -359,6 +362,13 @@ class Recipe(Section):
                 'rollouts.temperature must be 0, or 0.01 to 2, for rollouts.engine = "vllm", '
                 f"got {self.rollouts.temperature:g}: vLLM refuses others or replaces them"
             )
+        for model in (self.student, *self.teacher):
+            if model.quantisation and (placement := self.placement(model)) != "resident":
+                section = f"teacher {model.name!r}" if isinstance(model, TeacherConfig) else "student"
+                raise ValueError(
+                    f'quantisation = "{model.quantisation}" of the {section} needs placement "resident", got '
+                    f'"{placement}"; set score.placement to "resident", and placement of a teacher that needs another'
+                )
         for teacher in self.teacher:
             if self.placement(teacher) == "server" and teacher.url is None:
                 raise ValueError(
@@ -410,7 +420,7 @@ class Recipe(Section):
         if rollouts.temperature < 1:
             effect = (
                 "under importance sampling the on-policy reverse KL then rises instead of falling"
-                if train.loss == "importance_sampling"
+                if train.loss == "importance_sampling" and not train.behaviour_correction
                 else "the student is then corrected only where it was already sure"
             )
             found.append(
@@ -427,12 +437,17 @@ class Recipe(Section):
                 f"rollouts.top_p = {rollouts.top_p:g}: what the student says outside the nucleus is never corrected; "
                 "1 is advised"
             )
-        if train.learning_rate < 1e-5:
+        if self.student.quantisation and rollouts.engine == "vllm":
+            found.append(
+                f'student.quantisation = "{self.student.quantisation}": vLLM samples from the unquantised student; '
+                "`redpen score` tells how far that is from the one that learns"
+            )
+        if train.method == "lora" and train.learning_rate < 1e-5:
             found.append(
                 f"train.learning_rate = {train.learning_rate:g}: moves nothing under Adam with LoRA; "
                 "about 1e-4 is advised"
             )
-        if train.lora_rank < 32:
+        if train.method == "lora" and train.lora_rank < 32:
             found.append(f"train.lora_rank = {train.lora_rank}: small ranks lose accuracy; 32 or more is advised")
         if train.advantage == "cached":
             found.append(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +16,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.console import console, say
-from pipeline.errors import ModelError, ModelNotFoundError
+from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
 from pipeline.provenance import (
     adapter_digest,
     hub_commit,
@@ -40,8 +49,10 @@ Attention = Literal["redpen_packed", "sdpa"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What transformers, safetensors and peft raise for a checkpoint that is damaged or unknown to them.
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError)
+# What lies beside a model's weights and belongs to it: tokenizer, chat template, generation settings.
+_COMPANIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # What a model needs from its Hub repository, without the same weights in other layouts.
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_HUB_FILES = [*_COMPANIONS, "*.safetensors"]
 _HUB_DUPLICATES = ["original/*", "onnx/*", "metal/*", "consolidated*"]
 _QUIET_BYTES = 2**30
 
@@ -54,7 +65,8 @@ class ModelFacts:
         vocab_size: rows of the output layer; may exceed the tokenizer's (padding).
         context: positions the model was made for, None if it does not say.
         dtype: of the weights once loaded, e.g. "bfloat16".
-        quantisation: method of a quantised checkpoint, e.g. "gptq".
+        quantisation: "nf4" where the model is quantised while loading, or the method of a quantised checkpoint,
+            e.g. "gptq".
     """
 
     vocab_size: int
@@ -76,6 +88,13 @@ def resolve_path(model: str) -> str:
         return str(asset_path(model.removeprefix("toy:")))
     except FileNotFoundError as error:
         raise ModelError(f"model {model!r}: {error}") from None
+
+
+def base_name(cfg: ModelConfig) -> str:
+    """What an adapter calls the model that it goes on: its Hub id, or an absolute path."""
+    model = resolve_path(cfg.model)
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
 
 
 def model_directory(cfg: ModelConfig, *, weights: bool = True) -> Path:
@@ -161,18 +180,24 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str, we
 
 
 def model_facts(cfg: ModelConfig) -> ModelFacts:
-    """Read the model's configuration. Raises `ModelError`."""
+    """Read the model's configuration. Raises `ModelError`, also for one that would be quantised twice."""
     config = _load_config(cfg)
     text = config.get_text_config()
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None and not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
+    checkpoint = getattr(config, "quantization_config", None)
+    if checkpoint is not None and not isinstance(checkpoint, dict):
+        checkpoint = checkpoint.to_dict()
+    quantisation = str(checkpoint.get("quant_method", "unknown")) if checkpoint else cfg.quantisation
+    if checkpoint and cfg.quantisation is not None:
+        raise ModelError(
+            f'{setting(cfg, "quantisation")} = "{cfg.quantisation}": {cfg.model} is quantised already '
+            f"({quantisation}); leave the setting out, or take the model as it was before"
+        )
     dtype = _DTYPES.get(cfg.dtype) or config.dtype or torch.float32
     return ModelFacts(
         vocab_size=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None),
         dtype=str(dtype).removeprefix("torch."),
-        quantisation=str(quantisation.get("quant_method", "unknown")) if quantisation else None,
+        quantisation=quantisation,
     )
 
 
@@ -286,11 +311,15 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model on its device, in eval mode, its adapter (if any) applied but not merged.
 
+    With `quantisation = "nf4"` its linear layers, the head aside, are in 4 bits with doubly quantised block constants
+    (Dettmers et al., "QLoRA", arXiv 2305.14314); they compute in `dtype`, which all other weights have.
+
     Args:
         attention: "redpen_packed" for packed rollouts (`pipeline.packing`), "sdpa" for generation.
         trainable: let the adapter require gradients; otherwise nothing does.
 
     Raises:
+        ConfigError: to be quantised, and bitsandbytes is not installed.
         ModelError: not found, not a causal language model, weights missing or damaged.
     """
     started = time.perf_counter()
@@ -299,12 +328,14 @@ def load_model(
 
         register_packed_attention()
     directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
+    dtype = getattr(torch, facts.dtype)
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
     with _loading(cfg):
         with _quiet(progress=n_bytes > _QUIET_BYTES and console.is_terminal):
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
-                dtype=getattr(torch, facts.dtype),
+                dtype=dtype,
+                quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
                 attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=cfg.trust_remote_code,
@@ -312,6 +343,11 @@ def load_model(
                 device_map={"": device} if device.type == "cuda" else None,
                 output_loading_info=True,
             )
+        for module in model.modules():
+            # On some CPUs bitsandbytes' Linear4bit would, once in eval mode, repack its weight for a kernel that
+            # computes in bf16 whatever the dtype, and has no gradient.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         if missing := sorted(loaded["missing_keys"]):
             # transformers would go on with random numbers in their place
             raise ValueError(f"{len(missing)} weights are missing from its files, the first is {missing[0]}")
@@ -321,19 +357,41 @@ def load_model(
     if not trainable:
         model.requires_grad_(False)
     adapter = f" with adapter {cfg.adapter}" if cfg.adapter else ""
-    parameters = sum(p.numel() for p in model.parameters())
+    quantised = f"{cfg.quantisation} and " if cfg.quantisation else ""
     say(
-        f"{setting(cfg, 'model').rpartition('.')[0]}: {cfg.model}{adapter}, {_count(parameters)} parameters "
-        f"in {facts.dtype} on {device.type}, loaded in {time.perf_counter() - started:.1f} s"
+        f"{setting(cfg, 'model').rpartition('.')[0]}: {cfg.model}{adapter}, {_count(model.num_parameters())} "
+        f"parameters in {quantised}{facts.dtype} on {device.type}, loaded in {time.perf_counter() - started:.1f} s"
     )
     return model
 
 
-def load_skeleton(cfg: ModelConfig) -> PreTrainedModel:
+def save_model(
+    model: PreTrainedModel, directory: Path, source: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write weights and configuration as transformers and vLLM read them; all else that belongs to a model is copied
+    from `source`, the model's origin, as it is there.
+
+    Args:
+        state: the weights, where they are not to be taken from the model itself.
+    """
+    with _quiet(progress=False):
+        settings, model.generation_config = model.generation_config, GenerationConfig()  # valid, or it is not saved
+        try:
+            model.save_pretrained(directory, state_dict=None if state is None else dict(state))
+        finally:
+            model.generation_config = settings
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    for file in sorted(source.iterdir()):
+        belongs = any(file.match(pattern) for pattern in _COMPANIONS) and not file.name.endswith(".index.json")
+        if belongs and file.is_file() and not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
+
+
+def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:
     """What `load_model` would load, for packed rollouts, in eval mode and without its weights and its adapter.
 
     Weights are on torch's meta device: shapes and types only. Buffers that no checkpoint holds, such as rotary
-    frequencies, are on the model's device.
+    frequencies, are on `device`, by default the model's.
 
     Raises:
         ModelError: not found, not a causal language model.
@@ -341,7 +399,7 @@ def load_skeleton(cfg: ModelConfig) -> PreTrainedModel:
     from pipeline.packing import register_packed_attention
 
     register_packed_attention()
-    config, device, facts = _load_config(cfg), pick_device(cfg), model_facts(cfg)
+    config, device, facts = _load_config(cfg), device or pick_device(cfg), model_facts(cfg)
     with _loading(cfg), _quiet(progress=False):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -357,12 +415,25 @@ def load_skeleton(cfg: ModelConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def _nf4(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f'{setting(cfg, "quantisation")} = "nf4": needs bitsandbytes, which cannot be imported '
+            f"({_one_line(error)}); install redpen[quant], or leave the setting out"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
 @contextlib.contextmanager
 def _loading(cfg: ModelConfig) -> Iterator[None]:
     """What libraries raise for a checkpoint that they cannot use becomes a `ModelError`."""
     try:
         yield
-    except (torch.OutOfMemoryError, ModelError):
+    except (torch.OutOfMemoryError, RedpenError):
         raise
     except _LOAD_ERRORS as error:
         raise ModelError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +50,65 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000100"]
     found, _ = latest(tmp_path)
     assert found is not None and found.step == 100
+
+
+def test_the_best_is_kept_however_old(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, step, tensors(step), {}, keep=1, best=10 if step > 5 else 5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_are_as_readable_as_the_umask_says(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path / "checkpoints", 1)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {mode}
+
+
+# -- in the background ---------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is written at a time."""
+    go, real, writing = threading.Event(), checkpoint.save_file, []
+
+    def slow(values: dict[str, torch.Tensor], path: Path) -> None:
+        assert go.wait(10)
+        writing.append(path.parent.name)
+        real(values, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, 2, before=lambda: writing.append("before"))) as saving:
+        saving.save(1, tensors(1), {}, None)
+        assert not list(tmp_path.glob("step-*1"))
+        threading.Timer(0.1, go.set).start()
+        saving.save(2, tensors(2), {}, None)
+        assert writing[:3] == ["before", "step-00000001.partial", "step-00000001.partial"]
+        saving.wait()
+    for step in (1, 2):
+        found = checkpoint.load(tmp_path / f"step-0000000{step}").tensors["adapter"]["a.lora_A"]
+        assert torch.equal(found, tensors(step)["adapter"]["a.lora_A"])
+
+
+def test_what_goes_wrong_in_the_background_comes_out_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, 2, before=lambda: None)) as saving:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", full)
+            saving.save(1, tensors(1), {}, None)
+            with pytest.raises(OSError, match="No space left"):
+                saving.save(2, tensors(2), {}, None)
+        saving.save(3, tensors(3), {}, None)
+        saving.wait()
+    found, said = latest(tmp_path)
+    assert found is not None and found.step == 3 and not said
 
 
 def test_nothing_saved_is_no_checkpoint(tmp_path: Path) -> None:

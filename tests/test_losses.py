@@ -1,9 +1,14 @@
 """The losses against dense float64 forms, and their expectations by enumeration over a small vocabulary."""
 
+import functools
+import itertools
 from itertools import pairwise
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.train import losses
@@ -66,36 +71,216 @@ def test_without_the_rest_bucket_the_candidates_mass_drains() -> None:
     assert (torch.autograd.grad(truncated, scores)[0][:, :C] > 0).all()
 
 
-def test_padding_and_an_empty_rest_add_nothing() -> None:
+def oracle(name: str, student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """The definitions over probabilities, term by term, in float64."""
+    p, q = student.exp(), teacher.exp()
+    m = weight * q + (1 - weight) * p
+    zero = torch.zeros_like(p)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > 0, a * (a / b).log(), zero).sum(1)
+
+    return {
+        "reverse_kl": lambda: kl(p, q),
+        "forward_kl": lambda: kl(q, p),
+        "jsd": lambda: weight * kl(q, m) + (1 - weight) * kl(p, m),
+        "mixed_kl": lambda: weight * kl(q, p) + (1 - weight) * kl(p, q),
+    }[name]()
+
+
+def divergence(name: str, weight: float = 0.3) -> tuple[losses.Divergence, float]:
+    """A loss over columns, and its slope where student and teacher agree."""
+    return {
+        "reverse_kl": (losses.reverse_kl, 1.0),
+        "forward_kl": (losses.forward_kl, -1.0),
+        "jsd": (functools.partial(losses.jsd, beta=weight), 0.0),
+        "mixed_kl": (functools.partial(losses.mixed_kl, forward_weight=weight), 1 - 2 * weight),
+    }[name]
+
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed_kl")
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
+@given(
+    seeds=st.tuples(st.integers(0, 999), st.integers(0, 999)), columns=st.integers(0, V), weight=st.floats(0.01, 0.99)
+)
+def test_divergences_are_their_definitions_over_candidates_and_rest(
+    name: str, seeds: tuple[int, int], columns: int, weight: float
+) -> None:
+    student, teacher = distributions(seeds[0]), distributions(seeds[1])
+    loss, metrics = divergence(name, weight)[0](*split(student, columns), *split(teacher, columns), None)
+    buckets = [
+        torch.cat([part[0], part[1][:, None]], 1) for part in (split(student, columns), split(teacher, columns))
+    ]
+    torch.testing.assert_close(loss, oracle(name, *buckets, weight), atol=1e-12, rtol=1e-9)
+    assert (loss > -1e-12).all() and (loss <= oracle(name, student, teacher, weight) + 1e-9).all(), "a lower bound"
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_of_divergences(name: str) -> None:
+    loss_of, _ = divergence(name)
+    teacher = split(distributions(1), C)
+    scores = distributions(0).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda z: loss_of(*split(z.log_softmax(1), C), *teacher, None)[0], (scores,), fast_mode=True
+    )
+    same = scores.detach().log_softmax(1).requires_grad_()
+    loss, _ = loss_of(*split(same.log_softmax(1), C), *split(same.detach(), C), None)
+    assert loss.abs().max() < 1e-12 and torch.autograd.grad(loss.sum(), same)[0].abs().max() < 1e-12
+
+
+def test_single_precision_is_as_good_as_its_inputs() -> None:
+    """Error against float64 within that of rounding the log-probs, also where student and teacher hardly differ."""
+    for name in DIVERGENCES:
+        student = distributions(0, 200)
+        for teacher in (distributions(1, 200), (student + 1e-2 * distributions(2, 200)).log_softmax(1)):
+            exact = divergence(name)[0](*split(student, C), *split(teacher, C), None)[0]
+            halves = [part.float() for part in (*split(student, C), *split(teacher, C))]
+            torch.testing.assert_close(divergence(name)[0](*halves, None)[0].double(), exact, atol=3e-6, rtol=1e-5)
+
+
+def test_the_limits_of_the_jsd_are_the_two_divergences() -> None:
+    columns = *split(distributions(0), C), *split(distributions(1), C)
+    forward, reverse = losses.forward_kl(*columns)[0], losses.reverse_kl(*columns)[0]
+    torch.testing.assert_close(losses.jsd(*columns, beta=1e-7)[0] / 1e-7, forward, rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses.jsd(*columns, beta=1 - 1e-7)[0] / 1e-7, reverse, rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=1.0)[0], forward)
+    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=0.0)[0], reverse)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_padding_and_an_empty_rest_add_nothing(name: str) -> None:
+    loss_of, _ = divergence(name)
     student, teacher = distributions(0), distributions(1)
     (student_C, student_rest), (teacher_C, teacher_rest) = split(student, C), split(teacher, C)
-    expected, _ = losses.reverse_kl(student_C, student_rest, teacher_C, teacher_rest)
+    expected, _ = loss_of(student_C, student_rest, teacher_C, teacher_rest, None)
     padding = torch.full((T, 2), -torch.inf, dtype=torch.float64)
     leaf = torch.cat([student_C, padding], 1).requires_grad_()
     valid = torch.tensor([True] * C + [False] * 2).expand(T, C + 2)
     for filler in (-torch.inf, torch.nan, 0.0):
-        padded, _ = losses.reverse_kl(
-            leaf, student_rest, torch.cat([teacher_C, padding.fill_(filler)], 1), teacher_rest, valid
-        )
+        padded, _ = loss_of(leaf, student_rest, torch.cat([teacher_C, padding.fill_(filler)], 1), teacher_rest, valid)
         torch.testing.assert_close(padded, expected)
         gradient = torch.autograd.grad(padded.sum(), leaf)[0]
         assert torch.isfinite(gradient).all() and not gradient[:, C:].any()
 
     nothing = torch.full((T,), -torch.inf, dtype=torch.float64, requires_grad=True)
-    full, _ = losses.reverse_kl(student, nothing, teacher, nothing.detach())
-    torch.testing.assert_close(full, full_kl(student, teacher))
+    full, _ = loss_of(student, nothing, teacher, nothing.detach(), None)
+    torch.testing.assert_close(full, oracle(name, student, teacher, 0.3))
     assert not torch.autograd.grad(full.sum(), nothing)[0].any()
 
 
-def test_an_impossible_token_is_infinite_and_an_unscored_one_nan() -> None:
+@pytest.mark.parametrize(
+    ("name", "without_teacher", "without_student"),
+    [("reverse_kl", True, False), ("forward_kl", False, True), ("jsd", False, False), ("mixed_kl", True, True)],
+)
+def test_an_impossible_token_is_infinite_where_it_should_be(
+    name: str, without_teacher: bool, without_student: bool
+) -> None:
+    """Mass on one side where the other has none: infinite where the definition is, else finite with its gradient."""
+    loss_of, _ = divergence(name)
+    full = distributions(0)
+    some = full.clone()
+    some[2, 1] = -torch.inf
+    for student, teacher, infinite in ((full, some, without_teacher), (some, full, without_student)):
+        leaf = student.clone().requires_grad_()
+        loss, _ = loss_of(*split(leaf, C), *split(teacher, C), None)
+        assert torch.isfinite(loss).sum() == T - infinite and (loss[2] == torch.inf) == infinite
+        if not infinite:
+            torch.testing.assert_close(loss, oracle(name, *(bucketed(x) for x in (student, teacher)), 0.3))
+            assert torch.isfinite(torch.autograd.grad(loss.sum(), leaf)[0]).all()
+    leaf = some.clone().requires_grad_()
+    neither, _ = loss_of(*split(leaf, C), *split(some, C), None)
+    assert neither.abs().max() < 1e-12 and torch.isfinite(torch.autograd.grad(neither.sum(), leaf)[0]).all()
+
+
+def bucketed(logprobs: Tensor) -> Tensor:
+    columns, rest = split(logprobs, C)
+    return torch.cat([columns, rest[:, None]], 1)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_an_unscored_token_is_nan(name: str) -> None:
     student, (teacher_C, teacher_rest) = split(distributions(0), C), split(distributions(1), C)
-    impossible = teacher_rest.clone()
-    impossible[2] = -torch.inf
-    loss, _ = losses.reverse_kl(*student, teacher_C, impossible)
-    assert loss[2] == torch.inf and torch.isfinite(loss).sum() == T - 1
     unscored = teacher_C.clone()
     unscored[4, 1] = torch.nan
-    assert losses.reverse_kl(*student, unscored, teacher_rest)[0].isnan().nonzero().tolist() == [[4]]
+    assert divergence(name)[0](*student, unscored, teacher_rest, None)[0].isnan().nonzero().tolist() == [[4]]
+
+
+# -- candidates drawn from the student ------------------------------------------------------------------------------
+
+
+def every_draw(old: Tensor, m: int, loss_of_draws) -> Tensor:
+    """Expectation over m independent draws from one row of log-probs, by enumeration of all V^m."""
+    total = old.new_zeros(())
+    for draws in itertools.product(range(len(old)), repeat=m):
+        probability = torch.stack([old[v] for v in draws]).sum().exp()
+        total = total + probability * loss_of_draws(draws)
+    return total
+
+
+def estimate(name: str, student: Tensor, teacher: Tensor, old: Tensor, token: int, draws: tuple[int, ...]) -> Tensor:
+    """`over_draws` on the columns that a cache holds: the sampled token, then the draws, repeats as padding."""
+    from pipeline.logprobs import without_repeats
+    from pipeline.train.objective import log_draw_weights
+
+    ids = torch.tensor([[token, *draws]])
+    columns = without_repeats(ids)
+    student_TC = student[None].gather(1, ids).masked_fill(columns < 0, -torch.inf)
+    weights = log_draw_weights(ids, old[None].gather(1, ids))
+    assert ((weights > -torch.inf) <= (columns >= 0)).all()
+    loss, _ = losses.over_draws(*divergence(name), student_TC, teacher[None].gather(1, ids), weights)
+    return loss[0]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("stale", [False, True])
+def test_draws_give_the_divergence_of_the_whole_vocabulary(name: str, stale: bool) -> None:
+    """Value and gradient, repeats counted, whatever the sampled token; here C + rest would only bound it."""
+    size, m = 4, 3
+    z, teacher = distributions(0, 1)[0, :size].log_softmax(0).requires_grad_(), distributions(1, 1)[0, :size]
+    teacher = teacher.log_softmax(0)
+    old = (distributions(7, 1)[0, :size] if stale else z.detach()).log_softmax(0)
+    exact = oracle(name, z.log_softmax(0)[None], teacher[None], 0.3)[0]
+    for token in (0, 2):
+        expected = every_draw(old, m, lambda d: estimate(name, z.log_softmax(0), teacher, old, token, d))  # noqa: B023
+        torch.testing.assert_close(expected, exact)
+        torch.testing.assert_close(
+            torch.autograd.grad(expected, z, retain_graph=True), torch.autograd.grad(exact, z, retain_graph=True)
+        )
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_no_draw_is_negative_or_pulls_where_both_agree(name: str) -> None:
+    """The control variate: without it each draw would have a gradient at S = T, and only their mean none."""
+    old, student, teacher = distributions(3)[0], distributions(0)[0], distributions(1)[0]
+    for draws in itertools.product(range(V), repeat=2):
+        assert estimate(name, student, teacher, old, 0, draws) > -1e-12
+        z = student.clone().requires_grad_()
+        at_agreement = estimate(name, z.log_softmax(0), student, old, 0, draws)
+        assert at_agreement.abs() < 1e-12 and torch.autograd.grad(at_agreement, z)[0].abs().max() < 1e-12
+
+
+@hypothesis.settings(deadline=None)  # a busy machine is no failure
+@given(
+    st.integers(2, 6).flatmap(lambda k: st.lists(st.lists(st.integers(0, 4), min_size=k, max_size=k), min_size=1)),
+)
+def test_draws_are_counted_at_the_first_column_of_their_token(rows: list[list[int]]) -> None:
+    from pipeline.train.objective import log_draw_weights
+
+    ids = torch.tensor(rows)
+    logprobs = -(ids.double() + 1)
+    weights = log_draw_weights(ids, logprobs)
+    for t, row in enumerate(rows):
+        for column, token in enumerate(row):
+            n = row[1:].count(token) if column == row.index(token) else 0
+            expected = torch.tensor(n / (len(row) - 1), dtype=torch.float64).log() - logprobs[t, column]
+            torch.testing.assert_close(weights[t, column], expected)
+
+
+# -- the sampled token ----------------------------------------------------------------------------------------------
 
 
 def test_advantage_is_clipped_and_carries_no_gradient() -> None:
@@ -133,6 +318,86 @@ def test_importance_sampling_with_the_current_advantage_is_the_gradient_of_the_k
 
     expected = torch.autograd.grad(full_kl(scores.log_softmax(1), teacher).sum(), scores)[0]
     torch.testing.assert_close(expected_gradient(scores, old, loss_of_token), expected)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_k2_is_the_gradient_of_the_kl(stale: bool) -> None:
+    scores, teacher = distributions(0).requires_grad_(), distributions(1)
+    old = distributions(5) if stale else scores.detach().log_softmax(1)
+
+    def loss_of_token(student: Tensor, token: Tensor) -> Tensor:
+        return losses.k2(student, old.gather(1, token[:, None])[:, 0], teacher.gather(1, token[:, None])[:, 0])[0]
+
+    expected = torch.autograd.grad(full_kl(scores.log_softmax(1), teacher).sum(), scores)[0]
+    torch.testing.assert_close(expected_gradient(scores, old, loss_of_token), expected)
+
+
+@pytest.mark.parametrize("ppo_clip", [None, 0.999])
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_behaviour_correction_undoes_the_sampling_temperature(temperature: float, ppo_clip: float | None) -> None:
+    """Against p_old the expectation under a tempered sampler is another gradient; against what was really sampled
+    from it is that of the KL, in one ratio or (where no clip binds) in two."""
+    scores, teacher = distributions(0).requires_grad_(), distributions(1)
+    near = (scores.detach() + 0.1 * distributions(5)).log_softmax(1)
+    sampler = (near / temperature).log_softmax(1)
+    exact = torch.autograd.grad(full_kl(scores.log_softmax(1), teacher).sum(), scores)[0]
+
+    def found(behaviour: Tensor | None) -> Tensor:
+        def loss_of_token(student: Tensor, token: Tensor) -> Tensor:
+            def at_token(logprobs: Tensor) -> Tensor:
+                return logprobs.gather(1, token[:, None])[:, 0]
+
+            return losses.importance_sampling(
+                student,
+                at_token(near),
+                losses.advantage(student, at_token(teacher), clip=torch.inf),
+                behaviour_logprobs_T=None if behaviour is None else at_token(behaviour),
+                ppo_clip=ppo_clip,
+            )[0]
+
+        return expected_gradient(scores, sampler, loss_of_token)
+
+    torch.testing.assert_close(found(sampler), exact)
+    assert (found(None) - exact).norm() > 0.1 * exact.norm()
+
+
+def test_a_truncated_ratio_keeps_the_gradient_of_its_bound() -> None:
+    logprobs, old = torch.tensor([-1.0, -1.0, -90.0], requires_grad=True), torch.tensor([-1.5, -9.0, -0.1])
+    gain = torch.tensor([2.0, -3.0, 1.0])
+    loss, metrics = losses.importance_sampling(logprobs, old, gain, truncation=2.0)
+    weight = torch.tensor([0.5, torch.inf, -89.9]).exp().clamp(max=2.0)
+    torch.testing.assert_close(metrics["importance_ratio"], weight)
+    torch.testing.assert_close(loss, -weight * gain)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], -weight * gain)
+
+
+@pytest.mark.parametrize("behaviour", [False, True])
+def test_ppo_stops_only_what_has_gone_far_enough(behaviour: bool) -> None:
+    """Table of the four corners of equation 7: ratio above or below the clip, advantage of either sign."""
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], dtype=torch.float64)
+    gain = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    old = torch.full((5,), -2.0, dtype=torch.float64)
+    logprobs = (old + ratio.log()).requires_grad_()
+    sampled = old - torch.tensor([0.3, 0.3, 0.3, 0.3, 9.0]) if behaviour else None
+    weight = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.0], dtype=torch.float64).exp() if behaviour else torch.ones(5)
+    weight[4] = 3.0 if behaviour else 1.0  # e^9, truncated
+    loss, metrics = losses.importance_sampling(
+        logprobs, old, gain, behaviour_logprobs_T=sampled, truncation=3.0, ppo_clip=0.2
+    )
+    used = torch.tensor([1.2, 1.5, 0.5, 0.8, 1.1], dtype=torch.float64)
+    torch.testing.assert_close(loss, -weight * used * gain)
+    torch.testing.assert_close(metrics["importance_ratio"], ratio)
+    moving = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], -weight * moving * ratio * gain)
+
+
+def test_gradients_of_the_sampled_token_losses() -> None:
+    old, teacher, sampled = (distributions(seed)[:, 0] for seed in (5, 1, 6))
+    gain = (teacher - old).clamp(-1, 1)
+    for options in ({}, {"behaviour_logprobs_T": sampled}, {"ppo_clip": 0.2, "behaviour_logprobs_T": sampled}):
+        loss_of = functools.partial(losses.importance_sampling, old_logprobs_T=old, advantage_T=gain, **options)
+        leaf = (old + 0.5 * torch.linspace(-1, 1, T)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, loss_of=loss_of: loss_of(x)[0], (leaf,))
 
 
 def test_importance_sampling_reports_ratio_and_advantage() -> None:

@@ -197,14 +197,34 @@ def test_gradient_of_partial_scores_is_that_of_the_formula(partial_cache: Path, 
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_imported_log_probs_train_by_importance_sampling_only(
-    partial_cache: Path, tmp_path: Path, recipe: Make
+def test_imported_log_probs_allow_no_divergence_over_candidates(
+    partial_cache: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("train.teacher=alone", "train.steps=3")
-    with pytest.raises(ConfigError, match=r'hold no candidates \(engine import\); set it to "importance_sampling"'):
-        stage.run(recipe(*settings), str(partial_cache), tmp_path / "kl")
-    sampling = recipe(*settings, "train.loss=importance_sampling")
-    assert stage.run(sampling, str(partial_cache), tmp_path / "is") == 0
-    trainer, replay = trainer_of(partial_cache, sampling, "alone")
-    assert torch.isfinite(moved(trainer).gradient(replay.batch(0)).totals).all()
-    assert torch.isfinite(flat_gradient(trainer)).all()
+    for loss in ("forward_kl", "jsd", "mixed_kl"):
+        with pytest.raises(ConfigError, match=rf'"{loss}": .*hold no candidates \(engine import\); set it to'):
+            stage.run(recipe(*settings, f"train.loss={loss}"), str(partial_cache), tmp_path / loss)
+    capsys.readouterr()
+    for loss in ("reverse_kl", "importance_sampling"):
+        sampled = recipe(*settings, f"train.loss={loss}")
+        assert stage.run(sampled, str(partial_cache), tmp_path / loss) == 0
+        warned = [line for line in capsys.readouterr().err.splitlines() if "hold no candidates" in line]
+        assert len(warned) == 1 and ("(k2)" in warned[0]) == (loss == "reverse_kl")
+        trainer, replay = trainer_of(partial_cache, sampled, "alone")
+        assert torch.isfinite(moved(trainer).gradient(replay.batch(0)).totals).all()
+        assert torch.isfinite(flat_gradient(trainer)).all()
+
+
+def test_without_candidates_reverse_kl_has_the_gradient_of_importance_sampling(
+    partial_cache: Path, recipe: Make
+) -> None:
+    """k2 is the direct form of the policy gradient with the current advantage, as long as that is not clipped."""
+    gradients = []
+    for loss in ("train.loss=reverse_kl", "train.loss=importance_sampling"):
+        trainer, replay = trainer_of(
+            partial_cache, recipe(loss, "train.teacher=alone", "train.advantage_clip=1e3"), "alone"
+        )
+        batch = replay.batch(1)
+        moved(trainer).gradient(batch)
+        gradients.append(flat_gradient(trainer))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cache_factory as factory
@@ -11,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_schema as cs
+from pipeline.errors import ConfigError
+from pipeline.train import order as order_module
 from pipeline.train import replay
-from pipeline.train.packs import deal, pack_rows
-from pipeline.train.replay import Order, Replay
+from pipeline.train.order import Order
+from pipeline.train.packs import deal, families, pack_rows
+from pipeline.train.replay import Replay
 
 COLUMNS = {"student": ("logprobs", "candidate_ids"), "teacher": ("logprobs", "candidate_logprobs", "rest_logprob")}
 
@@ -24,6 +28,9 @@ orders = st.builds(
     prompts_per_step=st.integers(1, 30),
     window_blocks=st.integers(1, 5),
     seed=st.integers(0, 2**40),
+)
+held_back = st.tuples(orders, st.integers(0, 69)).map(
+    lambda drawn: dataclasses.replace(drawn[0], held_back=min(drawn[1], drawn[0].n_prompts - 1))
 )
 
 
@@ -60,9 +67,21 @@ def test_steps_are_consecutive_pieces_of_the_stream_of_epochs(order: Order, n_st
 @given(orders, st.lists(st.integers(0, 20), min_size=1, max_size=5))
 def test_a_step_does_not_depend_on_what_was_asked_before(order: Order, others: list[int]) -> None:
     expected = {step: order.step(step).tolist() for step in others}
-    replay._epoch_order.cache_clear()
+    order_module._epoch_order.cache_clear()
     for step in reversed(others):
         assert order.step(step).tolist() == expected[step]
+
+
+@given(held_back, st.integers(0, 3))
+def test_what_is_held_back_is_never_replayed(order: Order, epoch: int) -> None:
+    assert sorted(order.epoch(epoch).tolist()) == list(range(order.n_prompts - order.held_back))
+    stream = [p for s in range(3) for p in order.step(s).tolist()]
+    assert len(stream) == 3 * order.prompts_per_step and max(stream) < order.n_replayed
+
+
+def test_something_must_be_left_to_train_on() -> None:
+    with pytest.raises(ConfigError, match=r"heldout_prompts = 8: the round holds 8 prompts, so none is left"):
+        Order(8, 4, 4, 2, seed=0, held_back=8)
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
@@ -94,6 +113,20 @@ def test_packs_are_well_filled() -> None:
     lengths = np.clip(rng.lognormal(6.5, 0.8, 256), 50, 4096).astype(int).tolist()
     packs = pack_rows(lengths, 8192)
     assert sum(lengths) / (8192 * len(packs)) > 0.97
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=40), st.integers(1, 60))
+def test_families_read_their_prompt_together_within_the_budget(rows: list[tuple[int, int]], budget: int) -> None:
+    prompt_tokens = [3, 1, 10, 7, 25, 2]
+    prompts, lengths = [p for p, _ in rows], [(prompt_tokens[p], prompt_tokens[p] + n) for p, n in rows]
+    found = families(prompts, lengths, budget)
+    assert sorted(row for family, _ in found for row in family) == list(range(len(rows)))
+    for family, tokens in found:
+        (prompt,) = {prompts[row] for row in family}
+        assert tokens == prompt_tokens[prompt] + sum(rows[row][1] for row in family)
+        assert tokens <= budget or len(family) == 1
+    unlimited = families(prompts, lengths, 10**6)
+    assert [prompts[family[0]] for family, _ in unlimited] == list(dict.fromkeys(prompts))
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -214,6 +247,42 @@ def test_equal_rollouts_are_read_once_and_weigh_as_often_as_they_occur(tmp_path:
     assert micro_batch.weights.sum() == batch.n_tokens == 12 * 4
     assert micro_batch.copies_T.sum() == 12 * 5
     assert set(micro_batch.weights[micro_batch.copies_T == 3]) == {0, 3}
+
+
+def test_held_back_prompts_come_in_order_and_disturb_no_block(round_: cs.Round) -> None:
+    order = dataclasses.replace(order_of(round_), held_back=7)
+    loader = Replay(round_, COLUMNS, order)
+    loader.batch(0)
+    resident = list(loader._loaded)
+    held = list(loader.held_back(3))
+    assert [sorted({r.prompt_index for r in batch.rollouts}) for batch in held] == [[15, 16, 17], [18, 19, 20], [21]]
+    assert list(loader._loaded) == resident
+    alone = Replay(round_, COLUMNS, order_of(round_, prompts_per_step=22)).batch(0)
+    by_row = {(r.prompt_index, int(r.block.rollouts.sample_index[r.row])): r for r in alone.rollouts}
+    for rollout, row in zip(held[0].rollouts, rows_of(held[0].rollouts), strict=True):
+        np.testing.assert_array_equal(rollout.token_ids, by_row[row].token_ids)
+        np.testing.assert_array_equal(rollout.column("teacher/logprobs"), by_row[row].column("teacher/logprobs"))
+
+
+def test_a_teacher_that_is_for_some_prompts_need_not_know_others(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c.zarr", n_prompts=4)
+    round_ = cache.round()
+    teacher = round_.scores("teacher")
+    assert isinstance(teacher.manifest, cs.ScoresManifest)
+    partial = round_.start_scores("partial", dataclasses.replace(teacher.manifest, partial=True))
+    scores = teacher.read(0)
+    unscored = np.random.default_rng(0).random(scores.n_tokens) < 0.4
+    for value in vars(scores).values():
+        if value is not None:
+            value[unscored] = np.nan
+    partial.write(0, scores)
+    rollouts = round_.rollouts.read(0)
+    prompts_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
+    taught = np.array([True, False, True, False])
+    columns = {"teacher": ("logprobs",), "partial": ("logprobs",)}
+    for mask, lost in ((None, unscored), (taught, unscored & taught[prompts_T])):
+        loader = Replay(round_, columns, Order(4, 4, 4, 1, 0), taught=None if mask is None else {"partial": mask})
+        assert lost.sum() > 0 and loader.batch(0).n_tokens == rollouts.n_tokens - lost.sum()
 
 
 def test_batches_read_ahead_are_those_read_alone(round_: cs.Round) -> None:

@@ -21,22 +21,18 @@ import pipeline.score.stage
 from pipeline import models
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.train import ledger, lora, stage
-from pipeline.train.objective import Objective
-from pipeline.train.replay import Batch, Order, Replay
+from pipeline.train import inputs, ledger, lora, stage
+from pipeline.train.replay import Batch, Replay
 from pipeline.train.trainer import Trainer, learning_rate
 
 Make = Callable[..., Recipe]
 
 
-def trainer_of(cache: Path, recipe: Recipe, teacher: str = "teacher") -> tuple[Trainer, Replay]:
+def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[Trainer, Replay]:
     round_ = cs.open(cache).round()
-    scores = round_.scores(teacher).manifest
-    assert isinstance(scores, cs.ScoresManifest)
-    objective = Objective(recipe.train, teacher, scores, round_.manifest.vocab_size)
-    order = Order(round_.n_prompts, 4, recipe.train.prompts_per_step, 3, recipe.train.seed)
-    model = lora.add_lora(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), Replay(round_, objective.arrays, order)
+    objective = inputs.objective(recipe, round_, teachers or ("teacher",))
+    model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
+    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
 
 
 def moved(trainer: Trainer) -> Trainer:
@@ -125,7 +121,7 @@ def test_ranks_add_up_to_one_process(toy_cache: Path, recipe: Make) -> None:
         for parameter in trainer.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for micro_batch in batch.micro_batches(100, rank, 3):
-            trainer._backward(micro_batch, batch.n_tokens)
+            trainer._forward(micro_batch, batch.n_tokens)[0].backward()
         parts += flat_gradient(trainer)
     assert distance(parts, whole) < 1e-5
 
@@ -181,7 +177,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(toy_cache: Path, tmp_path
         settings = recipe(f"train.loss={loss}", "train.prompts_per_step=24", "train.tokens_per_microbatch=8192")
         normal, replay = trainer_of(cache, settings)
         reference = float(gradient(normal, replay.batch(0)).norm())
-        trainer, replay = trainer_of(cache, settings, teacher="twin")
+        trainer, replay = trainer_of(cache, settings, "twin")
         batch = replay.batch(0)
         for rollout in batch.rollouts:
             gap = rollout.column("student/logprobs") - rollout.column("twin/logprobs")
@@ -236,7 +232,7 @@ def test_unknown_targets_and_the_head_are_refused(toy_cache: Path, recipe: Make)
 
 def test_an_adapted_student_goes_on_with_its_adapter(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:
     trainer, _ = trainer_of(toy_cache, recipe())
-    lora.save_adapter(moved(trainer).model, tmp_path / "adapter", str(models.resolve_path("toy:student")))
+    lora.save(moved(trainer).model, trainer.weights(), tmp_path / "adapter", recipe().student, "")
     adapted = f"student.adapter={tmp_path / 'adapter'}"
     again, _ = trainer_of(toy_cache, recipe(adapted))
     assert again.parameters.keys() == trainer.parameters.keys()
@@ -395,7 +391,7 @@ def test_a_finished_run_is_left_alone(finished: Path, toy_cache: Path, capsys: p
     ("overrides", "named"),
     [
         (["train.lora_rank=8"], "train.lora_rank = 4, now 8"),
-        (["train.steps=9", "train.seed=3"], "train.steps = 5, now 9; train.seed = 0, now 3"),
+        (["train.steps=4", "train.seed=3"], "train.steps = 5, now 4; train.seed = 0, now 3"),
         (["student.dtype=bfloat16"], "student.dtype = float32, now bfloat16"),
     ],
 )

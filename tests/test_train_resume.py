@@ -160,13 +160,9 @@ def test_a_damaged_checkpoint_costs_its_steps_only(
     @contextmanager
     def stop_after_five() -> Iterator[Stop]:
         class Five(Stop):
-            @property
-            def requested(self) -> bool:
-                return steps_done(run) >= 5
+            signum = property(lambda _: signal.SIGTERM if steps_done(run) >= 5 else None, lambda *_: None)  # type: ignore[assignment]
 
-        stop = Five()
-        stop.signum = signal.SIGTERM
-        yield stop
+        yield Five()
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "graceful", stop_after_five)
@@ -218,3 +214,34 @@ def test_tensorboard_shows_each_step_once(toy_cache: Path, tmp_path: Path, monke
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_goes_on_for_more_steps(toy_cache: Path, tmp_path: Path) -> None:
+    """Under a constant schedule its steps are those of the longer run."""
+    run, longer = tmp_path / "run", tmp_path / "longer"
+    assert stage.run(small_recipe("train.steps=7"), str(toy_cache), longer) == 0
+    for steps in (3, 7):
+        assert stage.run(small_recipe(f"train.steps={steps}"), str(toy_cache), run) == 0
+        assert len(curve(run)) == steps
+    assert_same(run, longer)
+    with pytest.raises(RedpenError, match=r"train\.steps = 7, now 5; choose another --run"):
+        stage.run(small_recipe("train.steps=5"), str(toy_cache), run)
+    cooled = tmp_path / "cooled"
+    assert stage.run(small_recipe("train.steps=3", "train.schedule=linear"), str(toy_cache), cooled) == 0
+    with pytest.raises(
+        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can go on\); choose'
+    ):
+        stage.run(small_recipe("train.steps=7", "train.schedule=linear"), str(toy_cache), cooled)
+
+
+def test_a_curve_is_on_the_disk_before_a_checkpoint_of_it(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.train import checkpoint, run_directory
+
+    order: list[str] = []
+    real_sync, real_save = run_directory.sync, checkpoint.save
+    monkeypatch.setattr(run_directory, "sync", lambda path: (order.append(path.name), real_sync(path))[1])
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **kw: (order.append("checkpoint"), real_save(*a, **kw))[1])
+    assert stage.run(small_recipe("train.steps=4"), str(toy_cache), tmp_path / "run") == 0
+    assert order == ["metrics.jsonl", "checkpoint"] * 2

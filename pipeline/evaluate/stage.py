@@ -1,6 +1,6 @@
 """What a student can do, and how far it is from its teacher, on prompts it was not trained on.
 
-    redpen eval RUN                                       before (the recipe's student) and after (with RUN/adapter)
+    redpen eval RUN                                       the recipe's student, before and after
     redpen eval MODEL --prompts FILE [--teacher MODEL]    one model
 
 Accuracy is exact match of the answer that `eval.answer_pattern` finds in a response: greedy, and sampled at
@@ -163,9 +163,12 @@ def _job(
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
         recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
-        if not (run_dir / "adapter" / "adapter_config.json").is_file():
-            raise RedpenError(f"run {target}: has no adapter yet; finish it with the same `redpen train` command")
-        trained = recipe.student.model_copy(update={"adapter": str(run_dir / "adapter")})
+        made = run_dir / ("adapter" if recipe.train.method == "lora" else "model")
+        if not made.is_dir():
+            raise RedpenError(f"run {target}: has no {made.name} yet; finish it with the same `redpen train` command")
+        whole = {"model": str(made), "revision": None, "adapter": None}
+        update = {"adapter": str(made)} if recipe.train.method == "lora" else whole
+        trained = recipe.student.model_copy(update=update)
         students = {"before": recipe.student, "after": trained}
         chosen: TeacherConfig | None = _run_teacher(recipe, run_dir)
         out = out or run_dir / "eval.json"

@@ -109,12 +109,20 @@ def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[
         n_prompts=len(records),
         vocab_size=facts.vocab_size,
         dtype=facts.dtype,
+        sampler_settings=_sampler_settings(recipe),
         created_by=created_by(),
     )
     for token in manifest.stop_token_ids:
         if token >= facts.vocab_size:
             raise ConfigError(f"rollouts.stop_token_ids: expected ids below {facts.vocab_size}, got {token}")
     return manifest, records, prompts
+
+
+def _sampler_settings(recipe: Recipe) -> dict[str, Any]:
+    """What else the samples depend on. vLLM takes the student unquantised."""
+    if recipe.student.quantisation is None or recipe.rollouts.engine == "vllm":
+        return {}
+    return {"quantisation": recipe.student.quantisation}
 
 
 @dataclass(frozen=True)

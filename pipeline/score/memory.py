@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing import reductions
-from torch.utils import _python_dispatch
 
 from pipeline.disk import readable
 from pipeline.errors import ConfigError
@@ -24,9 +18,6 @@ _SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
 _LIBRARY_BYTES = {"cuda": 2**28, "cpu": 2**26}
 _MARGIN = 1.15
 _GIB = 2**30
-
-_weak_storage: Any = reductions.StorageWeakRef  # has no types
-_DispatchMode: Any = _python_dispatch.TorchDispatchMode
 
 
 class Memory:
@@ -69,44 +60,6 @@ class Memory:
         more = max(0, min(int(room / waiting), _MOST_WAVE_TOKENS[self._device.type] - tile_tokens))
         self.take(f"a wave of {tile_tokens + more:,}", more * waiting)
         return tile_tokens + more
-
-
-class PeakBytes(_DispatchMode):  # type: ignore[misc]
-    """Most bytes of storages that operations under it made and that lived at the same time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-        self._alive: dict[int, tuple[Any, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {tensor.untyped_storage().data_ptr() for tensor in _tensors([args, kwargs])}
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:  # not a view of what was given
-                self._alive[storage.data_ptr()] = _weak_storage(storage), storage.nbytes()
-        self.nbytes = max(self.nbytes, sum(nbytes for _, nbytes in self._alive.values()))
-        return out
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value):
-        yield from _tensors(vars(value))
-
-
-def bytes_of(value: Any) -> int:
-    storages = (tensor.untyped_storage() for tensor in _tensors(value))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def free_bytes(device: torch.device) -> int:

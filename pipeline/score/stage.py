@@ -178,6 +178,7 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     cached = group.manifest.model
     same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
     same &= (cached.adapter_digest is None) == (cfg.adapter is None)
+    same &= cfg.quantisation in (None, group.manifest.quantisation)
     same &= group.manifest.engine == "server" or cfg.dtype in ("auto", group.manifest.dtype)
     return same and bool(group.committed().all())
 

@@ -28,10 +28,11 @@ from pipeline.disk import readable
 from pipeline.errors import ModelError
 from pipeline.logprobs import Head
 from pipeline.packing import check_packing, pack, packed_hidden, tiles
+from pipeline.peak import PeakBytes, bytes_of
 from pipeline.score import ScoreOptions, TokenBatch, as_batch
 from pipeline.score.layered import LayeredModel
 from pipeline.score.layers import SLOTS, Group, LayerStream, Transfer
-from pipeline.score.memory import Memory, PeakBytes, bytes_of, free_bytes
+from pipeline.score.memory import Memory, free_bytes
 from pipeline.score.tiles import Tile, joined, score_tile, tiles_of
 from pipeline.score.weights import Checkpoint, locate
 

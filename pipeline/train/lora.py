@@ -1,21 +1,48 @@
-"""The student's adapter: put on, saved as peft and vLLM read it."""
+"""What of the student is trained, a LoRA or all of it, and how it is saved for peft, transformers and vLLM."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pipeline.config import TrainConfig
+from pipeline import models
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import ModelError
 from pipeline.train.checkpoint import atomic_directory
 
 _NAME = "default"
+
+
+def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
+    """Let `train.method` decide which weights of a loaded student require gradients: a LoRA's, or all.
+
+    Raises:
+        ModelError: what `add_lora` raises; or all weights are to be trained, and the student has an adapter or
+        weights that are no floating-point numbers.
+    """
+    if train.method == "lora":
+        adapted: nn.Module = add_lora(model, train)
+        return adapted
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            'student.adapter: train.method = "full" trains the weights themselves; merge the adapter into them first '
+            "(`redpen merge`), and set student.model to the result"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(
+                f'student.model: train.method = "full" cannot train weights of {parameter.dtype} ({name}); '
+                'set it to "lora", or take the model unquantised'
+            )
+    model.requires_grad_(True)
+    return model
 
 
 def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
@@ -60,21 +87,28 @@ def training_mode(model: nn.Module) -> None:
         module.training = "lora_dropout" in name or isinstance(module, GradientCheckpointingLayer)
 
 
-def save_adapter(model: PeftModel, directory: Path, base: str) -> None:
-    """Write the adapter in PEFT's format, all at once. `base` is the path or Hub id it goes on."""
-    config: Any = model.peft_config[_NAME]
-    config.base_model_name_or_path = base
-    if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set, whose order changes from process to process
+def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, student: ModelConfig, card: str) -> None:
+    """Write what was trained, all at once: the adapter in PEFT's format, or the whole model with its tokenizer.
+
+    Args:
+        weights: what was trained, by its name in the model, whole.
+        student: what `model` was loaded from.
+        card: text of its README.md.
+    """
     with atomic_directory(directory) as partial:
-        # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
-        model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-
-
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's weights by PEFT's names."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return state
+        if isinstance(model, PeftModel):
+            config: Any = model.peft_config[_NAME]
+            config.base_model_name_or_path, config.revision = models.base_name(student), student.revision
+            if not isinstance(config.target_modules, str):
+                config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+            # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
+            model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        else:
+            assert isinstance(model, PreTrainedModel)
+            tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
+            models.save_model(model, partial, models.model_directory(student), buffers | dict(weights))
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:

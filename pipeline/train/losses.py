@@ -12,11 +12,16 @@ student's own samples (both shown in tests/test_losses.py).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Metrics = dict[str, Tensor]
+#: (student's log-probs TC, of its rest T, the teacher's TC, of its rest T, valid TC) -> (loss T, metrics)
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Metrics]]
 
 
 def reverse_kl(
@@ -45,19 +50,141 @@ def reverse_kl(
 
     Metrics: reverse_kl; student_rest and teacher_rest, the probability outside C.
     """
-    student = torch.cat([student_logprobs_TC, student_rest_T[:, None]], 1)
-    teacher = torch.cat([teacher_logprobs_TC, teacher_rest_T[:, None]], 1).detach()
-    ignored = student.detach() == -torch.inf
-    if valid_TC is not None:
-        ignored = ignored | F.pad(~valid_TC, (0, 1), value=False)
-    # Masked before the arithmetic as well: 0 * inf in the branch not taken would still be a NaN gradient.
-    student, teacher = student.masked_fill(ignored, 0.0), teacher.masked_fill(ignored, 0.0)
-    loss_T = (student.exp() * (student - teacher)).masked_fill(ignored, 0.0).sum(1)
+    student, teacher, ignored = _buckets(
+        student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    )
+    loss_T = _kl_terms(student, teacher, ignored).sum(1)
     return loss_T, {
         "reverse_kl": loss_T.detach(),
         "student_rest": student_rest_T.detach().exp(),
         "teacher_rest": teacher_rest_T.detach().exp(),
     }
+
+
+def forward_kl(
+    student_logprobs_TC: Tensor,
+    student_rest_T: Tensor,
+    teacher_logprobs_TC: Tensor,
+    teacher_rest_T: Tensor,
+    valid_TC: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """KL(T || S) over C and the rest; arguments, bound and infinities as in `reverse_kl`, with S and T exchanged.
+
+        sum over v in C and rest of p_T(v) (log p_T(v) - log p_S(v))
+
+    The forward KL of GKD (arXiv:2306.13649); with C the teacher's own likeliest tokens, top-k
+    distillation with a tail bucket. It covers the teacher's mass, so C should hold it.
+
+    Metrics: forward_kl.
+    """
+    student, teacher, ignored = _buckets(
+        student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    )
+    loss_T = _kl_terms(teacher, student, ignored).sum(1)
+    return loss_T, {"forward_kl": loss_T.detach()}
+
+
+def jsd(
+    student_logprobs_TC: Tensor,
+    student_rest_T: Tensor,
+    teacher_logprobs_TC: Tensor,
+    teacher_rest_T: Tensor,
+    valid_TC: Tensor | None = None,
+    *,
+    beta: float,
+) -> tuple[Tensor, Metrics]:
+    """The generalised Jensen-Shannon divergence of GKD (arXiv:2306.13649) over C and the rest.
+
+        beta KL(T || M) + (1 - beta) KL(S || M),   M = beta T + (1 - beta) S,   0 < beta < 1
+
+    Divided by beta it tends to KL(T || S) as beta falls to 0, divided by 1 - beta to KL(S || T) as it rises to 1.
+    At most log 2, whatever either side gives no mass, so it is never infinite; a NaN of the teacher stays NaN.
+    Arguments as in `reverse_kl`. Metrics: jsd.
+    """
+    student, teacher, ignored = _buckets(
+        student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    )
+    # Neither has mass: nothing to add, and logaddexp(-inf, -inf) has a NaN gradient.
+    ignored = ignored | ((student.detach() == -torch.inf) & (teacher == -torch.inf))
+    student, teacher = student.masked_fill(ignored, 0.0), teacher.masked_fill(ignored, 0.0)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    terms = beta * _kl_terms(teacher, mixture, ignored) + (1 - beta) * _kl_terms(student, mixture, ignored)
+    loss_T = terms.sum(1)
+    return loss_T, {"jsd": loss_T.detach()}
+
+
+def mixed_kl(
+    student_logprobs_TC: Tensor,
+    student_rest_T: Tensor,
+    teacher_logprobs_TC: Tensor,
+    teacher_rest_T: Tensor,
+    valid_TC: Tensor | None = None,
+    *,
+    forward_weight: float,
+) -> tuple[Tensor, Metrics]:
+    """forward_weight KL(T || S) + (1 - forward_weight) KL(S || T) over C and the rest.
+
+    At 1/2 half of Jeffreys' symmetric divergence. Arguments and metrics as in `reverse_kl` and `forward_kl`.
+    """
+    columns = student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    (forward_T, of_forward), (reverse_T, of_reverse) = forward_kl(*columns), reverse_kl(*columns)
+    # A weight of 0 leaves the other out: times an infinity it would be NaN.
+    parts = [
+        weight * loss for weight, loss in ((forward_weight, forward_T), (1 - forward_weight, reverse_T)) if weight
+    ]
+    return sum(parts[1:], parts[0]), of_forward | of_reverse
+
+
+def over_draws(
+    divergence: Divergence,
+    slope: float,
+    student_logprobs_TC: Tensor,
+    teacher_logprobs_TC: Tensor,
+    log_weights_TC: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """Unbiased estimate of a divergence over the whole vocabulary from m tokens v_i that were drawn from p_old.
+
+        D = sum over v of d(p_S(v), p_T(v))
+        estimate: 1/m sum over i of [ d(p_S(v_i), p_T(v_i)) + slope (p_T(v_i) - p_S(v_i)) ] / p_old(v_i)
+
+    Importance sampling with p_old as the proposal: value and gradient have those of D as their expectation over the
+    draws, repeats counted, however far S has moved, while candidates + rest over a fixed set bound D from below. The
+    second term sums to 0 over v and is a control variate. With `slope` = f'(1), where D = sum of p_T f(p_S / p_T), a
+    draw at which S and T agree has no gradient, and no estimate is below 0 for `reverse_kl` (slope 1: then it is
+    w log(p_S / p_T) - w + p_T / p_old with w = p_S / p_old, which at S = old is the k3 of Schulman 2020,
+    "Approximating KL divergence"), `forward_kl` (slope -1) and `jsd` (slope 0).
+
+    Args:
+        divergence: one of `reverse_kl`, `forward_kl`, `jsd`, `mixed_kl`, without rest and padding.
+        log_weights_TC: log(n / (m p_old)) of each distinct token that was drawn n times; -inf at other columns. The
+            response's own token is a column, but no draw.
+
+    Metrics: student_mass, the mean of p_S / p_old, 1 in expectation.
+    """
+    drawn_TC = log_weights_TC > -torch.inf
+    # All of these divergences are homogeneous, so weights on the terms are weights on both measures.
+    student = torch.where(drawn_TC, student_logprobs_TC + log_weights_TC, -torch.inf)
+    teacher = torch.where(drawn_TC, teacher_logprobs_TC.detach() + log_weights_TC, -torch.inf)
+    no_rest_T = student.new_full((len(student),), -torch.inf)
+    loss_T, _ = divergence(student, no_rest_T, teacher, no_rest_T, drawn_TC)
+    student_mass_T = student.exp().sum(1)
+    loss_T = loss_T + slope * (teacher.exp().sum(1) - student_mass_T)
+    return loss_T, {"student_mass": student_mass_T.detach()}
+
+
+def k2(logprobs_T: Tensor, old_logprobs_T: Tensor, teacher_logprobs_T: Tensor) -> tuple[Tensor, Metrics]:
+    """Reverse KL where the teacher told of the sampled token alone, differentiated directly.
+
+        sg(r) (log p_S(x_t) - log p_T(x_t))^2 / 2,   r = p_S(x_t) / p_old(x_t),   sg: without gradient
+
+    The k2 of Schulman (2020, "Approximating KL divergence"), whose gradient, unlike that of k1 and k3, is that of
+    KL(S || T) in expectation over x_t ~ p_S; the ratio makes that x_t ~ p_old. It is the gradient of
+    `importance_sampling` with the current advantage, unclipped. Its value is no KL.
+
+    Metrics: importance_ratio.
+    """
+    ratio_T = torch.exp(logprobs_T - old_logprobs_T).detach()
+    return 0.5 * ratio_T * (logprobs_T - teacher_logprobs_T.detach()).square(), {"importance_ratio": ratio_T}
 
 
 def advantage(student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, clip: float = 10.0) -> Tensor:
@@ -69,18 +196,54 @@ def advantage(student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, clip: floa
     return (teacher_logprobs_T - student_logprobs_T).detach().clamp(-clip, clip)
 
 
-def importance_sampling(logprobs_T: Tensor, old_logprobs_T: Tensor, advantage_T: Tensor) -> tuple[Tensor, Metrics]:
+def importance_sampling(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantage_T: Tensor,
+    *,
+    behaviour_logprobs_T: Tensor | None = None,
+    truncation: float | None = None,
+    ppo_clip: float | None = None,
+) -> tuple[Tensor, Metrics]:
     """The policy gradient over tokens that an older student sampled, corrected by the importance ratio.
 
-        -(exp(log p_S(x_t) - log p_old(x_t)) A_t)
+        -(r A_t),   r = p_S(x_t) / p_old(x_t)
 
     Thinking Machines, "On-Policy Distillation" (2025), with `advantage`. At A_t = -(log p_S(x_t) - log p_T(x_t)) its
     gradient's expectation over x_t ~ p_old is the gradient of KL(S || T) at that prefix.
 
-    Metrics: importance_ratio, advantage.
+    Args:
+        behaviour_logprobs_T: log-probs under the distribution b that the tokens were really sampled from (another
+            temperature, another engine's rounding). The ratio is then r = p_S / b, with the same expectation over
+            x_t ~ b.
+        truncation: c, and ratios count as min(r, c): truncated importance sampling (Ionides 2008, "Truncated
+            importance sampling"). A larger ratio still has a gradient, that of a token of ratio c; biased towards 0,
+            and bounded.
+        ppo_clip: epsilon of PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7):
+
+                -min(r A_t, clip(r, 1 - epsilon, 1 + epsilon) A_t)
+
+            so a token that has moved further than that the right way has no gradient. With `behaviour_logprobs_T`
+            the two roles of the old student come apart (decoupled objective, Hilton et al. 2021, arXiv:2110.00641):
+            r = p_S / p_old is clipped, and the whole weighted by p_old / b, without gradient and also
+            truncated at c.
+
+    Metrics: importance_ratio r (with `ppo_clip`, before it); advantage.
     """
-    ratio_T, advantage_T = torch.exp(logprobs_T - old_logprobs_T.detach()), advantage_T.detach()
-    return -(ratio_T * advantage_T), {"importance_ratio": ratio_T.detach(), "advantage": advantage_T}
+    advantage_T, old_logprobs_T, weight_T = advantage_T.detach(), old_logprobs_T.detach(), None
+    if behaviour_logprobs_T is not None:
+        behaviour_logprobs_T = behaviour_logprobs_T.detach()
+        if ppo_clip is None:
+            old_logprobs_T = behaviour_logprobs_T
+        else:
+            weight_T = _ratio(old_logprobs_T - behaviour_logprobs_T, truncation)
+    ratio_T = _ratio(logprobs_T - old_logprobs_T, truncation)
+    gain_T = ratio_T * advantage_T
+    if ppo_clip is not None:
+        gain_T = torch.minimum(gain_T, ratio_T.clamp(1 - ppo_clip, 1 + ppo_clip) * advantage_T)
+    if weight_T is not None:
+        gain_T = weight_T * gain_T
+    return -gain_T, {"importance_ratio": ratio_T.detach(), "advantage": advantage_T}
 
 
 def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> Tensor:
@@ -91,3 +254,29 @@ def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> T
     """
     weighted = torch.where(weights_T > 0, weights_T * loss_T, 0.0)
     return weighted.sum() / max(global_token_count, 1.0)
+
+
+def _buckets(
+    student_TC: Tensor, student_rest_T: Tensor, teacher_TC: Tensor, teacher_rest_T: Tensor, valid_TC: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns and rest side by side: the student's, the teacher's (a constant), and which to leave out."""
+    student = torch.cat([student_TC, student_rest_T[:, None]], 1)
+    teacher = torch.cat([teacher_TC, teacher_rest_T[:, None]], 1).detach()
+    if valid_TC is None:
+        return student, teacher, torch.zeros_like(student, dtype=torch.bool)
+    return student, teacher, F.pad(~valid_TC, (0, 1), value=False)
+
+
+def _kl_terms(p: Tensor, q: Tensor, ignored: Tensor) -> Tensor:
+    """p (log p - log q) from log-probs, 0 where p is 0 or `ignored`."""
+    ignored = ignored | (p.detach() == -torch.inf)
+    # Masked before the arithmetic as well: 0 * inf in the branch not taken would still be a NaN gradient.
+    p, q = p.masked_fill(ignored, 0.0), q.masked_fill(ignored, 0.0)
+    return (p.exp() * (p - q)).masked_fill(ignored, 0.0)
+
+
+def _ratio(log_ratio_T: Tensor, truncation: float | None) -> Tensor:
+    """exp(log_ratio), at most `truncation`; the gradient is always that value times the gradient of the log."""
+    if truncation is not None:
+        log_ratio_T = log_ratio_T + (log_ratio_T.clamp(max=math.log(truncation)) - log_ratio_T).detach()
+    return log_ratio_T.exp()

@@ -3,23 +3,28 @@
 Shapes: T response positions of a micro-batch, n of a chunk of them, C columns of the vocabulary at each.
 
 The columns are the cached candidates (the sampled token first) and, where the teacher's own top-k was stored, those
-of its tokens that are not candidates already; everything else is one rest bucket. Both losses read the same
-columns, so `reverse_kl` is measured alike whichever of them trains.
+of its tokens that are not candidates already; everything else is one rest bucket. All losses read the same columns,
+so `reverse_kl` is measured alike whichever of them trains.
+
+Candidates that were drawn from the student are columns too, each once; a divergence is then estimated without bias
+from the draws (`losses.over_draws`), and what is measured is still the bound over columns and rest.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import cache_schema as cs
 from pipeline.config import TrainConfig
-from pipeline.logprobs import HeadLoss, without_repeats
-from pipeline.metrics import rest_of
+from pipeline.logprobs import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums
+from pipeline.train.mixture import Teachers
 from pipeline.train.replay import MicroBatch
 
 
@@ -31,6 +36,8 @@ class Targets:
         ids_TC: token ids, the sampled one first, -1 where a row has fewer columns.
         teacher_TC, teacher_rest_T: the teacher's log-probs of them and of everything else.
         old_T, teacher_T: log-probs of the sampled token by the student that sampled it and by the teacher.
+        behaviour_T: its log-prob under the distribution that it was really sampled from, if that is corrected for.
+        log_draws_TC: see `log_draw_weights`; None where candidates are no draws.
         weights_T: what each token counts for, all copies of its rollout together.
         copies_T: how many those are.
     """
@@ -40,6 +47,8 @@ class Targets:
     teacher_rest_T: Tensor
     old_T: Tensor
     teacher_T: Tensor
+    behaviour_T: Tensor | None
+    log_draws_TC: Tensor | None
     weights_T: Tensor
     copies_T: Tensor
 
@@ -84,24 +93,28 @@ class Objective:
     """What is minimised, over which columns.
 
     Attributes:
-        teacher: name of the teacher's scores.
-        scores: what those hold. The teacher's own top-k, if stored, joins the candidates; candidates that it did not
-            tell belong to the rest; where it told none, the sampled token is the only column.
+        teachers: what their scores hold. A teacher's own top-k, if stored, joins the candidates; candidates that it
+            did not tell belong to the rest; where it told none, the sampled token is the only column.
         vocab_size: of the student's head. A teacher's vocabulary may be padded further; what it gives those ids is
             outside the columns and outside its rest, as it should be.
+        draws: how many of the candidates were drawn from the student; 0: they are its likeliest.
     """
 
     train: TrainConfig
-    teacher: str
-    scores: cs.ScoresManifest
+    teachers: Teachers
     vocab_size: int
+    draws: int = 0
 
     @property
     def arrays(self) -> dict[str, tuple[str, ...]]:
         """The arrays to read from the cache, by scorer."""
-        unused = {"entropy", "rest_logprob"} if self.scores.topk else {"entropy"}
-        told = tuple(spec.name for spec in self.scores.arrays() if spec.name not in unused)
-        return {cs.STUDENT: ("logprobs", "candidate_ids"), self.teacher: told}
+        of_draws = ("candidate_logprobs",) if self._over_draws else ()
+        return {cs.STUDENT: ("logprobs", "candidate_ids", *of_draws)} | self.teachers.arrays
+
+    @property
+    def _over_draws(self) -> bool:
+        divergence = self.train.loss != "importance_sampling" and not self.teachers.only_sampled
+        return divergence and self.draws > 0
 
     def targets(self, micro_batch: MicroBatch, device: torch.device | str) -> Targets:
         """The micro-batch's columns as tensors."""
@@ -109,52 +122,57 @@ class Objective:
         def column(name: str) -> Tensor:
             return torch.from_numpy(micro_batch.column(name)).to(device)
 
-        ids, sampled = column(f"{cs.STUDENT}/candidate_ids").long(), column(f"{self.teacher}/logprobs")
-        if self.scores.candidates:
-            teacher = column(f"{self.teacher}/candidate_logprobs")
-            untold = teacher.isnan()
-            untold[:, 0] = False  # the sampled token: where it is unscored, the row weighs nothing
-            ids = ids.masked_fill(untold, -1)
-        else:
-            ids, teacher = ids[:, :1], sampled[:, None]
-        if self.scores.topk:
-            ids = torch.cat([ids, column(f"{self.teacher}/topk_ids").long()], 1)
-            teacher = torch.cat([teacher, column(f"{self.teacher}/topk_logprobs")], 1)
-            rest = column(f"{self.teacher}/topk_rest_logprob")
-        elif self.scores.candidates:
-            rest = column(f"{self.teacher}/rest_logprob")
-        else:
-            rest = torch.from_numpy(rest_of(sampled.cpu().numpy())).to(sampled)
-        ids = without_repeats(ids)
+        candidates = column(f"{cs.STUDENT}/candidate_ids").long()
+        told = self.teachers.told(column, candidates, micro_batch.prompts_T)
         weights_T = torch.from_numpy(micro_batch.weights).to(device)
         ignored_T = weights_T == 0
 
-        def finite(teacher_T: Tensor) -> Tensor:
+        def finite(values_T: Tensor) -> Tensor:
             # NaN (not scored) times a weight of 0 would still be a NaN gradient; columns without an id are not read.
-            return teacher_T.masked_fill(ignored_T.view(-1, *[1] * (teacher_T.ndim - 1)), 0.0)
+            return values_T.masked_fill(ignored_T.view(-1, *[1] * (values_T.ndim - 1)), 0.0)
 
+        behaviour_T = log_draws_TC = None
+        if self.train.behaviour_correction:
+            behaviour_T = finite(torch.from_numpy(micro_batch.rollout_logprobs).to(device))
+        if self._over_draws:
+            log_draws_TC = log_draw_weights(candidates, column(f"{cs.STUDENT}/candidate_logprobs"))
+            log_draws_TC = F.pad(log_draws_TC, (0, told.ids_TC.shape[1] - candidates.shape[1]), value=-torch.inf)
+        teacher_TC = finite(told.logprobs_TC)
         return Targets(
-            ids_TC=ids.masked_fill(ids >= self.vocab_size, -1),
-            teacher_TC=finite(teacher),
-            teacher_rest_T=finite(rest),
+            ids_TC=told.ids_TC.masked_fill(told.ids_TC >= self.vocab_size, -1),
+            teacher_TC=teacher_TC,
+            teacher_rest_T=finite(told.rest_T),
             old_T=finite(column(f"{cs.STUDENT}/logprobs")),
-            teacher_T=finite(sampled),
+            teacher_T=teacher_TC[:, 0],
+            behaviour_T=behaviour_T,
+            log_draws_TC=log_draws_TC,
             weights_T=weights_T,
             copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
         )
 
     def loss(self, targets: Targets, n_tokens: float, rows: slice, student_nC: Tensor, rest_n: Tensor) -> Tensor:
         """A chunk's share of the mean over the global batch's `n_tokens`; a pure function for `chunked_head_loss`."""
-        teacher_n, old_n = targets.teacher_T[rows], targets.old_T[rows]
-        if self.train.loss == "reverse_kl":
-            loss_n, _ = losses.reverse_kl(
-                student_nC, rest_n, targets.teacher_TC[rows], targets.teacher_rest_T[rows], targets.ids_TC[rows] >= 0
-            )
-        else:
-            sampled_n = student_nC[:, 0]
+        sampled_n, old_n, teacher_n = student_nC[:, 0], targets.old_T[rows], targets.teacher_T[rows]
+        if self.train.loss == "importance_sampling":
             reference_n = old_n if self.train.advantage == "cached" else sampled_n
-            advantage_n = losses.advantage(reference_n, teacher_n, self.train.advantage_clip)
-            loss_n, _ = losses.importance_sampling(sampled_n, old_n, advantage_n)
+            loss_n, _ = losses.importance_sampling(
+                sampled_n,
+                old_n,
+                losses.advantage(reference_n, teacher_n, self.train.advantage_clip),
+                behaviour_logprobs_T=None if targets.behaviour_T is None else targets.behaviour_T[rows],
+                truncation=self.train.ratio_truncation,
+                ppo_clip=self.train.ppo_clip,
+            )
+        elif self.teachers.only_sampled:
+            loss_n, _ = losses.k2(sampled_n, old_n, teacher_n)
+        else:
+            divergence, slope = _divergence(self.train)
+            teacher_nC = targets.teacher_TC[rows]
+            if targets.log_draws_TC is None:
+                valid_nC = targets.ids_TC[rows] >= 0
+                loss_n, _ = divergence(student_nC, rest_n, teacher_nC, targets.teacher_rest_T[rows], valid_nC)
+            else:
+                loss_n, _ = losses.over_draws(divergence, slope, student_nC, teacher_nC, targets.log_draws_TC[rows])
         return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
 
     def measure(self, targets: Targets, result: HeadLoss) -> Sums:
@@ -172,3 +190,32 @@ class Objective:
         totals += [total(v) for v in (reverse_kl_T, sampled_T - targets.teacher_T, result.entropy_T)]
         every = (v.repeat_interleave(targets.copies_T) for v in (sampled_T, targets.old_T, targets.weights_T))
         return Sums(torch.stack(totals), drift_sums(*every))
+
+
+def log_draw_weights(candidate_ids_TK: Tensor, logprobs_TK: Tensor) -> Tensor:
+    """[T, K] log(n / (m p_old)) of every token that stands n times among the m = K - 1 draws, for `over_draws`.
+
+    At the first column that holds the token, which may be the sampled one's (column 0, no draw of its own); -inf at
+    the others.
+    """
+    ordered, order = candidate_ids_TK.sort(dim=1, stable=True)
+    first = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    group = first.cumsum(1) - 1
+    times = torch.zeros_like(logprobs_TK).scatter_add_(1, group, (order > 0).to(logprobs_TK))
+    times = torch.where(first, times.gather(1, group), 0.0)
+    times_TK = torch.empty_like(times).scatter_(1, order, times)
+    return (times_TK / (candidate_ids_TK.shape[1] - 1)).log() - logprobs_TK
+
+
+def _divergence(train: TrainConfig) -> tuple[losses.Divergence, float]:
+    """The divergence over columns that `train` names, and its slope where S and T agree (see `over_draws`)."""
+    match train.loss:
+        case "forward_kl":
+            return losses.forward_kl, -1.0
+        case "jsd":
+            return functools.partial(losses.jsd, beta=train.jsd_beta), 0.0
+        case "mixed_kl":
+            forward = train.forward_weight
+            return functools.partial(losses.mixed_kl, forward_weight=forward), 1 - 2 * forward
+        case _:
+            return losses.reverse_kl, 1.0

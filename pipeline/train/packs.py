@@ -22,6 +22,22 @@ def pack_rows(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[
     return [sorted(pack) for pack in packs]
 
 
+def families(prompts: Sequence[int], lengths: Sequence[tuple[int, int]], budget: int) -> list[tuple[list[int], int]]:
+    """Rows that read their prompt together, and how many tokens that is: all of one prompt, or as many as the budget
+    holds, in order of rows. `lengths` are those of each row's prompt and of the whole row."""
+    made: list[tuple[list[int], int]] = []
+    latest: dict[int, int] = {}
+    for row, (prompt, (prompt_tokens, tokens)) in enumerate(zip(prompts, lengths, strict=True)):
+        family = latest.get(prompt)
+        if family is not None and made[family][1] + tokens - prompt_tokens <= budget:
+            rows, total = made[family]
+            made[family] = ([*rows, row], total + tokens - prompt_tokens)
+        else:
+            latest[prompt] = len(made)
+            made.append(([row], tokens))
+    return made
+
+
 def deal(packs: Sequence[list[int]], rank: int, world: int) -> list[list[int] | None]:
     """Packs of one rank, every `world`-th; None pads ranks that are short of one, so that all have as many."""
     mine: list[list[int] | None] = list(packs[rank::world])

@@ -1,9 +1,8 @@
-"""Which cached rollouts a training step sees, and in which micro-batches. numpy only.
+"""The cached rollouts of a training step, and its micro-batches. numpy only.
 
-The order is a pure function of (seed, epoch, step): an epoch permutes the blocks, shuffles the prompts (each with
-all its rollouts) inside windows of `window_blocks` blocks, and the epochs follow one another as one stream. Step s
-takes the prompts [s * P, (s + 1) * P) of that stream. Only then are its rollouts packed by token budget and dealt
-to ranks, so the global batch is the same for every world size, micro-batch budget and resume point.
+Step s takes the prompts that `pipeline.train.order` says, each with all its rollouts, and the tokens of these that
+`select` keeps. Only then are they packed by token budget and dealt to ranks, so the global batch, and the number of
+its tokens that the loss is divided by, are the same for every world size, micro-batch budget and resume point.
 
 Shapes: T response positions of a rollout or a block. Steps and epochs count from 0.
 """
@@ -12,9 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -22,62 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.train.packs import deal, pack_rows
+from pipeline.errors import ConfigError
+from pipeline.train.order import Int64, Order
+from pipeline.train.packs import deal, families, pack_rows
+from pipeline.train.selection import Selection, Weights
 
 Array = npt.NDArray[Any]
-Int64 = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Order:
-    """The replay order of a round. Its fields are all that it depends on.
-
-    Attributes:
-        n_prompts, prompts_per_block: of the round.
-        prompts_per_step: P, the size of a global batch.
-        window_blocks: blocks whose prompts are shuffled together, and so are in memory together.
-    """
-
-    n_prompts: int
-    prompts_per_block: int
-    prompts_per_step: int
-    window_blocks: int
-    seed: int
-
-    def epoch(self, epoch: int) -> Int64:
-        """[n_prompts]: every prompt of the round once, in the order of this epoch."""
-        return _epoch_order(self, epoch)
-
-    def step(self, step: int) -> Int64:
-        """[P]: the prompts of a step, in stream order. A step may reach from one epoch into the next."""
-        positions = np.arange(step * self.prompts_per_step, (step + 1) * self.prompts_per_step)
-        epochs, offsets = np.divmod(positions, self.n_prompts)
-        return np.concatenate([self.epoch(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
-
-    @property
-    def resident_blocks(self) -> int:
-        """Blocks worth keeping: those of the windows that a step and the next one can reach into."""
-        windows = 1 + -(-self.prompts_per_step // (self.window_blocks * self.prompts_per_block))
-        return self.window_blocks * windows
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(order: Order, epoch: int) -> Int64:
-    # Raw bits of a bit generator are stable across numpy releases (NEP 19); `Generator.permutation` is not.
-    bits = np.random.PCG64(np.random.SeedSequence([order.seed, epoch]))
-
-    def shuffled(values: Int64) -> Int64:
-        return values[np.argsort(bits.random_raw(len(values)), kind="stable")]
-
-    blocks = shuffled(np.arange(-(-order.n_prompts // order.prompts_per_block)))
-    prompts = blocks[:, None] * order.prompts_per_block + np.arange(order.prompts_per_block)
-    windows = []
-    for start in range(0, len(blocks), order.window_blocks):
-        window = prompts[start : start + order.window_blocks].ravel()
-        windows.append(shuffled(window[window < order.n_prompts]))
-    result = np.concatenate(windows)
-    result.setflags(write=False)  # shared by every caller
-    return result
 
 
 @dataclass(frozen=True)
@@ -86,12 +35,12 @@ class LoadedBlock:
 
     Attributes:
         columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`.
-        weights: f4 [T], what a token counts for in the loss: 1 if it is `trained` and scored, else 0.
+        weights: f4 [T], what a token counts for in the loss: 1 if it is `trained`, scored and selected, else 0.
     """
 
     rollouts: cs.RolloutBlock
     columns: Mapping[str, Array]
-    weights: npt.NDArray[np.float32]
+    weights: Weights
 
     def rows_of(self, prompt: int) -> range:
         """Rollouts of the block's prompt number `prompt`."""
@@ -101,10 +50,17 @@ class LoadedBlock:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One cached rollout: a row of a loaded block, nothing copied."""
+    """One cached rollout: a row of a loaded block, nothing copied.
+
+    It ends with its last token that counts, if any does: nothing before it depends on what follows.
+
+    Attributes:
+        selected: weights of its first tokens, where the global batch has a say in them; the rest count nothing.
+    """
 
     block: LoadedBlock
     row: int
+    selected: Weights | None = None
 
     @property
     def prompt_index(self) -> int:
@@ -117,17 +73,27 @@ class Rollout:
     @property
     def token_ids(self) -> Array:
         """Prompt and response, end to end."""
-        return np.concatenate([self.prompt_ids, self.block.rollouts.response(self.row)])
+        return np.concatenate([self.prompt_ids, self.block.rollouts.token_ids[self.response]])
 
     @property
     def n_tokens(self) -> int:
         """Tokens that a forward pass reads, prompt included."""
-        rollouts = self.block.rollouts
-        return int(rollouts.prompt_length[rollouts.row_prompt[self.row]] + rollouts.response_length[self.row])
+        return len(self.prompt_ids) + int(self.response.stop - self.response.start)
+
+    @cached_property
+    def response(self) -> slice:
+        """Where its T tokens lie in the block's columns."""
+        whole = self.block.rollouts.response_slice(self.row)
+        weights = self.block.weights[whole] if self.selected is None else self.selected
+        counted = np.flatnonzero(weights)
+        return slice(whole.start, whole.start + (int(counted[-1]) + 1 if len(counted) else len(weights)))
 
     @property
-    def weights(self) -> npt.NDArray[np.float32]:
-        return self.block.weights[self.block.rollouts.response_slice(self.row)]
+    def weights(self) -> Weights:
+        """f4 [T]: what each token counts for."""
+        if self.selected is None:
+            return self.block.weights[self.response]
+        return self.selected[: self.response.stop - self.response.start]
 
     @property
     def content(self) -> tuple[object, ...]:
@@ -136,12 +102,11 @@ class Rollout:
         """
         ids = [self.column(name).tobytes() for name in self.block.columns if name.endswith("_ids")]
         ids += [np.isnan(self.column(n)).tobytes() for n in self.block.columns if n.endswith("/candidate_logprobs")]
-        response = self.block.rollouts.response(self.row)
-        return (self.prompt_index, response.tobytes(), self.weights.tobytes(), *ids)
+        return (self.prompt_index, self.token_ids.tobytes(), self.weights.tobytes(), *ids)
 
     def column(self, name: str) -> Array:
         """[T, ...] of one of the block's columns."""
-        return self.block.columns[name][self.block.rollouts.response_slice(self.row)]
+        return self.block.columns[name][self.response]
 
 
 @dataclass(frozen=True)
@@ -162,12 +127,26 @@ class MicroBatch:
         return np.concatenate([rollout.column(name) for rollout in self.rollouts])
 
     @property
-    def copies_T(self) -> Int64:
-        """i8 [T]: how often each token occurs in the global batch."""
-        return np.repeat(self.copies, [len(rollout.weights) for rollout in self.rollouts])
+    def _lengths(self) -> list[int]:
+        return [rollout.response.stop - rollout.response.start for rollout in self.rollouts]
 
     @property
-    def weights(self) -> npt.NDArray[np.float32]:
+    def rollout_logprobs(self) -> Weights:
+        """f4 [T]: of each token under the distribution that it was sampled from."""
+        return np.concatenate([r.block.rollouts.rollout_logprobs[r.response] for r in self.rollouts])
+
+    @property
+    def prompts_T(self) -> Int64:
+        """i8 [T]: the prompt of each token, counted in the round."""
+        return np.repeat([r.prompt_index for r in self.rollouts], self._lengths)
+
+    @property
+    def copies_T(self) -> Int64:
+        """i8 [T]: how often each token occurs in the global batch."""
+        return np.repeat(self.copies, self._lengths)
+
+    @property
+    def weights(self) -> Weights:
         """f4 [T]: what each token counts for, all its copies together; zeros where the micro-batch is padding."""
         weights = np.concatenate([rollout.weights for rollout in self.rollouts])
         return (weights * self.copies_T * self.counts).astype(np.float32)
@@ -187,18 +166,36 @@ class Batch:
 
     @cached_property
     def distinct(self) -> tuple[tuple[Rollout, int], ...]:
-        """Each different rollout with the number of its copies, in order of first occurrence.
+        """Each different rollout with the number of its copies, in order of first occurrence; none without weight.
 
         A student that is sure of itself answers alike most of the time, and equal rollouts have equal gradients.
         """
         copies: dict[tuple[object, ...], list[Rollout]] = {}
         for rollout in self.rollouts:
-            copies.setdefault(rollout.content, []).append(rollout)
+            if rollout.weights.any():
+                copies.setdefault(rollout.content, []).append(rollout)
         return tuple((same[0], len(same)) for same in copies.values())
 
-    def micro_batches(self, tokens_per_microbatch: int, rank: int = 0, world: int = 1) -> list[MicroBatch]:
-        """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
-        packs = pack_rows([rollout.n_tokens for rollout, _ in self.distinct], tokens_per_microbatch, world)
+    def tokens_read(self, share_prompts: bool) -> int:
+        """Tokens that forward passes over the batch read, where micro-batches part no rollouts of one prompt."""
+        prompts = [
+            (r.prompt_index if share_prompts else i, len(r.prompt_ids)) for i, (r, _) in enumerate(self.distinct)
+        ]
+        responses = sum(rollout.n_tokens - len(rollout.prompt_ids) for rollout, _ in self.distinct)
+        return responses + sum(dict(prompts).values())
+
+    def micro_batches(
+        self, tokens_per_microbatch: int, rank: int = 0, world: int = 1, *, share_prompts: bool = False
+    ) -> list[MicroBatch]:
+        """This rank's share: as many micro-batches as every other rank has, so that collectives match.
+
+        With `share_prompts` a prompt that its rollouts have in common counts once, and keeps them together.
+        """
+        lengths = [(len(rollout.prompt_ids), rollout.n_tokens) for rollout, _ in self.distinct]
+        prompts = [rollout.prompt_index if share_prompts else i for i, (rollout, _) in enumerate(self.distinct)]
+        units = families(prompts, lengths, tokens_per_microbatch)
+        units_in = pack_rows([tokens for _, tokens in units], tokens_per_microbatch, world)
+        packs = [sorted(row for unit in pack for row in units[unit][0]) for pack in units_in]
         shares = []
         for pack in deal(packs, rank, world):
             if pack is None:
@@ -215,23 +212,77 @@ class Replay:
 
     Args:
         columns: arrays to read, by scorer, e.g. `{"teacher": ("logprobs", "rest_logprob")}`.
+        selection: which tokens count; default: every one that is trained and scored.
+        taught: bool [n_prompts] by scorer: those prompts that it is for, where it is not for all. At others its
+            scores are not needed.
     """
 
-    def __init__(self, round_: cs.Round, columns: Mapping[str, Sequence[str]], order: Order):
-        self.order = order
-        self._round = round_
+    def __init__(
+        self,
+        round_: cs.Round,
+        columns: Mapping[str, Sequence[str]],
+        order: Order,
+        *,
+        selection: Selection | None = None,
+        taught: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    ):
+        self.order, self.selection = order, selection or Selection()
+        self._round, self._taught = round_, taught or {}
+        if self.selection.by_entropy:
+            of_student = columns.get(cs.STUDENT, ())
+            columns = {**columns, cs.STUDENT: (*of_student, *({"entropy"} - set(of_student)))}
         self._groups = {name: (round_.scores(name), tuple(arrays)) for name, arrays in columns.items()}
         self._loaded: OrderedDict[int, LoadedBlock] = OrderedDict()
         self._lock = threading.Lock()
 
     def batch(self, step: int) -> Batch:
-        """The global batch of a step. Raises `CacheError` where a block is damaged or no longer committed."""
+        """The global batch of a step.
+
+        Raises `CacheError` where a block is damaged or no longer committed, `ConfigError` where no token of the batch
+        counts.
+        """
+        batch = self._gather(step, self.order.step(step), self._block)
+        if not batch.distinct:
+            raise ConfigError(
+                f"{str(self.selection) or 'scores'}: none of the {len(batch.rollouts)} rollouts of step {step + 1} "
+                "has a token left to train on; leave in more tokens, or raise train.prompts_per_step"
+            )
+        return batch
+
+    def held_back(self, prompts_per_batch: int) -> Iterator[Batch]:
+        """The prompts that are held back, in batches to measure on, selected like those that train.
+
+        Raises `CacheError` as `batch` does, `ConfigError` where no token of any of them counts.
+        """
+        order, nothing = self.order, True
+        load = lru_cache(maxsize=1)(self._load)  # the blocks of the replay stay where they are
+        for number, start in enumerate(range(order.n_replayed, order.n_prompts, prompts_per_batch)):
+            prompts = np.arange(start, min(start + prompts_per_batch, order.n_prompts))
+            if (batch := self._gather(number, prompts, load)).distinct:
+                nothing = False
+                yield batch
+        if nothing:
+            raise ConfigError(
+                f"{str(self.selection) or 'scores'}: none of the {order.held_back} prompts held back has a token "
+                "left to measure on; leave in more tokens, or raise train.heldout_prompts"
+            )
+
+    def _gather(self, number: int, prompts: Int64, load: Callable[[int], LoadedBlock]) -> Batch:
         rollouts: list[Rollout] = []
-        for prompt in self.order.step(step).tolist():
+        for prompt in prompts.tolist():
             index, within = divmod(prompt, self.order.prompts_per_block)
-            block = self._block(index)
+            block = load(index)
             rollouts += [Rollout(block, row) for row in block.rows_of(within)]
-        return Batch(step, tuple(rollouts))
+        if self.selection.by_entropy:
+            rollouts = self._most_uncertain(rollouts)
+        return Batch(number, tuple(rollouts))
+
+    def _most_uncertain(self, rollouts: list[Rollout]) -> list[Rollout]:
+        weights = [rollout.weights for rollout in rollouts]
+        entropy_T = np.concatenate([rollout.column(f"{cs.STUDENT}/entropy") for rollout in rollouts])
+        selected_T = self.selection.of_batch(np.concatenate(weights), entropy_T)
+        parts = np.split(selected_T, np.cumsum([len(w) for w in weights])[:-1])
+        return [replace(rollout, selected=part) for rollout, part in zip(rollouts, parts, strict=True)]
 
     def batches(self, steps: range) -> Generator[Batch]:
         """The batches of `steps`, each read in a thread while the one before is in use."""
@@ -263,8 +314,10 @@ class Replay:
             for name, (group, arrays) in self._groups.items()
             for array, value in group.read_arrays(index, arrays).items()
         }
-        counts = rollouts.trained == 1
-        for name, value in columns.items():
-            if name.endswith("/logprobs"):  # what a scorer has not told of is nothing to learn from
-                counts &= np.isfinite(value)
+        counts = (rollouts.trained == 1) & self.selection.of_block(rollouts)
+        prompts_T = np.repeat(rollouts.prompt_index[rollouts.row_prompt], rollouts.response_length)
+        for name in self._groups:
+            # What a scorer has not told of is nothing to learn from.
+            if (told := columns.get(f"{name}/logprobs")) is not None:
+                counts &= np.isfinite(told) | (~self._taught[name][prompts_T] if name in self._taught else False)
         return LoadedBlock(rollouts, columns, counts.astype(np.float32))

@@ -5,7 +5,8 @@ run.json           the cache it learns from (digests of every block) and, once i
 metrics.jsonl      one object a step
 tensorboard/       the same as curves
 checkpoints/       see pipeline.train.checkpoint
-adapter/           PEFT format, once training has ended
+adapter/           PEFT format, once training has ended; or
+model/             the whole model, where all of its weights were trained
 ledger.json        seconds, tokens and FLOPs by stage, once training has ended
 """
 
@@ -15,7 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +27,19 @@ from safetensors import SafetensorError
 import cache_schema as cs
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
-from pipeline.train.checkpoint import write_atomically
+from pipeline.train.checkpoint import sync, write_atomically
 
-# Settings of `train` and `student` that decide how the work is done, not what comes out (beyond rounding).
+# Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
+_SECTIONS = ("student", "train", "select")
 _OPERATIONAL = frozenset(
     {
         "tokens_per_microbatch",
+        "share_prompts",
         "rows_per_chunk",
         "gradient_checkpointing",
         "checkpoint_every",
         "keep_checkpoints",
+        "parallel",
         "device",
     }
 )
@@ -62,14 +66,17 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.ledger = path / "ledger.json"
         self._run = path / "run.json"
 
     @property
     def result(self) -> Result | None:
-        """How the run ended, None while it has not."""
+        """How the run ended, None while it has not, or where the recipe asks for more steps than it had then."""
         result = self._read_run().get("result")
-        return None if result is None else Result(**result)
+        if result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
+            return None
+        return Result(**result)
 
     def finish(self, result: Result) -> None:
         """Record how the run ended: its last write."""
@@ -92,6 +99,10 @@ class RunDirectory:
         """Add a step's line."""
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Have the lines so far on the disk itself: a checkpoint must not outlive them."""
+        sync(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
@@ -127,8 +138,9 @@ class RunDirectory:
     def start(self) -> None:
         """Record what the run is made of, once everything that could be wrong with it has been found right."""
         with self.writing():
-            write_atomically(self.recipe, self._now.to_toml())
+            # In this order: a run that goes on for more steps is then never taken for finished.
             self._write_run({"cache": self._cache, "result": None})
+            write_atomically(self.recipe, self._now.to_toml())
 
     def _require_same(self) -> None:
         """Raise `RedpenError` where the directory holds something else, or the steps of another recipe or cache."""
@@ -176,23 +188,36 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
         os.close(handle)
 
 
-def cache_identity(cache_url: str, round_: cs.Round, teacher: str) -> dict[str, Any]:
-    """What a run learns from: the round, the teacher's name, and a digest of every block's content."""
-    groups = {"rollouts": round_.rollouts, "student": round_.scores(cs.STUDENT), "teacher": round_.scores(teacher)}
-    digests = {
-        f"{name} digest": hashlib.blake2b(group.commits()["digest"].tobytes(), digest_size=8).hexdigest()
-        for name, group in groups.items()
+def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) -> dict[str, Any]:
+    """What a run learns from: the round, the teachers' names, and digests of every block's content.
+
+    Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
+    """
+    groups = {
+        "rollouts": [round_.rollouts],
+        "student": [round_.scores(cs.STUDENT)],
+        "teacher": [round_.scores(name) for name in teachers],
     }
-    return {"url": cache_url, "round": round_.index, "teacher": teacher} | digests
+    digests = {
+        f"{name} digest": hashlib.blake2b(
+            b"".join(group.commits()["digest"].tobytes() for group in members), digest_size=8
+        ).hexdigest()
+        for name, members in groups.items()
+    }
+    return {"url": cache_url, "round": round_.index, "teacher": ", ".join(teachers)} | digests
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
     found = []
-    for section in ("student", "train"):
+    for section in _SECTIONS:
         was, is_ = getattr(before, section).model_dump(), getattr(now, section).model_dump()
-        found += [
-            f"{section}.{key} = {was[key]}, now {is_[key]}"
-            for key in was
-            if was[key] != is_[key] and key not in _OPERATIONAL
-        ]
+        for key in was:
+            if was[key] == is_[key] or key in _OPERATIONAL:
+                continue
+            if (section, key) == ("train", "steps") and is_[key] > was[key]:
+                if now.train.schedule == "constant":
+                    continue  # the steps so far are those of the longer run
+                found.append(f'train.steps = {was[key]}, now {is_[key]} (only schedule = "constant" can go on)')
+            else:
+                found.append(f"{section}.{key} = {was[key]}, now {is_[key]}")
     return found

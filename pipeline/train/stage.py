@@ -1,6 +1,11 @@
 """Stage two: replay a scored cache and move the student towards its teacher. Only the student is loaded.
 
-    redpen train RECIPE --cache DIR --run DIR
+    redpen train RECIPE --cache URL --run DIR
+    torchrun --nproc-per-node 8 -m pipeline -- train RECIPE --cache URL --run DIR      a process a GPU
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m pipeline -- train RECIPE --cache URL --run DIR                              on each of two machines
+
+(without the `--` torchrun takes --run for one of its own options)
 
 Let x_t be a cached response token with its prefix, S the current student, `old` the student that sampled it, T the
 teacher, all at temperature 1; C the cached candidates (and the teacher's own top-k if stored), rest everything else.
@@ -9,10 +14,15 @@ teacher, all at temperature 1; C the cached candidates (and the teacher's own to
     importance_sampling    mean_t -exp(log p_S(x_t) - log p_old(x_t)) A_t,
                            A_t = -(log p_S(x_t) - log p_T(x_t)), without gradient
 
+`pipeline.train.losses` has the formulas of the others (forward_kl, jsd, mixed_kl), of ratio truncation, PPO's clip
+and behaviour correction, and of what replaces reverse_kl where a teacher told of the sampled token alone (k2) or
+candidates were drawn from the student (`over_draws`). T may be a mixture of teachers, or one chosen by the prompt's
+source (`pipeline.train.mixture`); which tokens count is `select`'s to say (`pipeline.train.selection`).
+
 The mean is over all trained tokens of a step's global batch, whose count is known before the first forward, so the
-gradient does not depend on micro-batches; equal rollouts are read once and weigh as often as they occur. Each
-micro-batch packs whole rollouts without padding; the head and the loss go through row chunks and make their
-gradient in the same pass (`pipeline.logprobs`).
+gradient depends neither on micro-batches nor on the number of processes (`pipeline.train.distributed`); equal
+rollouts are read once and weigh as often as they occur. Each micro-batch packs whole rollouts without padding; the
+head and the loss go through row chunks and make their gradient in the same pass (`pipeline.logprobs`).
 
 Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up),
 after `steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported as
@@ -23,8 +33,10 @@ reverse KL over candidates, which ends at higher accuracy; the advantage uses th
 otherwise, since the cached one is right for a single pass only; learning rate 1e-4 with LoRA, since 5e-7 moves
 nothing.
 
-Killed at any moment, the same command continues from the last checkpoint; on the CPU with the same number of threads
-metrics and adapter are then bit for bit those of an undisturbed run.
+Killed at any moment, the same command continues from the last checkpoint, on any number of processes: all of them see
+the same global batches in the same order. On the CPU with as many processes and threads metrics and adapter are then
+bit for bit those of an undisturbed run. Of several processes the first writes and talks, and holds the run's lock.
+torchrun makes an exit code of 1 of any other than 0, so for it a stale cache is told by the sentence and by run.json.
 """
 
 from __future__ import annotations
@@ -33,21 +45,22 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import Recipe
+from pipeline import models, workers
+from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, warn
+from pipeline.errors import Interrupted, RedpenError
 from pipeline.signals import graceful
-from pipeline.train import checkpoint, inputs, ledger, lora
-from pipeline.train.objective import Objective
-from pipeline.train.replay import Batch, Order, Replay
+from pipeline.train import checkpoint, distributed, inputs, ledger, lora
+from pipeline.train.card import run_card
+from pipeline.train.heldout import Metric, heldout_metric
+from pipeline.train.replay import Batch, Replay
 from pipeline.train.run_directory import Result, RunDirectory, cache_identity, open_run
-from pipeline.train.stopping import Memory, verdict
+from pipeline.train.stopping import Memory, best_step, verdict
 from pipeline.train.trainer import Trainer
 
 _CHECKED_ROLLOUTS = 4
@@ -56,67 +69,94 @@ _CHECKED_ROLLOUTS = 4
 def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_index: int | None = None) -> int:
     """Train until done, from wherever an earlier call left off; the exit code.
 
+    Under torchrun every rank calls this, and all but the first return 0.
+
     Raises `CacheError` and `RedpenError` where cache, recipe and run do not fit together, `Interrupted` after a
     checkpoint where a signal asked for a stop.
     """
     train = recipe.train
+    with workers.team() as ranks, contextlib.ExitStack() as held:
+        run, result, index, teachers = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir, round_index))
+        if result is not None:
+            if ranks.leads:
+                print(f"{run.path} is finished: {result.sentence}")
+            return result.exit_code if ranks.leads else 0
+        round_ = cs.open(cache_url).round(index)
+        objective = inputs.objective(recipe, round_, teachers)
+        replay = inputs.replay(recipe, round_, objective)
+        with distributed.layout(ranks, recipe.student, train) as layout:
+            model = lora.make_trainable(models.load_model(layout.placed(recipe.student), trainable=True), train)
+            trainer = Trainer(model, objective, train, layout)
+            memory = _resume(run, trainer)
+            worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
+            say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
+
+            heldout = heldout_metric(recipe, trainer, replay)
+            if layout.leads:
+                run.start()
+            result = _train(run, trainer, replay, memory, heldout)
+            _return_to_best(run, trainer, best_step(train, memory))
+            weights = trainer.weights()
+            if layout.leads:
+                made = run.adapter if train.method == "lora" else run.model
+                with run.writing():
+                    lora.save(model, weights, made, recipe.student, run_card(recipe, round_, teachers, result))
+                    adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
+                    costs = ledger.stage_one(recipe, round_)
+                    costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
+                    checkpoint.write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
+                run.finish(result)
+                print(result.sentence)
+                print(f"{made.name}: {made}")
+        return result.exit_code if ranks.leads else 0
+
+
+def _open(
+    held: contextlib.ExitStack,
+    recipe: Recipe,
+    cache_url: str,
+    run_dir: str | os.PathLike[str],
+    round_index: int | None,
+) -> tuple[RunDirectory, Result | None, int, tuple[str, ...]]:
+    """The run, locked until `held` closes; how it ended, if it has; the round and the teachers it learns from."""
     round_ = cs.open(cache_url).round(round_index)
-    teacher = inputs.teacher_name(recipe, round_, cache_url)
-    inputs.check_scored(round_, teacher, cache_url)
-    inputs.check_replay(recipe, round_, cache_url)
-    with open_run(run_dir, recipe, cache_identity(cache_url, round_, teacher)) as run:
-        if run.result is not None:
-            print(f"{run.path} is finished: {run.result.sentence}")
-            return run.result.exit_code
-        scores = round_.scores(teacher).manifest
-        assert isinstance(scores, cs.ScoresManifest)
-        inputs.check_candidates(recipe, scores, teacher)
+    teachers = inputs.teacher_names(recipe, round_, cache_url)
+    inputs.check_scored(round_, teachers, cache_url)
+    inputs.check_replay(recipe, round_)
+    run = held.enter_context(open_run(run_dir, recipe, cache_identity(cache_url, round_, teachers)))
+    result = run.result
+    if result is None:
+        inputs.check_teachers(recipe, round_, teachers)
         inputs.check_student(recipe, round_, cache_url)
-        order = Order(
-            round_.n_prompts,
-            round_.manifest.prompts_per_block,
-            train.prompts_per_step,
-            train.shuffle_window_blocks,
-            train.seed,
-        )
-        objective = Objective(train, teacher, scores, round_.manifest.vocab_size)
-        replay = Replay(round_, objective.arrays, order)
-        model = lora.add_lora(models.load_model(recipe.student, trainable=True), train)
-        trainer = Trainer(model, objective, train)
-        memory = _resume(run, trainer)
-        worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
-        say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
-
-        run.start()
-        result = _train(run, trainer, replay, memory)
-        with run.writing():
-            lora.save_adapter(model, run.adapter, _base_name(recipe))
-            adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
-            costs = ledger.stage_one(recipe, round_)
-            costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
-            checkpoint.write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
-        run.finish(result)
-    print(result.sentence)
-    print(f"adapter: {run.adapter}")
-    return result.exit_code
+    return run, result, round_.index, teachers
 
 
-def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) -> Result:
-    """Update until there is a verdict; the last step is then checkpointed."""
-    train, saved = trainer.train, trainer.step
+def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, heldout: Metric | None) -> Result:
+    """Update until there is a verdict, which is every rank's; the last step is then checkpointed."""
+    train, layout, saved = trainer.train, trainer.layout, trainer.step
+    saving = checkpoint.Checkpoints(run.checkpoints, train.keep_checkpoints, before=run.sync_metrics)
 
-    def save() -> None:
+    def save(*, wait: bool = False) -> None:
         nonlocal saved
         if saved < trainer.step:
+            tensors, saved = trainer.tensors(), trainer.step
+            if layout.leads:
+                with run.writing():
+                    saving.save(saved, tensors, asdict(memory), best_step(train, memory))
+        if wait:
             with run.writing():
-                checkpoint.save(
-                    run.checkpoints, trainer.step, trainer.tensors(), asdict(memory), keep=train.keep_checkpoints
-                )
-            saved = trainer.step
+                saving.wait()
+            layout.meet()
 
     batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
     bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
-    with graceful() as stop, batches as stream, _curves(run, trainer.step) as curve, bar as shown:
+    with (
+        graceful() as stop,
+        contextlib.closing(saving),
+        batches as stream,
+        _recorder(run, trainer) as record,
+        bar as shown,
+    ):
         while (result := verdict(train, trainer.step, memory)) is None:
             started = time.perf_counter()
             batch = next(stream)
@@ -124,53 +164,83 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory) 
             measured = trainer.update(batch)
             seconds = time.perf_counter() - started
 
-            metrics = {"step": trainer.step, **measured, **_counts(batch)}
+            metrics = {"step": trainer.step, **measured, **_counts(train, batch)}
             speed = {"seconds": seconds, "waited": waited, "tokens_per_second": metrics["tokens_read"] / seconds}
-            run.append_metrics(metrics | {"time": speed})
-            curve(metrics, speed)
+            if heldout is not None and (trainer.step % train.heldout_every == 0 or trainer.step == train.steps):
+                metrics[f"heldout_{train.heldout_metric}"] = memory.heldout[str(trainer.step)] = heldout()
+            record(metrics, speed)
             shown.advance(note=f"reverse KL {metrics['reverse_kl']:.4f}")
             memory.window = [*memory.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][
                 -train.stop_window :
             ]
             memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
-            if trainer.step % train.checkpoint_every == 0:
+            if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, memory):
                 save()
-            if stop.requested:
-                save()
-                stop.check(f"step {trainer.step} of {train.steps} is in {run.checkpoints}")
-        save()
+            if signum := layout.highest(stop.signum or 0):  # of any rank: all stop at this step
+                save(wait=True)
+                raise Interrupted(signum, f"step {trainer.step} of {train.steps} is in {run.checkpoints}")
+        save(wait=True)
     return result
 
 
 def _resume(run: RunDirectory, trainer: Trainer) -> Memory:
     """Put the trainer where the last whole checkpoint is, and the curve with it."""
-    found = checkpoint.latest(run.checkpoints, warn)
+    found = _restore(trainer, lambda: checkpoint.latest(run.checkpoints, warn))
     if found is not None:
-        trainer.restore(found)
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
-    run.rewind_metrics(trainer.step)
+    if trainer.layout.leads:
+        run.rewind_metrics(trainer.step)
     return Memory(**found.state) if found is not None else Memory()
 
 
-def _counts(batch: Batch) -> dict[str, Any]:
+def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> None:
+    """Put the trainer where the held-out metric was best; where there is none it stays."""
+    if best not in (None, trainer.step):
+        assert best is not None
+        try:
+            _restore(trainer, lambda: checkpoint.load(checkpoint.path_of(run.checkpoints, best)))
+        except checkpoint.DamagedCheckpointError as error:
+            raise RedpenError(
+                f"run {run.path}: the checkpoint of step {best}, the best by held-out "
+                f"{trainer.train.heldout_metric}, is damaged ({error}); start another --run"
+            ) from error
+
+
+def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None]) -> checkpoint.Checkpoint | None:
+    """Put the trainer where a checkpoint is, if there is one. The first rank reads it."""
+    layout = trainer.layout
+    found = read() if layout.leads else None
+    outline = layout.tell(None if found is None else found.outline())
+    found = found or outline
+    if found is not None:
+        trainer.restore(found)
+    return found
+
+
+def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
     """Trained tokens, rollouts, the different ones among them, and the tokens that the forward pass reads."""
     return {
         "tokens": round(batch.n_tokens),
         "rows": len(batch.rollouts),
         "distinct_rows": len(batch.distinct),
-        "tokens_read": sum(rollout.n_tokens for rollout, _ in batch.distinct),
+        "tokens_read": batch.tokens_read(train.share_prompts),
     }
 
 
 @contextlib.contextmanager
-def _curves(run: RunDirectory, step: int) -> Iterator[Any]:
-    """A function that draws a step's metrics in TensorBoard; what an earlier run drew after `step` is hidden."""
+def _recorder(run: RunDirectory, trainer: Trainer) -> Iterator[Callable[[dict[str, Any], dict[str, float]], None]]:
+    """A function that writes down a step's metrics, for TensorBoard too; what an earlier run drew after the trainer's
+    step is hidden. Ranks other than the first write nothing."""
+    if not trainer.layout.leads:
+        yield lambda metrics, speed: None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
     with run.writing():
-        writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        writer = SummaryWriter(str(run.tensorboard), purge_step=trainer.step + 1)
 
-    def draw(metrics: dict[str, Any], speed: dict[str, float]) -> None:
+    def record(metrics: dict[str, Any], speed: dict[str, float]) -> None:
+        run.append_metrics(metrics | {"time": speed})
         with run.writing():
             for name, value in metrics.items():
                 if name != "step":
@@ -179,13 +249,6 @@ def _curves(run: RunDirectory, step: int) -> Iterator[Any]:
                 writer.add_scalar(f"time/{name}", value, metrics["step"])
 
     try:
-        yield draw
+        yield record
     finally:
         writer.close()
-
-
-def _base_name(recipe: Recipe) -> str:
-    """What the adapter's config calls its base model: a Hub id, or an absolute path."""
-    model = models.resolve_path(recipe.student.model)
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model

@@ -8,19 +8,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.errors import ModelError, RedpenError
-from pipeline.logprobs import Head, chunked_head_loss
+from pipeline.logprobs import Head, HeadLoss, chunked_head_loss, unwrapped
 from pipeline.packing import check_packing, pack, packed_hidden
 from pipeline.train.checkpoint import Checkpoint, Tensors
+from pipeline.train.distributed import Gradients, Layout
 from pipeline.train.lora import trainable, training_mode
 from pipeline.train.objective import Objective, Sums
+from pipeline.train.optimizer import (
+    make_optimizer,
+    master_weights,
+    round_from_masters,
+    set_state,
+    state_tensors,
+)
 from pipeline.train.replay import Batch, MicroBatch, Rollout
 
 
@@ -36,38 +42,37 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 class Trainer:
     """Moves a student along an objective.
 
+    Args:
+        layout: of the job whose every rank has such a trainer; by default this process is alone.
+
     Attributes:
         parameters: what is trained, by name.
+        masters: what the optimizer moves, and where gradients are: the parameters, or fp32 copies that they are
+            rounded from.
+        within: calls its argument, in which the student is whole, and gives what that returns.
         step: updates done.
     """
 
-    def __init__(self, model: PeftModel, objective: Objective, train: TrainConfig):
-        self.model, self.objective, self.train = model, objective, train
-        self.head = Head.of(model)
-        self.parameters = trainable(model)
-        self.device = next(iter(self.parameters.values())).device
-        on_cuda = self.device.type == "cuda"
-        # One tensor at a time on the CPU: the order of additions, and so every bit, is then fixed.
-        self._foreach = None if on_cuda else False
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=train.learning_rate,
-            betas=train.betas,
-            weight_decay=train.weight_decay,
-            foreach=self._foreach,
-            fused=on_cuda,
-        )
-        self.step = 0
+    def __init__(self, model: nn.Module, objective: Objective, train: TrainConfig, layout: Layout = Layout()):  # noqa: B008  frozen
+        self.model, self.objective, self.train, self.layout = model, objective, train, layout
+        Head.of(model)  # what it refuses is refused before the first forward pass
         if train.gradient_checkpointing:
-            base: Any = model.get_base_model()
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.within = layout.spread(model)
+        self.parameters = trainable(model)
+        self.masters = master_weights(self.parameters)
+        self.gradients = Gradients(self.masters, layout)
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = make_optimizer(self.masters, train)
+        self.step = 0
         training_mode(model)
 
     def check(self, rollouts: Sequence[Rollout]) -> float:
         """Largest difference, in nats, between packed log-probs and each rollout's own. Raises `ModelError` past
         rounding."""
         sequences, starts = [r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts]
-        worst = check_packing(self.model, sequences, starts)
+        share = self.train.share_prompts
+        worst = self.within(lambda: check_packing(self.model, sequences, starts, share_prompts=share))
         training_mode(self.model)
         return worst
 
@@ -79,70 +84,106 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, self.step)
         sums = self.gradient(batch)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.train.max_grad_norm, foreach=self._foreach
-        )
-        metrics = sums.metrics() | {"grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        # One tensor at a time on the CPU, as the optimizer.
+        foreach = None if self.device.type == "cuda" else False
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.train.max_grad_norm, foreach=foreach)
+        metrics = sums.metrics() | {
+            "grad_norm": float(self.layout.whole(norm)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise RedpenError(
                 f"step {self.step + 1}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; lower "
                 "train.learning_rate, or run `redpen verify` on the cache (the last checkpoint is untouched)"
             )
         self.optimizer.step()
+        round_from_masters(self.parameters, self.masters)
         self.step += 1
         return metrics
 
     def gradient(self, batch: Batch) -> Sums:
-        """Set every `.grad` to the gradient of the mean loss over the batch's trained tokens."""
+        """Set every `.grad` to the gradient of the mean loss over the batch's trained tokens, whichever ranks read
+        them; what is measured is that of the whole batch too."""
         if self.train.lora_dropout:
-            # Masks are a function of seed and step, so there is no generator state to keep.
-            torch.manual_seed(hash((self.train.seed, self.step)) % 2**63)
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+            # Masks are a function of seed, step and rank, so there is no generator state to keep.
+            torch.manual_seed(hash((self.train.seed, self.step, self.layout.rank)) % 2**63)
+        self.gradients.clear()
         n_tokens = batch.n_tokens
-        micro_batches = batch.micro_batches(self.train.tokens_per_microbatch)
-        parts = [self._backward(micro_batch, n_tokens) for micro_batch in micro_batches]
-        return Sums.merge([Sums.zero(self.device), *parts])
+        parts = [Sums.zero(self.device)]
+        for micro_batch in self._micro_batches(batch):
+            loss, sums = self._forward(micro_batch, n_tokens)
+            torch.autograd.backward(loss)
+            parts.append(sums)
+        self.gradients.add_up()
+        return self._over_ranks(Sums.merge(parts))
 
-    def _backward(self, micro_batch: MicroBatch, n_tokens: float) -> Sums:
-        """Add a micro-batch's share of the gradient; `n_tokens` counts the whole global batch."""
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> Sums:
+        """What `gradient` measures of a batch, by a forward pass alone and without dropout."""
+        self.model.eval()
+        try:
+            parts = [self._forward(micro_batch, batch.n_tokens)[1] for micro_batch in self._micro_batches(batch)]
+        finally:
+            training_mode(self.model)
+        return self._over_ranks(Sums.merge([Sums.zero(self.device), *parts]))
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        budget, share = self.train.tokens_per_microbatch, self.train.share_prompts
+        return batch.micro_batches(budget, self.layout.rank, self.layout.size, share_prompts=share)
+
+    def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, Sums]:
+        """A micro-batch's share of the loss, and what is measured of it; `n_tokens` counts the whole global batch."""
         rollouts = micro_batch.rollouts
-        packed = pack([r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts], self.device)
+        starts, share = [len(r.prompt_ids) for r in rollouts], self.train.share_prompts
+        packed = pack([r.token_ids for r in rollouts], starts, self.device, share_prompts=share)
         targets = self.objective.targets(micro_batch, self.device)
-        hidden_TD = packed_hidden(self.model, packed)
-        result = chunked_head_loss(
-            hidden_TD,
-            self.head,
-            targets.ids_TC,
-            functools.partial(self.objective.loss, targets, n_tokens),
-            self.train.rows_per_chunk,
-            entropy=True,
-        )
-        torch.autograd.backward(result.loss)
-        return self.objective.measure(targets, result)
+
+        def forward() -> tuple[Tensor, HeadLoss]:
+            result = chunked_head_loss(
+                packed_hidden(self.model, packed),
+                Head.of(self.model),
+                targets.ids_TC,
+                functools.partial(self.objective.loss, targets, n_tokens),
+                self.train.rows_per_chunk,
+                entropy=True,
+            )
+            return result.loss, result
+
+        loss, result = self.within(forward)
+        return loss, self.objective.measure(targets, result)
+
+    def _over_ranks(self, sums: Sums) -> Sums:
+        sizes = [sums.totals.numel(), sums.drift.numel()]
+        told = self.layout.gather(torch.cat([sums.totals, sums.drift]))
+        return Sums.merge([Sums(*torch.split(values, sizes)) for values in told])
 
     # -- state ------------------------------------------------------------------------------------------------------
 
+    def weights(self) -> Tensors:
+        """A copy of what is trained, in the student's own dtype; see `tensors`."""
+        return self.layout.copied(self.parameters)
+
     def tensors(self) -> dict[str, Tensors]:
-        """All that an update depends on beside the batch: weights, and Adam's moments and step counts."""
-        moments: Tensors = {}
-        for name, parameter in self.parameters.items():
-            moments |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return {"adapter": dict(self.parameters), "optimizer": moments}
+        """A copy of all that an update depends on beside the batch: weights, and Adam's moments and step counts.
+
+        For every rank to call at the same time; it is whole, and in the first one's host memory only.
+        """
+        moments = state_tensors(self.optimizer, self.masters)
+        return {"weights": self.layout.copied(self.masters), "optimizer": self.layout.copied(moments)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was saved. Raises `ModelError` where it belongs to other parameters."""
-        adapter, moments = checkpoint.tensors["adapter"], checkpoint.tensors["optimizer"]
-        if {n: p.shape for n, p in self.parameters.items()} != {n: v.shape for n, v in adapter.items()}:
-            raise ModelError("checkpoint: its adapter has other weights than the recipe's; use another --run")
+        """Continue where `checkpoint` was saved, by any number of ranks; all but the first need its outline only.
+
+        Raises `ModelError` where it belongs to other parameters.
+        """
+        weights, state = checkpoint.tensors.get("weights", {}), checkpoint.tensors["optimizer"]
+        if {n: w.shape for n, w in self.masters.items()} != {n: v.shape for n, v in weights.items()}:
+            raise ModelError("checkpoint: it has other weights than the recipe trains; use another --run")
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(adapter[name])
-        state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
-        for name, value in moments.items():
-            owner, _, key = name.rpartition("/")
-            state[owner][key] = value
-        packed: Any = self.optimizer.state_dict()
-        packed["state"] = {i: values for i, values in enumerate(state.values()) if values}
-        self.optimizer.load_state_dict(packed)
+            for name, weight in self.masters.items():
+                weight.copy_(self.layout.share(weights[name], weight))
+        round_from_masters(self.parameters, self.masters)
+        owners = {name: self.masters[name.rpartition("/")[0]] for name in state}
+        shared = {name: self.layout.share(value, owners[name]) for name, value in state.items()}
+        set_state(self.optimizer, self.masters, shared)
         self.step = checkpoint.step

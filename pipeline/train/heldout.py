@@ -1,0 +1,50 @@
+"""A metric on prompts that are not trained on, measured while training: greedy accuracy, or reverse KL.
+
+Accuracy is that of `redpen eval`, on fresh responses to the first `heldout_prompts` prompts of `eval.path`. Reverse
+KL is that of training, over candidates + rest at cached prefixes, on the last `heldout_prompts` prompts of the round,
+which the replay then holds back: one forward pass and no sampling, but blind to how the student's own prefixes drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pipeline.config import Recipe
+from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline.train.objective import Sums
+from pipeline.train.replay import Replay
+from pipeline.train.trainer import Trainer
+
+Metric = Callable[[], float]
+
+
+def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric | None:
+    """A function that measures `train.heldout_metric` of the student as it is, for every rank to call together; None
+    where the recipe asks for none.
+
+    Raises `RedpenError` where the prompts cannot be used.
+    """
+    train, layout = recipe.train, trainer.layout
+    if train.heldout_metric == "reverse_kl":
+
+        def reverse_kl() -> float:
+            return Sums.merge([trainer.measure(b) for b in replay.held_back(train.prompts_per_step)]).metrics()[
+                "reverse_kl"
+            ]
+
+        return reverse_kl
+    if train.heldout_metric == "accuracy":
+        prompts = HeldOutPrompts.load(recipe, train.heldout_prompts)
+        # Shards are gathered by all ranks at once, so where there are any each rank answers everything.
+        share = prompts.share(layout.rank, layout.size) if layout.mesh is None else prompts
+
+        def accuracy() -> float:
+            right = trainer.within(lambda: share.count_right(trainer.model))
+            counts = layout.gather(torch.tensor([right, len(share.prompts)]))
+            n_right, n_prompts = torch.stack(counts).sum(0).tolist()
+            return float(n_right / n_prompts)
+
+        return accuracy
+    return None

@@ -1,0 +1,69 @@
+"""Which of the cached response tokens are trained on: a view on the cache, which is never changed. numpy only.
+
+Shapes: T response tokens of a block or of a global batch, end to end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.config import SelectConfig
+
+Weights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The recipe's `select`, with the token ids that it means in this round.
+
+    Attributes:
+        stop_ids: the round's stop tokens, which `select.eos` is about.
+        special_ids: the tokenizer's other special tokens, which `select.special_tokens` is about.
+    """
+
+    settings: SelectConfig = field(default_factory=SelectConfig)
+    stop_ids: tuple[int, ...] = ()
+    special_ids: tuple[int, ...] = ()
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether what is kept also depends on the student's entropy at the other tokens of a global batch."""
+        return self.settings.entropy_fraction < 1
+
+    def of_block(self, rollouts: cs.RolloutBlock) -> npt.NDArray[np.bool_]:
+        """[T]: what a token's own place, id and response leave in."""
+        settings, keep = self.settings, np.ones(rollouts.n_tokens, np.bool_)
+        if settings.first_tokens is not None:
+            starts_T = np.repeat(rollouts.response_start, rollouts.response_length)
+            keep &= np.arange(rollouts.n_tokens) - starts_T < settings.first_tokens
+        if not settings.special_tokens:
+            keep &= ~np.isin(rollouts.token_ids, self.special_ids)
+        if not settings.eos:
+            keep &= ~np.isin(rollouts.token_ids, self.stop_ids)
+        if not settings.truncated:
+            keep &= np.repeat(rollouts.finish_reason != cs.FINISH_LENGTH, rollouts.response_length)
+        return keep
+
+    def of_batch(self, weights_T: Weights, entropy_T: npt.NDArray[Any]) -> Weights:
+        """The weights with 0 wherever the student's entropy is not among the highest `entropy_fraction` of those that
+        count. Ties with the last of them stay in, so the order of the tokens does not matter."""
+        counted = entropy_T[weights_T > 0]
+        n_kept = max(round(self.settings.entropy_fraction * len(counted)), 1)
+        if n_kept >= len(counted):
+            return weights_T
+        lowest = np.partition(counted, len(counted) - n_kept)[len(counted) - n_kept]
+        return np.where(entropy_T >= lowest, weights_T, np.float32(0))
+
+    def __str__(self) -> str:
+        """The settings that leave something out, as a recipe says them."""
+        defaults = SelectConfig()
+        return ", ".join(
+            f"select.{name} = {str(value).lower()}"
+            for name, value in self.settings
+            if value != getattr(defaults, name)
+        )
