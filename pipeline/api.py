@@ -1,0 +1,316 @@
+"""On-policy distillation from Python, for people with a loop of their own.
+
+    student = Student(ModelConfig(model="Qwen/Qwen3-8B"))
+    teacher = Teacher(ModelConfig(model="Qwen/Qwen3-32B"))
+    trainer = Trainer(student, TrainConfig(learning_rate=1e-4))
+
+    for prompts in batches:
+        rollouts = student.sample(prompts)
+
+        teacher_logp = teacher.compute_logprobs(rollouts)
+        student_logp = rollouts.logprobs
+        advantage = -(student_logp - teacher_logp)
+        trainer.update(rollouts, advantage, loss_fn="importance_sampling")
+
+Sampler, scorer and trainer are those of the commands. Student and teacher are in memory together here; where they do
+not fit, `Student.cached` reads what `redpen rollouts` and `redpen score` left on disk.
+
+Shapes: T response tokens of all rollouts end to end, K candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline import models
+from pipeline.config import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
+from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
+from pipeline.evaluate.accuracy import generating
+from pipeline.packing import check_packing
+from pipeline.prompts import check_record, render_all
+from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.rollouts.transformers_sampler import TransformersSampler
+from pipeline.score import ScoreOptions, TokenBatch, sequences
+from pipeline.score.resident import ResidentScorer
+from pipeline.train import given, trainer
+from pipeline.train.lora import make_trainable, training_mode
+from pipeline.train.objective import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Float32 = npt.NDArray[np.float32]
+Prompt = str | list[dict[str, str]]
+LossFn = Literal["importance_sampling", "reverse_kl"]
+
+_CHECKED_ROLLOUTS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What a student answered, and what it thought of every token.
+
+    Attributes:
+        block: token ids, exactly as sampled: prompts, responses, lengths.
+        scores: the student's reading by the forward that also trains, with its candidates; at temperature 1 and in
+            nats, whatever the sampling temperature was.
+        top_p: they were sampled at.
+    """
+
+    block: cs.RolloutBlock
+    scores: cs.ScoreBlock
+    tokenizer: PreTrainedTokenizerBase
+    top_p: float
+
+    @property
+    def logprobs(self) -> Float32:
+        """f4 [T]: log p_S(x_t | x_<t) of the student that sampled, at temperature 1."""
+        return self.scores.logprobs
+
+    @property
+    def texts(self) -> list[str]:
+        """Every response, those of one prompt beside each other, without special tokens."""
+        ids = [self.block.response(row) for row in range(len(self))]
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    def __len__(self) -> int:
+        return self.block.n_rows
+
+
+class Student:
+    """The model that answers and learns; `Trainer` moves it in place, and it always samples as it then is.
+
+    Attributes:
+        model: of transformers, inside PEFT's once a `Trainer` has put a LoRA on it; `model.save_pretrained(DIR)` then
+            writes the adapter, for `ModelConfig(adapter=DIR)`, for plain peft and for vLLM.
+
+    Args:
+        model: a path or Hub id, or its whole configuration (dtype, adapter, device, ...).
+        template, template_args: how prompts become tokens, as in a recipe's [prompts].
+        candidates: K, the sampled token and the student's likeliest others, which "reverse_kl" compares.
+        tile_tokens: prompt and response tokens in one forward while reading.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelConfig,
+        *,
+        template: Literal["auto", "chat", "none"] = "auto",
+        template_args: dict[str, Any] | None = None,
+        candidates: int = 8,
+        tile_tokens: int = 8192,
+    ):
+        self.config = _config(model)
+        self.tokenizer = models.load_tokenizer(self.config)
+        self.model: Any = models.load_model(self.config, trainable=True)
+        self._prompts = PromptsConfig(path="prompts", template=template, template_args=template_args or {})
+        self._facts = models.model_facts(self.config)
+        known = models.tokenizer_identity(self.tokenizer, self.config.model).vocab_size
+        known = min(known, self._facts.vocab_size)
+        self._options = ScoreOptions(candidates=candidates, candidate_vocab=known, tile_tokens=tile_tokens)
+        self._passes = 0
+
+    def sample(self, prompts: Sequence[Prompt], settings: RolloutsConfig = RolloutsConfig()) -> Rollouts:  # noqa: B008
+        """Answers of the student as it is now. Every call draws anew; the same calls in the same order draw the same.
+
+        Args:
+            prompts: texts, or lists of messages (`{"role": ..., "content": ...}`).
+            settings: rollouts for each prompt, lengths, seed, top_p, and temperature, which importance sampling wants
+                at 1.
+
+        Raises:
+            PromptError, ConfigError: a prompt, or one with the longest response, does not fit the student.
+        """
+        if settings.engine != "transformers":
+            raise ConfigError(
+                f'rollouts.engine = {settings.engine!r}: vLLM cannot follow a student that moves; use "transformers"'
+            )
+        if not prompts:
+            raise PromptError("prompts: expected at least one, got none")
+        records = [check_record({"prompt": prompt}, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+        context = self._facts.context
+        ids = render_all(records, self.tokenizer, self._prompts, settings.max_prompt_tokens, context)
+        longest = max(len(i) for i in ids)
+        if context is not None and longest + settings.max_response_tokens > context:
+            raise ConfigError(
+                f"rollouts.max_response_tokens: expected at most {context - longest} (the student's context less "
+                f"the longest prompt), got {settings.max_response_tokens}"
+            )
+        sampling = Sampling(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            stop_token_ids=models.stop_token_ids(self.config, self.tokenizer, settings),
+            rollouts_per_prompt=settings.rollouts_per_prompt,
+            max_response_tokens=settings.max_response_tokens,
+            seed=settings.seed,
+            round_index=self._passes,
+        )
+        with generating(self.model):
+            sampler = TransformersSampler(self.model, sampling, batch_size=settings.batch_size)
+            block = sampler.sample_block(PromptBlock(0, list(enumerate(ids))))
+        self._passes += 1
+        scores = _read(self.model, TokenBatch((block,)), self._options)
+        return Rollouts(block, scores, self.tokenizer, settings.top_p)
+
+    def compute_logprobs(self, rollouts: Rollouts) -> Float32:
+        """f4 [T]: what the student thinks of the tokens *now*; `rollouts.logprobs` is what it thought."""
+        return _read(self.model, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids), self._options).logprobs
+
+    def cached(self, round_: cs.Round, block: int) -> Rollouts:
+        """A block of a cache's round; `round_.scores(TEACHER).read(block).logprobs` is what a teacher says of it.
+
+        Raises:
+            CacheError: the block is not sampled or not scored yet, or damaged.
+            ModelError: another student sampled it, or its candidates were drawn at random, which `redpen train` can
+                learn from.
+        """
+        cached, own = round_.manifest.student, models.model_identity(self.config)
+        read = round_.scores(cs.STUDENT)
+        if (cached.digest, cached.adapter_digest) != (own.digest, own.adapter_digest):
+            raise ModelError(
+                f"round {round_.index} of {round_.cache.url} was sampled by another student, {cached.name}; "
+                f"load that one, or sample a round by {own.name}"
+            )
+        assert isinstance(read.manifest, cs.ScoresManifest)
+        if read.manifest.candidate_kind != "topk":
+            raise ModelError(
+                f'round {round_.index} of {round_.cache.url}: expected candidates of kind "topk", got '
+                f'"{read.manifest.candidate_kind}"; use `redpen train`'
+            )
+        return Rollouts(round_.rollouts.read(block), read.read(block), self.tokenizer, round_.manifest.top_p)
+
+
+class Teacher:
+    """A model that reads what the student wrote.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | ModelConfig, *, tile_tokens: int = 8192):
+        self.config = TeacherConfig(**_config(model).model_dump())
+        self.tokenizer = models.load_tokenizer(self.config)
+        self.model = models.load_model(self.config)
+        self._options = ScoreOptions(tile_tokens=tile_tokens)
+        self._read_before: PreTrainedTokenizerBase | None = None
+
+    def compute_logprobs(self, rollouts: Rollouts) -> Float32:
+        """f4 [T]: log p_T(x_t | x_<t) in nats, at temperature 1, token by token beside `rollouts.logprobs`.
+
+        Raises:
+            ModelError: the teacher's vocabulary is not the student's, or packing does not fit its architecture.
+        """
+        return self.compute_scores(rollouts).logprobs
+
+    def compute_scores(self, rollouts: Rollouts) -> cs.ScoreBlock:
+        """The same with log-probs [T, K] at the student's candidates and of everything else, for "reverse_kl"."""
+        if self._read_before is not rollouts.tokenizer:
+            models.check_same_vocabulary(rollouts.tokenizer, self.tokenizer, ("the student", self.config.model))
+            check_packing(self.model, *sequences(rollouts.block, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
+            self._read_before = rollouts.tokenizer
+        return _read(self.model, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids), self._options)
+
+
+class Trainer:
+    """Moves a student, one optimizer step at a time.
+
+    Args:
+        student: gets a LoRA, or whatever `train.method` asks for, and from then on samples with it.
+        train: settings as in a recipe's [train]; the loss is what `update` is called with, and what only a replay of
+            a cache knows (batch sizes, order, stops, checkpoints) plays no part.
+    """
+
+    def __init__(self, student: Student, train: TrainConfig = TrainConfig()):  # noqa: B008  frozen
+        self.student = student
+        self._train = train
+        student.model = make_trainable(student.model, train)
+        self._trainer = trainer.Trainer(student.model, self._objective("importance_sampling"), train)
+        self._used: set[bytes] = set()
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self._trainer.step
+
+    def update(
+        self, rollouts: Rollouts, signal: npt.ArrayLike | cs.ScoreBlock, loss_fn: LossFn = "importance_sampling"
+    ) -> dict[str, float]:
+        """One optimizer step on the mean loss over all trained tokens of the rollouts.
+
+        importance_sampling    -exp(log p_S(x_t) - log p_old(x_t)) A_t, with p_old the student that sampled
+        reverse_kl             sum over candidates and rest of p_S (log p_S - log p_T)
+
+        Args:
+            signal: the advantage A [T], in nats, clipped to +-`train.advantage_clip`; for "reverse_kl" what
+                `Teacher.compute_scores` gives.
+
+        Returns:
+            Metrics before the step: loss, grad_norm, lr, entropy, and how far the student has left the one that
+            sampled (ratio_mean, ratio_std, ratio_max, ess, chi_square).
+
+        Raises:
+            RedpenError: the same advantage for the same rollouts once more, a signal that is not finite or not of
+                these rollouts, importance sampling of a nucleus; nothing has moved then.
+        """
+        if loss_fn == "importance_sampling":
+            if rollouts.top_p < 1:
+                raise RedpenError(
+                    f"importance_sampling: the rollouts were sampled at top_p {rollouts.top_p:g}, and tokens outside "
+                    'the nucleus have no ratio; sample at 1, or use loss_fn="reverse_kl"'
+                )
+            advantage = given.read_advantage(signal, rollouts.block)
+            use = _digest(rollouts, advantage)
+            if use in self._used:
+                raise RedpenError(
+                    "advantage: these rollouts were trained on with this very advantage before. It compares the "
+                    "teacher with the student that sampled, so it is right for one pass only: replayed, its optimum "
+                    "is a point mass on the best rollout. Sample again, or recompute student_logp as it now is with "
+                    "student.compute_logprobs(rollouts)"
+                )
+            metrics = self._update(rollouts, given.as_teacher(advantage, rollouts.block, rollouts.logprobs), loss_fn)
+            self._used.add(use)
+            del metrics["reverse_kl"]  # an advantage tells of the sampled token alone
+            return metrics
+        if loss_fn == "reverse_kl":
+            assert rollouts.scores.candidate_ids is not None
+            return self._update(rollouts, given.at_candidates(signal, rollouts.scores.candidate_ids), loss_fn)
+        raise RedpenError(f'loss_fn: expected "importance_sampling" or "reverse_kl", got {loss_fn!r}')
+
+    def _update(self, rollouts: Rollouts, columns: given.Columns, loss_fn: LossFn) -> dict[str, float]:
+        batch = given.batch(self.step, rollouts.block, rollouts.logprobs, columns)
+        if self.step == 0:
+            self._trainer.check(batch.rollouts[:_CHECKED_ROLLOUTS])
+        self._trainer.objective = self._objective(loss_fn)
+        training_mode(self.student.model)
+        return self._trainer.update(batch)
+
+    def _objective(self, loss_fn: LossFn) -> Objective:
+        train = self._train.model_copy(update={"loss": loss_fn, "advantage": "cached"})
+        return Objective(train, given.Given({}), models.model_facts(self.student.config).vocab_size)
+
+
+def _config(model: str | ModelConfig) -> ModelConfig:
+    return ModelConfig(model=model, dtype="auto") if isinstance(model, str) else model
+
+
+def _read(model: PreTrainedModel, batch: TokenBatch, options: ScoreOptions) -> cs.ScoreBlock:
+    model.eval()
+    return ResidentScorer(model, options).compute_logprobs(batch)
+
+
+def _digest(rollouts: Rollouts, advantage: Float32) -> bytes:
+    """Equal for the same rollouts with the same advantage, however often both are read from a cache."""
+    block = rollouts.block
+    arrays = (block.prompt_token_ids, block.prompt_length, block.token_ids, block.response_length, advantage)
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=16).digest()

@@ -1,0 +1,47 @@
+"""What a plan takes for granted: the machine, and how long prompts and responses are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Recipe
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine to plan for: by default one RTX 4090.
+
+    Attributes:
+        gib: memory of a card; gpus: how many cards share the work.
+        tflops: of dense bf16 products, at best; utilisation: the share of it that forward and backward passes reach.
+        gbps: of the card's memory, in GB/s, by which sampling is bound; link_gbps: between it and the host.
+    """
+
+    gib: float = 24.0
+    gpus: int = 1
+    tflops: float = 165.0
+    utilisation: float = 0.4
+    gbps: float = 1008.0
+    link_gbps: float = 25.0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt and of a response, on average. `bound`: they are the longest that the recipe allows."""
+
+    prompt: float
+    response: float
+    bound: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, prompt: float | None, response: float | None) -> Lengths:
+        """Means where they are given. Raises `ConfigError` where one is longer than the recipe allows."""
+        longest = recipe.rollouts.max_prompt_tokens, recipe.rollouts.max_response_tokens
+        for name, mean, limit in zip(("prompt", "response"), (prompt, response), longest, strict=True):
+            if mean is not None and not 0 < mean <= limit:
+                raise ConfigError(
+                    f"--mean-{name}-tokens: expected more than 0 and at most rollouts.max_{name}_tokens = {limit}, "
+                    f"got {mean:g}"
+                )
+        return cls(prompt or longest[0], response or longest[1], bound=response is None)

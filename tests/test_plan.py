@@ -1,0 +1,348 @@
+"""Plans against what is measured here: real models, real micro-batches, a real cache, a real run."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_recipe
+from test_packing import FAMILIES
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+import cache_schema as cs
+from pipeline import cli, flops, shadow
+from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
+from pipeline.logprobs import Head, chunked_head_loss
+from pipeline.models import load_model
+from pipeline.packing import pack, packed_hidden, register_packed_attention
+from pipeline.peak import PeakBytes
+from pipeline.plan import Device, cost, memory, table
+from pipeline.plan.assumed import Lengths
+from pipeline.train import stage
+from pipeline.train.lora import make_trainable, trainable, training_mode
+
+# As published on the Hub; the counts that these are known to have are in the tests.
+QWEN3: dict[str, Any] = dict(
+    vocab_size=151_936,
+    head_dim=128,
+    num_key_value_heads=8,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+    architectures=["Qwen3ForCausalLM"],
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": dict(num_hidden_layers=36, hidden_size=4096, intermediate_size=12_288, num_attention_heads=32),
+    "32b": dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=25_600, num_attention_heads=64),
+}
+#: where depth does not matter
+SHALLOW = 2
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories "8b" and "32b", and "shallow-" of them, that hold a config.json and nothing else."""
+    root = tmp_path_factory.mktemp("configs")
+    for name, shape in SHAPES.items():
+        Qwen3Config(**QWEN3, **shape).save_pretrained(root / name)
+        Qwen3Config(**QWEN3, **shape | {"num_hidden_layers": SHALLOW}).save_pretrained(root / f"shallow-{name}")
+    return root
+
+
+Planned = Callable[..., tuple[Recipe, memory.Models]]
+
+
+@pytest.fixture(scope="session")
+def planned(configs: Path) -> Planned:
+    """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their shadows."""
+
+    @functools.cache
+    def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.Models]:
+        names = [f"student.model={configs / f'{depth}8b'}", f"teacher.model={configs / f'{depth}32b'}"]
+        recipe = load_recipe("qwen3-8b-from-32b", [*names, *overrides])
+        return recipe, memory.Models.of(recipe)
+
+    return plan
+
+
+# -- parameters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_model_itself(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config)
+    counted = shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32")))
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert counted.nbytes == 4 * counted.parameters
+
+
+def test_parameters_of_the_toy_are_those_in_its_files() -> None:
+    student = ModelConfig(model="toy:student", dtype="float32")
+    counted, model = shadow.Weights.of(shadow.shadow(student)), load_model(student)
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    assert counted == shadow.Weights.of(model)
+
+
+def test_qwen3_has_the_parameters_that_its_makers_tell(planned: Planned) -> None:
+    """8.2 B of which 6.95 B are no embeddings; 32.8 B, 31.2 B. The head multiplies, the input embedding does not."""
+    weights = planned(depth="")[1].weights
+    assert weights["student"].parameters == 8_190_735_360
+    assert weights["student"].multiplied == 8_190_735_360 - 151_936 * 4096
+    assert weights["teacher"].parameters == 32_762_123_264
+    assert weights["teacher"].parameters - 2 * 151_936 * 5120 == pytest.approx(31.2e9, rel=0.002)
+
+
+def test_a_token_is_multiplied_by_the_chosen_experts_only(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    def multiplied(chosen: int) -> int:
+        config = Qwen3MoeConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+            moe_intermediate_size=24, num_experts=8, num_experts_per_tok=chosen, vocab_size=100,
+        )  # fmt: skip
+        config.save_pretrained(tmp_path)
+        return shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path)))).multiplied
+
+    an_expert = 3 * 32 * 24
+    assert multiplied(3) - multiplied(2) == 2 * an_expert
+
+
+@pytest.mark.parametrize(("rank", "parameters"), [(32, 87_293_952), (128, 349_175_808)])
+def test_lora_on_qwen3_has_the_parameters_that_others_count(configs: Path, rank: int, parameters: int) -> None:
+    student = make_trainable(shadow.shadow(ModelConfig(model=str(configs / "8b"))), TrainConfig(lora_rank=rank))
+    assert sum(p.numel() for p in trainable(student).values()) == parameters
+
+
+def test_a_trained_weight_takes_16_bytes_and_10_with_an_8_bit_adam(planned: Planned) -> None:
+    """Weight, gradient and Adam's moments in fp32; moments of a byte each, and an fp32 for 256 of them."""
+    recipe, models = planned()
+    parts = memory.training(recipe, models, Device()).parts
+    fp32 = [parts["adapter, fp32"], parts["gradients, fp32"], parts["optimizer, adamw"]]
+    assert models.adapter and sum(fp32) == 16 * models.adapter
+    in_bits = recipe.train.model_copy(update={"optimizer": "adamw_8bit"})
+    parts = memory.training(recipe.model_copy(update={"train": in_bits}), models, Device()).parts
+    assert parts["optimizer, adamw_8bit"] == 2 * models.adapter * (1 + 4 / 256)
+
+
+def test_nf4_leaves_embedding_and_head_as_they_are(planned: Planned) -> None:
+    """Per linear weight 4.127 bits (arXiv 2305.14314, section 3)."""
+    weights = planned("student.quantisation=nf4")[1].weights["student"]
+    outside = 2 * 2 * 151_936 * 4096
+    linear = weights.parameters - 2 * 151_936 * 4096
+    assert (weights.nbytes - outside) / linear * 8 == pytest.approx(4.127, rel=1e-3)
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_those_of_a_real_micro_batch(dtype: str, checkpointing: bool, tmp_path: Path) -> None:
+    """Of a small Qwen3 with a LoRA, on the CPU, by redpen's own packed forward; kept, and at the highest."""
+    shape: dict[str, Any] = dict(vocab_size=500, hidden_size=64, intermediate_size=192, num_attention_heads=4)
+    config = Qwen3Config(**QWEN3 | shape, num_hidden_layers=3)
+    config.num_key_value_heads, config.head_dim = 2, 16
+    config.save_pretrained(tmp_path)
+    train = TrainConfig(lora_rank=8, gradient_checkpointing=checkpointing)
+    register_packed_attention()
+    real: Any = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), attn_implementation="redpen_packed"
+    )
+    shade = shadow.shadow(ModelConfig(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
+    for model in (real, shade):
+        make_trainable(model.eval().requires_grad_(False), train)
+        if checkpointing:
+            shadow.checkpoint_gradients(model)
+        training_mode(model)
+    predicted = shadow.training_bytes(shade, 512)
+
+    for parameter in trainable(real).values():
+        parameter.grad = torch.zeros_like(parameter)
+    packed = pack([np.zeros(128, np.int32)] * 4, [1] * 4)
+    with PeakBytes() as peak:
+        hidden = packed_hidden(real, packed)
+        kept, peak.nbytes = peak.alive(), 0
+        torch.autograd.backward(hidden, torch.ones_like(hidden))
+    assert predicted.kept == pytest.approx(kept, rel=0.02)
+    assert predicted.backward == pytest.approx(peak.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_head_takes_what_is_planned(trained: bool, tmp_path: Path) -> None:
+    """In fp32 on the CPU, where it does the same as on CUDA; the rows that predict are there beforehand."""
+    rows, vocabulary, hidden = 600, 40_000, 32
+    config = Qwen3Config(**QWEN3 | dict(vocab_size=vocabulary), hidden_size=hidden, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    model = shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32"))
+    model.get_output_embeddings().weight.requires_grad_(trained)
+    planned = memory.head_bytes(model, TrainConfig(rows_per_chunk=256), rows)
+
+    weight = torch.randn(vocabulary, hidden, requires_grad=trained)
+    states = torch.randn(rows, hidden, requires_grad=True)
+    columns = torch.arange(16).expand(rows, 16)
+    with PeakBytes() as peak:
+        loss = chunked_head_loss(
+            states * 1, Head(weight), columns, lambda _, c, r: (c.exp() * c).sum() + r.sum(), 256, entropy=True
+        ).loss
+        torch.autograd.backward(loss)
+    assert peak.nbytes == pytest.approx(planned, rel=0.02)
+
+
+def test_cache_of_a_rollout_is_its_keys_and_values(planned: Planned) -> None:
+    model = planned()[1].shadows["student"]
+    assert shadow.cache_bytes(model, 100) == 100 * SHALLOW * 2 * 8 * 128 * 2
+
+
+def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
+    recipe, models = planned("train.optimizer=adamw_8bit")
+    largest = memory.training(recipe, models, Device(gib=8)).largest
+    assert largest and largest >= 3072
+
+    def total(tokens: int) -> float:
+        train = recipe.train.model_copy(update={"tokens_per_microbatch": tokens})
+        return memory.training(recipe.model_copy(update={"train": train}), models, Device(gib=8)).total / memory.GIB
+
+    assert total(largest) <= 8 < total(largest + 512)
+
+
+def test_too_small_a_card_is_told_with_what_would_help(planned: Planned) -> None:
+    recipe, models = planned()
+    device = Device(gib=6)
+    found = {need.step: table.verdict(need, device, recipe) for need in memory.needs(recipe, models, device)}
+    assert found["scoring, teacher, streamed"].startswith("scoring, teacher, streamed: fits 6 GiB")
+    assert "does not fit 6 GiB" in found["training"] and "up to" in found["training"]
+    found = {need.step: table.verdict(need, Device(gib=4), recipe) for need in memory.needs(recipe, models, device)}
+    assert 'score.placement = "streamed"' in found["scoring, student"]
+    hopeless = memory.training(recipe, models, Device(gib=4))
+    assert hopeless.largest == 0 and "adamw_8bit" in table.verdict(hopeless, Device(gib=4), recipe)
+    refused = memory.needs(recipe, models, Device(gib=1))[2]
+    assert refused.refused and "to stream this model" in table.verdict(refused, Device(gib=1), recipe)
+
+
+def test_fsdp_divides_what_it_shards(planned: Planned) -> None:
+    """All of a full fine-tuning but what is gathered; of a LoRA, which every rank holds whole, the base only."""
+    for method, divided in (("full", True), ("lora", False)):
+        recipe, models = planned(f"train.method={method}", "train.parallel=fsdp")
+        alone, spread = (memory.training(recipe, models, Device(gpus=n)).parts for n in (1, 4))
+        assert spread["weights"] == alone["weights"] / 4
+        assert spread["gradients, fp32"] == alone["gradients, fp32"] / (4 if divided else 1)
+        assert spread["optimizer, adamw"] == alone["optimizer, adamw"] / (4 if divided else 1)
+        assert "weights gathered from other ranks" in spread
+    parts = memory.training(*planned("train.method=full"), Device()).parts
+    assert parts["fp32 copies of the weights"] == parts["optimizer, adamw"] / 2 == 2 * parts["weights"]
+
+
+# -- cost ----------------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_source() -> None:
+    """On-policy distillation, 77 k prompts x 4: 8.4e19 by the teacher and 8.2e19 by the student, whose whole weights
+    it trained; the length that explains the one, 4.1 k tokens, explains the other."""
+    student, teacher, tokens = 8.19e9, 32.8e9, 77e3 * 4 * 4096
+    assert flops.forward(teacher, tokens) == pytest.approx(8.4e19, rel=0.03)
+    ours = flops.forward(student, tokens) + flops.training(student, None, tokens, recomputed=False)
+    assert ours == pytest.approx(8.2e19, rel=0.03)
+
+
+def test_cost_is_what_a_run_then_enters_in_its_ledger(toy_cache: Path, tmp_path: Path) -> None:
+    """With the cache's own mean lengths; an epoch, in which no rollout of a step is read once for several."""
+    round_ = cs.open(toy_cache).round()
+    blocks = [round_.rollouts.read(block) for block in range(round_.n_blocks)]
+    prompt = sum(int(b.prompt_length.sum()) for b in blocks) / 24
+    response = sum(b.n_tokens for b in blocks) / 96
+    recipe = small_recipe("train.steps=6")
+    models = memory.Models.of(recipe)
+    lengths, device = Lengths.of(recipe, prompt, response), Device()
+    planned = cost.costs(recipe, models, device, lengths, memory.needs(recipe, models, device))
+    stage.run(recipe, str(toy_cache), str(tmp_path / "run"))
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    by_step = {entry.step: entry for entry in planned.steps}
+    for step, name in (("sampling", "rollouts"), ("scoring, student", "score student")):
+        assert by_step[step].tokens == pytest.approx(ledger[name]["tokens"])
+        assert by_step[step].flops == pytest.approx(ledger[name]["flops"])
+    assert by_step["scoring, teacher"].flops == pytest.approx(ledger["score teacher"]["flops"])
+    spent, foreseen = ledger["train"], by_step["training"]
+    assert spent["tokens"] <= foreseen.tokens + 1e-6
+    assert foreseen.flops / foreseen.tokens == pytest.approx(spent["flops"] / spent["tokens"])
+    assert planned.epochs == 1 and planned.rollouts == 96
+
+
+def test_cache_bytes_are_those_that_a_cache_holds(toy_cache: Path) -> None:
+    """Every array with an entry for each token, as read back."""
+    round_ = cs.open(toy_cache).round()
+    n_tokens, held = 0, {"rollouts": 0, "student": 0, "teacher": 0}
+    for block in range(round_.n_blocks):
+        rollouts = round_.rollouts.read(block)
+        n_tokens += rollouts.n_tokens
+        held["rollouts"] += rollouts.token_ids.nbytes + rollouts.rollout_logprobs.nbytes + rollouts.trained.nbytes
+        for name in ("student", "teacher"):
+            values = vars(round_.scores(name).read(block)).values()
+            held[name] += sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+    assert cost.cache_bytes(small_recipe(), n_tokens, 0) == held
+
+
+def test_time_follows_from_the_device(planned: Planned) -> None:
+    recipe, models = planned("prompts.limit=64")
+    lengths = Lengths.of(recipe, None, 500)
+
+    def seconds(device: Device) -> dict[str, float]:
+        needs = memory.needs(recipe, models, device)
+        found = cost.costs(recipe, models, device, lengths, needs).steps
+        return {step.step: step.seconds or 0.0 for step in found}
+
+    usual, twice = seconds(Device()), seconds(Device(tflops=330))
+    assert twice["training"] == usual["training"] / 2 and twice["sampling"] == usual["sampling"]
+    assert seconds(Device(gbps=1008 / 2))["sampling"] == pytest.approx(2 * usual["sampling"])
+    assert seconds(Device(gpus=2))["training"] == usual["training"] / 2
+    slow = replace(Device(), link_gbps=1e-3)
+    assert seconds(slow)["scoring, teacher"] > 10 * usual["scoring, teacher"]
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def test_command_tells_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "toy", "--mean-response-tokens", "15"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "optimizer, adamw",
+        "cache of 256 rollouts of 48 tokens",
+        "teacher FLOP",
+        "assumed:",
+        "training: fits",
+    ):
+        assert text in shown, text
+
+
+def test_command_tells_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "toy", "--json", "--gpu-memory", "8", "--gpus", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["student"]["parameters"] == 230_592
+    assert [need["step"] for need in found["memory"]] == [
+        "sampling", "scoring, student", "scoring, teacher", "training"
+    ]  # fmt: skip
+    assert found["device"]["gib"] == 8 and found["device"]["gpus"] == 2 and found["lengths"]["bound"]
+    assert sum(step["flops"] for step in found["cost"]["steps"]) == pytest.approx(
+        found["cost"]["student_flops"] + found["cost"]["teacher_flops"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("plan toy --mean-response-tokens 99", "--mean-response-tokens: expected more than 0 and at most rollouts"),
+        ("plan toy --set student.model=./nothing", "student.model = './nothing': there is no such directory"),
+    ],
+)
+def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args.split()) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and message in captured.err and captured.out == ""
