@@ -1,16 +1,20 @@
-"""Log-prob forward + backward to the hidden rows over a large vocabulary: memory and time, beside the usual forms.
+"""Head and loss over a large vocabulary, forward + backward to the hidden rows: memory and time beside other forms.
 
-    python benchmarks/logprob_memory.py [--rows 4096] [--time-rows 1024] [--repeats 5]
+    python benchmarks/logprob_memory.py [--rows 4096] [--time-rows 1024] [--hidden 2048] [--repeats 3]
 
-Each form computes the mean of the sampled token's log-prob and its gradient, in fp32 on the CPU, at hidden size 512
-and 151,936 tokens. Memory is how far peak resident memory rises above what inputs and libraries take, each form in a
-fresh process. Time is taken in one process, the forms in turn: the median, and the best round, which is what is left
-when nothing else runs on the machine; the median ratio to the naive form is that of the rounds' own ratios.
+fp32 on the CPU, 151,936 tokens, the head frozen. Memory is how far peak resident memory rises above what inputs and
+libraries take, each form in a fresh process. Time is taken in one process, the forms in turn: the median, and the
+best round, which is what is left when nothing else runs on the machine; the median ratio to the naive form is that of
+the rounds' own ratios.
 
-    naive    log_softmax of the full logits, gather
-    torch    F.linear_cross_entropy in chunks of as many rows as ours (torch >= 2.13)
-    ours 1   chunked_head_loss at the sampled token
-    ours 8   chunked_head_loss at 8 candidates and the rest, reverse KL: more than the naive form computes
+    naive       log_softmax of all logits; from it 16 candidates, the rest, the entropy and reverse KL
+    redpen      chunked_head_loss: the same
+    torch       F.linear_cross_entropy in as many rows at a time (torch >= 2.13): the sampled token only
+    trl         its chunked log-probs: the sampled token and the entropy
+    trl kl      its chunked divergence: reverse KL over all tokens, and the entropy; reads the teacher's head too
+    liger kl    Liger's chunked distillation: reverse KL over all tokens; reads the teacher's head too
+
+The last two need the teacher's hidden rows and head in memory; here they are the student's own, and not counted.
 """
 
 from __future__ import annotations
@@ -23,56 +27,92 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-HIDDEN, VOCABULARY, CANDIDATES = 512, 151_936, 8
-FORMS = ("naive", "torch", "ours 1", "ours 8")
+VOCABULARY, CANDIDATES = 151_936, 16
+FORMS = ("naive", "redpen", "torch", "trl", "trl kl", "liger kl")
 
 
-def prepare(form: str, rows: int, rows_per_chunk: int, vocabulary: int = VOCABULARY) -> Callable[[], None] | None:
-    """The form's forward + backward over fresh tensors; None if this torch does not have it."""
+def prepare(
+    form: str,
+    rows: int,
+    hidden: int,
+    rows_per_chunk: int,
+    vocabulary: int = VOCABULARY,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Callable[[], float]:
+    """The form's forward + backward over tensors of its own, giving its loss. Raises where it cannot be had."""
     import torch
-    import torch.nn.functional as F
+    from torch import Tensor
 
-    from pipeline.logprobs import Head, chunked_head_loss
-    from pipeline.train import losses
+    generator = torch.Generator(device).manual_seed(0)
 
-    if form == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.empty(vocabulary, HIDDEN).normal_(generator=generator)
-    hidden = torch.empty(rows, HIDDEN).normal_(std=HIDDEN**-0.5, generator=generator).requires_grad_()
-    ids = torch.randint(vocabulary // CANDIDATES, (rows, 1), generator=generator) * CANDIDATES
-    columns = ids + torch.arange(CANDIDATES)
-    teacher = torch.randn(rows, CANDIDATES + 1, generator=generator).log_softmax(1)
-    head = Head(weight)
+    def random(*shape: int, std: float = 1.0) -> Tensor:
+        made = torch.empty(*shape, device=device, dtype=getattr(torch, dtype))
+        return made.normal_(std=std, generator=generator)
 
-    def naive() -> torch.Tensor:
-        return -(hidden @ weight.t()).log_softmax(1).gather(1, ids).mean()
+    weight, states = random(vocabulary, hidden), random(rows, hidden, std=hidden**-0.5).requires_grad_()
+    ids = torch.randint(vocabulary // CANDIDATES, (rows, 1), generator=generator, device=device) * CANDIDATES
+    columns = ids + torch.arange(CANDIDATES, device=device)
+    teacher = torch.randn(rows, CANDIDATES + 1, generator=generator, device=device).log_softmax(1)
 
-    def by_torch() -> torch.Tensor:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows_per_chunk)
-        return F.linear_cross_entropy(hidden, weight, ids[:, 0], options=options)
+    def reverse_kl(chunk: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
+        from pipeline.train import losses
 
-    def sampled(_: slice, logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        return -logprobs.sum() / rows
-
-    def reverse_kl(chunk: slice, logprobs: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         loss, _ = losses.reverse_kl(logprobs, rest, teacher[chunk, :-1], teacher[chunk, -1])
         return loss.sum() / rows
 
-    loss_of: dict[str, Callable[[], torch.Tensor]] = {
-        "naive": naive,
-        "torch": by_torch,
-        "ours 1": lambda: chunked_head_loss(hidden, head, ids, sampled, rows_per_chunk).loss,
-        "ours 8": lambda: chunked_head_loss(hidden, head, columns, reverse_kl, rows_per_chunk).loss,
-    }
+    def naive() -> Tensor:
+        logprobs = (states @ weight.t()).float().log_softmax(1)
+        rest = logprobs.scatter(1, columns, -torch.inf).logsumexp(1)
+        with torch.no_grad():
+            entropy = torch.special.entr(logprobs.exp()).sum(1)
+        assert entropy.isfinite().all()
+        return reverse_kl(slice(None), logprobs.gather(1, columns), rest)
 
-    def run() -> None:
-        hidden.grad = None
-        torch.autograd.backward(loss_of[form]())
+    def redpen() -> Tensor:
+        from pipeline.logprobs import Head, chunked_head_loss
+
+        return chunked_head_loss(states, Head(weight), columns, reverse_kl, rows_per_chunk, entropy=True).loss
+
+    def by_torch() -> Tensor:
+        import torch.nn.functional as F
+
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows_per_chunk)
+        return F.linear_cross_entropy(states, weight, ids[:, 0], options=options)
+
+    def trl() -> Tensor:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        apply: Any = ChunkedLogProbFunction.apply
+        logprobs, *_ = apply(states, weight, None, ids[:, 0], 1.0, 32_768, None, 1.0, ("entropy",))
+        return -logprobs.mean()
+
+    def trl_kl() -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        apply: Any = ChunkedDivergenceFunction.apply
+        divergence, _ = apply(states, weight, None, states.detach() / 2, weight, None, 1.0)
+        return divergence.mean()
+
+    def liger_kl() -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=1.0, compiled=device == "cuda", chunk_size=rows_per_chunk)
+        return loss(states, weight, states.detach() / 2, weight, ids[:, 0])
+
+    forms = dict(zip(FORMS, (naive, redpen, by_torch, trl, trl_kl, liger_kl), strict=True))
+
+    def run() -> float:
+        states.grad = None
+        loss = forms[form]()
+        torch.autograd.backward(loss)
+        assert states.grad is not None and states.grad.isfinite().all()
+        return float(loss)
 
     return run
 
@@ -83,21 +123,20 @@ def resident_bytes(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
 
 
-def child_memory(form: str, rows: int, rows_per_chunk: int) -> float | None:
-    """GiB that one run of the form takes at its highest, in this so far unused process."""
-    warm_up = prepare(form, 8, rows_per_chunk, vocabulary=64)  # loads what is loaded on first use
-    run = prepare(form, rows, rows_per_chunk)
-    if run is None or warm_up is None:
-        return None
-    warm_up()
+def child_memory(form: str, *sizes: int) -> dict[str, float]:
+    """GiB that one run of the form takes at its highest, in this so far unused process; its loss."""
+    rows, hidden, rows_per_chunk = sizes
+    prepare(form, 32, 16, rows_per_chunk, vocabulary=64)()  # loads what is loaded on first use
+    run = prepare(form, rows, hidden, rows_per_chunk)
     before = resident_bytes("VmRSS")
-    run()
-    return (resident_bytes("VmHWM") - before) / 2**30
+    loss = run()
+    return {"GiB": (resident_bytes("VmHWM") - before) / 2**30, "loss": loss}
 
 
-def child_time(rows: int, rows_per_chunk: int, repeats: int) -> dict[str, list[float]]:
+def child_time(forms: str, *sizes: int) -> dict[str, list[float]]:
     """Seconds of each round, by form, after one round to warm up."""
-    runs = {form: run for form in FORMS if (run := prepare(form, rows, rows_per_chunk)) is not None}
+    rows, hidden, rows_per_chunk, repeats = sizes
+    runs = {form: prepare(form, rows, hidden, rows_per_chunk) for form in forms.split(",")}
     seconds: dict[str, list[float]] = {form: [] for form in runs}
     for _ in range(repeats + 1):
         for form, run in runs.items():
@@ -108,48 +147,60 @@ def child_time(rows: int, rows_per_chunk: int, repeats: int) -> dict[str, list[f
 
 
 def in_fresh_process(*arguments: object) -> Any:
+    """What a child prints; a string, the last line of its complaint, where it fails."""
     command = [sys.executable, __file__, "--child", *map(str, arguments)]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, check=True, text=True
-    )
-    return json.loads(done.stdout)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def versions() -> str:
+    """Of what is compared."""
+    found = []
+    for name in ("torch", "trl", "liger-kernel"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="rows of the memory measurement")
     parser.add_argument("--time-rows", type=int, default=1024, help="rows of the time measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of the time measurement")
+    parser.add_argument("--hidden", type=int, default=2048, help="channels of a hidden row")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of the time measurement")
     parser.add_argument("--rows-per-chunk", type=int, default=512, help="rows whose logits exist at the same time")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        what, *numbers = options.child
-        child = child_time if what == "time" else lambda *sizes: child_memory(what, *sizes)
-        print(json.dumps(child(*map(int, numbers))))
+        what, form, *numbers = options.child
+        child: Callable[..., Any] = child_time if what == "time" else child_memory
+        print(json.dumps(child(form, *map(int, numbers))))
         return
 
     import torch
 
-    chunk = options.rows_per_chunk
-    gib: dict[str, float] = {form: in_fresh_process(form, options.rows, chunk) for form in FORMS}
-    seconds: dict[str, list[float]] = in_fresh_process("time", options.time_rows, chunk, options.repeats)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, hidden {HIDDEN}, {VOCABULARY} tokens, fp32")
-    print(f"chunks of {chunk} rows, median of {options.repeats} rounds")
-    row = "{:8} {:>12} {:>8} {:>12} {:>8} {:>8} {:>8}"
-    print(
-        row.format(
-            "", f"GiB at {options.rows}", "x naive", f"s at {options.time_rows}", "x naive", "best s", "x naive"
-        )
-    )
+    sizes = options.hidden, options.rows_per_chunk
+    print(f"{versions()}; {torch.get_num_threads()} threads, hidden {options.hidden}, {VOCABULARY} tokens, fp32")
+    print(f"{CANDIDATES} candidates; chunks of {options.rows_per_chunk} rows; median of {options.repeats} rounds")
+    memory = {form: in_fresh_process("memory", form, options.rows, *sizes) for form in FORMS}
+    able = [form for form in FORMS if not isinstance(memory[form], str)]
+    seconds = in_fresh_process("time", ",".join(able), options.time_rows, *sizes, options.repeats)
+    row = "{:9} {:>12} {:>8} {:>12} {:>8} {:>8} {:>8}"
+    heads = f"GiB at {options.rows}", "x naive", f"s at {options.time_rows}", "x naive", "best s", "x naive"
+    print(row.format("", *heads))
     for form in FORMS:
-        if form not in seconds:
-            print(f"{form:8} is not in this torch")
+        if form not in able:
+            print(f"{form:9} cannot run here: {memory[form]}")
             continue
-        memory, times, naive = gib[form], seconds[form], seconds["naive"]
+        gib, times, naive = memory[form]["GiB"], seconds[form], seconds["naive"]
         ratio = statistics.median(a / b for a, b in zip(times, naive, strict=True))
-        numbers = memory, memory / gib["naive"], statistics.median(times), ratio, min(times), min(times) / min(naive)
-        print(row.format(form, *(f"{number:.3f}" for number in numbers)))
+        numbers = gib, gib / memory["naive"]["GiB"], statistics.median(times), ratio, min(times)
+        print(row.format(form, *(f"{number:.3f}" for number in (*numbers, min(times) / min(naive)))))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from pipeline.errors import ModelError
 from pipeline.logprobs import Head, chunked_head_loss, logits, score_rows, without_repeats
 from pipeline.packing import decoder_body
+from pipeline.peak import PeakBytes
 from pipeline.train import losses
 
 T, D, V, C = 23, 12, 97, 5
@@ -214,6 +215,19 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_means_none() -> None:
     assert hidden.grad is not None and head.weight_VD.grad is None
     with torch.no_grad():
         assert not chunked_head_loss(hidden, head, columns, loss_fn, 7).loss.requires_grad
+
+
+def test_a_frozen_head_costs_no_buffer_of_its_size() -> None:
+    """Few rows and a large head: its gradient alone would be 32 times the logits."""
+    rows, vocab, size = 4, 2000, 128
+    hidden, columns = torch.randn(rows, size, requires_grad=True), torch.arange(rows)[:, None]
+    taken = {}
+    for trained in (False, True):
+        head = Head(torch.randn(vocab, size, requires_grad=trained))
+        with PeakBytes() as peak:
+            chunked_head_loss(hidden, head, columns, lambda rows, lp, rest: -lp.sum(), rows).loss.backward()
+        taken[trained] = peak.nbytes
+    assert taken[False] < 4 * 4 * rows * vocab < 4 * vocab * size < taken[True]
 
 
 def test_losses_that_need_only_some_log_probs() -> None:

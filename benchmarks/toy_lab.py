@@ -1,0 +1,148 @@
+"""What the comparisons on the toy pair share: processes and their cost, results that survive a cut run, figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Both cores for every process, and threads that wait do not spin beside those that work.
+ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+#: Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A process, as seen from outside: wall-clock seconds, imports included, and its peak of anonymous memory."""
+
+    seconds: float
+    anonymous: int
+    output: str
+
+
+def measured(*command: object) -> Cost:
+    """Run a command to its end. Exits with its output where it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _anonymous(process.pid))
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    output, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{output}{errors}")
+    return Cost(seconds, peak, output)
+
+
+def redpen(*args: object, settings: Sequence[str] = ()) -> Cost:
+    """A command of redpen with `section.key=value` settings."""
+    return measured("-m", "pipeline", *args, *(part for setting in settings for part in ("--set", setting)))
+
+
+def evaluate(out: Path, adapter: Path) -> dict[str, float]:
+    """Greedy accuracy on the 2,048 held-out prompts and reverse KL on fresh rollouts, of the toy student with it."""
+    student = f"student.adapter={adapter}"
+    redpen("eval", "toy:student", "--teacher", "toy:teacher", "--out", out, settings=[student])
+    figures = json.loads(out.read_text())["model"]
+    return {"accuracy": figures["greedy"]["value"], "fresh_kl": figures["reverse_kl"]["value"]}
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """A training run's metrics, one object a step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Results:
+    """Figures by name, in a file: what was measured before a run was cut is not measured again."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self.figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self.figures:
+            print(f"  {name} ...", file=sys.stderr, flush=True)
+            self.figures[name] = measure()
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self.figures, indent=1) + "\n")
+            partial.replace(self._path)
+        return self.figures[name]
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has just ended
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+)", status)
+    return 1024 * int(found[1]) if found else 0
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def figure(path: Path, rows: int, columns: int) -> Iterator[list[Any]]:
+    """The axes of a figure, row by row, which is written as SVG at the end; its text stays text."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": path.name,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e5e5e5",
+        "axes.axisbelow": True,
+    }
+    with plt.rc_context(style):
+        drawn, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
+        yield list(axes.flat)
+        drawn.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, facecolor="white", metadata={"Date": None})
+        plt.close(drawn)
+    print(f"figure: {path}")
+
+
+def median_curve(
+    axis: Any, runs: Sequence[Sequence[dict[str, float]]], key: str, name: str, colour: str, style: str = "-"
+) -> None:
+    """The seeds' median of a measurement by step, and faintly every seed."""
+    steps = [point["step"] for point in runs[0]]
+    for run in runs:
+        axis.plot(steps, [point[key] for point in run], style, color=colour, alpha=0.25, linewidth=1)
+    middle = [statistics.median(run[row][key] for run in runs) for row in range(len(steps))]
+    axis.plot(steps, middle, style, color=colour, marker="o", markersize=3.5, label=name)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and lowest to highest where there are several."""
+    middle = form.format(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}-{form.format(max(values))})"
