@@ -112,6 +112,26 @@ def test_gradient_and_metrics_do_not_depend_on_micro_batches(loss: str, toy_cach
         assert same == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+def test_a_gradient_starts_from_nothing(toy_cache: Path, recipe: Make) -> None:
+    trainer, replay = trainer_of(toy_cache, recipe())
+    first = gradient(moved(trainer), replay.batch(0))
+    trainer.model.zero_grad()
+    assert torch.equal(gradient(trainer, replay.batch(0)), first)
+
+
+def test_prompts_that_are_shared_change_nothing_but_the_work(toy_cache: Path, recipe: Make) -> None:
+    read, gradients, measured = [], [], []
+    for share in (True, False):
+        trainer, replay = trainer_of(toy_cache, recipe(f"train.share_prompts={str(share).lower()}"))
+        batch = replay.batch(0)
+        measured.append(moved(trainer).gradient(batch).metrics())
+        gradients.append(flat_gradient(trainer))
+        read.append(batch.tokens_read(share))
+    assert read[0] < read[1] == sum(rollout.n_tokens for rollout, _ in batch.distinct)
+    assert distance(*gradients) < 1e-5
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4, abs=1e-6)
+
+
 def test_ranks_add_up_to_one_process(toy_cache: Path, recipe: Make) -> None:
     trainer, replay = trainer_of(toy_cache, recipe())
     batch = replay.batch(0)

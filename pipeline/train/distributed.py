@@ -170,19 +170,23 @@ class Gradients:
         self._layout = layout
         self._sharded = [weight for weight in weights.values() if isinstance(weight, DTensor)]
         self._flat: list[Tensor] = []
+        self._parts: list[tuple[nn.Parameter, Tensor]] = []
         whole = [weight for weight in weights.values() if not isinstance(weight, DTensor)]
         for kind in dict.fromkeys((weight.dtype, weight.device) for weight in whole):
             alike = [weight for weight in whole if (weight.dtype, weight.device) == kind]
             sizes = [weight.numel() for weight in alike]
             flat = torch.zeros(sum(sizes), dtype=kind[0], device=kind[1])
-            for weight, part in zip(alike, torch.split(flat, sizes), strict=True):
-                weight.grad = part.view_as(weight)
+            parts = zip(alike, torch.split(flat, sizes), strict=True)
+            self._parts += [(weight, part.view_as(weight)) for weight, part in parts]
             self._flat.append(flat)
+        self.clear()
 
     def clear(self) -> None:
         """Set all to 0."""
         for flat in self._flat:
             flat.zero_()
+        for weight, part in self._parts:
+            weight.grad = part  # a caller's zero_grad() may have taken it away
         for weight in self._sharded:
             weight.grad = torch.zeros_like(weight)
 
