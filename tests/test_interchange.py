@@ -137,8 +137,10 @@ def test_lightning_opd_is_imported_scored_and_trained_on(
     code, out, _ = redpen("score toy --cache c")
     assert code == 0 and "teacher: imported, taken as it is" in out and "student: mean log-prob" in out
     assert redpen("inspect c --rollout 3")[0] == 0 and redpen("verify c")[0] == 0
-    code, _, err = redpen("train toy --cache c --run refused")
+    code, _, err = redpen("train toy --cache c --run refused --set train.loss=jsd")
     assert code == 1 and "the scores by 'teacher' hold no candidates (engine import)" in err
+    code, out, err = redpen("train toy --cache c --run k2")
+    assert code == 0 and "max steps: 2 done" in out and "at the sampled token alone (k2)" in err
     code, out, _ = redpen("train toy --cache c --run run --set train.loss=importance_sampling")
     assert code == 0 and "max steps: 2 done" in out
     steps = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]

@@ -22,6 +22,7 @@ from pipeline import models
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.train import inputs, ledger, lora, stage
+from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.trainer import Trainer, learning_rate
 
@@ -126,7 +127,7 @@ def test_prompts_that_are_shared_change_nothing_but_the_work(toy_cache: Path, re
         batch = replay.batch(0)
         measured.append(moved(trainer).gradient(batch).metrics())
         gradients.append(flat_gradient(trainer))
-        read.append(batch.tokens_read(share))
+        read.append(tokens_of(batch.rows(share)))
     assert read[0] < read[1] == sum(rollout.n_tokens for rollout, _ in batch.distinct)
     assert distance(*gradients) < 1e-5
     assert measured[0] == pytest.approx(measured[1], rel=1e-4, abs=1e-6)

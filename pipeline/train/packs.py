@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def pack_rows(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[int]]:
-    """Rows in packs of at most `budget` tokens; a row that is longer has a pack to itself.
+@dataclass(frozen=True)
+class Row:
+    """A rollout to pack: its prompt's name, and how many tokens prompt and response have. Rows of one prompt in one
+    pack read it once; rows that are to share nothing have prompts of their own."""
 
-    One rank gets as few packs as first-fit decreasing finds. For several their number is rounded up to a multiple of
-    `ranks` and the rows are spread over them evenly (longest first, each to the emptiest pack; Graham 1969), so that
-    no rank waits for another; where that breaks the budget, which full packs allow, they stay as they were.
-    Deterministic; rows within a pack are in ascending order.
+    prompt: int
+    prompt_tokens: int
+    response_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+
+def pack_rows(rows: Sequence[Row], budget: int, ranks: int = 1) -> list[list[int]]:
+    """Rows in packs of at most `budget` tokens, as `tokens_of` counts them; a longer row has a pack to itself.
+
+    First fit, longest first; rows of a prompt go where it already is, if there is room. One rank gets as few packs as
+    that finds. For several their number is rounded up to a multiple of `ranks`, and the smallest budget that needs no
+    more than these is taken: then all are about equally full, and no rank waits for another. Deterministic; rows
+    within a pack are in ascending order.
     """
-    packs = _first_fit(lengths, budget)
-    if ranks > 1:
-        even = _evenly(lengths, -(-len(packs) // ranks) * ranks)
-        if all(len(pack) == 1 or sum(lengths[row] for row in pack) <= budget for pack in even):
-            packs = even
+    packs = _first_fit(rows, budget)
+    if ranks > 1 and packs:
+        enough = -(-len(packs) // ranks) * ranks
+        low, high = 0, budget
+        while high - low > max(1, high // 256):
+            tried = (low + high) // 2
+            if len(found := _first_fit(rows, tried)) <= enough:
+                packs, high = found, tried
+            else:
+                low = tried
+        packs = _side_by_side(packs, [tokens_of([rows[i] for i in pack]) for pack in packs], ranks)
     return [sorted(pack) for pack in packs]
 
 
-def families(prompts: Sequence[int], lengths: Sequence[tuple[int, int]], budget: int) -> list[tuple[list[int], int]]:
-    """Rows that read their prompt together, and how many tokens that is: all of one prompt, or as many as the budget
-    holds, in order of rows. `lengths` are those of each row's prompt and of the whole row."""
-    made: list[tuple[list[int], int]] = []
-    latest: dict[int, int] = {}
-    for row, (prompt, (prompt_tokens, tokens)) in enumerate(zip(prompts, lengths, strict=True)):
-        family = latest.get(prompt)
-        if family is not None and made[family][1] + tokens - prompt_tokens <= budget:
-            rows, total = made[family]
-            made[family] = ([*rows, row], total + tokens - prompt_tokens)
-        else:
-            latest[prompt] = len(made)
-            made.append(([row], tokens))
-    return made
+def tokens_of(rows: Sequence[Row]) -> int:
+    """Tokens that a pack of these rows reads."""
+    prompts = {row.prompt: row.prompt_tokens for row in rows}
+    return sum(prompts.values()) + sum(row.response_tokens for row in rows)
 
 
 def deal(packs: Sequence[list[int]], rank: int, world: int) -> list[list[int] | None]:
@@ -44,30 +54,32 @@ def deal(packs: Sequence[list[int]], rank: int, world: int) -> list[list[int] | 
     return mine + [None] * (-(-len(packs) // world) - len(mine))
 
 
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+def _side_by_side(packs: list[list[int]], loads: Sequence[int], ranks: int) -> list[list[int]]:
+    """Packs of a size beside each other in the deal, the fullest with the first rank and with the last in turn."""
+    order = sorted(range(len(packs)), key=lambda i: (-loads[i], i))
+    turns = [order[start : start + ranks] for start in range(0, len(order), ranks)]
+    return [packs[i] for number, turn in enumerate(turns) for i in (turn if number % 2 == 0 else reversed(turn))]
 
 
-def _first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _first_fit(rows: Sequence[Row], budget: int) -> list[list[int]]:
+    longest: dict[int, int] = {}
+    for row in rows:
+        longest[row.prompt] = max(longest.get(row.prompt, 0), row.tokens)
+    order = sorted(range(len(rows)), key=lambda i: (-longest[rows[i].prompt], rows[i].prompt, -rows[i].tokens, i))
     packs: list[list[int]] = []
     room: list[int] = []
-    for row in _longest_first(lengths):
-        fit = next((i for i, free in enumerate(room) if lengths[row] <= free), None)
+    holding: dict[int, list[int]] = {}  # packs by the prompts they hold
+    for i in order:
+        row = rows[i]
+        holders = holding.setdefault(row.prompt, [])
+        fit = next((pack for pack in holders if row.response_tokens <= room[pack]), None)
         if fit is None:
-            packs.append([])
-            room.append(budget)
-            fit = len(packs) - 1
-        packs[fit].append(row)
-        room[fit] -= lengths[row]
+            fit = next((pack for pack, free in enumerate(room) if row.tokens <= free), len(packs))
+            if fit == len(packs):
+                packs.append([])
+                room.append(budget)
+            holders.append(fit)
+            room[fit] -= row.prompt_tokens
+        packs[fit].append(i)
+        room[fit] -= row.response_tokens
     return packs
-
-
-def _evenly(lengths: Sequence[int], n_packs: int) -> list[list[int]]:
-    """At most `n_packs` packs, fullest first: neighbours in the deal are then of a size."""
-    packs: list[list[int]] = [[] for _ in range(n_packs)]
-    loads = [(0, i) for i in range(n_packs)]
-    for row in _longest_first(lengths):
-        load, i = heapq.heappop(loads)
-        packs[i].append(row)
-        heapq.heappush(loads, (load + lengths[row], i))
-    return [packs[i] for load, i in sorted(loads, key=lambda entry: (-entry[0], entry[1])) if load]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.errors import ConfigError
 from pipeline.train.order import Int64, Order
-from pipeline.train.packs import deal, families, pack_rows
+from pipeline.train.packs import Row, deal, pack_rows
 from pipeline.train.selection import Selection, Weights
 
 Array = npt.NDArray[Any]
@@ -176,26 +176,18 @@ class Batch:
                 copies.setdefault(rollout.content, []).append(rollout)
         return tuple((same[0], len(same)) for same in copies.values())
 
-    def tokens_read(self, share_prompts: bool) -> int:
-        """Tokens that forward passes over the batch read, where micro-batches part no rollouts of one prompt."""
-        prompts = [
-            (r.prompt_index if share_prompts else i, len(r.prompt_ids)) for i, (r, _) in enumerate(self.distinct)
+    def rows(self, share_prompts: bool) -> list[Row]:
+        """`distinct`, as it is packed: with prompts that its rollouts have in common, or each with its own."""
+        return [
+            Row(rollout.prompt_index if share_prompts else i, len(rollout.prompt_ids), len(rollout.weights))
+            for i, (rollout, _) in enumerate(self.distinct)
         ]
-        responses = sum(rollout.n_tokens - len(rollout.prompt_ids) for rollout, _ in self.distinct)
-        return responses + sum(dict(prompts).values())
 
     def micro_batches(
         self, tokens_per_microbatch: int, rank: int = 0, world: int = 1, *, share_prompts: bool = False
     ) -> list[MicroBatch]:
-        """This rank's share: as many micro-batches as every other rank has, so that collectives match.
-
-        With `share_prompts` a prompt that its rollouts have in common counts once, and keeps them together.
-        """
-        lengths = [(len(rollout.prompt_ids), rollout.n_tokens) for rollout, _ in self.distinct]
-        prompts = [rollout.prompt_index if share_prompts else i for i, (rollout, _) in enumerate(self.distinct)]
-        units = families(prompts, lengths, tokens_per_microbatch)
-        units_in = pack_rows([tokens for _, tokens in units], tokens_per_microbatch, world)
-        packs = [sorted(row for unit in pack for row in units[unit][0]) for pack in units_in]
+        """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
+        packs = pack_rows(self.rows(share_prompts), tokens_per_microbatch, world)
         shares = []
         for pack in deal(packs, rank, world):
             if pack is None:

@@ -58,6 +58,7 @@ from pipeline.signals import graceful
 from pipeline.train import checkpoint, distributed, inputs, ledger, lora
 from pipeline.train.card import run_card
 from pipeline.train.heldout import Metric, heldout_metric
+from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.run_directory import Result, RunDirectory, cache_identity, open_run
 from pipeline.train.stopping import Memory, best_step, verdict
@@ -218,12 +219,13 @@ def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None])
 
 
 def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Trained tokens, rollouts, the different ones among them, and the tokens that the forward pass reads."""
+    """Trained tokens, rollouts, the different ones among them, and the tokens that forward passes read; a shared
+    prompt once."""
     return {
         "tokens": round(batch.n_tokens),
         "rows": len(batch.rollouts),
         "distinct_rows": len(batch.distinct),
-        "tokens_read": batch.tokens_read(train.share_prompts),
+        "tokens_read": tokens_of(batch.rows(train.share_prompts)),
     }
 
 
