@@ -1,4 +1,4 @@
-"""What reading a prompt once for all its rollouts saves: gradients with `train.share_prompts` on and off, in turn.
+"""What reading a prompt once for all its rollouts saves: gradients with and without, in turn.
 
     python benchmarks/shared_prompts.py [--device cuda]
 
@@ -45,7 +45,7 @@ def main() -> None:
     def step(sequences: list[np.ndarray], start: int, share: bool) -> tuple[float, torch.Tensor]:
         model.zero_grad()
         began = time.perf_counter()
-        packed = pack(sequences, [start] * len(sequences), args.device, share_prompts=share)
+        packed = pack(sequences, [start] * len(sequences), args.device, share_prompts_from=1 if share else None)
         loss = chunked_head_loss(
             packed_hidden(model, packed), head, packed.target_ids[:, None], lambda _, logprobs, rest: -logprobs.mean()
         ).loss

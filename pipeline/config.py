@@ -205,8 +205,11 @@ class TrainConfig(Section):
     tokens_per_microbatch: int = Field(
         default=8192, ge=1, description="tokens (prompts included) in one forward and backward"
     )
-    share_prompts: bool = Field(
-        default=True, description="read a prompt once for all its rollouts in a micro-batch: less work, equal results"
+    share_prompts_from: int = Field(
+        default=128,
+        ge=1,
+        description="prompts of so many tokens or more are read once for all their rollouts in a micro-batch: less "
+        "work, equal results",
     )
     rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
     gradient_checkpointing: bool = Field(

@@ -189,7 +189,7 @@ def pack(
     response_starts: Sequence[int],
     device: torch.device | str = "cpu",
     *,
-    share_prompts: bool = False,
+    share_prompts_from: int | None = None,
 ) -> PackedTokens:
     """Lay sequences (prompt + response token ids) end to end.
 
@@ -197,8 +197,9 @@ def pack(
         sequences: N >= 1 integer arrays.
         response_starts: where each response starts in its sequence, from 1 (something must predict its first token)
             to the sequence's length (no response).
-        share_prompts: read a prompt that several sequences begin with once. Only for models whose tokens meet in
-            attention alone: what `check_packing` finds out.
+        share_prompts_from: read a prompt of so many tokens once for all sequences that begin with it, which takes
+            an attention call more. None: never. Only for models whose tokens meet in attention alone: what
+            `check_packing` finds out.
 
     Raises:
         ModelError: an empty sequence, or a response that starts outside those bounds.
@@ -227,7 +228,7 @@ def pack(
                 f"sequence {i}: expected its response to start after 1..{len(sequence)} prompt tokens, got "
                 f"{response}; a rollout needs at least one prompt token"
             )
-        if share_prompts and times[prompt] > 1:
+        if times[prompt] > 1 and share_prompts_from is not None and response >= share_prompts_from:
             if prompt not in shared:
                 shared[prompt] = lay(sequence[:response])
             rows = np.r_[shared[prompt], lay(sequence[response:], shared[prompt])]
@@ -298,7 +299,7 @@ def check_packing(
     response_starts: Sequence[int],
     tolerance: float | None = None,
     *,
-    share_prompts: bool = False,
+    share_prompts_from: int | None = None,
     run: Callable[[Sequence[Callable[[], Tensor]]], list[Tensor]] = lambda forwards: [go() for go in forwards],
 ) -> float:
     """Compare packed log-probs with those of each rollout alone, by transformers' own attention and `.logits`.
@@ -319,7 +320,7 @@ def check_packing(
     device = head.weight_VD.device
 
     def together() -> Tensor:
-        packed = pack(sequences, response_starts, device, share_prompts=share_prompts)
+        packed = pack(sequences, response_starts, device, share_prompts_from=share_prompts_from)
         return score_rows(packed_hidden(model, packed), head, packed.target_ids).logprobs
 
     def alone(sequence: np.ndarray, start: int) -> Tensor:

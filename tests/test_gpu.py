@@ -31,7 +31,7 @@ def test_packed_rollouts_have_their_own_logprobs(family: str, dtype: torch.dtype
     sequences = [rng.integers(0, config.vocab_size, n) for n in LENGTHS]
     tolerance = 1e-3 if dtype == torch.float32 else 1.0
     check_packing(model, sequences, STARTS, tolerance)
-    check_packing(model, of_few_prompts(), STARTS_OF_FEW, tolerance, share_prompts=True)
+    check_packing(model, of_few_prompts(), STARTS_OF_FEW, tolerance, share_prompts_from=1)
 
 
 def test_bf16_head_on_cuda_is_as_good_as_its_weights() -> None:

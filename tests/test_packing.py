@@ -95,38 +95,40 @@ def of_few_prompts() -> list[np.ndarray]:
 STARTS_OF_FEW = (4, 10, 4, 10, 1, 1, 4, 1)
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("share_prompts_from", [None, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logprobs_are_those_of_each_rollout_alone(family: str, share_prompts: bool) -> None:
+def test_packed_logprobs_are_those_of_each_rollout_alone(family: str, share_prompts_from: int | None) -> None:
     model = random_model(FAMILIES[family])
     assert check_packing(model, random_sequences(), STARTS, 1e-5) <= 1e-5
-    worst = check_packing(model, of_few_prompts(), STARTS_OF_FEW, 1e-5, share_prompts=share_prompts)
+    worst = check_packing(model, of_few_prompts(), STARTS_OF_FEW, 1e-5, share_prompts_from=share_prompts_from)
     assert 0 < worst <= 1e-5
     assert model.config._attn_implementation == ATTENTION
 
 
 def test_a_shared_prompt_is_read_once() -> None:
     sequences = of_few_prompts()
-    apart, shared = (pack(sequences, STARTS_OF_FEW, share_prompts=share) for share in (False, True))
+    apart, shared = (pack(sequences, STARTS_OF_FEW, share_prompts_from=share) for share in (None, 1))
     assert apart.input_ids.shape[1] - shared.input_ids.shape[1] == 2 * 4 + 10 + 1
+    only_long = pack(sequences, STARTS_OF_FEW, share_prompts_from=5)
+    assert apart.input_ids.shape[1] - only_long.input_ids.shape[1] == 10
     assert torch.equal(apart.target_ids, shared.target_ids)
     of_prompt = [shared.predict_rows[0], shared.predict_rows[sum(LENGTHS[:2]) - sum(STARTS_OF_FEW[:2])]]
     assert of_prompt == [3, 3], "both first tokens are predicted by the prompt's last"
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("share_prompts_from", [None, 1])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral-window"])
 def test_packed_gradients_are_the_sum_of_each_rollouts_own(
-    family: str, checkpointing: bool, share_prompts: bool
+    family: str, checkpointing: bool, share_prompts_from: int | None
 ) -> None:
     model = random_model(FAMILIES[family]).train()
-    sequences, all_starts = (of_few_prompts(), STARTS_OF_FEW) if share_prompts else (random_sequences(), STARTS)
+    sequences, all_starts = (of_few_prompts(), STARTS_OF_FEW) if share_prompts_from else (random_sequences(), STARTS)
 
     def gradients(packs: list[tuple[list[np.ndarray], tuple[int, ...]]]) -> list[Tensor]:
         model.zero_grad()
         for members, starts in packs:
-            packed = pack(members, starts, share_prompts=share_prompts)
+            packed = pack(members, starts, share_prompts_from=share_prompts_from)
             chunked_head_loss(
                 packed_hidden(model, packed),
                 Head.of(model),

@@ -176,18 +176,20 @@ class Batch:
                 copies.setdefault(rollout.content, []).append(rollout)
         return tuple((same[0], len(same)) for same in copies.values())
 
-    def rows(self, share_prompts: bool) -> list[Row]:
+    def rows(self, share_prompts_from: int | None = None) -> list[Row]:
         """`distinct`, as it is packed: with prompts that its rollouts have in common, or each with its own."""
-        return [
-            Row(rollout.prompt_index if share_prompts else i, len(rollout.prompt_ids), len(rollout.weights))
-            for i, (rollout, _) in enumerate(self.distinct)
-        ]
+        made = []
+        for i, (rollout, _) in enumerate(self.distinct):
+            n_prompt = len(rollout.prompt_ids)
+            shared = share_prompts_from is not None and n_prompt >= share_prompts_from
+            made.append(Row(rollout.prompt_index if shared else -1 - i, n_prompt, len(rollout.weights)))
+        return made
 
     def micro_batches(
-        self, tokens_per_microbatch: int, rank: int = 0, world: int = 1, *, share_prompts: bool = False
+        self, tokens_per_microbatch: int, rank: int = 0, world: int = 1, *, share_prompts_from: int | None = None
     ) -> list[MicroBatch]:
         """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
-        packs = pack_rows(self.rows(share_prompts), tokens_per_microbatch, world)
+        packs = pack_rows(self.rows(share_prompts_from), tokens_per_microbatch, world)
         shares = []
         for pack in deal(packs, rank, world):
             if pack is None:

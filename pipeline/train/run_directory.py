@@ -34,7 +34,7 @@ _SECTIONS = ("student", "train", "select")
 _OPERATIONAL = frozenset(
     {
         "tokens_per_microbatch",
-        "share_prompts",
+        "share_prompts_from",
         "rows_per_chunk",
         "gradient_checkpointing",
         "checkpoint_every",

@@ -25,8 +25,9 @@ rollouts are read once and weigh as often as they occur. Each micro-batch packs 
 head and the loss go through row chunks and make their gradient in the same pass (`pipeline.logprobs`).
 
 Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up),
-after `steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported as
-reverse KL is the first formula on *cached* prefixes; on fresh ones it is larger, which `redpen eval RUN` measures.
+when `heldout_metric` has had no new best for `heldout_patience` measurements (a plateau; its best step is then the
+result), after `steps`, or with exit code 3 when the effective sample size falls below `stale_ess`. What is reported
+as reverse KL is the first formula on *cached* prefixes; on fresh ones it is larger, which `redpen eval RUN` measures.
 
 Departures from the source (on-policy distillation by importance sampling): the default is the direct gradient of
 reverse KL over candidates, which ends at higher accuracy; the advantage uses the current student unless told
@@ -225,7 +226,7 @@ def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
         "tokens": round(batch.n_tokens),
         "rows": len(batch.rollouts),
         "distinct_rows": len(batch.distinct),
-        "tokens_read": tokens_of(batch.rows(train.share_prompts)),
+        "tokens_read": tokens_of(batch.rows(train.share_prompts_from)),
     }
 
 

@@ -71,8 +71,8 @@ class Trainer:
         """Largest difference, in nats, between packed log-probs and each rollout's own. Raises `ModelError` past
         rounding."""
         sequences, starts = [r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts]
-        share = self.train.share_prompts
-        worst = self.within(lambda: check_packing(self.model, sequences, starts, share_prompts=share))
+        share = self.train.share_prompts_from
+        worst = self.within(lambda: check_packing(self.model, sequences, starts, share_prompts_from=share))
         training_mode(self.model)
         return worst
 
@@ -128,14 +128,14 @@ class Trainer:
         return self._over_ranks(Sums.merge([Sums.zero(self.device), *parts]))
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        budget, share = self.train.tokens_per_microbatch, self.train.share_prompts
-        return batch.micro_batches(budget, self.layout.rank, self.layout.size, share_prompts=share)
+        budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
+        return batch.micro_batches(budget, self.layout.rank, self.layout.size, share_prompts_from=share)
 
     def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, Sums]:
         """A micro-batch's share of the loss, and what is measured of it; `n_tokens` counts the whole global batch."""
         rollouts = micro_batch.rollouts
-        starts, share = [len(r.prompt_ids) for r in rollouts], self.train.share_prompts
-        packed = pack([r.token_ids for r in rollouts], starts, self.device, share_prompts=share)
+        starts, share = [len(r.prompt_ids) for r in rollouts], self.train.share_prompts_from
+        packed = pack([r.token_ids for r in rollouts], starts, self.device, share_prompts_from=share)
         targets = self.objective.targets(micro_batch, self.device)
 
         def forward() -> tuple[Tensor, HeadLoss]:
