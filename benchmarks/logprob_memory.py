@@ -112,7 +112,7 @@ def prepare(
         loss = forms[form]()
         torch.autograd.backward(loss)
         assert states.grad is not None and states.grad.isfinite().all()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
