@@ -214,7 +214,7 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
 
 
 def test_too_small_a_card_is_told_with_what_would_help(planned: Planned) -> None:
-    recipe, models = planned()
+    recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)
     found = {need.step: table.verdict(need, device, recipe) for need in memory.needs(recipe, models, device)}
     assert found["scoring, teacher, streamed"].startswith("scoring, teacher, streamed: fits 6 GiB")
