@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import models
+from pipeline.answers import extract_answer, mean_per_token, share_right
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
-from pipeline.evaluate.answers import extract_answer, mean_per_token, share_right
 from pipeline.prompts import load_prompts, render
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler

@@ -18,6 +18,7 @@ import cache_schema as cs
 from pipeline import cli, console, metrics
 from pipeline.errors import RedpenError
 from pipeline.report import data, terminal
+from pipeline.text import pieces as pieces_of
 from pipeline.toy import asset_path
 
 
@@ -213,12 +214,12 @@ def test_pieces_are_the_whole_text() -> None:
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     text = "4*1=4;é😀 end<|endoftext|>"
     ids = tokenizer(text)["input_ids"]
-    pieces = data.pieces(ids, tokenizer)
+    pieces = pieces_of(ids, tokenizer)
     assert len(pieces) == len(ids) and "".join(pieces) == text
     assert pieces[ids.index(256)] == "<|endoftext|>" and pieces.count("") == 4, "é has two bytes, the emoji four"
-    broken = data.pieces([0x34, 0xF0, 0x9F], tokenizer)
+    broken = pieces_of([0x34, 0xF0, 0x9F], tokenizer)
     assert len(broken) == 3 and broken[0] == "4" and "\ufffd" in "".join(broken)
-    assert data.pieces([], tokenizer) == []
+    assert pieces_of([], tokenizer) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- command

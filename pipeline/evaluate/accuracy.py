@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline import models
+from pipeline.answers import extract_answer
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError
-from pipeline.evaluate.answers import extract_answer
 from pipeline.logprobs import unwrapped
 from pipeline.prompts import load_prompts, render_all
 from pipeline.rollouts import PromptBlock, Sampling

@@ -10,7 +10,7 @@ Accuracy is exact match of the answer that `eval.answer_pattern` finds in a resp
 
 with C the sampled token and the student's likeliest others (`eval.candidates` in all); a lower bound, close at 64.
 Before and after draw from the same random numbers, so their difference is known better than either. Intervals are
-95 %: see `pipeline.evaluate.answers`. One model is in memory at a time: each student samples, reads its own
+95 %: see `pipeline.answers`. One model is in memory at a time: each student samples, reads its own
 rollouts and goes, then the teacher reads them all.
 """
 
@@ -31,11 +31,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline import models
+from pipeline.answers import Estimate, mean_per_token, share_right
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import progress, warn
 from pipeline.errors import ConfigError, ModelNotFoundError, RedpenError
 from pipeline.evaluate.accuracy import answer_of, generating, greedy_sampling, right_answers
-from pipeline.evaluate.answers import Estimate, mean_per_token, share_right
 from pipeline.evaluate.table import show
 from pipeline.metrics import scores_reverse_kl
 from pipeline.prompts import load_prompts, prompts_sha256, render_all

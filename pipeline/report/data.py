@@ -5,26 +5,22 @@ A rollout's number in its round is `prompt number * rollouts_per_prompt + sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
-from pipeline.metrics import REVERSE_KL_ARRAYS, first_occurrence, scores_reverse_kl
+from pipeline.marks import marked_blocks
+from pipeline.metrics import first_occurrence, scores_reverse_kl
+from pipeline.text import Decoder, labels, pieces
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000
 
 FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that the views need."""
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 # ----------------------------------------------------------------------------------------------------------- summary
@@ -84,31 +80,16 @@ def _scores_summary(round_: cs.Round, name: str) -> dict[str, Any]:
         "topk": manifest.topk,
         "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
     }
-    return found if manifest.role == "student" else found | _mean_reverse_kl(round_, scores)
+    return found if manifest.role == "student" else found | _mean_reverse_kl(round_, name)
 
 
-def _mean_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup) -> dict[str, Any]:
+def _mean_reverse_kl(round_: cs.Round, teacher: str) -> dict[str, Any]:
     """Mean over the trained tokens of the scored blocks, or of as many of them as make up SUMMARY_TOKENS."""
-    student = round_.scores(cs.STUDENT).committed() if cs.STUDENT in round_.scorer_names() else False
-    blocks = np.flatnonzero(teacher.committed() & student)  # a teacher's imported scores may be there first
-    tokens = round_.rollouts.commits()["tokens"][blocks]
-    affordable = max(1, int(SUMMARY_TOKENS / max(float(tokens.mean()), 1.0))) if len(blocks) else 0
-    if affordable < len(blocks):
-        blocks = blocks[np.linspace(0, len(blocks) - 1, affordable).round().astype(int)]
     total, count = 0.0, 0
-    for block in map(int, blocks):
-        kl = _block_reverse_kl(round_, teacher, block)
-        trained = round_.rollouts.read_arrays(block, ["trained"])["trained"] == 1
-        trained &= ~np.isnan(kl)  # not every token need be scored
-        total, count = total + float(kl[trained].sum()), count + int(trained.sum())
+    for marked in marked_blocks(round_, [teacher], at_most_tokens=SUMMARY_TOKENS):
+        kl = marked.reverse_kl[teacher][marked.counts(teacher)]
+        total, count = total + float(kl.sum()), count + len(kl)
     return {"reverse_kl": _number(total / count) if count else None, "reverse_kl_tokens": count}
-
-
-def _block_reverse_kl(round_: cs.Round, teacher: cs.BlockGroup, block: int) -> Any:
-    student, other = (
-        cs.ScoreBlock(**g.read_arrays(block, REVERSE_KL_ARRAYS)) for g in (round_.scores(cs.STUDENT), teacher)
-    )
-    return scores_reverse_kl(student, other)
 
 
 def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
@@ -150,7 +131,7 @@ def rollout(
     line = round_.prompts[prompt_index]
     tokenizer = load_decoder()
     texts = pieces(ids, tokenizer)
-    label = _labels(tokenizer)
+    label = labels(tokenizer)
     return {
         "round": round_.index,
         "rollout": number,
@@ -253,30 +234,3 @@ def _candidates(
 def _number(value: Any) -> float | None:
     """A JSON number; None for NaN (not scored) and for minus infinity (no probability)."""
     return float(value) if np.isfinite(value) else None
-
-
-# -------------------------------------------------------------------------------------------------------------- text
-
-
-def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
-    """The text that each token adds. A character made of several tokens is the last one's; theirs is empty."""
-    found, start, read = [], 0, 0
-    for end in range(1, len(token_ids) + 1):
-        # decoded together with the piece before, so that a tokenizer's leading space survives
-        text = tokenizer.decode(token_ids[start:end])
-        if text.endswith("\ufffd") and end < len(token_ids) and end - read < 8:
-            found.append("")
-            continue
-        found.append(text[len(tokenizer.decode(token_ids[start:read])) :])
-        start, read = read, end
-    return found
-
-
-def _labels(tokenizer: Decoder) -> Callable[[int], str]:
-    """Text of single tokens; the raw token where it is only a part of a character."""
-
-    def label(token: int) -> str:
-        text = tokenizer.decode([token])
-        return f"<{token}>" if not text or "\ufffd" in text else text
-
-    return label

@@ -15,10 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 import cache_schema as cs
-from pipeline import toy
-from pipeline.console import escape_control, results, warn
-from pipeline.provenance import tokenizer_digest
+from pipeline.console import escape_control, results
 from pipeline.report import data
+from pipeline.text import load_decoder
 
 #: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it where there is no colour.
 LEVELS = ((1.0, "bold white on red3", "^^^"), (0.3, "black on light_coral", "^^"), (0.1, "black on misty_rose1", "^"))
@@ -35,7 +34,7 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
         found = data.summary(cache, round_index)
     else:
         round_ = cache.round(round_index)
-        found = data.rollout(round_, rollout, teacher, lambda: _load_decoder(round_.manifest))
+        found = data.rollout(round_, rollout, teacher, lambda: load_decoder(round_.manifest))
     if as_json:
         print(json.dumps(found, allow_nan=False))
     elif rollout is None:
@@ -164,42 +163,6 @@ def _preferences(candidates: Sequence[dict[str, Any]], key: str) -> Text:
     known = [item for item in candidates if item[key] is not None and item[key] >= math.log(UNLIKELY)]
     best = sorted(known, key=lambda item: -item[key])[:SHOWN_CANDIDATES]
     return Text("  ").join(Text.assemble(_quoted(item["text"]), " ", _percent(item[key])) for item in best)
-
-
-def _load_decoder(manifest: cs.RoundManifest) -> data.Decoder:
-    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
-    name, revision = manifest.tokenizer.name, manifest.student.revision
-    from transformers import AutoTokenizer
-
-    try:
-        path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        warn(f'tokenizer {name} is not on this machine, so ids are shown (hf download {name} --include "*token*")')
-        return _Ids()
-    if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
-        warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
-    return _Tokenizer(tokenizer)
-
-
-class _Tokenizer:
-    """A tokenizer that shows special tokens and changes no spaces."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-
-class _Ids:
-    """Stands in for a tokenizer: tokens as their ids."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join(f"<{token}>" for token in token_ids)
 
 
 # -------------------------------------------------------------------------------------------------------- formatting

@@ -1,0 +1,79 @@
+"""Token ids as the text that people read: what each token adds, and what a single token is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import cache_schema as cs
+from pipeline import toy
+from pipeline.console import warn
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that the views need."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+def load_decoder(manifest: cs.RoundManifest) -> Decoder:
+    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
+    from transformers import AutoTokenizer
+
+    from pipeline.provenance import tokenizer_digest
+
+    name, revision = manifest.tokenizer.name, manifest.student.revision
+
+    try:
+        path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        warn(f'tokenizer {name} is not on this machine, so ids are shown (hf download {name} --include "*token*")')
+        return _Ids()
+    if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
+        warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
+    return _Tokenizer(tokenizer)
+
+
+def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
+    """The text that each token adds. A character made of several tokens is the last one's; theirs is empty."""
+    found, start, read = [], 0, 0
+    for end in range(1, len(token_ids) + 1):
+        # decoded together with the piece before, so that a tokenizer's leading space survives
+        text = tokenizer.decode(token_ids[start:end])
+        if text.endswith("\ufffd") and end < len(token_ids) and end - read < 8:
+            found.append("")
+            continue
+        found.append(text[len(tokenizer.decode(token_ids[start:read])) :])
+        start, read = read, end
+    return found
+
+
+def labels(tokenizer: Decoder) -> Callable[[int], str]:
+    """Text of single tokens; the raw token where it is only a part of a character."""
+
+    def label(token: int) -> str:
+        text = tokenizer.decode([token])
+        return f"<{token}>" if not text or "\ufffd" in text else text
+
+    return label
+
+
+class _Tokenizer:
+    """A tokenizer that shows special tokens and changes no spaces."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+class _Ids:
+    """Stands in for a tokenizer: tokens as their ids."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"<{token}>" for token in token_ids)
