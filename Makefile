@@ -21,7 +21,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train eval verify inspect toy vllm-cpu test check format bench clean
+.PHONY: help setup rollouts score train eval verify inspect report toy vllm-cpu test check format docs bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ verify: $(VENV)/.installed ## recompute every checksum of CACHE and check what t
 inspect: $(VENV)/.installed ## what CACHE holds
 	@$(REDPEN) inspect $(CACHE)
 
+report: $(VENV)/.installed ## one page to look at, RUN.html: of RUN if it is there, and of CACHE
+	@mkdir -p $(dir $(RUN))
+	@$(REDPEN) report $(if $(wildcard $(RUN)/run.json),$(RUN) $(wildcard $(CACHE)),$(CACHE) --recipe $(RECIPE)) \
+	  $(if $(ROUND),--round $(ROUND)) -o $(RUN).html
+
 toy: $(VENV)/.installed ## train the shipped toy teacher and student again (about 10 minutes)
 	$(VENV)/bin/python -m pipeline.toy
 
@@ -89,6 +94,9 @@ check: $(VENV)/.installed-dev ## lint, formatting, types
 format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.installed ## write docs/cli.md and docs/recipe.md again, from commands and settings
+	$(VENV)/bin/python docs/reference.py
 
 bench: $(VENV)/.installed-dev ## the benchmarks behind the numbers in README.md and docs/
 	$(VENV)/bin/python benchmarks/cache_throughput.py

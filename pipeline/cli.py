@@ -88,8 +88,10 @@ def cli() -> None:
     \b
       redpen rollouts toy --cache toy.zarr               the student writes
       redpen score    toy --cache toy.zarr               student and teacher read what it wrote
+      redpen diagnose toy.zarr                           whether this pair will work
       redpen train    toy --cache toy.zarr --run runs/a  the student learns, the teacher is no longer needed
       redpen eval     runs/a                             what it gained
+      redpen report   runs/a                             where: a page to look at
 
     RECIPE is a TOML file or a shipped recipe (`redpen recipes`). Every command can be stopped at any time; the same
     command continues.
@@ -271,6 +273,7 @@ def train(
 @click.argument("target", metavar="MODEL_OR_RUN")
 @click.option("--prompts", metavar="FILE", help="Prompts with an answer; default: eval.path of the recipe.")
 @click.option("--teacher", metavar="MODEL", help="Reverse KL to this teacher; default: the run's.")
+@click.option("--tasks", metavar="NAME,...", help="Also these tasks of lm-evaluation-harness, e.g. ifeval,aime24.")
 @click.option("--recipe", metavar="RECIPE", help="Settings for a bare model; a run brings its own.")
 @click.option("--out", metavar="FILE", help="The figures as JSON; default: eval.json in the run.")
 @_set_option
@@ -278,6 +281,7 @@ def evaluate(
     target: str,
     prompts: str | None,
     teacher: str | None,
+    tasks: str | None,
     recipe: str | None,
     out: str | None,
     overrides: tuple[str, ...],
@@ -289,7 +293,10 @@ def evaluate(
     """
     from pipeline.evaluate import stage
 
-    return stage.run(target, prompts=prompts, teacher=teacher, overrides=overrides, recipe=recipe, out=out)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    return stage.run(
+        target, prompts=prompts, teacher=teacher, tasks=names, overrides=overrides, recipe=recipe, out=out
+    )
 
 
 @cli.command()
@@ -347,11 +354,11 @@ def verify(cache_url: str, repair: bool) -> int:
         return 0
     beyond = sum(finding.block is None for finding in findings)
     if repair:
-        click.echo(f"{repaired} blocks taken back; run the same stages again to write them")
+        click.echo(f"taken back: {repaired} of the blocks; run the same stages again to write them")
         if beyond:
-            click.echo(f"{beyond} findings are beyond repair: restore the cache from a copy, or make another")
+            click.echo(f"beyond repair: {beyond} of the findings; restore the cache from a copy, or make another")
     else:
-        click.echo(f"{len(findings)} findings; `redpen verify {cache_url} --repair` takes the bad blocks back")
+        click.echo(f"findings: {len(findings)}; `redpen verify {cache_url} --repair` takes the bad blocks back")
     return 1 if beyond or not repair else 0
 
 
@@ -359,7 +366,7 @@ def verify(cache_url: str, repair: bool) -> int:
 @click.argument("cache_url", metavar="CACHE")
 @_round_option
 @click.option("--rollout", type=click.IntRange(0), metavar="N", help="One rollout, token by token.")
-@click.option("--teacher", metavar="NAME", help="Whose red pen to show; needed where there are several.")
+@click.option("--teacher", metavar="NAME", help="Whose red pen to show; default: each teacher's. --json takes one.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def inspect(cache_url: str, round_index: int | None, rollout: int | None, teacher: str | None, as_json: bool) -> None:
     """What a cache holds, or one rollout under the red pen.
@@ -373,6 +380,47 @@ def inspect(cache_url: str, round_index: int | None, rollout: int | None, teache
     from pipeline.report import terminal
 
     terminal.run(cache_url, round_index, rollout, teacher, as_json)
+
+
+@cli.command()
+@click.argument("cache_url", metavar="CACHE")
+@_round_option
+@click.option("--teacher", metavar="NAME", help="Only this teacher; default: all, side by side.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def diagnose(cache_url: str, round_index: int | None, teacher: str | None, as_json: bool) -> int:
+    """Whether a scored pair will work, before any training.
+
+    What is wrong with student, teacher and rollouts, worst first, with the setting that answers it. Exits with 1 if
+    a pair cannot work as it is.
+
+    \b
+    redpen diagnose toy.zarr
+    """
+    from pipeline.diagnose import stage
+
+    return stage.run(cache_url, round_index, teacher, as_json)
+
+
+@cli.command()
+@click.argument("targets", metavar="RUN_OR_CACHE...", nargs=-1, required=True)
+@click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="Where the page goes.")
+@_round_option
+@click.option("--recipe", metavar="RECIPE", help="Its [eval] says which answers are right; a run brings its own.")
+@click.option(
+    "--rollouts", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="To show at most."
+)
+def report(targets: tuple[str, ...], output: str, round_index: int | None, recipe: str | None, rollouts: int) -> int:
+    """A page to look at: every token under the red pen.
+
+    Of runs it shows curves, the same rollouts before and after training, and the cache they learned from, or the one
+    that is given. Several runs are also compared in a table. The page is one file that needs no network.
+
+    \b
+    redpen report runs/a -o report.html
+    """
+    from pipeline.report import stage
+
+    return stage.run(targets, output, round_index=round_index, recipe=recipe, rollouts=rollouts)
 
 
 @cli.command()

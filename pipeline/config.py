@@ -108,6 +108,10 @@ class RolloutsConfig(Section):
         default=64, ge=1, description="prompts in a block, the unit of writing and resuming"
     )
     batch_size: int = Field(default=256, ge=1, description="rollouts decoded together")
+    entry_prompts: int = Field(
+        default=32, ge=0, description="responses looked at before the round starts, where eval.format is set; 0: none"
+    )
+    entry_share: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
 
 
 class ScoreConfig(Section):
@@ -232,10 +236,10 @@ class TrainConfig(Section):
         lt=1,
         description="effective sample size, as a fraction, below which the cache is stale; 0: off",
     )
-    heldout_metric: Literal["reverse_kl", "accuracy"] | None = Field(
+    heldout_metric: Literal["reverse_kl", "accuracy", "format"] | None = Field(
         default=None,
-        description="measured while training: reverse_kl on prompts of the round that are held back, or greedy "
-        "accuracy on eval.path; the best checkpoint by it becomes the adapter; default: none",
+        description="measured while training: reverse_kl on prompts of the round that are held back, or accuracy or "
+        "legal format on eval.path, greedily; the best checkpoint by it becomes the adapter; default: none",
     )
     heldout_every: int = Field(default=10, ge=1, description="steps between measurements of heldout_metric")
     heldout_prompts: int = Field(default=64, ge=1, description="prompts to measure it on")
@@ -273,6 +277,18 @@ class SelectConfig(Section):
     )
 
 
+class TrackConfig(Section):
+    """Where the curves of training go beside the run's own files and TensorBoard; it changes nothing else."""
+
+    trackers: list[Literal["wandb", "trackio"]] = Field(
+        default=[], description="services to log to, each an extra of its name"
+    )
+    project: str = Field(default="redpen", min_length=1, description="project there")
+    name: str | None = Field(default=None, min_length=1, description="name there; default: the run directory's")
+    group: str | None = Field(default=None, description="group there, for runs that belong together")
+    tags: list[str] = Field(default=[], description="tags there")
+
+
 class EvalConfig(Section):
     """Evaluation on held-out prompts."""
 
@@ -284,14 +300,48 @@ class EvalConfig(Section):
         default=1, ge=1, le=64, description="sampled responses for each prompt, beside the greedy one"
     )
     temperature: float = Field(default=1.0, gt=0, le=10, description="of the sampled responses")
-    max_response_tokens: int | None = Field(default=None, ge=1, description="default: rollouts.max_response_tokens")
+    max_response_tokens: int | None = Field(
+        default=None, ge=1, description="default: rollouts.max_response_tokens, or what a task says"
+    )
+    match: Literal["exact", "number", "math"] = Field(
+        default="exact",
+        description="answers are equal as text; as numbers too: 1,000 = 1e3, 3/4 = 75 %; or as mathematics, by "
+        "math-verify (extra eval)",
+    )
     answer_pattern: str | None = Field(
-        default=None, description="regular expression with one group; its last match in a response is the answer"
+        default=None,
+        description="regular expression with one group; its last match in a response is the answer. default: the "
+        "whole response (exact), its last number, or what math-verify finds (math)",
+    )
+    format: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a response is legal if it is JSON (json), if it holds an answer (answer), or if this regular "
+        "expression matches all of it; what is reasoned up to </think> does not count. default: always",
     )
     candidates: int = Field(
         default=64, ge=1, le=4096, description="alternatives kept when measuring reverse KL to a teacher"
     )
     batch_size: int = Field(default=256, ge=1, description="responses decoded together")
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="tasks of lm-evaluation-harness, e.g. ifeval, aime24 (extra eval)"
+    )
+    task_path: str | None = Field(default=None, min_length=1, description="directory of your own task files (YAML)")
+    task_limit: int | None = Field(default=None, ge=1, description="only the first so many examples of each task")
+    reread_rollouts: int = Field(
+        default=256,
+        ge=0,
+        description="cached rollouts, those of the worst tokens, that the trained student reads again for the report",
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"must be json, answer or a regular expression: {error}") from None
+        return pattern
 
     @field_validator("answer_pattern")
     @classmethod
@@ -317,6 +367,7 @@ class Recipe(Section):
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     select: SelectConfig = Field(default=SelectConfig(), description="which tokens are trained on")
     eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
+    track: TrackConfig = Field(default=TrackConfig(), description="experiment trackers")
 
     @model_validator(mode="before")
     @classmethod
@@ -354,8 +405,16 @@ class Recipe(Section):
                 f'train.method = "full" cannot train weights in {self.student.quantisation}; '
                 'set it to "lora" or leave student.quantisation out'
             )
-        if self.train.heldout_metric == "accuracy" and self.eval.path is None:
-            raise ValueError('train.heldout_metric = "accuracy" needs eval.path: prompts with an answer')
+        watched = self.train.heldout_metric
+        if watched in ("accuracy", "format") and self.eval.path is None:
+            raise ValueError(f'train.heldout_metric = "{watched}" needs eval.path: held-out prompts')
+        if watched == "format" and self.eval.format is None:
+            raise ValueError('train.heldout_metric = "format" needs eval.format: what a legal response is')
+        if self.eval.format == "answer" and self.eval.match == "exact" and self.eval.answer_pattern is None:
+            raise ValueError(
+                'eval.format = "answer" needs eval.answer_pattern, or eval.match = "number" or "math": the whole '
+                "response is the answer now, and every one is legal"
+            )
         if (
             self.rollouts.engine == "vllm"
             and self.rollouts.temperature != 0

@@ -6,13 +6,14 @@ Results go to stdout, by `print` or, where they are tables, by `results()`.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from pipeline.environment import RANK
@@ -47,18 +48,49 @@ def warn(line: str) -> None:
     console.print(Text.assemble(("warning: ", "yellow"), escape_control(line)))
 
 
+class Trend:
+    """The whole course of a figure in `width` letters at most, from 0 to its highest: ▇▅▄▂▁▁. Each is the mean of as
+    many values as every other.
+    """
+
+    def __init__(self, width: int = 10):
+        self._width, self._each = width, 1
+        self._means: list[float] = []
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """Draw `value` too, if it is finite."""
+        if not math.isfinite(value):
+            return
+        self._open.append(value)
+        if len(self._open) < self._each:
+            return
+        self._means.append(sum(self._open) / self._each)
+        self._open.clear()
+        if len(self._means) > self._width:
+            pairs = zip(self._means[::2], self._means[1::2], strict=False)
+            self._open = self._means[-1:] * self._each if len(self._means) % 2 else []
+            self._means, self._each = [(a + b) / 2 for a, b in pairs], 2 * self._each
+
+    def __str__(self) -> str:
+        highest = max(self._means, default=0.0)
+        return "".join("▁▂▃▄▅▆▇█"[min(int(8 * mean / highest), 7) if mean > 0 else 0] for mean in self._means)
+
+
 class Bar:
     """A progress bar to advance. `unit` is what is counted, `done` what an earlier run had finished."""
 
     def __init__(self, description: str, total: int, unit: str, done: int = 0):
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.note = done, ""
+        self.done, self.note, self.trend = done, "", Trend()
         self._done_before, self._started = done, time.monotonic()
 
-    def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more; `note` replaces the remark at the end of the bar."""
+    def advance(self, count: int = 1, note: str | None = None, trend: float | None = None) -> None:
+        """Count `count` more; `note` replaces the remark beside the bar, `trend` goes on a curve in front of it."""
         self.done += count
         self.note = self.note if note is None else note
+        if trend is not None:
+            self.trend.add(trend)
         self._show()
 
     @property
@@ -72,7 +104,7 @@ class Bar:
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         eta = f", {_duration(left)} left" if self.done < self.total and left else ""
         note = f", {self.note}" if self.note else ""
-        return f"{self.description}: {share}, {self.done}/{self.total} {self.unit}, {_rate(self.rate)}/s{eta}{note}"
+        return f"{self.description}: {share}, {self.done}/{self.total} {self.unit}, {short(self.rate)}/s{eta}{note}"
 
     def close(self) -> None:
         """Leave one line about the finished work, if this run did any."""
@@ -84,29 +116,43 @@ class Bar:
 
 
 class _LiveBar(Bar):
-    """A rich bar that redraws itself."""
+    """A rich bar that redraws itself, with the trend and the remark on a line of their own."""
 
-    def __init__(self, description: str, total: int, unit: str, done: int, live: Progress):
+    def __init__(self, description: str, total: int, unit: str, done: int, live: _Live):
         super().__init__(description, total, unit, done)
         self._live = live
-        self._task: TaskID = live.add_task(description, total=total, completed=done, rate="", note="", unit=unit)
+        self._task = live.add_task(description, total=total, completed=done, rate="", unit=unit)
 
     def _show(self) -> None:
-        rate, note = f"{_rate(self.rate)}/s", escape_control(self.note)
-        self._live.update(self._task, completed=self.done, rate=rate, note=note)
+        self._live.remark = f"{self.trend} {escape_control(self.note)}".strip()
+        self._live.update(self._task, completed=self.done, rate=f"{short(self.rate)}/s")
+
+
+class _Live(Progress):
+    """A progress display with a remark below the bar."""
+
+    remark = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.remark:
+            yield Text(self.remark, no_wrap=True, overflow="ellipsis")
 
 
 class _LineBar(Bar):
-    """A plain line about every 10 % of the work, at most one a second and at least one in ten seconds of progress."""
+    """A plain line about every 10 % of the work, at most one a second, and one after a while without: 10 seconds at
+    first, 5 minutes in a long run.
+    """
 
     def __init__(self, description: str, total: int, unit: str, done: int):
         super().__init__(description, total, unit, done)
-        self._last_time, self._last_done = time.monotonic(), done
+        self._last_time, self._last_done = self._started, done
 
     def _show(self) -> None:
-        waited = time.monotonic() - self._last_time
+        now = time.monotonic()
+        waited, patience = now - self._last_time, min(max(10.0, (now - self._started) / 10), 300.0)
         tenth = 10 * (self.done - self._last_done) >= self.total
-        if waited >= 10 or (tenth and waited >= 1):
+        if waited >= patience or (tenth and waited >= 1):
             self._last_time, self._last_done = time.monotonic(), self.done
             say(self.line())
 
@@ -124,27 +170,27 @@ def progress(description: str, total: int, unit: str = "blocks", done: int = 0) 
             bar.advance(256, note="mean length 18.4")
     """
     bar: Bar
-    if console.is_terminal:
+    if console.file.isatty() and not console.is_dumb_terminal:  # is_terminal would believe FORCE_COLOR
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]} {task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
         )
-        with Progress(*columns, console=console, transient=True) as live:
+        with _Live(*columns, console=console, transient=True) as live:
             yield (bar := _LiveBar(description, total, unit, done, live))
     else:
         yield (bar := _LineBar(description, total, unit, done))
     bar.close()
 
 
-def _rate(per_second: float) -> str:
+def short(number: float) -> str:
+    """A number to be read at a glance: 812.3, 14.6k, 1.2M."""
     for bound, divisor, suffix in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if per_second >= bound:
-            return f"{per_second / divisor:.1f}{suffix}"
-    return f"{per_second:.1f}"
+        if number >= bound:
+            return f"{number / divisor:.1f}{suffix}"
+    return f"{number:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -65,7 +65,7 @@ def explained(error: Exception) -> str | None:
         return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         return (
-            "the GPU's memory is full; lower rollouts.batch_size, score.tile_tokens or train.tokens_per_microbatch, "
-            "and run it again"
+            "the GPU's memory is full; lower rollouts.batch_size (sampling), score.rows_per_chunk (scoring, or use "
+            'placement "streamed"), train.tokens_per_microbatch (training) or eval.batch_size, and run it again'
         )
     return None

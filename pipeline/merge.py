@@ -18,10 +18,10 @@ from pipeline import models
 from pipeline.config import ModelConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
+from pipeline.files import atomic_directory
 from pipeline.logprobs import unwrapped
 from pipeline.provenance import read_json
 from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
-from pipeline.train.checkpoint import atomic_directory
 
 
 def run(target: str, output: str, *, base: str | None = None, dtype: str | None = None) -> int:

@@ -11,6 +11,7 @@ import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -254,6 +255,37 @@ def _plural(annotation: Any) -> str:
 
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
+
+
+# ----------------------------------------------------------------------------------------------------- documentation
+
+
+@dataclass(frozen=True)
+class Described:
+    """A setting as documentation shows it.
+
+    Attributes:
+        default: as TOML; empty where a setting is off or follows another by default, None where it must be given.
+    """
+
+    key: str
+    default: str | None
+    accepts: str
+    meaning: str
+
+
+def described(root: type[Section]) -> Iterator[tuple[str, str, list[Described]]]:
+    """Every section in order: its name, what it is for, and its settings."""
+    for name, field in root.model_fields.items():
+        section = _section_of(field)
+        assert section is not None
+        yield name, section.__doc__ or "", [_described(key, of) for key, of in section.model_fields.items()]
+
+
+def _described(key: str, field: FieldInfo) -> Described:
+    value = field.get_default(call_default_factory=True)
+    default = "" if value is None else _toml(list(value) if isinstance(value, tuple) else value)
+    return Described(key, None if field.is_required() else default, _expected(field), field.description or "")
 
 
 # -------------------------------------------------------------------------------------------------------------- TOML

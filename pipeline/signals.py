@@ -45,9 +45,9 @@ class Stop:
         self.signum = signum
         if _deaf_under_torchrun():
             return
-        newline = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar
+        gap = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar, which redraws its two lines
         # not print: the interrupted code may itself be inside a write to the buffered stream
-        line = f"{newline}{signal.Signals(signum).name}: stopping at the next safe point; once more to kill\n"
+        line = f"{gap}{signal.Signals(signum).name}: stopping at the next safe point; once more to kill\n{gap}"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
 

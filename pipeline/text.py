@@ -16,20 +16,26 @@ class Decoder(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
-def load_decoder(manifest: cs.RoundManifest) -> Decoder:
-    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
+def local_tokenizer(name: str, revision: str | None) -> Any | None:
+    """The tokenizer of a model (`toy:NAME`, path or Hub id) if it is on this machine, else None."""
     from transformers import AutoTokenizer
-
-    from pipeline.provenance import tokenizer_digest
-
-    name, revision = manifest.tokenizer.name, manifest.student.revision
 
     try:
         path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
     except (OSError, ValueError, KeyError):
+        return None
+
+
+def load_decoder(manifest: cs.RoundManifest) -> Decoder:
+    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
+    from pipeline.provenance import tokenizer_digest
+
+    name = manifest.tokenizer.name
+    tokenizer = local_tokenizer(name, manifest.student.revision)
+    if tokenizer is None:
         warn(f'tokenizer {name} is not on this machine, so ids are shown (hf download {name} --include "*token*")')
-        return _Ids()
+        return Ids()
     if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
         warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
     return _Tokenizer(tokenizer)
@@ -72,7 +78,7 @@ class _Tokenizer:
         return text
 
 
-class _Ids:
+class Ids:
     """Stands in for a tokenizer: tokens as their ids."""
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import files
 from pipeline.train import checkpoint
 from pipeline.train.checkpoint import DamagedCheckpointError
 
@@ -180,13 +181,13 @@ def test_a_save_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
 
 def test_a_directory_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    with checkpoint.atomic_directory(target) as partial:
+    with files.atomic_directory(target) as partial:
         (partial / "a").write_text("old")
-    with pytest.raises(RuntimeError), checkpoint.atomic_directory(target) as partial:
+    with pytest.raises(RuntimeError), files.atomic_directory(target) as partial:
         (partial / "a").write_text("new")
         raise RuntimeError
     assert (target / "a").read_text() == "old"
-    with checkpoint.atomic_directory(target) as partial:
+    with files.atomic_directory(target) as partial:
         assert not list(partial.iterdir())
         (partial / "b").write_text("new")
     assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["adapter"]
@@ -195,5 +196,5 @@ def test_a_directory_is_replaced_only_when_the_new_one_is_whole(tmp_path: Path) 
 def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
     target = tmp_path / "metrics.jsonl"
     target.write_text("old")
-    checkpoint.write_atomically(target, "new")
+    files.write_atomically(target, "new")
     assert target.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [target.name]

@@ -10,76 +10,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import small_recipe, tree_digest
+from safetensors import safe_open
 
+import cache_schema as cs
 from pipeline import models
-from pipeline.answers import extract_answer, mean_per_token, share_right
-from pipeline.config import Recipe
+from pipeline.config import PromptsConfig, Recipe
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
+from pipeline.evaluate.kept import Keeper
+from pipeline.evaluate.reread import reread
+from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts, render
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
-SMALL = (f"eval.limit={N_PROMPTS}", "eval.candidates=259", "rollouts.max_response_tokens=24")
-
-
-# -- answers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("response", "pattern", "answer"),
-    [
-        ("3*5=15;487+15=502", r"=(\d+)\s*$", "502"),
-        ("3*5=15;487+15=502\n", r"=(\d+)\s*$", "502"),
-        ("3*5=15;487+15=", r"=(\d+)\s*$", None),
-        (r"so \boxed{1} or rather \boxed{ 2 }.", r"\\boxed\{([^{}]*)\}", "2"),
-        ("  Paris \n", None, "Paris"),
-        ("", None, ""),
-        ("a or nothing", r"(b)?nothing", None),
-    ],
+SMALL = (
+    f"eval.limit={N_PROMPTS}",
+    "eval.candidates=259",
+    "rollouts.max_response_tokens=24",
+    "eval.reread_rollouts=7",
 )
-def test_the_answer_is_the_last_match(response: str, pattern: str | None, answer: str | None) -> None:
-    assert extract_answer(response, pattern) == answer
-
-
-def test_wilson_intervals() -> None:
-    """5 and 0 of 10 as in the tables of Newcombe (1998) to four digits."""
-    half = share_right(np.array([[True]] * 5 + [[False]] * 5))
-    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4)
-    none = share_right(np.zeros((10, 1), bool))
-    assert (none.value, none.low, none.high) == pytest.approx((0, 0, 0.2775), abs=1e-4)
-
-
-def test_samples_of_one_prompt_are_not_independent() -> None:
-    once = np.array([[True], [False]] * 50)
-    together = share_right(np.repeat(once, 8, axis=1))
-    assert (together.low, together.high) == pytest.approx((share_right(once).low, share_right(once).high), abs=2e-3)
-    mixed = share_right(np.tile([[True, False] * 4], (100, 1)))
-    assert mixed.high - mixed.low < (together.high - together.low) / 2.5
-
-
-@given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 2**32))
-def test_intervals_hold_their_value(n_prompts: int, n_samples: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    estimate = share_right(rng.random((n_prompts, n_samples)) < rng.random())
-    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-
-
-def test_the_interval_of_a_mean_per_token_covers() -> None:
-    """Prompts of very different lengths, tokens of a prompt correlated: 95 % of intervals hold the true mean."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        tokens = rng.integers(1, 60, 200).astype(float)
-        level = rng.gamma(2.0, 0.05, 200)  # a prompt's own divergence, mean 0.1
-        estimate = mean_per_token(level * tokens, tokens)
-        covered += estimate.low <= 0.1 <= estimate.high
-    assert 0.92 < covered / 400 < 0.98
 
 
 # -- a run, by hand -----------------------------------------------------------------------------------------------
@@ -100,6 +53,10 @@ def figures(run_dir: Path) -> dict[str, dict[str, dict[str, float]]]:
     assert stage.run(str(run_dir), overrides=SMALL) == 0
     written: dict[str, dict[str, dict[str, float]]] = json.loads((run_dir / "eval.json").read_text())
     return written
+
+
+def heldout(limit: int) -> PromptsConfig:
+    return small_recipe().prompts.model_copy(update={"path": "toy:heldout", "limit": limit})
 
 
 def recipes_student(run_dir: Path, label: str) -> Recipe:
@@ -132,7 +89,7 @@ def test_reverse_kl_by_hand(label: str, run_dir: Path, figures: dict[str, dict[s
     recipe = recipes_student(run_dir, label)
     student, tokenizer = models.load_model(recipe.student, attention="sdpa"), models.load_tokenizer(recipe.student)
     teacher = models.load_model(recipe.teacher[0], attention="sdpa")
-    prompts = recipe.prompts.model_copy(update={"path": "toy:heldout", "limit": N_PROMPTS})
+    prompts = heldout(N_PROMPTS)
     records = load_prompts(prompts)
     ids = [np.array(render(record, tokenizer, prompts), np.int32) for record in records]
     sampling = Sampling(1.0, 1.0, (256, 258), 1, 24, seed=0, round_index=-1)
@@ -158,10 +115,11 @@ def test_the_table_is_on_stdout(run_dir: Path, capsys: pytest.CaptureFixture[str
     assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=4", "eval.samples=2"]) == 0
     out, _ = capsys.readouterr()
     lines = out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:4]] == [
-        "4 prompts of toy:heldout", "accuracy, greedy", "accuracy, sampled", "reverse KL, nats a token",
+    assert [line.split("  ")[0] for line in lines[:6]] == [
+        "4 prompts of toy:heldout", "accuracy, greedy", "accuracy, sampled (pass@1)", "pass@2",
+        "legal format, sampled", "reverse KL, nats a token",
     ]  # fmt: skip
-    assert "points" in lines[1] and lines[4].startswith(
+    assert "points" in lines[1] and lines[6].startswith(
         "(95 % intervals; sampled: 2 a prompt at T = 1; reverse KL to toy"
     )
     assert "\x1b" not in out and "─" not in out
@@ -186,6 +144,32 @@ def test_a_tempered_sample_does_not_change_the_reverse_kl(
     assert cool["before"]["reverse_kl"] == figures["before"]["reverse_kl"]
 
 
+def test_a_streamed_teacher_says_the_same(
+    run_dir: Path, figures: dict[str, dict[str, dict[str, float]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are equal bits, and the teacher is never loaded as a whole."""
+    loaded: list[str] = []
+    whole = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda cfg, **rest: loaded.append(cfg.model) or whole(cfg, **rest))
+    out = tmp_path / "eval.json"
+    stage.run(str(run_dir), overrides=(*SMALL, "score.placement=streamed"), out=out)
+    assert {label: json.loads(out.read_text())[label]["reverse_kl"] for label in ("before", "after")} == {
+        label: figures[label]["reverse_kl"] for label in ("before", "after")
+    }
+    assert set(loaded) == {"toy:student"}
+
+
+def test_what_was_measured_before_the_teacher_failed_is_kept(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "eval.json"
+    with pytest.raises(ConfigError, match=r"score\.memory_gib"):
+        stage.run(str(run_dir), overrides=(*SMALL, "score.placement=streamed", "score.memory_gib=1e-9"), out=out)
+    assert "accuracy, greedy" in capsys.readouterr().out
+    kept = json.loads(out.read_text())
+    assert "greedy" in kept["after"] and "reverse_kl" not in kept["after"]
+
+
 def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
@@ -203,6 +187,130 @@ def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.
     monkeypatch.setattr(models, "load_model", alone)
     assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=2"]) == 0
     assert len(alive) == 3
+
+
+# -- what is left for the report ----------------------------------------------------------------------------------
+
+
+def test_the_fresh_rollouts_are_kept_as_a_cache(
+    run_dir: Path, figures: dict[str, dict[str, dict[str, float]]], tmp_path: Path
+) -> None:
+    kept = shutil.copytree(run_dir, tmp_path / "run")
+    assert stage.run(str(kept), overrides=[*SMALL, "eval.samples=2", "rollouts.prompts_per_block=8"]) == 0
+    cache, measured = cs.open(kept / "eval.zarr"), json.loads((kept / "eval.json").read_text())
+    assert list(cs.verify(cache)) == [] and cache.round_indices() == [0, 1]
+    assert sorted(path.name for path in kept.glob("eval.zarr*")) == ["eval.zarr"]
+    for index, label in enumerate(("before", "after")):
+        round_ = cache.round(index)
+        assert round_.manifest.engine == "eval" and round_.prompts[3] == load_prompts(heldout(N_PROMPTS))[3]
+        assert (round_.n_blocks, bool(round_.manifest.student.adapter_digest)) == (3, label == "after")
+        kl = [m.reverse_kl["teacher"] for m in marked_blocks(round_)]
+        assert np.concatenate(kl).mean() == pytest.approx(measured[label]["reverse_kl"]["value"], rel=1e-6)
+        tokenizer, n_right = models.load_tokenizer(recipes_student(kept, label).student), 0
+        for block in range(round_.n_blocks):
+            rollouts = round_.rollouts.read(block)
+            for row in range(rollouts.n_rows):
+                answer = round_.prompts[int(rollouts.prompt_index[rollouts.row_prompt[row]])]["answer"]
+                text = tokenizer.decode(rollouts.response(row), skip_special_tokens=True)
+                n_right += str(world.read_answer(text)) == answer
+        assert measured[label]["sampled"]["value"] == pytest.approx(n_right / (2 * N_PROMPTS))
+
+
+def test_a_kill_leaves_the_old_rollouts(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = shutil.copytree(run_dir, tmp_path / "run")
+    before = tree_digest(kept / "eval.zarr")
+    monkeypatch.setattr(Keeper, "finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(str(kept), overrides=[*SMALL, "eval.limit=4"])
+    assert tree_digest(kept / "eval.zarr") == before
+    monkeypatch.undo()
+    assert stage.run(str(kept), overrides=[*SMALL, "eval.limit=4"]) == 0
+    assert cs.open(kept / "eval.zarr").round().n_prompts == 4
+    assert not list(kept.glob("*.partial"))
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.inference_mode()
+def test_the_trained_student_reads_the_worst_cached_rollouts(
+    run_dir: Path, figures: dict[str, dict[str, dict[str, float]]], toy_cache: Path, tmp_path: Path
+) -> None:
+    """Each alone, by a plain forward over the whole vocabulary in float64."""
+    kept = shutil.copytree(run_dir, tmp_path / "run")
+    assert stage.run(str(kept), overrides=[*SMALL, "eval.limit=2"]) == 0
+    with safe_open(kept / "reread.safetensors", "numpy") as file:
+        told, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    assert about == {key: str(value) for key, value in json.loads((kept / "run.json").read_text())["cache"].items()}
+    round_ = cs.open(toy_cache).round()
+    worst, place = {}, {}
+    for marked in marked_blocks(round_):
+        rollouts = marked.rollouts
+        for row in range(rollouts.n_rows):
+            number = int(rollouts.prompt_index[rollouts.row_prompt[row]] * 4 + rollouts.sample_index[row])
+            worst[number] = marked.reverse_kl["teacher"][rollouts.response_slice(row)].max()
+            place[number] = (marked, row)
+    assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
+    assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
+    model = models.load_model(recipes_student(kept, "after").student, attention="sdpa")
+    for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
+        marked, row = place[int(number)]
+        prompt, response = marked.rollouts.prompt(row), marked.rollouts.response(row)
+        sequence = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
+        logp = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double().log_softmax(1)
+        logp_TV, span = logp.numpy(), slice(int(start), int(start + length))
+        candidates = marked.student.candidate_ids[marked.rollouts.response_slice(row)]
+        of_candidates = np.take_along_axis(logp_TV, candidates.astype(np.int64), 1)
+        np.testing.assert_allclose(told["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
+        np.testing.assert_allclose(told["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
+        np.testing.assert_allclose(told["candidate_logprobs"][span], of_candidates, atol=1e-3)
+        rest = 1 - np.exp(of_candidates).sum(1)
+        np.testing.assert_allclose(np.exp(told["rest_logprob"][span]), rest, atol=1e-6)
+
+
+def damage(cache: Path) -> None:
+    for file in (cache / "rounds/00000/scores/teacher/candidate_logprobs/c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * 64)
+
+
+def change(cache: Path) -> None:
+    cs.open(cache, writable=True).round().scores("teacher").uncommit(0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, "nothing is there"),
+        (damage, "candidate_logprobs"),
+        (change, "has changed since (teacher digest)"),
+    ],
+    ids=["gone", "damaged", "changed"],
+)
+def test_a_cache_that_cannot_be_read_again(
+    spoil: Callable[[Path], None],
+    said: str,
+    run_dir: Path,
+    toy_cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept, cache = shutil.copytree(run_dir, tmp_path / "run"), shutil.copytree(toy_cache, tmp_path / "cache.zarr")
+    (kept / "reread.safetensors").write_bytes(b"old")
+    record = json.loads((kept / "run.json").read_text())
+    (kept / "run.json").write_text(json.dumps(record | {"cache": record["cache"] | {"url": str(cache)}}))
+    spoil(cache)
+    recipe = recipes_student(kept, "after")
+    reread(kept, models.load_model(recipe.student), recipe)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cached rollouts again" in line)
+    assert said in line and not (kept / "reread.safetensors").exists()
+
+
+def test_figures_elsewhere_leave_the_run_as_it_is(run_dir: Path, tmp_path: Path) -> None:
+    before = tree_digest(run_dir)
+    assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=2"], out=tmp_path / "eval.json") == 0
+    assert tree_digest(run_dir) == before
 
 
 # -- one model ----------------------------------------------------------------------------------------------------
@@ -253,7 +361,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
         lambda *_: models.resolve_path("toy:student"),
         {},
         ConfigError,
-        "--prompts: expected",
+        "give the prompts with --prompts",
     ),
     "no such prompts": (lambda run, _: run, {"prompts": "nowhere.jsonl"}, PromptError, "nowhere.jsonl"),
     "prompts too long": (

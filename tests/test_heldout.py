@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import models
+from pipeline.answers import Checker
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
+from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.train import stage
+from pipeline.train.stopping import Memory, best_step, verdict
 
 Make = Callable[..., Recipe]
 REVERSE_KL = ("train.heldout_metric=reverse_kl", "train.heldout_prompts=6", "train.heldout_every=2")
 ACCURACY = ("train.heldout_metric=accuracy", "train.heldout_prompts=20", "train.heldout_every=2")
+# What is legal here depends on what was learnt: an answer of three digits that do not begin with 4.
+FORMAT = ("train.heldout_metric=format", *ACCURACY[1:], r"eval.format='.*=[^4]\d\d'")
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -26,7 +33,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def test_it_is_measured_at_its_steps_and_at_the_last(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:
-    for settings, name in ((REVERSE_KL, "heldout_reverse_kl"), (ACCURACY, "heldout_accuracy")):
+    wanted = ((REVERSE_KL, "heldout_reverse_kl"), (ACCURACY, "heldout_accuracy"), (FORMAT, "heldout_format"))
+    for settings, name in wanted:
         run = tmp_path / name
         assert stage.run(recipe(*settings), str(toy_cache), run) == 0
         measured = {line["step"]: line[name] for line in lines(run) if name in line}
@@ -82,6 +90,30 @@ def test_an_interrupted_run_remembers_what_was_measured(toy_cache: Path, tmp_pat
     keys = ("step", "loss", "heldout_reverse_kl")
     first, second = ([{k: line.get(k) for k in keys} for line in lines(tmp_path / n)] for n in ("whole", "resumed"))
     assert first == second
+
+
+def test_right_and_legal_are_those_of_eval(recipe: Make) -> None:
+    """`eval.match` and `eval.format` decide what is counted: here every answer, as a number, is out by a zero."""
+    prompts = HeldOutPrompts.load(recipe(), "accuracy", 6)
+    model = models.load_model(recipe().student)
+    exact, n_right = replace(prompts, prompts=tuple((ids, f"0{answer}") for ids, answer in prompts.prompts)), 0
+    for match in ("exact", "number"):
+        n_right = replace(exact, checker=Checker(match, exact.checker.pattern)).count(model)
+        assert (n_right > 0) == (match == "number")
+    assert n_right == prompts.count(model)
+    assert replace(prompts, metric="format", checker=Checker(format=r".*=\d+")).count(model) == 6
+
+
+def test_the_best_by_format_is_the_highest(recipe: Make) -> None:
+    memory = Memory(heldout={"2": 0.5, "4": 0.9, "6": 0.7})
+    assert best_step(recipe(*FORMAT).train, memory) == 4
+    assert "held-out format 90.0%" in str(verdict(recipe(*FORMAT, "train.steps=6").train, 6, memory))
+
+
+def test_a_metric_without_what_it_needs(recipe: Make) -> None:
+    for settings, missing in ((("eval.path=",), r"eval\.path"), (("eval.format=",), r"eval\.format")):
+        with pytest.raises(ConfigError, match=rf'train\.heldout_metric = "format" needs {missing}'):
+            recipe(*FORMAT, *settings)
 
 
 def test_too_many_prompts_held_back(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange"}
+STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange", "diagnose"}
 ENTRY_POINTS = {"cli", "__main__", "api", "merge", "plan"}
 #: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer; training may watch
 #: evaluation's accuracy.
@@ -21,6 +21,7 @@ LIGHT = (
     "pipeline",
     "pipeline.cli",
     "pipeline.config",
+    "pipeline.diagnose.stage",
     "pipeline.console",
     "pipeline.answers",
     "pipeline.marks",
@@ -33,7 +34,18 @@ LIGHT = (
     "pipeline.toy",
     "pipeline.toy.world",
 )
-HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "tensorboard", "matplotlib", "obstore")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "pyarrow",
+    "tensorboard",
+    "matplotlib",
+    "lm_eval",
+    "sympy",
+    "obstore",
+)
 #: What a cache of some kind needs, imported where one is opened.
 OPTIONAL = {"obstore"}
 

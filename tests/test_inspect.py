@@ -31,7 +31,10 @@ class Letters:
 
 def shown(what: dict[str, Any], *, colour: bool) -> str:
     out = Console(file=io.StringIO(), width=200, force_terminal=colour, color_system="truecolor" if colour else None)
-    (terminal.show_rollout if "tokens" in what else terminal.show_summary)(what, out)
+    if "tokens" in what:
+        terminal.show_rollout([what], out)
+    else:
+        terminal.show_summary(what, out)
     text: str = out.file.getvalue()  # type: ignore[attr-defined]
     return text
 
@@ -124,7 +127,7 @@ def test_summary_of_caches_without_scores_or_rounds(tmp_path: Path) -> None:
     cache.start_round(cache_factory.round_manifest(records), records)
     found = data.summary(cache)
     assert found["rounds"][0]["rollouts"] == 0 and found["rounds"][0]["mean_response_tokens"] is None
-    assert "0 of 1 blocks committed" in shown(found, colour=False)
+    assert "0 of 1 block committed" in shown(found, colour=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts
@@ -170,6 +173,12 @@ def test_rollout_without_scores_is_shown_unmarked(cache: cs.Cache) -> None:
     assert not found["scored"] and found["tokens"][0]["reverse_kl"] is None
     assert found["tokens"][0]["student_logprob"] is not None
     assert "not marked: student or teacher has not scored this block" in shown(found, colour=False)
+
+
+def test_one_thing_is_not_several(tmp_path: Path) -> None:
+    cache = cache_factory.filled(tmp_path / "c.zarr", n_prompts=1, rollouts_per_prompt=1)
+    text = shown(data.summary(cache), colour=False)
+    assert "1 rollout of each of 1 prompt by" in text and "1 of 1 block committed: 1 rollout, " in text
 
 
 def test_one_of_several_teachers_is_chosen(cache: cs.Cache) -> None:
@@ -247,6 +256,48 @@ def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["inspect", location, "--rollout", "4"]) == 0
     out = capsys.readouterr().out
     assert "marked by teacher" in out and not {c for c in out if ord(c) < 32} - {"\n"}
+
+
+def test_inspect_shows_each_teacher_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    location = str(tmp_path / "c.zarr")
+    round_ = toy_cache(tmp_path / "c.zarr").round()
+    round_.start_scores("other", cache_factory.scores_manifest("teacher"))
+    assert cli.main(["inspect", location, "--rollout", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("prompt  ") == 1 and out.count("response  ") == 2
+    assert "not marked: student or other has not scored" in out and "marked by teacher" in out
+    assert cli.main(["inspect", location, "--rollout", "4", "--teacher", "teacher"]) == 0
+    assert capsys.readouterr().out.count("response  ") == 1
+    assert cli.main(["inspect", location, "--rollout", "4", "--json"]) == 1
+    assert "choose one of other, teacher" in capsys.readouterr().err
+
+    assert cli.main(["inspect", location]) == 0
+    assert f"next: redpen score RECIPE --cache {location}\n" in capsys.readouterr().err
+    round_.rollouts.uncommit(0)
+    assert cli.main(["inspect", location]) == 0
+    assert f"next: redpen rollouts RECIPE --cache {location}\n" in capsys.readouterr().err
+    toy_cache(tmp_path / "scored.zarr")
+    assert cli.main(["inspect", str(tmp_path / "scored.zarr")]) == 0
+    assert "--rollout 0, redpen train RECIPE" in capsys.readouterr().err
+
+
+def test_colours_are_the_environments_to_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = str(toy_cache(tmp_path / "c.zarr").path)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    cli.main(["inspect", location, "--rollout", "4"])
+    assert "\x1b[" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    cli.main(["inspect", location, "--rollout", "4"])
+    coloured = capsys.readouterr().out
+    assert "\x1b[1;37;" in coloured and "^^^" not in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.main(["inspect", location, "--rollout", "4"])
+    plain = capsys.readouterr().out
+    assert "\x1b[1;37;" not in plain and "^^^" in plain
 
 
 def test_inspect_without_the_tokenizer_shows_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

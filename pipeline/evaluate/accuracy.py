@@ -1,11 +1,10 @@
-"""Greedy accuracy of a model that is in memory: what evaluation reports, and training may watch."""
+"""Right and legal responses of a model that is in memory: what evaluation reports, and training may watch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline import models
-from pipeline.answers import extract_answer
+from pipeline.answers import Checker
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.logprobs import unwrapped
@@ -39,25 +38,24 @@ def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedToken
     )
 
 
-def right_answers(
-    rollouts: cs.RolloutBlock,
-    answers: Sequence[str | None],
-    tokenizer: PreTrainedTokenizerBase,
-    pattern: str | None,
-) -> npt.NDArray[np.bool_]:
-    """[P, S]: whether each response gives its prompt's answer; `answers` is by prompt of the block, and a prompt
-    without one is never right."""
-    texts = tokenizer.batch_decode(
-        [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
-    )
-    wanted = [answers[prompt] for prompt in rollouts.row_prompt]
-    right = [w is not None and extract_answer(text, pattern) == w for text, w in zip(texts, wanted, strict=True)]
-    return np.array(right).reshape(len(answers), -1)
+def texts_of(rollouts: cs.RolloutBlock, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The response of every row as text, without special tokens."""
+    ids = [rollouts.response(row) for row in range(rollouts.n_rows)]
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
 
 
-def answer_of(record: dict[str, Any]) -> str | None:
-    """A prompt's answer as `right_answers` compares it."""
-    return str(record["answer"]).strip() if "answer" in record else None
+def right_answers(texts: Sequence[str], answers: Sequence[str | None], checker: Checker) -> npt.NDArray[np.bool_]:
+    """[P, S]: whether each response, S a prompt, gives its prompt's answer; without one it is never right."""
+    n_samples = len(texts) // len(answers)
+    wanted = [answer for answer in answers for _ in range(n_samples)]
+    right = [w is not None and checker.is_right(text, w) for text, w in zip(texts, wanted, strict=True)]
+    return np.array(right).reshape(len(answers), n_samples)
+
+
+def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> npt.NDArray[np.bool_]:
+    """[P, S]: whether each response has the form that the recipe wants."""
+    return np.array([checker.is_legal(text) for text in texts]).reshape(n_prompts, -1)
 
 
 @contextmanager
@@ -78,28 +76,34 @@ def generating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """Prompts with an answer, as `(token ids, answer)` of a student."""
+    """Prompts of `eval.path` as `(token ids, answer)`, and what counts of a greedy response to them.
 
-    prompts: tuple[tuple[npt.NDArray[np.int32], str], ...]
+    Attributes:
+        metric: "accuracy" counts right responses, "format" legal ones.
+    """
+
+    metric: str
+    prompts: tuple[tuple[npt.NDArray[np.int32], str | None], ...]
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
-    pattern: str | None
+    checker: Checker
     batch_size: int
 
     @classmethod
-    def load(cls, recipe: Recipe, limit: int) -> HeldOutPrompts:
-        """The first `limit` prompts of `eval.path`. Raises `RedpenError` where they cannot be used."""
+    def load(cls, recipe: Recipe, metric: str, limit: int) -> HeldOutPrompts:
+        """The first `limit` prompts, for accuracy those with an answer. Raises `RedpenError` where there are none."""
         wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "limit": limit})
-        records = [record for record in load_prompts(wanted) if "answer" in record]
+        records = [record for record in load_prompts(wanted) if metric == "format" or "answer" in record]
         if not records:
             raise ConfigError(f"eval.path = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
         tokenizer, facts = models.load_tokenizer(recipe.student), models.model_facts(recipe.student)
         ids = render_all(records, tokenizer, recipe.prompts, recipe.rollouts.max_prompt_tokens, facts.context)
         return cls(
-            tuple((i, str(answer_of(record))) for i, record in zip(ids, records, strict=True)),
+            metric,
+            tuple((i, record.get("answer")) for i, record in zip(ids, records, strict=True)),
             tokenizer,
             greedy_sampling(recipe, recipe.student, tokenizer),
-            recipe.eval.answer_pattern,
+            Checker.of(recipe.eval),
             recipe.eval.batch_size,
         )
 
@@ -107,12 +111,14 @@ class HeldOutPrompts:
         """Every `world`-th prompt, from `rank`."""
         return replace(self, prompts=self.prompts[rank::world])
 
-    def count_right(self, model: PreTrainedModel) -> int:
-        """How many of them the model answers rightly when it is greedy."""
+    def count(self, model: PreTrainedModel) -> int:
+        """How many of them the model answers as the metric wants when it is greedy."""
         if not self.prompts:
             return 0
         block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)])
         with generating(model):
             rollouts = TransformersSampler(model, self.sampling, batch_size=self.batch_size).sample_block(block)
-        answers = [answer for _, answer in self.prompts]
-        return int(right_answers(rollouts, answers, self.tokenizer, self.pattern).sum())
+        texts = texts_of(rollouts, self.tokenizer)
+        if self.metric == "format":
+            return int(legal_responses(texts, len(self.prompts), self.checker).sum())
+        return int(right_answers(texts, [answer for _, answer in self.prompts], self.checker).sum())

@@ -2,9 +2,11 @@
 
     redpen eval RUN                                       the recipe's student, before and after
     redpen eval MODEL --prompts FILE [--teacher MODEL]    one model
+    redpen eval RUN --tasks ifeval,aime24                 also tasks of lm-evaluation-harness
 
-Accuracy is exact match of the answer that `eval.answer_pattern` finds in a response: greedy, and sampled at
-`eval.temperature`. Reverse KL is on *fresh* rollouts, sampled at temperature 1 by the very student that is measured:
+`pipeline.answers.Checker` says which answer is right and which response legal, of the greedy response to each prompt
+and of `eval.samples` sampled at `eval.temperature`, with pass@k. Reverse KL is on *fresh* rollouts, sampled at
+temperature 1 by the very student that is measured:
 
     mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
 
@@ -12,17 +14,21 @@ with C the sampled token and the student's likeliest others (`eval.candidates` i
 Before and after draw from the same random numbers, so their difference is known better than either. Intervals are
 95 %: see `pipeline.answers`. One model is in memory at a time: each student samples, reads its own
 rollouts and goes, then the teacher reads them all.
+
+A run keeps the figures (eval.json), the fresh rollouts (eval.zarr) and what the trained student thinks of the cached
+ones (reread.safetensors), for `redpen report`.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,38 +37,52 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline import models
-from pipeline.answers import Estimate, mean_per_token, share_right
-from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
-from pipeline.console import progress, warn
-from pipeline.errors import ConfigError, ModelNotFoundError, RedpenError
-from pipeline.evaluate.accuracy import answer_of, generating, greedy_sampling, right_answers
+from pipeline.answers import Checker, Estimate, mean_per_token, pass_at, share_right
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.console import progress, say, warn
+from pipeline.errors import ConfigError, ModelNotFoundError
+from pipeline.evaluate.accuracy import generating, greedy_sampling, legal_responses, right_answers, texts_of
+from pipeline.evaluate.job import AFTER, Job, job_of
+from pipeline.evaluate.kept import Keeper, forget
+from pipeline.evaluate.reread import reread
 from pipeline.evaluate.table import show
+from pipeline.files import write_atomically
 from pipeline.metrics import scores_reverse_kl
 from pipeline.prompts import load_prompts, prompts_sha256, render_all
-from pipeline.rollouts import PromptBlock
+from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.score import ScoreOptions, TokenBatch
+from pipeline.score import ScoreOptions, Scorer, TokenBatch
 from pipeline.score.resident import ResidentScorer
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to measure: students by label, the teacher if any, and where the figures go."""
-
-    recipe: Recipe
-    students: dict[str, ModelConfig]
-    teacher: TeacherConfig | None
-    out: Path | None
+Figures = dict[str, Any]
+MakeScorer = Callable[..., Scorer]
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What one student did: greedy and sampled responses, and for the KL its fresh rollouts with its own scores."""
+    """What one student did: greedy and sampled responses, and for the KL its fresh rollouts with its own scores.
+
+    Attributes:
+        sampling: of the fresh rollouts.
+    """
 
     greedy: cs.RolloutBlock
     sampled: cs.RolloutBlock
     fresh: cs.RolloutBlock
+    sampling: Sampling
     scores: cs.ScoreBlock | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of `eval.path`: their records, and as the students read them."""
+
+    records: list[dict[str, Any]]
+    block: PromptBlock
+
+    @property
+    def with_answer(self) -> list[int]:
+        return [i for i, record in enumerate(self.records) if "answer" in record]
 
 
 def run(
@@ -70,6 +90,7 @@ def run(
     *,
     prompts: str | None = None,
     teacher: str | None = None,
+    tasks: Sequence[str] = (),
     overrides: Sequence[str] = (),
     recipe: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -80,145 +101,118 @@ def run(
         target: a run directory, or a model (path, Hub id, toy:student).
         prompts: in place of `eval.path`.
         teacher: in place of the recipe's; a bare model without either gets no reverse KL.
+        tasks: in place of `eval.tasks`.
         overrides: `section.key=value`.
         recipe: settings for a bare model.
-        out: where the figures go as JSON; default RUN/eval.json.
+        out: where the figures go as JSON; default RUN/eval.json, beside what the report shows.
 
     Raises:
-        RedpenError: an unfinished run, no prompts, no answers and no teacher, or models that cannot be had.
+        RedpenError: an unfinished run, no prompts, no answers and no teacher, or models or tasks that cannot be had.
     """
     started = time.perf_counter()
-    job = _job(target, prompts, teacher, overrides, recipe, out)
-    if job.out is not None and not job.out.parent.is_dir():
-        raise ConfigError(f"--out {job.out}: there is no directory {job.out.parent}")
+    if tasks:
+        overrides = [*overrides, f"eval.tasks={json.dumps(list(tasks))}"]
+    job = job_of(target, prompts, teacher, overrides, recipe, out)
+    settings, checker = job.recipe.eval, Checker.of(job.recipe.eval)
+    tokenizer = models.load_tokenizer(next(iter(job.students.values())))
+    job, given = _prompts(job, tokenizer, required=teacher is not None)
+    measure_tasks = _tasks(job.recipe, tokenizer)
+
+    responses: dict[str, Responses] = {}
+    figures: dict[str, Figures] = {label: {} for label in job.students}
+    for label, cfg in job.students.items():
+        model = models.load_model(cfg)
+        if given is not None:
+            responses[label] = _respond(job, model, cfg, tokenizer, given.block, label)
+            figures[label] |= _figures(responses[label], given.records, tokenizer, checker)
+        if settings.tasks:
+            say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
+            figures[label]["tasks"] = measure_tasks(model)
+        if job.run is not None and label == AFTER:
+            reread(job.run, model, job.recipe)
+        del model
+        _free()
+    try:
+        if given is not None and job.teacher is not None:
+            for label, estimate in _reverse_kl(job, job.teacher, responses, given.records).items():
+                figures[label]["reverse_kl"] = asdict(estimate)
+        elif job.run is not None:
+            forget(job.run)
+    finally:  # a teacher that does not fit takes nothing from what was measured without it
+        about = _about(job, given) | {"seconds": round(time.perf_counter() - started, 1)}
+        show(figures, about)
+        if job.out is not None:
+            write_atomically(job.out, json.dumps(about | figures, indent=1) + "\n")
+    return 0
+
+
+def _about(job: Job, given: Prompts | None) -> dict[str, Any]:
+    """What was measured, for the table and the file."""
+    settings, prompts = job.recipe.eval, None
+    if given is not None:
+        digest = prompts_sha256(given.records)
+        prompts = {"path": settings.path, "count": len(given.records), "sha256": digest}
+    return {
+        "prompts": prompts,
+        "answers": 0 if given is None else len(given.with_answer),
+        "match": settings.match,
+        "format": settings.format,
+        "samples": settings.samples,
+        "temperature": settings.temperature,
+        "teacher": None if job.teacher is None else job.teacher.model,
+        "candidates": settings.candidates,
+    }
+
+
+def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) -> tuple[Job, Prompts | None]:
+    """The prompts to respond to, if any; the job without a teacher that cannot be had and is not `required`."""
     settings, student = job.recipe.eval, next(iter(job.students.values()))
+    if settings.path is None:
+        return replace(job, teacher=None), None
     records = load_prompts(job.recipe.prompts.model_copy(update={"path": settings.path, "limit": settings.limit}))
-    with_answer = [i for i, record in enumerate(records) if "answer" in record]
-    if not with_answer and job.teacher is None:
+    n_answers = sum("answer" in record for record in records)
+    if not n_answers and job.teacher is None:
         raise ConfigError(
             f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure"
         )
-    if len(with_answer) < len(records):
-        warn(f"{settings.path}: {len(records) - len(with_answer)} of {len(records)} prompts have no answer")
-    tokenizer, facts = models.load_tokenizer(student), models.model_facts(student)
+    if n_answers < len(records):
+        warn(f"{settings.path}: {len(records) - n_answers} of {len(records)} prompts have no answer")
     if job.teacher is not None:
         try:
             teacher_tokenizer = models.load_tokenizer(job.teacher)
             models.check_same_vocabulary(tokenizer, teacher_tokenizer, (student.model, job.teacher.model))
         except ModelNotFoundError as error:
-            if teacher is not None or not with_answer:
+            if required or not n_answers:
                 raise
             # Training may outlive its teacher's files; accuracy needs none.
             warn(f"{error}; reverse KL is left out")
             job = replace(job, teacher=None)
-    limit = job.recipe.rollouts.max_prompt_tokens
-    ids = render_all(records, tokenizer, job.recipe.prompts, limit, facts.context)
-    block = PromptBlock(0, list(enumerate(ids)))
-
-    responses = {label: _respond(job, cfg, tokenizer, block, label) for label, cfg in job.students.items()}
-    figures: dict[str, dict[str, Any]] = {label: {} for label in responses}
-    for label, done in responses.items():
-        if with_answer:
-            answers = [answer_of(record) for record in records]
-            for name, rollouts in (("greedy", done.greedy), ("sampled", done.sampled)):
-                right_PS = right_answers(rollouts, answers, tokenizer, settings.answer_pattern)
-                figures[label][name] = asdict(share_right(right_PS[with_answer]))
-        figures[label] |= {
-            "response_tokens": float(done.sampled.response_length.mean()),
-            "truncated": float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean()),
-        }
-    if job.teacher is not None:
-        for label, estimate in _reverse_kl(job, job.teacher, responses).items():
-            figures[label]["reverse_kl"] = asdict(estimate)
-
-    about = {
-        "prompts": {"path": settings.path, "count": len(records), "sha256": prompts_sha256(records)},
-        "answers": len(with_answer),
-        "samples": settings.samples,
-        "temperature": settings.temperature,
-        "teacher": None if job.teacher is None else job.teacher.model,
-        "candidates": settings.candidates,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    show(figures, about)
-    if job.out is not None:
-        job.out.write_text(json.dumps(about | figures, indent=1) + "\n", encoding="utf-8")
-    return 0
+    limit, context = job.recipe.rollouts.max_prompt_tokens, models.model_facts(student).context
+    ids = render_all(records, tokenizer, job.recipe.prompts, limit, context)
+    return job, Prompts(records, PromptBlock(0, list(enumerate(ids))))
 
 
-# -- what to measure ----------------------------------------------------------------------------------------------
+def _tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], Figures]:
+    """What measures `eval.tasks`; they are loaded now, before hours are spent."""
+    if not recipe.eval.tasks:
+        return lambda model: {}
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("eval.tasks needs lm-evaluation-harness: pip install 'redpen[eval]'")
+    from pipeline.evaluate import harness
 
-
-def _job(
-    target: str,
-    prompts: str | None,
-    teacher: str | None,
-    overrides: Sequence[str],
-    recipe_name: str | None,
-    out: str | os.PathLike[str] | None,
-) -> Job:
-    run_dir = Path(target)
-    is_run = (run_dir / "recipe.toml").is_file()
-    if is_run:
-        if recipe_name is not None:
-            raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
-        recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
-        made = run_dir / ("adapter" if recipe.train.method == "lora" else "model")
-        if not made.is_dir():
-            raise RedpenError(f"run {target}: has no {made.name} yet; finish it with the same `redpen train` command")
-        whole = {"model": str(made), "revision": None, "adapter": None}
-        update = {"adapter": str(made)} if recipe.train.method == "lora" else whole
-        trained = recipe.student.model_copy(update=update)
-        students = {"before": recipe.student, "after": trained}
-        chosen: TeacherConfig | None = _run_teacher(recipe, run_dir)
-        out = out or run_dir / "eval.json"
-    else:
-        # the embedded models were taught on bare sums, which their recipe says
-        recipe_name = recipe_name or ("toy" if target.startswith("toy:") else None)
-        recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
-        students = {"model": recipe.student}
-        chosen = None
-    if teacher == "":
-        raise ConfigError("--teacher: expected a model's path or Hub id, got an empty text")
-    if teacher is not None:
-        known = (t for t in recipe.teacher if t.model == teacher)
-        chosen = next(known, TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device))
-    path = prompts or recipe.eval.path
-    if path is None:
-        raise ConfigError("eval.path is not set: give the prompts with --prompts FILE")
-    settings = recipe.eval.model_copy(update={"path": path})
-    return Job(recipe.model_copy(update={"eval": settings}), students, chosen, Path(out) if out else None)
-
-
-def _recipe_for(
-    target: str, prompts: str | None, teacher: str | None, overrides: Sequence[str], name: str | None
-) -> Recipe:
-    """Settings for a bare model: those of a recipe, or the defaults."""
-    if name is not None:
-        recipe = load_recipe(name, overrides)
-        return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": target})})
-    if prompts is None:
-        raise ConfigError(f"--prompts: expected a file of prompts to measure {target} on, got none")
-    models_as_saved = {"student": {"model": target, "dtype": "auto"}, "teacher": {"model": teacher or target}}
-    return Recipe.from_dict(models_as_saved | {"prompts": {"path": prompts}}, f"eval of {target}", overrides)
-
-
-def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
-    """The teacher that the run learned from."""
-    try:
-        name = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["cache"]["teacher"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = recipe.train.teacher
-    return next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
-
-
-# -- measuring ----------------------------------------------------------------------------------------------------
+    tasks = harness.load_tasks(recipe.eval)
+    return lambda model: harness.measure(model, tokenizer, recipe, tasks)
 
 
 def _respond(
-    job: Job, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, block: PromptBlock, label: str
+    job: Job,
+    model: PreTrainedModel,
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    block: PromptBlock,
+    label: str,
 ) -> Responses:
-    """Everything that needs this student in memory."""
+    """One student's responses, and its reading of the fresh ones."""
     recipe, settings = job.recipe, job.recipe.eval
     greedy = greedy_sampling(recipe, cfg, tokenizer)
     sampled = replace(greedy, temperature=settings.temperature, rollouts_per_prompt=settings.samples)
@@ -227,7 +221,6 @@ def _respond(
     if job.teacher is not None and fresh is not sampled:
         wanted["fresh"] = fresh
 
-    model = models.load_model(cfg)
     total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling in wanted.values())
     with progress(f"{label}: responses", total, "responses") as bar, generating(model):
 
@@ -244,29 +237,65 @@ def _respond(
     scores = None
     if job.teacher is not None:
         known = min(models.tokenizer_identity(tokenizer, cfg.model).vocab_size, models.model_facts(cfg).vocab_size)
-        options = _options(job.recipe, min(settings.candidates, known), known)
-        scores = _read(model, rollouts["fresh"], None, options, f"{label}: reading")
-    del model
-    _free()
-    return Responses(**rollouts, scores=scores)
+        options = _options(recipe, min(settings.candidates, known), known)
+        make = functools.partial(ResidentScorer, model)
+        scores = _read(make, rollouts["fresh"], None, options, f"{label}: reading")
+    return Responses(**rollouts, sampling=fresh, scores=scores)
 
 
-def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses]) -> dict[str, Estimate]:
-    """KL(S || T) a token of each student's fresh rollouts."""
+def _figures(
+    done: Responses, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, checker: Checker
+) -> Figures:
+    """What the responses of one student are worth."""
+    found: Figures = {}
+    answers = [record.get("answer") for record in records]
+    with_answer = [i for i, answer in enumerate(answers) if answer is not None]
+    texts = {"greedy": texts_of(done.greedy, tokenizer), "sampled": texts_of(done.sampled, tokenizer)}
+    if with_answer:
+        right = {name: right_answers(said, answers, checker)[with_answer] for name, said in texts.items()}
+        found |= {name: asdict(share_right(right_PS)) for name, right_PS in right.items()}
+        n_samples = right["sampled"].shape[1]
+        found["pass_at"] = {str(2**e): asdict(pass_at(2**e, right["sampled"])) for e in range(n_samples.bit_length())}
+    if checker.format is not None:
+        found["format"] = asdict(share_right(legal_responses(texts["sampled"], len(records), checker)))
+    found["response_tokens"] = float(done.sampled.response_length.mean())
+    found["truncated"] = float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean())
+    return found
+
+
+def _reverse_kl(
+    job: Job, cfg: TeacherConfig, responses: dict[str, Responses], records: Sequence[dict[str, Any]]
+) -> dict[str, Estimate]:
+    """KL(S || T) a token of each student's fresh rollouts, which are kept in the run with what both think of them."""
     estimates = {}
-    model = models.load_model(cfg)
+    keeper = None if job.run is None else Keeper(job.run, job.recipe, cfg, records)
+    read = _reader(job.recipe, cfg)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
         assert student is not None and student.candidate_ids is not None
-        teacher = _read(model, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}")
+        teacher = _read(read, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}")
         kl_T = scores_reverse_kl(student, teacher)
         prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
         tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
-        estimates[label] = mean_per_token(totals_P, tokens_P)
-    del model
+        estimate = mean_per_token(totals_P, tokens_P)
+        estimates[label] = replace(estimate, low=max(estimate.low, 0.0))  # no divergence is below 0
+        if keeper is not None:
+            keeper.add(job.students[label], done.sampling, rollouts, student, teacher)
+    if keeper is not None:
+        keeper.finish()
+    del read
     _free()
     return estimates
+
+
+def _reader(recipe: Recipe, cfg: TeacherConfig) -> MakeScorer:
+    """What reads by a teacher that is here: layer by layer where the recipe says so, else whole."""
+    if recipe.placement(cfg) == "streamed":
+        from pipeline.score.streamed import StreamedScorer
+
+        return functools.partial(StreamedScorer, cfg, memory_gib=recipe.score.memory_gib)
+    return functools.partial(ResidentScorer, models.load_model(cfg))
 
 
 def _options(recipe: Recipe, candidates: int = 0, candidate_vocab: int | None = None) -> ScoreOptions:
@@ -279,11 +308,10 @@ def _options(recipe: Recipe, candidates: int = 0, candidate_vocab: int | None = 
 
 
 def _read(
-    model: PreTrainedModel, rollouts: cs.RolloutBlock, candidate_ids: Any, options: ScoreOptions, label: str
+    make: MakeScorer, rollouts: cs.RolloutBlock, candidate_ids: Any, options: ScoreOptions, label: str
 ) -> cs.ScoreBlock:
     with progress(label, rollouts.n_tokens, "tokens") as bar:
-        on_tile: Callable[[int], None] = bar.advance
-        scorer = ResidentScorer(model, options, on_tile=on_tile)
+        scorer = make(options=options, on_tile=bar.advance)
         return scorer.compute_logprobs(TokenBatch((rollouts,), candidate_ids))
 
 

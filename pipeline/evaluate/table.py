@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-_ROWS = (("greedy", "accuracy, greedy"), ("sampled", "accuracy, sampled"), ("reverse_kl", "reverse KL, nats a token"))
+Estimates = list[dict[str, float]]
 
 
 def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
@@ -21,33 +23,72 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     out = Console(highlight=False)
     plain: dict[str, Any] = {} if out.is_terminal else {"box": None, "padding": (0, 2, 0, 0)}
     table = Table(**plain)
-    table.add_column(f"{about['prompts']['count']:,} prompts of {about['prompts']['path']}")
+    of = about["prompts"]
+    table.add_column("" if of is None else escape(f"{of['count']:,} prompts of {of['path']}"))
     for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
         table.add_column(label, justify="right")
-    for key, title in _ROWS:
-        if key in figures[labels[0]]:
-            estimates = [figures[label][key] for label in labels]
-            table.add_row(title, *(_cell(key, e) for e in estimates), *_change(key, *(e["value"] for e in estimates)))
+    for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
+        cells = [_share(e) if is_share else _nats(e) for e in estimates]
+        table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
+    for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
+        table.add_row(escape(title), *(_told(score) for score in told), *_difference(told))
     if not out.is_terminal:
         out.width = 160  # a pipe has no edge to wrap at
     out.print(table)
+    if any("tasks" in measured for measured in figures.values()):
+        print("(tasks: lm-evaluation-harness's own metrics and standard errors)")
+    if of is None:
+        return
     samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
     fresh = f"; reverse KL to {about['teacher']} on fresh rollouts at T = 1" if about["teacher"] else ""
     print(f"(95 % intervals; sampled: {samples}{fresh})")
 
 
-def _cell(key: str, estimate: dict[str, float]) -> str:
+def _rows(students: list[dict[str, Any]], n_samples: int) -> Iterator[tuple[str, bool, Estimates]]:
+    """Title, whether it is a share, and each student's estimate, of what was measured."""
+    measured = students[0]
+    if "greedy" in measured:
+        yield "accuracy, greedy", True, [figures["greedy"] for figures in students]
+        same = " (pass@1)" if n_samples > 1 else ""
+        yield f"accuracy, sampled{same}", True, [figures["sampled"] for figures in students]
+        for k in list(measured["pass_at"])[1:]:
+            yield f"pass@{k}", True, [figures["pass_at"][k] for figures in students]
+    if "format" in measured:
+        yield "legal format, sampled", True, [figures["format"] for figures in students]
+    if "reverse_kl" in measured:
+        yield "reverse KL, nats a token", False, [figures["reverse_kl"] for figures in students]
+
+
+def _task_rows(students: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Title and each student's score of every metric of every task."""
+    for task, metrics in students[0].items():
+        for metric in metrics:
+            yield f"{task}: {metric}", [tasks[task][metric] for tasks in students]
+
+
+def _told(score: dict[str, Any]) -> str:
+    return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" \u00b1 {score['stderr']:.4f}")
+
+
+def _difference(told: list[dict[str, Any]]) -> list[str]:
+    return [f"{told[1]['value'] - told[0]['value']:+.4f}"] if len(told) == 2 else []
+
+
+def _share(estimate: dict[str, float]) -> str:
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    if key == "reverse_kl":
-        return f"{value:.4f} ({low:.4f} to {high:.4f})"
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _change(key: str, *values: float) -> list[str]:
-    """What training did: points of accuracy, percent of divergence."""
+def _nats(estimate: dict[str, float]) -> str:
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    return f"{value:.4f} ({low:.4f} to {high:.4f})"
+
+
+def _change(is_share: bool, *values: float) -> list[str]:
+    """What training did: points of a share, percent of divergence."""
     if len(values) == 1:
         return []
     before, after = values
-    if key != "reverse_kl":
+    if is_share:
         return [f"{(after - before) * 100:+.1f} points"]
     return [f"{after / before - 1:+.0%}" if before else ""]

@@ -26,18 +26,21 @@ FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OT
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
-def summary(cache: cs.Cache, round_index: int | None = None) -> dict[str, Any]:
-    """Rounds (or one of them), rollouts and scores of a cache, with the mean reverse KL to each teacher."""
+def summary(cache: cs.Cache, round_index: int | None = None, *, reverse_kl: bool = True) -> dict[str, Any]:
+    """Rounds (or one of them), rollouts and scores of a cache, with the mean reverse KL to each teacher.
+
+    `reverse_kl=False` leaves that out, for which scores would have to be read.
+    """
     rounds = [cache.round(index) for index in (cache.round_indices() if round_index is None else [round_index])]
     return {
         "cache": cache.url,
         "format_version": cs.VERSION,
         "bytes": _bytes_below(cache.path) if cache.path else None,
-        "rounds": [_round_summary(round_) for round_ in rounds],
+        "rounds": [_round_summary(round_, reverse_kl) for round_ in rounds],
     }
 
 
-def _round_summary(round_: cs.Round) -> dict[str, Any]:
+def _round_summary(round_: cs.Round, reverse_kl: bool) -> dict[str, Any]:
     manifest, rollouts = round_.manifest, round_.rollouts
     commits, committed = rollouts.commits(), rollouts.committed()
     rows, tokens = (int(commits[name].sum()) for name in ("rows", "tokens"))
@@ -61,11 +64,11 @@ def _round_summary(round_: cs.Round) -> dict[str, Any]:
         "mean_response_tokens": tokens / rows if rows else None,
         "finish": finish,
         "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
-        "scores": [_scores_summary(round_, name) for name in round_.scorer_names()],
+        "scores": [_scores_summary(round_, name, reverse_kl) for name in round_.scorer_names()],
     }
 
 
-def _scores_summary(round_: cs.Round, name: str) -> dict[str, Any]:
+def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, Any]:
     scores = round_.scores(name)
     manifest, committed = scores.manifest, scores.committed()
     assert isinstance(manifest, cs.ScoresManifest)
@@ -80,7 +83,7 @@ def _scores_summary(round_: cs.Round, name: str) -> dict[str, Any]:
         "topk": manifest.topk,
         "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
     }
-    return found if manifest.role == "student" else found | _mean_reverse_kl(round_, name)
+    return found | _mean_reverse_kl(round_, name) if reverse_kl and manifest.role == "teacher" else found
 
 
 def _mean_reverse_kl(round_: cs.Round, teacher: str) -> dict[str, Any]:

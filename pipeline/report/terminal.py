@@ -5,6 +5,7 @@ What came from a model or a file is shown with control characters escaped: no ro
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cache_schema as cs
-from pipeline.console import escape_control, results
+from pipeline.console import escape_control, results, say
 from pipeline.report import data
 from pipeline.text import load_decoder
 
@@ -28,19 +29,36 @@ SHOWN_CANDIDATES = 3
 
 
 def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: str | None, as_json: bool) -> None:
-    """Show on stdout what a cache holds, or one rollout of its latest (or the given) round."""
+    """Show on stdout what a cache holds, or one rollout of its latest (or the given) round, by each of its teachers
+    where none is named.
+    """
     cache, out = cs.open(cache_url), results()
     if rollout is None:
         found = data.summary(cache, round_index)
-    else:
-        round_ = cache.round(round_index)
-        found = data.rollout(round_, rollout, teacher, lambda: load_decoder(round_.manifest))
+        if as_json:
+            print(json.dumps(found, allow_nan=False))
+        else:
+            show_summary(found, out)
+            say(f"next: {next_command(found)}")
+        return
+    round_ = cache.round(round_index)
+    decoder = functools.cache(lambda: load_decoder(round_.manifest))
     if as_json:
-        print(json.dumps(found, allow_nan=False))
-    elif rollout is None:
-        show_summary(found, out)
+        print(json.dumps(data.rollout(round_, rollout, teacher, decoder), allow_nan=False))
     else:
-        show_rollout(found, out)
+        names: Sequence[str | None] = [teacher] if teacher is not None else round_.teacher_names() or [None]
+        show_rollout([data.rollout(round_, rollout, name, decoder) for name in names], out)
+
+
+def next_command(summary: dict[str, Any]) -> str:
+    """What the latest round that is shown lacks, or else what it is good for."""
+    cache, round_ = summary["cache"], summary["rounds"][-1] if summary["rounds"] else None
+    if round_ is None or not _complete(round_["blocks"]):
+        return f"redpen rollouts RECIPE --cache {cache}"
+    scored = [score["role"] for score in round_["scores"] if _complete(score["blocks"])]
+    if len(scored) < len(round_["scores"]) or {"student", "teacher"} - set(scored):
+        return f"redpen score RECIPE --cache {cache}"
+    return f"redpen inspect {cache} --rollout 0, redpen train RECIPE --cache {cache} --run DIR"
 
 
 def show_summary(summary: dict[str, Any], out: Console) -> None:
@@ -53,10 +71,10 @@ def show_summary(summary: dict[str, Any], out: Console) -> None:
         finish, rollouts = round_["finish"], round_["rollouts"]
         lines = [
             f"round {round_['index']}: student {_model(round_['student'])}",
-            f"  {round_['rollouts_per_prompt']} rollouts of each of {round_['prompts']:,} prompts by "
-            f"{round_['engine']}, temperature {round_['temperature']:g}, top-p {round_['top_p']:g}, "
+            f"  {_count(round_['rollouts_per_prompt'], 'rollout')} of each of {_count(round_['prompts'], 'prompt')} "
+            f"by {round_['engine']}, temperature {round_['temperature']:g}, top-p {round_['top_p']:g}, "
             f"seed {round_['seed']}",
-            f"  {_blocks(round_)}: {rollouts:,} rollouts, {round_['tokens']:,} response tokens",
+            f"  {_blocks(round_)}: {_count(rollouts, 'rollout')}, {_count(round_['tokens'], 'response token')}",
         ]
         if rollouts:
             lines.append(
@@ -94,19 +112,29 @@ def _scores_table(scores: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def show_rollout(rollout: dict[str, Any], out: Console) -> None:
-    """Print what `data.rollout` found: prompt, marked response, legend, and the most corrected tokens."""
+def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
+    """Print what `data.rollout` found of one rollout: the prompt, and by each teacher the marked response, a legend,
+    and the most corrected tokens.
+    """
+    rollout = views[0]
     source = f", source {rollout['source']}" if rollout["source"] else ""
     answer = f", answer {rollout['answer']}" if rollout["answer"] else ""
     _print(
         out,
         _text(
             f"round {rollout['round']}, rollout {rollout['rollout']}: prompt {rollout['prompt_index']}, sample "
-            f"{rollout['sample_index']}, {len(rollout['tokens'])} tokens, finished by {rollout['finish']}"
+            f"{rollout['sample_index']}, {_count(len(rollout['tokens']), 'token')}, finished by {rollout['finish']}"
             f"{source}{answer}"
         ),
     )
     _print(out, Text.assemble(("prompt    ", "bold"), _lines(rollout["prompt"])))
+    for view in views:
+        if view is not rollout:
+            out.print()
+        _show_view(view, out)
+
+
+def _show_view(rollout: dict[str, Any], out: Console) -> None:
     coloured = out.color_system is not None and not out.no_color
     response = Text.assemble(("response  ", "bold"))
     for token in rollout["tokens"]:
@@ -209,7 +237,15 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def _blocks(round_: dict[str, Any]) -> str:
-    return f"{round_['blocks']['committed']} of {round_['blocks']['total']} blocks committed"
+    return f"{round_['blocks']['committed']} of {_count(round_['blocks']['total'], 'block')} committed"
+
+
+def _complete(blocks: dict[str, int]) -> bool:
+    return blocks["committed"] == blocks["total"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _bytes(size: int) -> str:

@@ -5,7 +5,8 @@
 for `rollouts_per_prompt` responses y of each prompt x. Ids are stored as sampled, the stop token included;
 nothing is decoded and tokenised again. A rollout's random numbers are a function of (seed, round, prompt,
 sample), a block's work of the block alone, and a block is committed when it is whole: a killed run loses the
-block at hand, and the same command does the rest, with the result of an undisturbed run.
+block at hand, and the same command does the rest, with the result of an undisturbed run. Where `eval.format` says
+what a legal response is, the student's first responses are looked at before anything is sampled for the cache.
 
 Departures from the source: temperature 1 instead of 0.3 by default, since tempered rollouts miss most of the
 student's support; a model's own generation defaults (top_k, penalties) never apply, so that q is what the
@@ -22,7 +23,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline import models, workers
+from pipeline.answers import Checker
 from pipeline.config import Recipe
 from pipeline.console import Bar, progress, say, warn
 from pipeline.disk import bytes_per_token, require_free
@@ -37,6 +39,7 @@ from pipeline.errors import ConfigError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
 from pipeline.provenance import created_by
 from pipeline.rollouts import PromptBlock, Sampler, Sampling
+from pipeline.rollouts.entry import check_entry
 
 #: Warn from this share of responses that the length limit cut.
 MANY_TRUNCATED = 0.05
@@ -60,6 +63,7 @@ def run(
 
     Raises:
         PromptError, ModelError, ConfigError: the recipe does not fit its prompts or its model.
+        RedpenError: the student does not pass the entry check.
         CacheError: the cache was made otherwise, is locked, or its disk is too small.
     """
     with workers.team(launcher, n_workers) as ranks, ExitStack() as stack:
@@ -70,7 +74,7 @@ def run(
         round_ = cache.round(index)
         pending = ranks.agree(lambda: np.flatnonzero(~round_.rollouts.committed()).tolist())
         if pending:
-            _sample(RolloutsWork(recipe, cache_url, index, prompts), round_, pending, ranks)
+            _sample(RolloutsWork(recipe, cache_url, index, prompts, ranks.leads), round_, pending, ranks)
         elif ranks.leads:
             print(f"rollouts: {_summary(round_)}; nothing to do")
     if ranks.leads and pending:
@@ -127,12 +131,18 @@ def _sampler_settings(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RolloutsWork:
-    """The sampling of a round, for any process that has the cache and the student."""
+    """The sampling of a round, for any process that has the cache and the student.
+
+    Attributes:
+        enters: check the student before there is any block: of torchrun's ranks the leader does, and the others wait
+            for it to open; on a Ray cluster every worker does that opens so early, side by side.
+    """
 
     recipe: Recipe
     cache_url: str
     round_index: int
     prompts: list[npt.NDArray[np.int32]]
+    enters: bool
 
     @property
     def gpus(self) -> int:
@@ -157,8 +167,16 @@ class RolloutsSession:
         settings, manifest = work.recipe.rollouts, self._round.manifest
         rollouts = _FILLS * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        self._engine = ExitStack()
-        self._sampler = _sampler(work.recipe, sampling, lambda *counts: self._on_progress(*counts), self._engine)
+        enters = work.enters and work.recipe.eval.format is not None and settings.entry_prompts > 0
+        begun = bool(self._round.rollouts.committed().any())
+        checker = Checker.of(work.recipe.eval) if enters and not begun else None
+        with ExitStack() as stack:
+            sampler = _samplers(work.recipe, stack)
+            if checker is not None:
+                once = functools.partial(sampler, replace(sampling, rollouts_per_prompt=1))
+                check_entry(work.recipe, checker, once, work.prompts, models.load_tokenizer(work.recipe.student))
+            self._sampler = sampler(sampling, lambda *counts: self._on_progress(*counts))
+            self._engine = stack.pop_all()
 
     def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
         """Sample blocks and commit each as soon as it is whole."""
@@ -171,8 +189,9 @@ class RolloutsSession:
         self._engine.close()
 
 
-def _sampler(recipe: Recipe, sampling: Sampling, on_step: Callable[[int, int], None], stack: ExitStack) -> Sampler:
-    """The sampler that the recipe asks for, its engine left to the stack. Only what is needed is imported."""
+def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, workers.OnProgress], Sampler]:
+    """Makes samplers of the kind that the recipe asks for, of one student that is loaded now, its engine left to the
+    stack. Only what is needed is imported."""
     settings = recipe.rollouts
     if settings.engine == "vllm":
         from pipeline.rollouts.vllm_sampler import VllmSampler
@@ -184,11 +203,15 @@ def _sampler(recipe: Recipe, sampling: Sampling, on_step: Callable[[int, int], N
             recipe.student, recipe.vllm, max_length=min(longest, context), max_sequences=settings.batch_size
         )
         stack.enter_context(engine)
-        return VllmSampler(engine, sampling, batch_size=settings.batch_size, on_step=on_step)
+        return lambda sampling, on_step: VllmSampler(
+            engine, sampling, batch_size=settings.batch_size, on_step=on_step
+        )
     from pipeline.rollouts.transformers_sampler import TransformersSampler
 
     model = models.load_model(recipe.student, attention="sdpa")
-    return TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=on_step)
+    return lambda sampling, on_step: TransformersSampler(
+        model, sampling, batch_size=settings.batch_size, on_step=on_step
+    )
 
 
 def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: workers.Team) -> None:

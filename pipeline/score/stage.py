@@ -94,7 +94,7 @@ def run(
                 f"run `redpen rollouts RECIPE --cache {cache_url}`, then this again"
             )
         else:
-            print(f"next: redpen train RECIPE --cache {cache_url} --run DIR")
+            print(f"next: redpen diagnose {cache_url}, then redpen train RECIPE --cache {cache_url} --run DIR")
     return 0
 
 

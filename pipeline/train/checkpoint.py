@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.files import PARTIAL, atomic_directory
+
 Tensors = dict[str, Tensor]
 
 _STATE = "state.json"
 _PREFIX = "step-"
-_PARTIAL = ".partial"
 
 
 class DamagedCheckpointError(ValueError):
@@ -114,7 +113,7 @@ def save(
     paths = _paths(directory)
     earlier = [other for other in paths if other.name <= path.name]
     kept = [*earlier[-keep:], *([] if best is None else [path_of(directory, best)])]
-    for old in [*(set(paths) - set(kept)), *directory.glob(f"{_PREFIX}*{_PARTIAL}")]:
+    for old in [*(set(paths) - set(kept)), *directory.glob(f"{_PREFIX}*{PARTIAL}")]:
         shutil.rmtree(old)
     return path
 
@@ -145,33 +144,6 @@ def load(path: Path) -> Checkpoint:
         raise DamagedCheckpointError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `path` once the body is through and all is on disk."""
-    partial = path.with_name(path.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    mode = partial.stat().st_mode & 0o666  # by the umask; safetensors gives its files to their owner alone
-    for file in sorted(partial.rglob("*")):
-        if file.is_file():
-            file.chmod(mode)
-        sync(file)
-    sync(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    sync(path.parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content at once: after a kill it is the old text or the new."""
-    partial = path.with_name(path.name + _PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-
-
 def _paths(directory: Path) -> list[Path]:
     """Checkpoints under `directory`, oldest first; what was never renamed into place is not one."""
     found: Iterable[Path] = directory.glob(f"{_PREFIX}*") if directory.exists() else ()
@@ -189,12 +161,3 @@ def _file(directory: Path, group: str) -> Path:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file, or renamed in a directory, on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

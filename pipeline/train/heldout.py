@@ -1,8 +1,9 @@
-"""A metric on prompts that are not trained on, measured while training: greedy accuracy, or reverse KL.
+"""A metric on prompts that are not trained on, measured while training: right or legal responses, or reverse KL.
 
-Accuracy is that of `redpen eval`, on fresh responses to the first `heldout_prompts` prompts of `eval.path`. Reverse
-KL is that of training, over candidates + rest at cached prefixes, on the last `heldout_prompts` prompts of the round,
-which the replay then holds back: one forward pass and no sampling, but blind to how the student's own prefixes drift.
+Accuracy and the share of legal responses are those of `redpen eval`, on fresh greedy responses to the first
+`heldout_prompts` prompts of `eval.path`. Reverse KL is that of training, over candidates + rest at cached prefixes,
+on the last `heldout_prompts` prompts of the round, which the replay then holds back: one forward pass and no
+sampling, but blind to how the student's own prefixes drift.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric |
             ]
 
         return reverse_kl
-    if train.heldout_metric == "accuracy":
-        prompts = HeldOutPrompts.load(recipe, train.heldout_prompts)
+    if train.heldout_metric is not None:
+        prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
         # Shards are gathered by all ranks at once, so where there are any each rank answers everything.
         share = prompts.share(layout.rank, layout.size) if layout.mesh is None else prompts
 
-        def accuracy() -> float:
-            right = trainer.within(lambda: share.count_right(trainer.model))
-            counts = layout.gather(torch.tensor([right, len(share.prompts)]))
-            n_right, n_prompts = torch.stack(counts).sum(0).tolist()
-            return float(n_right / n_prompts)
+        def share_counted() -> float:
+            counted = trainer.within(lambda: share.count(trainer.model))
+            counts = layout.gather(torch.tensor([counted, len(share.prompts)]))
+            n_counted, n_prompts = torch.stack(counts).sum(0).tolist()
+            return float(n_counted / n_prompts)
 
-        return accuracy
+        return share_counted
     return None

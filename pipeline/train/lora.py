@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline import models
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import ModelError
-from pipeline.train.checkpoint import atomic_directory
+from pipeline.files import atomic_directory
 
 _NAME = "default"
 

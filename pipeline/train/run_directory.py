@@ -1,22 +1,23 @@
 """A run on disk: what it was made of, its curve, its checkpoints, its adapter.
 
 recipe.toml        the resolved recipe
-run.json           the cache it learns from (digests of every block) and, once it has ended, how
+run.json           the cache it learns from (digests of every block), an id, and, once it has ended, how
 metrics.jsonl      one object a step
 tensorboard/       the same as curves
 checkpoints/       see pipeline.train.checkpoint
 adapter/           PEFT format, once training has ended; or
 model/             the whole model, where all of its weights were trained
 ledger.json        seconds, tokens and FLOPs by stage, once training has ended
+wandb/             what Weights & Biases keeps here, where it was asked for
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +25,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-import cache_schema as cs
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
-from pipeline.train.checkpoint import sync, write_atomically
+from pipeline.files import sync, write_atomically
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "select")
@@ -57,7 +57,7 @@ class Result:
 
 
 class RunDirectory:
-    """The files of one run of a recipe on a cache (see `cache_identity`). Use `open_run`."""
+    """The files of one run of a recipe on a cache (see `provenance.cache_identity`). Use `open_run`."""
 
     def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
         self.path, self._now, self._cache = path, recipe, cache
@@ -68,6 +68,7 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.model = path / "model"
         self.ledger = path / "ledger.json"
+        self.track = recipe.track
         self._run = path / "run.json"
 
     @property
@@ -77,6 +78,16 @@ class RunDirectory:
         if result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
             return None
         return Result(**result)
+
+    @property
+    def id(self) -> str:
+        """The same for as long as training goes on from what is here: trackers know the run by it."""
+        return str(self._read_run()["id"])
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """The recipe and the cache's identity, as JSON has them."""
+        return self._now.model_dump(mode="json", exclude={"track"}) | {"cache": self._cache}
 
     def finish(self, result: Result) -> None:
         """Record how the run ended: its last write."""
@@ -99,6 +110,12 @@ class RunDirectory:
         """Add a step's line."""
         with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The lines so far, each as it was added."""
+        if self.metrics.exists():
+            with self.metrics.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def sync_metrics(self) -> None:
         """Have the lines so far on the disk itself: a checkpoint must not outlive them."""
@@ -137,9 +154,10 @@ class RunDirectory:
 
     def start(self) -> None:
         """Record what the run is made of, once everything that could be wrong with it has been found right."""
+        known = self._read_run().get("id") if self.checkpoints.exists() else None
         with self.writing():
             # In this order: a run that goes on for more steps is then never taken for finished.
-            self._write_run({"cache": self._cache, "result": None})
+            self._write_run({"cache": self._cache, "id": known or secrets.token_hex(4), "result": None})
             write_atomically(self.recipe, self._now.to_toml())
 
     def _require_same(self) -> None:
@@ -167,7 +185,7 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
     """The run at `path`, held against other processes.
 
     Args:
-        cache: what the run learns from; see `cache_identity`.
+        cache: what the run learns from; see `provenance.cache_identity`.
 
     Raises:
         RedpenError: the run was started with other settings or another cache, is held by another process, or the
@@ -186,25 +204,6 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
         yield run
     finally:
         os.close(handle)
-
-
-def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) -> dict[str, Any]:
-    """What a run learns from: the round, the teachers' names, and digests of every block's content.
-
-    Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
-    """
-    groups = {
-        "rollouts": [round_.rollouts],
-        "student": [round_.scores(cs.STUDENT)],
-        "teacher": [round_.scores(name) for name in teachers],
-    }
-    digests = {
-        f"{name} digest": hashlib.blake2b(
-            b"".join(group.commits()["digest"].tobytes() for group in members), digest_size=8
-        ).hexdigest()
-        for name, members in groups.items()
-    }
-    return {"url": cache_url, "round": round_.index, "teacher": ", ".join(teachers)} | digests
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:

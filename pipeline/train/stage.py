@@ -53,16 +53,18 @@ from typing import Any
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import Recipe, TrainConfig
-from pipeline.console import progress, say, warn
+from pipeline.console import progress, say, short, warn
 from pipeline.errors import Interrupted, RedpenError
+from pipeline.files import write_atomically
+from pipeline.provenance import cache_identity
 from pipeline.signals import graceful
-from pipeline.train import checkpoint, distributed, inputs, ledger, lora
+from pipeline.train import checkpoint, distributed, inputs, ledger, lora, tracking
 from pipeline.train.card import run_card
 from pipeline.train.heldout import Metric, heldout_metric
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
-from pipeline.train.run_directory import Result, RunDirectory, cache_identity, open_run
-from pipeline.train.stopping import Memory, best_step, verdict
+from pipeline.train.run_directory import Result, RunDirectory, open_run
+from pipeline.train.stopping import Memory, best_step, told_metric, verdict
 from pipeline.train.trainer import Trainer
 
 _CHECKED_ROLLOUTS = 4
@@ -106,10 +108,11 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
                     costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
-                    checkpoint.write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
+                    write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 print(result.sentence)
                 print(f"{made.name}: {made}")
+                say(f"next: redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.leads else 0
 
 
@@ -122,6 +125,7 @@ def _open(
 ) -> tuple[RunDirectory, Result | None, int, tuple[str, ...]]:
     """The run, locked until `held` closes; how it ended, if it has; the round and the teachers it learns from."""
     round_ = cs.open(cache_url).round(round_index)
+    tracking.check_installed(recipe.track)
     teachers = inputs.teacher_names(recipe, round_, cache_url)
     inputs.check_scored(round_, teachers, cache_url)
     inputs.check_replay(recipe, round_)
@@ -156,7 +160,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
         graceful() as stop,
         contextlib.closing(saving),
         batches as stream,
-        _recorder(run, trainer) as record,
+        _recorder(run, trainer, memory) as recorder,
         bar as shown,
     ):
         while (result := verdict(train, trainer.step, memory)) is None:
@@ -170,8 +174,9 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
             speed = {"seconds": seconds, "waited": waited, "tokens_per_second": metrics["tokens_read"] / seconds}
             if heldout is not None and (trainer.step % train.heldout_every == 0 or trainer.step == train.steps):
                 metrics[f"heldout_{train.heldout_metric}"] = memory.heldout[str(trainer.step)] = heldout()
-            record(metrics, speed)
-            shown.advance(note=f"reverse KL {metrics['reverse_kl']:.4f}")
+            if recorder is not None:
+                recorder.log(metrics, speed)
+            shown.advance(note=_note(train, metrics, speed, memory), trend=metrics["reverse_kl"])
             memory.window = [*memory.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][
                 -train.stop_window :
             ]
@@ -231,27 +236,21 @@ def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorder(run: RunDirectory, trainer: Trainer) -> Iterator[Callable[[dict[str, Any], dict[str, float]], None]]:
-    """A function that writes down a step's metrics, for TensorBoard too; what an earlier run drew after the trainer's
-    step is hidden. Ranks other than the first write nothing."""
+def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[tracking.Recorder | None]:
+    """Writes down the steps after the trainer's and at the end how the run ended, if it has; on the first rank."""
     if not trainer.layout.leads:
-        yield lambda metrics, speed: None
+        yield None
         return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with run.writing():
-        writer = SummaryWriter(str(run.tensorboard), purge_step=trainer.step + 1)
-
-    def record(metrics: dict[str, Any], speed: dict[str, float]) -> None:
-        run.append_metrics(metrics | {"time": speed})
-        with run.writing():
-            for name, value in metrics.items():
-                if name != "step":
-                    writer.add_scalar(f"train/{name}", value, metrics["step"])
-            for name, value in speed.items():
-                writer.add_scalar(f"time/{name}", value, metrics["step"])
-
+    recorder = tracking.Recorder(run, trainer.step + 1)
     try:
-        yield record
+        yield recorder
     finally:
-        writer.close()
+        recorder.close(verdict(trainer.train, trainer.step, memory))
+
+
+def _note(train: TrainConfig, metrics: dict[str, Any], speed: dict[str, float], memory: Memory) -> str:
+    """What is worth watching, in a few words."""
+    parts = [f"reverse KL {metrics['reverse_kl']:.4f}", f"ESS {metrics['ess']:.3f}"]
+    if memory.heldout:
+        parts.append("held-out " + told_metric(train, [*memory.heldout.values()][-1]))
+    return ", ".join([*parts, f"{short(speed['tokens_per_second'])} tokens/s"])

@@ -28,8 +28,15 @@ class Memory:
 
 def best_step(train: TrainConfig, memory: Memory) -> int | None:
     """The first step with the best held-out metric; None before the first measurement."""
-    sign = -1.0 if train.heldout_metric == "accuracy" else 1.0
+    sign = 1.0 if train.heldout_metric == "reverse_kl" else -1.0
     return min((int(step) for step in memory.heldout), key=lambda s: (sign * memory.heldout[str(s)], s), default=None)
+
+
+def told_metric(train: TrainConfig, value: float) -> str:
+    """A value of `train.heldout_metric` in words."""
+    if train.heldout_metric == "reverse_kl":
+        return f"reverse KL {value:.5f}"
+    return f"{train.heldout_metric} {value:.1%}"
 
 
 def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
@@ -42,8 +49,7 @@ def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
     if best is not None:
         since = sum(int(measured) > best for measured in memory.heldout)
         value = memory.heldout[str(best)]
-        told = f"accuracy {value:.1%}" if train.heldout_metric == "accuracy" else f"reverse KL {value:.5f}"
-        kept = f"; the result is step {best}, the best by held-out {told}"
+        kept = f"; the result is step {best}, the best by held-out {told_metric(train, value)}"
     if full and reverse_kl < train.stop_reverse_kl:
         sentence = (
             f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token "

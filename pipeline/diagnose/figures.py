@@ -1,0 +1,117 @@
+"""The key figures of a pair: what a healthy one is described by, and what the checks compare with their bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.diagnose.reading import Bool, Float64, Pair, Reading
+
+#: Log-probs below which a token is next to impossible (1 in 22,000), and impossible (1 in 500 million); and how many
+#: nats likelier it must then be for the student, which samples rare tokens too.
+UNLIKELY, IMPOSSIBLE, LIKELIER = -10.0, -20.0, 3.0
+#: The early part of a response, whose share of the reverse KL is told.
+EARLY = 0.3
+#: First tokens of a response: what a model says next after the prompt alone.
+FIRST_TOKENS = 3
+#: Reverse KL (nats) of a token at which student and teacher want clearly different things.
+WIDE = 1.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the counted tokens, nats; None where the scores do not tell.
+
+    Attributes:
+        reverse_kl: and of the FIRST_TOKENS of a response (the stop token aside), of its first, second and last third.
+        wide: share of tokens whose reverse KL is above WIDE.
+        early_share: share of all the reverse KL that lies in the first EARLY of the responses' positions.
+        half_in: the smallest share of the tokens that holds half of the reverse KL.
+        shared: probability that the teacher gives to the student's candidates together, its mean and its median over
+            positions; student_shared: the student's own mean.
+        overlap: share of the student's likeliest candidates that are among as many of the teacher's.
+        agreement: share of positions at which both find the same candidate the likeliest.
+        stop_logprob: median log-prob that the teacher gives to the stop tokens that the student wrote.
+        unlikely, impossible: share of tokens below UNLIKELY and IMPOSSIBLE for the teacher, and not for the student.
+    """
+
+    tokens: int
+    reverse_kl: float
+    reverse_kl_first_tokens: float
+    reverse_kl_thirds: tuple[float | None, float | None, float | None]
+    wide: float
+    early_share: float | None
+    half_in: float | None
+    shared: float | None
+    shared_median: float | None
+    student_shared: float
+    overlap: float | None
+    agreement: float | None
+    logprob: float
+    student_logprob: float
+    entropy: float | None
+    student_entropy: float
+    stop_logprob: float | None
+    unlikely: float
+    impossible: float
+
+    @classmethod
+    def of(cls, pair: Pair) -> Figures:
+        reading = pair.reading
+        kl, place = reading.reverse_kl, reading.position / reading.length
+        total = float(kl.sum())
+        ordered = np.sort(kl)[::-1]
+        half = int(np.searchsorted(np.cumsum(ordered), total / 2)) + 1
+        thirds = [mean(kl[(place >= low / 3) & (place < (low + 1) / 3)]) for low in range(3)]
+        stops = reading.logprob[reading.stop]
+        return cls(
+            tokens=len(kl),
+            reverse_kl=float(kl.mean()),
+            reverse_kl_first_tokens=mean(kl[(reading.position < FIRST_TOKENS) & ~reading.stop]) or 0.0,
+            reverse_kl_thirds=(thirds[0], thirds[1], thirds[2]),
+            wide=float((kl > WIDE).mean()),
+            early_share=float(kl[place < EARLY].sum()) / total if total > 0 else None,
+            half_in=half / len(kl) if total > 0 else None,
+            shared=mean(reading.share),
+            shared_median=None if np.isnan(reading.share).all() else float(np.nanmedian(reading.share)),
+            student_shared=float(reading.student_share.mean()),
+            overlap=mean(reading.overlap),
+            agreement=mean(reading.agrees),
+            logprob=float(reading.logprob.mean()),
+            student_logprob=float(reading.student_logprob.mean()),
+            entropy=mean(reading.entropy),
+            student_entropy=float(reading.student_entropy.mean()),
+            stop_logprob=float(np.median(stops)) if len(stops) else None,
+            unlikely=float(below(reading, UNLIKELY).mean()),
+            impossible=float(below(reading, IMPOSSIBLE).mean()),
+        )
+
+
+def below(reading: Reading, bound: float) -> Bool:
+    """[T]: tokens that the teacher finds so unlikely, and the student does not."""
+    return np.asarray((reading.logprob < bound) & (reading.logprob < reading.student_logprob - LIKELIER))
+
+
+def mean(values: Float64) -> float | None:
+    """Of the values that are told; None where none is."""
+    told = values[~np.isnan(values)]
+    return float(told.mean()) if len(told) else None
+
+
+def percent(share: float | None) -> str:
+    """A share for people, never rounded to nothing or to all."""
+    if share is None or math.isnan(share):
+        return "-"
+    if 0 < share < 1e-4:
+        return "<0.01%"
+    if 0.9999 < share < 1:
+        return ">99.99%"
+    return f"{share:.2%}" if 0 < share < 0.1 or 0.99 < share < 1 else f"{share:.0%}"
+
+
+def probability(logprob: float) -> str:
+    """A log-prob as people read it: the nats, and the chance."""
+    chance = f"1 in {math.exp(-logprob):,.0f}" if -30 < logprob < -2 else percent(math.exp(logprob))
+    return f"{logprob:.1f} nats ({chance})" if logprob > -30 else f"{logprob:.1f} nats"

@@ -1,0 +1,258 @@
+"""One pass over a scored round: what the checks look at, a value a token or a rollout, without the candidates.
+
+Shapes: T counted tokens (the student's own, of which this teacher told something), R rollouts, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.marks import MarkedBlock, marked_blocks
+from pipeline.metrics import first_occurrence
+
+#: Tokens that are read; of a larger round evenly spaced blocks.
+TOKENS = 500_000
+#: A response ends in a loop where its last LOOP_TOKENS or more are LOOP_TURNS or more turns of the same tokens.
+LOOP_TOKENS, LOOP_TURNS, LOOP_PERIOD = 24, 4, 64
+
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A record of equally long arrays."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclass(frozen=True)
+class Responses(_Columns):
+    """The rollouts themselves, as the student wrote and reads them.
+
+    Attributes:
+        response: hash of the token ids: equal responses, equal hashes.
+        logprob: of the whole response at the sampling temperature, nats.
+        entropy: summed over the response's trained tokens, nats; likewise
+        surprise: of log-prob + entropy at temperature 1, 0 on average where the student itself was sampled from;
+        spread: the variance that this then has (the rest outside the candidates as one token).
+    """
+
+    prompt: Int64
+    length: Int64
+    finish: Int64
+    loops: Bool
+    response: Int64
+    logprob: Float64
+    entropy: Float64
+    surprise: Float64
+    spread: Float64
+
+
+@dataclass(frozen=True)
+class Reading(_Columns):
+    """What student and teacher think of each counted token. Natural logarithms.
+
+    Attributes:
+        position, length: of the token in its response, and of the response.
+        stop: whether it is the stop token that ended a response.
+        share, student_share: probability that the teacher, and the student, gives to the student's candidates
+            together; NaN without candidates.
+        agrees: 1 where both find the same of the candidates the likeliest, else 0; NaN where there is no choice.
+        prefers, prefers_logprob: the teacher's likeliest token as far as known: of the candidates and of its top-k.
+        overlap: share of the student's K candidates that are among the teacher's own K likeliest; NaN without them.
+    """
+
+    token: Int64
+    position: Int64
+    length: Int64
+    stop: Bool
+    reverse_kl: Float64
+    student_logprob: Float64
+    student_entropy: Float64
+    logprob: Float64
+    entropy: Float64
+    share: Float64
+    student_share: Float64
+    agrees: Float64
+    prefers: Int64
+    prefers_logprob: Float64
+    overlap: Float64
+
+    @property
+    def is_preference(self) -> Bool:
+        """[T]: where `prefers` is the likeliest of all tokens, not just of those that were told."""
+        return np.asarray(self.prefers_logprob >= np.log(0.5))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher's reading of a round, and who read and wrote it."""
+
+    teacher: str
+    sampled: cs.RoundManifest
+    scored: cs.ScoresManifest
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was read of a round: the rollouts, and each teacher that told something of them."""
+
+    round: cs.Round
+    blocks: int
+    responses: Responses
+    log_ratio: npt.NDArray[np.float32]  # [tokens] trainer against sampler; empty where the sampler's are not known
+    pairs: dict[str, Pair]
+
+
+def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
+    """Read the round, or TOKENS of it; None where none of the teachers told anything of the student's own tokens.
+
+    Raises:
+        CacheError: a block is damaged.
+    """
+    responses: list[Responses] = []
+    ratios: list[npt.NDArray[np.float32]] = []
+    readings: dict[str, list[Reading]] = {}
+    for marked in marked_blocks(round_, teachers, at_most_tokens=TOKENS):
+        responses.append(_responses(marked))
+        ratios.append(_log_ratio(marked))
+        for name in marked.teachers:
+            if marked.counts(name).any():
+                readings.setdefault(name, []).append(_reading(marked, name))
+    if not readings:
+        return None
+    pairs = {}
+    for name, parts in readings.items():
+        scored = round_.scores(name).manifest
+        assert isinstance(scored, cs.ScoresManifest)
+        pairs[name] = Pair(name, round_.manifest, scored, Reading.joined(parts))
+    return Look(round_, len(responses), Responses.joined(responses), np.concatenate(ratios), pairs)
+
+
+def _responses(marked: MarkedBlock) -> Responses:
+    rollouts, student = marked.rollouts, marked.student
+    assert student.sampling_logprobs is not None and student.entropy is not None
+    starts, trained = rollouts.response_start, rollouts.trained == 1
+    cut = rollouts.finish_reason == cs.FINISH_LENGTH
+    loops = [bool(cut[row]) and ends_in_a_loop(rollouts.response(row)) for row in range(rollouts.n_rows)]
+    return Responses(
+        prompt=rollouts.prompt_index[rollouts.row_prompt],
+        length=rollouts.response_length.astype(np.int64),
+        finish=rollouts.finish_reason.astype(np.int64),
+        loops=np.array(loops),
+        response=np.array([hash(rollouts.response(row).tobytes()) for row in range(rollouts.n_rows)]),
+        logprob=np.add.reduceat(student.sampling_logprobs.astype(np.float64), starts),
+        entropy=np.add.reduceat(trained * student.entropy.astype(np.float64), starts),
+        surprise=np.add.reduceat(trained * (student.logprobs.astype(np.float64) + student.entropy), starts),
+        spread=np.add.reduceat(trained * spread(student), starts),
+    )
+
+
+def spread(student: cs.ScoreBlock) -> Float64:
+    """[T]: variance of log p(v) over v drawn from the student, with its rest as one token."""
+    assert student.candidate_logprobs is not None and student.candidate_ids is not None
+    assert student.rest_logprob is not None and student.entropy is not None
+    logprobs = np.concatenate([student.candidate_logprobs, student.rest_logprob[:, None]], axis=1).astype(np.float64)
+    counts = np.isfinite(logprobs)
+    counts[:, :-1] &= first_occurrence(student.candidate_ids)
+    logprobs = np.where(counts, logprobs, 0.0)
+    squares = np.where(counts, np.exp(logprobs) * np.square(logprobs), 0.0).sum(axis=1)
+    return np.asarray(np.maximum(squares - np.square(student.entropy.astype(np.float64)), 0.0))
+
+
+def _log_ratio(marked: MarkedBlock) -> npt.NDArray[np.float32]:
+    assert marked.student.sampling_logprobs is not None
+    log_ratio: npt.NDArray[np.float32] = marked.student.sampling_logprobs - marked.rollouts.rollout_logprobs
+    return np.asarray(log_ratio[(marked.rollouts.trained == 1) & np.isfinite(log_ratio)])
+
+
+def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:
+    """Whether a response goes round in the same few tokens at its end."""
+    for period in range(1, LOOP_PERIOD + 1):
+        n = max(LOOP_TURNS * period, LOOP_TOKENS)
+        if n > len(ids):
+            return False
+        if np.array_equal(ids[-n:-period], ids[-n + period :]):
+            return True
+    return False
+
+
+def _reading(marked: MarkedBlock, name: str) -> Reading:
+    rollouts, student, teacher = marked.rollouts, marked.student, marked.teachers[name]
+    counts, n = marked.counts(name), rollouts.n_tokens
+    assert student.candidate_ids is not None and student.candidate_logprobs is not None
+    assert student.rest_logprob is not None and student.entropy is not None
+    unknown = np.full(n, np.nan)
+    share, agrees, prefers, best = unknown, unknown, student.candidate_ids[:, 0], teacher.logprobs
+    if teacher.candidate_logprobs is not None:
+        assert teacher.rest_logprob is not None
+        told = np.where(np.isnan(teacher.candidate_logprobs), -np.inf, teacher.candidate_logprobs)
+        share = 1 - np.exp(teacher.rest_logprob.astype(np.float64))
+        theirs, own = told.argmax(axis=1), student.candidate_logprobs.argmax(axis=1)
+        prefers, best = _at(student.candidate_ids, theirs), _at(told, theirs)
+        if told.shape[1] > 1:
+            agrees = (prefers == _at(student.candidate_ids, own)).astype(np.float64)
+    if teacher.topk_ids is not None:
+        assert teacher.topk_logprobs is not None
+        likeliest = np.nan_to_num(teacher.topk_logprobs, nan=-np.inf)
+        first = likeliest.argmax(axis=1)
+        prefers = np.where(_at(likeliest, first) > best, _at(teacher.topk_ids, first), prefers)
+        best = np.maximum(best, _at(likeliest, first))
+    values = Reading(
+        token=rollouts.token_ids.astype(np.int64),
+        position=marked.positions,
+        length=np.repeat(rollouts.response_length, rollouts.response_length).astype(np.int64),
+        stop=_ends_by_stop(rollouts),
+        reverse_kl=marked.reverse_kl[name],
+        student_logprob=student.logprobs.astype(np.float64),
+        student_entropy=student.entropy.astype(np.float64),
+        logprob=teacher.logprobs.astype(np.float64),
+        entropy=unknown if teacher.entropy is None else teacher.entropy.astype(np.float64),
+        share=share,
+        student_share=1 - np.exp(student.rest_logprob.astype(np.float64)),
+        agrees=agrees,
+        prefers=prefers.astype(np.int64),
+        prefers_logprob=best.astype(np.float64),
+        overlap=_overlap(student, teacher),
+    )
+    return Reading(**{field.name: getattr(values, field.name)[counts] for field in fields(values)})
+
+
+def _at(values_TK: npt.NDArray[Any], index_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.take_along_axis(values_TK, index_T[:, None], axis=1)[:, 0]
+
+
+def _ends_by_stop(rollouts: cs.RolloutBlock) -> Bool:
+    stops = np.zeros(rollouts.n_tokens, np.bool_)
+    ended = rollouts.finish_reason == cs.FINISH_STOP
+    stops[(rollouts.response_start + rollouts.response_length - 1)[ended]] = True
+    return stops
+
+
+def _overlap(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:
+    """[T]: of the student's k likeliest candidates, the share that is among the teacher's k likeliest."""
+    assert student.candidate_ids is not None and student.candidate_logprobs is not None
+    if teacher.topk_ids is None or teacher.topk_logprobs is None:
+        return np.full(student.n_tokens, np.nan)
+    k = min(student.candidate_ids.shape[1], teacher.topk_ids.shape[1])
+    own = _likeliest(student.candidate_ids, student.candidate_logprobs, k)
+    theirs = _likeliest(teacher.topk_ids, teacher.topk_logprobs, k)
+    row = np.arange(len(own), dtype=np.int64)[:, None] << 32  # ids of different positions must not meet
+    return np.asarray(np.isin(own + row, theirs + row).mean(axis=1))
+
+
+def _likeliest(ids_TK: npt.NDArray[Any], logprobs_TK: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
+    order = np.argsort(-np.nan_to_num(logprobs_TK, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(ids_TK, order, axis=1)

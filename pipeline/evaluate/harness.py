@@ -1,0 +1,158 @@
+"""Tasks of lm-evaluation-harness (extra `eval`) on a student that is in memory, through the harness's own API.
+
+A task's prompts go through the chat template where the recipe's do, with its system message and arguments. Decoding
+is the task's own, greedy where it says nothing, and ends at the student's stop tokens; `eval.max_response_tokens`,
+where it is set, takes the place of a task's own limit. What a model reasons up to </think> is not scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline import models
+from pipeline.answers import END_OF_REASONING
+from pipeline.config import EvalConfig, Recipe
+from pipeline.console import console
+from pipeline.errors import ConfigError, RedpenError
+from pipeline.evaluate.accuracy import generating
+from pipeline.logprobs import unwrapped
+from pipeline.prompts import template_identity
+from pipeline.settings import did_you_mean
+
+#: `value` and `stderr` (None where the harness gives none) by task and metric.
+Scores = dict[str, dict[str, dict[str, float | None]]]
+
+# With which the harness draws examples; its own default.
+_FEWSHOT_SEED = 1234
+
+
+def load_tasks(settings: EvalConfig) -> dict[str, Any]:
+    """`eval.tasks` with their data sets, as the harness takes them.
+
+    Raises:
+        ConfigError: there is no such task, or it needs another package. RedpenError: its data set cannot be had.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if settings.task_path is not None and not Path(settings.task_path).is_dir():
+        raise ConfigError(f"eval.task_path = {settings.task_path!r}: expected a directory of task files (YAML)")
+    manager = TaskManager(include_path=settings.task_path)
+    found: dict[str, Any] = {"tasks": {}, "groups": {}}
+    for name in settings.tasks:
+        if name not in manager.all_tasks:
+            own = "" if settings.task_path is None else f" or of {settings.task_path}"
+            raise ConfigError(
+                f"eval.tasks: {name!r} is no task of lm-evaluation-harness{own} (`lm-eval ls tasks` lists them)"
+                + did_you_mean(name, manager.all_tasks)
+            )
+        try:
+            with _quiet():
+                loaded = manager.load([name])
+        except ImportError as error:
+            raise ConfigError(f"eval.tasks: {name!r} needs another package ({_one_line(error)})") from error
+        except Exception as error:  # of the network, the Hub, the files, or a task's own code
+            raise RedpenError(f"eval.tasks: {name!r} or its data set cannot be had ({_one_line(error)})") from error
+        found["tasks"] |= loaded["tasks"]
+        found["groups"] |= loaded.get("groups") or {}
+    for task in found["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        if settings.max_response_tokens is not None and task.get_config("output_type") == "generate_until":
+            task.set_config("generation_kwargs", {"max_gen_toks": settings.max_response_tokens}, update=True)
+    return found
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tasks: dict[str, Any]
+) -> Scores:
+    """Each task's metrics for the model as it is. Raises `RedpenError` where the harness refuses one."""
+    chat = template_identity(tokenizer, recipe.prompts)["kind"] == "chat"
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+    torch.manual_seed(recipe.rollouts.seed)
+    try:
+        with generating(model), _stopping(model, recipe, tokenizer), _quiet():
+            # simple_evaluate would do no more, but ask git and every tool of the machine who they are
+            found = lm_eval.evaluate(
+                _Student(model, tokenizer, recipe),
+                task_dict=tasks,
+                limit=recipe.eval.task_limit,
+                apply_chat_template=chat,
+                system_instruction=recipe.prompts.system if chat else None,
+                fewshot_as_multiturn=True,
+                log_samples=False,
+            )
+    except (ValueError, AssertionError, ImportError) as error:  # how it says what it will not do
+        raise RedpenError(
+            f"eval.tasks: lm-evaluation-harness refuses ({_one_line(error)}); where a task's own length limit is too "
+            "much, set eval.max_response_tokens"
+        ) from error
+    return {name: _metrics(told) for name, told in found["results"].items()}
+
+
+class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
+    """The harness's model around one that is loaded."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe):
+        reasons = END_OF_REASONING in tokenizer.get_vocab()
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            batch_size=recipe.eval.batch_size,
+            think_end_token=END_OF_REASONING if reasons else None,
+            chat_template_args=recipe.prompts.template_args,
+        )
+        self._longest = recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Of a task that does not say."""
+        return int(min(self._longest, self.max_length // 2))
+
+
+@contextlib.contextmanager
+def _stopping(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Generation that ends at the recipe's stop tokens; what else the model's generation_config says is left out."""
+    base = unwrapped(model)
+    own = base.generation_config
+    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
+    base.generation_config = GenerationConfig(eos_token_id=list(stop_ids))
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """The harness's bars are for a terminal."""
+    return contextlib.nullcontext() if console.is_terminal else contextlib.redirect_stderr(io.StringIO())
+
+
+def _metrics(told: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """`metric,filter` and `metric_stderr,filter` together; the filter's name only where it says something."""
+    found: dict[str, dict[str, float | None]] = {}
+    for key, value in told.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = told.get(f"{metric}_stderr,{filtered}")
+        known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        name = metric if filtered == "none" else f"{metric}, {filtered}"
+        found[name] = {"value": float(value), "stderr": stderr if known else None}
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"

@@ -1,0 +1,320 @@
+"""The report as one static page: `assets/report.html.j2` with its style, its script and the document as JSON inside.
+
+Models wrote most of what the page shows, so nothing of it may act. The document reaches the script as data in which
+no letter can end the element; the script sets text and never markup; a content-security policy allows one script and
+one style by their digests and nothing else, no network whatever.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from pipeline.console import escape_control
+from pipeline.report import charts
+
+ASSETS = Path(__file__).parent / "assets"
+#: Parts of the one script, which share a scope.
+SCRIPTS = ("tools.js", "data.js", "state.js", "list.js", "reader.js", "details.js", "actions.js")
+
+#: Reverse KL in thousandths of a nat from which a token counts as marked in the summary; see LEVELS in data.js.
+MARKED = 100
+_UNTOLD = 65535
+
+#: Titles and units of the curves, in the order of the page.
+_CURVES = {
+    "reverse_kl": ("Reverse KL on the cache", "nats a token"),
+    "heldout_accuracy": ("Held-out accuracy", "share right"),
+    "heldout_format": ("Held-out format", "share legal"),
+    "heldout_reverse_kl": ("Held-out reverse KL", "nats a token"),
+    "ess": ("Effective sample size", "share of tokens"),
+    "ratio_max": ("Largest importance ratio", "ratio"),
+    "response_tokens": ("Response length", "tokens"),
+    "entropy": ("Entropy of the student", "nats"),
+    "loss": ("Loss", "loss"),
+    "grad_norm": ("Gradient norm", "norm"),
+    "lr": ("Learning rate", "rate"),
+    "tokens_per_second": ("Speed", "tokens/s"),
+}
+_COSTS = {"seconds": ",.1f", "tokens": ",", "flops": ".2e"}  # of a stage in the ledger, and how they are written
+_MEASURES = {
+    "greedy": "accuracy, greedy",
+    "sampled": "accuracy, sampled",
+    "format": "legal format",
+    "reverse_kl": "reverse KL, nats a token",
+    "response_tokens": "tokens a response",
+    "truncated": "cut at the limit",
+}
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The page of a report's document (see `pipeline.report.collect`), ready to be written as UTF-8."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    sets, runs = document["sets"], document["runs"]
+    style, script = _asset("report.css") + charts.STYLE, "\n".join(map(_asset, SCRIPTS))
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        policy=Markup(_policy(style, script)),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(_data(document)),
+        title=document["title"],
+        created_by=document["created_by"],
+        about=list(_about(sets, runs)),
+        figures=list(_figures(sets, runs)),
+        notes=[*document["notes"], *(f"{s['name']}: {s['left_out']}" for s in sets if s["left_out"])],
+        has_rows=any(s["rows"] for s in sets),
+        tokens=list(_corrected(sets)),
+        positions=[Markup(chart) for chart in _positions(sets)],
+        runs=[_run(run) for run in runs],
+        compared=list(_compared(runs)),
+        curves=[Markup(chart) for chart in _curves(runs)],
+        origin=list(_origin(document)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ safety
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Our script and our style, known by their digests; no other source of anything, and no sink for markup."""
+    script_digest, style_digest = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)
+    )
+    return (
+        f"default-src 'none'; script-src 'sha256-{script_digest}'; style-src 'sha256-{style_digest}'; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _data(document: Mapping[str, Any]) -> str:
+    """JSON in ASCII without a letter that means something to an HTML parser; lone surrogates are escapes in it."""
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _visible(value: Any) -> Any:
+    """What the template prints: plain text with its control characters as escapes."""
+    from markupsafe import Markup
+
+    return escape_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _spaces(text: str | None) -> str | None:
+    """A token's text with its spaces to be seen."""
+    return None if text is None else text.replace(" ", "␣") or "(nothing)"
+
+
+# ----------------------------------------------------------------------------------------------------------- summary
+
+
+def _about(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Sentences that say what one looks at."""
+    for shown in (s for s in sets if s["kind"] == "cache"):
+        teachers = " and ".join(reader["label"] for reader in shown["readers"])
+        student = shown["student"]["label"] if shown["student"] else "a student"
+        marked = f", marked by what {teachers} thinks of every token" if teachers else ", not yet scored by a teacher"
+        yield f"{shown['n_total']:,} rollouts of {student}{marked} ({shown['name']})."
+    for run in runs:
+        yield f"{run['name']}: {run['sentence'] or 'has not ended'}."
+
+
+def _figures(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """The few numbers that stand at the top."""
+    shown = next((s for s in sets if s["kind"] == "cache"), None)
+    if shown is not None:
+        several = len(shown["readers"]) > 1
+        part = "" if shown["n_shown"] == shown["n_total"] else ", of those shown"
+        for reader in shown["readers"]:
+            total = shown["totals"].get(reader["name"])
+            to = f" to {reader['name']}" if several else ""
+            if total:
+                yield _figure(f"mean reverse KL{to}", f"{total['kl']:.4f}", "nats a token")
+            if (share := _marked(shown, reader)) is not None:
+                yield _figure(f"tokens marked{to}", f"{share:.1%}", f"at {MARKED / 1000:g} nats or more{part}")
+        if (answers := shown["answers"]) and answers["known"]:
+            share = answers["right"] / answers["known"]
+            yield _figure("rollouts right", f"{share:.1%}", f"of {answers['known']:,}")
+    for run in runs:
+        told = run["eval"] or {}
+        before, after = (told.get(phase) or {} for phase in ("before", "after"))
+        name = f" of {run['name']}" if len(runs) > 1 else ""
+        measure = "greedy" if "greedy" in after else "sampled"
+        if measure in before and measure in after:
+            gain = 100 * (after[measure]["value"] - before[measure]["value"])
+            change = f"{before[measure]['value']:.1%} → {after[measure]['value']:.1%}"
+            yield _figure(f"held-out accuracy{name}", change, f"{gain:+.1f} points")
+        if "reverse_kl" in before and "reverse_kl" in after:
+            change = f"{before['reverse_kl']['value']:.4f} → {after['reverse_kl']['value']:.4f}"
+            yield _figure(f"held-out reverse KL{name}", change, "nats a token, on fresh rollouts")
+
+
+def _figure(name: str, value: str, note: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _marked(shown: Mapping[str, Any], reader: Mapping[str, Any]) -> float | None:
+    """Share of the shown tokens that count that are marked."""
+    kl = np.frombuffer(base64.b64decode(reader["kl"]), "<u2")
+    counts = (np.frombuffer(base64.b64decode(shown["trained"]), np.uint8) == 1) & (kl != _UNTOLD)
+    return float((kl[counts] >= MARKED).mean()) if counts.any() else None
+
+
+# ---------------------------------------------------------------------------------------------- tokens and positions
+
+
+def _corrected(sets: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for at, shown in enumerate(sets):
+        for teacher, tokens in shown["most_corrected"].items():
+            if tokens:
+                title = f"{shown['name']}, by {teacher}"
+                yield {"title": title, "rows": [_corrected_row(at, teacher, token) for token in tokens]}
+
+
+def _corrected_row(at: int, teacher: str, token: Mapping[str, Any]) -> dict[str, Any]:
+    place = {"set": at, "teacher": teacher, "rollout": token["example"], "seek": token["id"]}
+    return {
+        "token": _spaces(token["token"]),
+        "prefers": _spaces(token["prefers"]),
+        "count": f"{token['count']:,}",
+        "mean": f"{token['kl_mean']:.3f}",
+        "share": f"{token['share']:.1%}",
+        "width": f"{100 * token['share']:.1f}",
+        "href": None if token["example"] is None else f"#{urlencode(place)}",
+    }
+
+
+def _positions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Mean KL by position: a chart for each set of a cache, and one for each run's held-out sets together."""
+    together: dict[str, list[Mapping[str, Any]]] = {}
+    for shown in sets:
+        together.setdefault(shown["pair"] or shown["name"], []).append(shown)
+    for title, group in together.items():
+        bins = [
+            (f"{shown['phase']}, {teacher}" if shown["phase"] else teacher, found)
+            for shown in group
+            for teacher, found in shown["by_position"].items()
+        ]
+        starts: Sequence[int] = max((found["start"] for _, found in bins), key=len, default=[])
+        series = {label: found["kl"] for label, found in bins}
+        yield charts.bar_chart(
+            f"Reverse KL by position: {title}", _ranges(starts), series, x_label="token", y_label="nats"
+        )
+
+
+def _ranges(starts: Sequence[int]) -> list[str]:
+    """Names of bins that begin at `starts`; the last is open."""
+    ends = [following - 1 for following in starts[1:]]
+    closed = [str(start) if start == end else f"{start} to {end}" for start, end in zip(starts, ends, strict=False)]
+    return [*closed, f"{starts[-1]}+"] if starts else []
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def _curves(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for name, (title, unit) in _CURVES.items():
+        series = {run["name"]: run["curves"].get(name, []) for run in runs}
+        yield charts.line_chart(title, series, x_label="step", y_label=unit)
+
+
+def _compared(runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the runs are and in what they differ, a row for each with a cell for each run."""
+    titles = dict.fromkeys(name for run in runs for name, _ in run["card"])
+    differs = [key for key in (runs[0]["differs"] if runs else ()) if key != "cache"]
+    yield _cells("ended", [run["sentence"] or "not yet" for run in runs])
+    for title in titles:
+        yield _cells(title, [dict(run["card"]).get(title, "") for run in runs])
+    for key in differs:
+        yield _cells(key, [_setting(run["recipe"].get(key)) for run in runs])
+
+
+def _cells(name: str, cells: list[str]) -> dict[str, Any]:
+    return {"name": name, "cells": cells}
+
+
+def _setting(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run with the tables of its evaluation and its ledger."""
+    told = run["eval"] or {}
+    prompts = told.get("prompts") or {}
+    stages = [(name, stage) for name, stage in (run["ledger"] or {}).items() if isinstance(stage, dict)]
+    return {
+        "name": run["name"],
+        "asked": f"{prompts['count']:,} prompts of {prompts['path']}" if prompts else None,
+        "measures": list(_measures(told)),
+        "stages": [[name, *(_count(stage.get(key), form) for key, form in _COSTS.items())] for name, stage in stages],
+    }
+
+
+def _measures(told: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    before, after = (dict(told.get(phase) or {}) for phase in ("before", "after"))
+    for figures in (before, after):
+        figures |= {f"pass@{k}": estimate for k, estimate in figures.pop("pass_at", {}).items() if k != "1"}
+    for name in dict.fromkeys([*before, *after]):
+        yield _MEASURES.get(name, name), _estimate(name, before.get(name)), _estimate(name, after.get(name))
+
+
+def _estimate(name: str, told: Any) -> str:
+    nats = name in ("reverse_kl", "response_tokens")
+    if isinstance(told, dict) and "value" in told:
+        value, low, high = (told[key] for key in ("value", "low", "high"))
+        return f"{value:.4f} ({low:.4f} to {high:.4f})" if nats else f"{value:.1%} ({low:.1%} to {high:.1%})"
+    if isinstance(told, int | float):
+        return f"{told:,.1f}" if nats else f"{told:.1%}"
+    return ""
+
+
+def _count(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+# -------------------------------------------------------------------------------------------------------- provenance
+
+
+def _origin(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tables of facts: the sets', the cache's, and whole recipes of the runs."""
+    for shown in document["sets"]:
+        if shown["facts"]:
+            yield {"title": shown["name"], "rows": shown["facts"]}
+    if document["cache"]:
+        yield {"title": "cache", "rows": list(_flat(document["cache"]))}
+    for run in document["runs"]:
+        if run["recipe"]:
+            yield {"title": f"recipe of {run['name']}", "rows": [(k, _setting(v)) for k, v in run["recipe"].items()]}
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested records as pairs of a dotted name and a text."""
+    items: Sequence[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    elif value is not None:
+        yield name, _setting(value)
+    for key, item in items:
+        yield from _flat(item, f"{name}.{key}" if name else str(key))

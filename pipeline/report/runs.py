@@ -1,0 +1,309 @@
+"""Runs as plain records for the report, and a table that compares them.
+
+A record is made of the files that `redpen train` and `redpen eval` leave in a run. It serves while a run still
+trains, and after something has happened to it: a file that cannot be read is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.console import escape_control, results, warn
+from pipeline.errors import RedpenError
+from pipeline.report.charts import thin
+
+#: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
+CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "reverse_kl": lambda line: line["reverse_kl"],
+    "heldout_accuracy": lambda line: line["heldout_accuracy"],
+    "heldout_format": lambda line: line["heldout_format"],
+    "heldout_reverse_kl": lambda line: line["heldout_reverse_kl"],
+    "ess": lambda line: line["ess"],
+    "ratio_max": lambda line: line["ratio_max"],
+    "response_tokens": lambda line: line["tokens"] / line["rows"],
+    "entropy": lambda line: line["entropy"],
+    "loss": lambda line: line["loss"],
+    "grad_norm": lambda line: line["grad_norm"],
+    "lr": lambda line: line["lr"],
+    "tokens_per_second": lambda line: line["time"]["tokens_per_second"],
+}
+
+_FILES = ("run.json", "recipe.toml", "metrics.jsonl")
+_MEASURES = {
+    "greedy": "greedy accuracy",
+    "sampled": "sampled accuracy",
+    "format": "legal format",
+    "reverse_kl": "fresh reverse KL",
+}
+_NAME_WIDTH, _RUN_WIDTH, _GAP = 24, 23, 2  # three runs in 100 columns
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a run's files tell, as JSON-able data.
+
+    name, sentence and exit_code (None while it has not ended), recipe by dotted setting, curves by name as
+    [[step, value], ...] of 400 points at most, figures (see `_figures`), ledger and eval as they are on disk, card
+    (pairs of text), differs (see `differing`; empty for a run alone).
+
+    Raises `RedpenError` where `path` is no run.
+    """
+    directory = Path(path)
+    if not any((directory / name).is_file() for name in _FILES):
+        raise RedpenError(
+            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(_FILES)}"
+        )
+    told = _json(directory / "run.json") or {}
+    result, cache = (told.get(key) or {} for key in ("result", "cache"))
+    recipe = _recipe(directory / "recipe.toml")
+    lines = list(_metrics(directory / "metrics.jsonl"))
+    ledger = _json(directory / "ledger.json")
+    return {
+        "name": os.fspath(path).rstrip("/"),
+        "sentence": result.get("sentence"),
+        "exit_code": result.get("exit_code"),
+        "recipe": recipe,
+        "cache": cache,
+        "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
+        "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
+        "ledger": ledger,
+        "eval": _json(directory / "eval.json"),
+        "card": _card(recipe, cache),
+        "differs": [],
+    }
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+    """Several runs, each with the settings in which they differ."""
+    runs = [read_run(path) for path in paths]
+    for run in runs:
+        run["differs"] = differing(runs)
+    return runs
+
+
+def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings that are not the same in all runs, and `cache` where that is not; trackers aside."""
+    keys = dict.fromkeys(key for run in runs for key in run["recipe"] if not key.startswith("track."))
+    found = [key for key in keys if any(run["recipe"].get(key) != runs[0]["recipe"].get(key) for run in runs)]
+    caches = [{key: value for key, value in run["cache"].items() if key != "url"} for run in runs]
+    return ["cache", *found] if any(cache != caches[0] for cache in caches) else found
+
+
+def compare(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table on stdout: a column for each run, as many beside one another as there is room for."""
+    out = results()
+    for run in runs:
+        out.print(Text(escape_control(f"{run['name']}: {_ended(run)}")), soft_wrap=True)
+    rows = [row for row in _rows(runs) if any(row[1])]
+    width = out.width if out.is_terminal else 100
+    fit = max(1, (width - _NAME_WIDTH) // (_GAP + _RUN_WIDTH))
+    beside = math.ceil(len(runs) / math.ceil(len(runs) / fit))  # as even as can be
+    for first in range(0, len(runs), beside):
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+        table.add_column("", width=_NAME_WIDTH, overflow="fold")
+        for run in runs[first : first + beside]:
+            table.add_column(_cell(run["name"]), justify="right", width=_RUN_WIDTH, overflow="fold")
+        for title, cells in rows:
+            table.add_row(_cell(title), *(_cell(cell or "-") for cell in cells[first : first + beside]))
+        out.print()
+        out.print(table)
+    if any(run["eval"] for run in runs):
+        out.print("(95 % intervals; fresh: on rollouts of the student that is measured)")
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("expected an object")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); it is left out")
+        return None
+    return value
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Every setting by its dotted name; those of several teachers by `teacher.NAME.key`."""
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); settings are left out")
+        return {}
+    found: dict[str, Any] = {}
+    for section, tables in sections.items():
+        for table in tables if isinstance(tables, list) else [tables]:
+            name = f"{section}.{table.get('name')}" if isinstance(tables, list) else section
+            found |= {f"{name}.{key}": value for key, value in table.items()}
+    return found
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; the last may be one that is being written."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read ({error}); the run has no curves")
+        return
+    damaged = 0
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            line["step"] = int(line["step"])
+            yield line
+        except (ValueError, KeyError, TypeError):
+            damaged += number < len(lines)
+    if damaged:
+        warn(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")
+
+
+# ----------------------------------------------------------------------------------------------------------- records
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    found = {name: [(line["step"], _value(of, line)) for line in lines] for name, of in CURVES.items()}
+    kept = {name: [(step, value) for step, value in points if value is not None] for name, points in found.items()}
+    return {name: points for name, points in kept.items() if points}
+
+
+def _value(of: Callable[[Mapping[str, Any]], Any], line: Mapping[str, Any]) -> float | None:
+    try:
+        value = float(of(line))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | None, window: int) -> dict[str, Any]:
+    """Steps done; reverse KL and ESS as means of the last `window` steps, as the verdict on a run has them; best
+    reverse KL and held-out values as [step, value]; seconds, tokens/s and FLOPs of training; FLOPs of all stages."""
+    curves = _curves(lines)
+    found: dict[str, Any] = {"steps": lines[-1]["step"]} if lines else {}
+    for name in ("reverse_kl", "ess"):
+        if last := [value for _, value in curves.get(name, ())][-window:]:
+            found[name] = sum(last) / len(last)
+    for name, sign in (
+        ("reverse_kl", 1),
+        ("heldout_accuracy", -1),
+        ("heldout_format", -1),
+        ("heldout_reverse_kl", 1),
+    ):
+        if points := curves.get(name):
+            step, value = min(points, key=lambda point: sign * point[1])
+            found[f"best_{name}"] = [step, value]
+    seconds = [_value(lambda line: line["time"]["seconds"], line) or 0.0 for line in lines]
+    tokens = [_value(lambda line: line["tokens_read"], line) or 0.0 for line in lines]
+    if sum(seconds):
+        found |= {"seconds": sum(seconds), "tokens_per_second": sum(tokens) / sum(seconds)}
+    stages = [stage for stage in (ledger or {}).values() if isinstance(stage, dict)]
+    flops = [stage.get("flops") for stage in stages]
+    found["train_flops"] = ((ledger or {}).get("train") or {}).get("flops")
+    found["flops"] = sum(flops) if flops and None not in flops else None
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]]:
+    """What a run is, in a few pairs of text."""
+    teachers = [f"{value}" for key, value in recipe.items() if key.startswith("teacher.") and key.endswith(".model")]
+    weights = f"LoRA of rank {recipe.get('train.lora_rank')}" if recipe.get("train.method") == "lora" else "all"
+    told = {
+        "student": recipe.get("student.model"),
+        "teacher": ", ".join(teachers),
+        "cache": f"{cache['url']}, round {cache.get('round')}" if "url" in cache else None,
+        "loss": recipe.get("train.loss"),
+        "trained weights": weights if "train.method" in recipe else None,
+        "learning rate": recipe.get("train.learning_rate"),
+        "prompts a step": recipe.get("train.prompts_per_step"),
+    }
+    return [[name, str(value)] for name, value in told.items() if value]
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+def _rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Title and a text for each run; empty where a run has nothing to tell."""
+
+    def figure(title: str, name: str, shown: Callable[[Any], str]) -> tuple[str, list[str]]:
+        values = [run["figures"].get(name) for run in runs]
+        return title, ["" if value is None else shown(value) for value in values]
+
+    yield figure("steps", "steps", str)
+    yield figure("reverse KL at the end", "reverse_kl", "{:.5f}".format)
+    yield figure("  lowest", "best_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
+    yield figure("ESS at the end", "ess", "{:.3f}".format)
+    yield figure("held-out accuracy, best", "best_heldout_accuracy", lambda best: f"{best[1]:.1%} at {best[0]}")
+    yield figure("held-out format, best", "best_heldout_format", lambda best: f"{best[1]:.1%} at {best[0]}")
+    yield figure("held-out rev. KL, best", "best_heldout_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
+    for measure in dict.fromkeys(key for run in runs for key in _estimates(run, "after")):
+        for phase in ("before", "after"):
+            found = [_estimates(run, phase).get(measure) for run in runs]
+            shown = ["" if estimate is None else _interval(measure, estimate) for estimate in found]
+            yield (f"{_MEASURES.get(measure, measure)}, before" if phase == "before" else "  after"), shown
+    asked = [(run["eval"] or {}).get("prompts") for run in runs]
+    yield "  on prompts", [f"{told['count']:,} of {told['path']}" if told else "" for told in asked]
+    yield figure("seconds of training", "seconds", "{:,.0f}".format)
+    yield figure("tokens/s", "tokens_per_second", "{:,.0f}".format)
+    yield figure("FLOPs of training", "train_flops", "{:.2e}".format)
+    yield figure("FLOPs of all stages", "flops", "{:.2e}".format)
+    for key in differing(runs):
+        if key == "cache":
+            told = [
+                f"{r['cache'].get('url', '')} round {r['cache'].get('round')}" if r["cache"] else "" for r in runs
+            ]
+            yield key, told
+        else:
+            yield key, [_setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
+
+
+def _estimates(run: Mapping[str, Any], phase: str) -> dict[str, Any]:
+    """Values with intervals that eval.json holds for the student `before` or `after` training, and the scores of
+    lm-evaluation-harness's tasks with their standard errors."""
+    measured = (run["eval"] or {}).get(phase) or {}
+    found = {key: measured[key] for key in _MEASURES if key in measured}
+    found |= {f"pass@{k}": value for k, value in measured.get("pass_at", {}).items() if k != "1"}
+    tasks = measured.get("tasks", {})
+    return found | {f"{task}: {name}": score for task, scores in tasks.items() for name, score in scores.items()}
+
+
+def _interval(measure: str, estimate: Mapping[str, Any]) -> str:
+    if "stderr" in estimate:
+        error = "" if estimate["stderr"] is None else f" \u00b1 {estimate['stderr']:.4f}"
+        return f"{estimate['value']:.4f}{error}"
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    if measure == "reverse_kl":
+        return f"{value:.4f} ({low:.3f} to {high:.3f})"
+    return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _ended(run: Mapping[str, Any]) -> str:
+    if run["sentence"] is None:
+        return (
+            f"has not ended, {run['figures'].get('steps', 0)} of {run['recipe'].get('train.steps', '?')} steps done"
+        )
+    return str(run["sentence"]) + (f" (exit code {run['exit_code']})" if run["exit_code"] else "")
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _cell(text: str) -> Text:
+    return Text(escape_control(text))

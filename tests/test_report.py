@@ -1,0 +1,473 @@
+"""The data of a report against the cache itself, what is chosen of a large round, and pages of unfinished things."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cache_factory as factory
+import numpy as np
+import pytest
+from conftest import make_cache, small_recipe
+from safetensors.numpy import save_file
+
+import cache_schema as cs
+from pipeline import cli, metrics
+from pipeline.answers import Checker
+from pipeline.errors import ConfigError, RedpenError
+from pipeline.provenance import cache_identity
+from pipeline.report import choose, collect, encode, judge, pieces, scan, stage
+from pipeline.report.shown import Request
+from pipeline.text import load_decoder
+from pipeline.text import pieces as text_pieces
+from pipeline.toy.world import Problem, add_without_carry
+
+NOT_TOLD = 65535
+
+
+class Letters:
+    """Every token a letter."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(97 + token % 26) for token in token_ids)
+
+
+def unpacked(text: str, dtype: str = "<u2") -> Any:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def in_nats(text: str) -> Any:
+    values = unpacked(text).astype(float)
+    return np.where(values == NOT_TOLD, np.nan, values / 1000)
+
+
+def collected(cache: cs.Cache, rollouts: int = 2000, page_bytes: int = 10**7, **more: Any) -> dict[str, Any]:
+    found = collect.collect(cache.round(), Request("round", "cache", rollouts, page_bytes, **more), Letters())
+    assert found is not None and json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def tokens_of(found: dict[str, Any]) -> dict[int, slice]:
+    """Where a rollout's tokens are, by its number."""
+    return {row["number"]: slice(row["start"], row["start"] + row["length"]) for row in found["rows"]}
+
+
+def every_token(cache: cs.Cache, teacher: str = "teacher") -> list[dict[str, Any]]:
+    """The round token by token in float64, without any code of the report."""
+    round_, found = cache.round(), []
+    for block in np.flatnonzero(round_.scores(teacher).committed()).tolist():
+        rollouts = round_.rollouts.read(block)
+        student, other = (round_.scores(name).read(block) for name in ("student", teacher))
+        kl = metrics.scores_reverse_kl(student, other)
+        for row in range(rollouts.n_rows):
+            prompt = int(rollouts.prompt_index[rollouts.row_prompt[row]])
+            number = prompt * round_.manifest.rollouts_per_prompt + int(rollouts.sample_index[row])
+            span = rollouts.response_slice(row)
+            for position, t in enumerate(range(span.start, span.stop)):
+                told = dict(zip(student.candidate_ids[t].tolist(), other.candidate_logprobs[t].tolist(), strict=True))
+                if other.topk_ids is not None:
+                    told |= zip(other.topk_ids[t].tolist(), other.topk_logprobs[t].tolist(), strict=True)
+                own = zip(student.candidate_ids[t].tolist(), student.candidate_logprobs[t].tolist(), strict=True)
+                found.append(
+                    {
+                        "number": number,
+                        "position": position,
+                        "token": int(rollouts.token_ids[t]),
+                        "trained": bool(rollouts.trained[t]),
+                        "kl": float(kl[t]),
+                        "student": float(student.logprobs[t]),
+                        "teacher": float(other.logprobs[t]),
+                        "own": dict(own),
+                        "told": told,
+                    }
+                )
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> cs.Cache:
+    return factory.filled(tmp_path / "c.zarr", n_prompts=10, topk=3)
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def test_every_number_is_the_caches(cache: cs.Cache) -> None:
+    found, known = collected(cache), every_token(cache)
+    assert found["n_total"] == found["n_shown"] == len(found["rows"]) == 30 and found["left_out"] is None
+    where, (reader,) = tokens_of(found), found["readers"]
+    at = [where[token["number"]].start + token["position"] for token in known]
+    for text, key, sign in (
+        (found["student"]["logprob"], "student", -1),
+        (reader["logprob"], "teacher", -1),
+        (reader["kl"], "kl", 1),
+    ):
+        expected = [max(0.0, sign * token[key]) for token in known]
+        np.testing.assert_allclose(in_nats(text)[at], expected, atol=0.0005001)
+    pieces, tokens = found["pieces"], unpacked(found["tokens"], "<u4")
+    assert [pieces[tokens[i]] for i in at] == [[t["token"], chr(97 + t["token"] % 26)] for t in known]
+    for row in found["rows"]:
+        kl = [token["kl"] for token in known if token["number"] == row["number"]]
+        assert row["kl"]["teacher"] == pytest.approx(np.mean(kl), rel=1e-12)
+        assert row["worst"]["teacher"] == pytest.approx(max(kl), rel=1e-12)
+        assert (row["answer"], row["source"]) == (str(row["prompt_index"]), "test")
+    assert found["totals"]["teacher"]["kl"] == pytest.approx(np.mean([token["kl"] for token in known]), rel=1e-12)
+    worst = [row["worst"]["teacher"] for row in found["rows"]]
+    assert worst == sorted(worst, reverse=True)
+
+
+def test_mean_by_position_and_most_corrected_tokens(cache: cs.Cache) -> None:
+    found, known = collected(cache), every_token(cache)
+    bins = found["by_position"]["teacher"]
+    assert bins["start"] == [0, 1, 2, 3, 4, 5, 6, 7, 8] and sum(bins["tokens"]) == len(known)
+    for start, mean, count in zip(bins["start"], bins["kl"], bins["tokens"], strict=True):
+        here = [token["kl"] for token in known if token["position"] == start]
+        assert count == len(here) and mean == pytest.approx(np.mean(here), rel=1e-12)
+    table = found["most_corrected"]["teacher"]
+    assert [row["kl_sum"] for row in table] == sorted((row["kl_sum"] for row in table), reverse=True)
+    for row in table:
+        here = [token for token in known if token["token"] == row["id"]]
+        assert row["count"] == len(here) and row["kl_sum"] == pytest.approx(sum(t["kl"] for t in here), rel=1e-12)
+        assert row["share"] == pytest.approx(row["kl_sum"] / sum(t["kl"] for t in known))
+        assert row["example"] == max(here, key=lambda t: t["kl"])["number"]
+        by_preference: dict[int, float] = {}
+        for token in here:
+            best = max(token["told"], key=token["told"].get)
+            by_preference[best] = by_preference.get(best, 0.0) + token["kl"]
+        best = max(by_preference, key=lambda wanted: by_preference[wanted])
+        assert row["prefers"] == Letters().decode([best])
+
+
+def test_bins_widen_with_the_position() -> None:
+    assert scan.bin_starts(33).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+
+
+def test_candidates_are_what_the_models_told(cache: cs.Cache) -> None:
+    found, where = collected(cache), {}
+    candidates, starts = found["candidates"], tokens_of(found)
+    arrays = {name: unpacked(candidates[name], "<u4") for name in ("at", "start", "piece")}
+    student, (teacher,) = in_nats(candidates["student"]), map(in_nats, candidates["readers"])
+    for i, at in enumerate(arrays["at"].tolist()):
+        where[at] = slice(arrays["start"][i], arrays["start"][i + 1])
+    assert len(where) == len(unpacked(found["tokens"], "<u4")), "there is room for all"
+    for token in every_token(cache):
+        span = where[starts[token["number"]].start + token["position"]]
+        ids = [token["token"], *(i for i in {**token["own"], **token["told"]} if i != token["token"])]
+        likely = [
+            i for i in ids if i == ids[0] or max(token["own"].get(i, -99), token["told"].get(i, -99)) >= np.log(0.001)
+        ]
+        shown = [found["labels"][piece] for piece in arrays["piece"][span]]
+        assert sorted(shown) == sorted(Letters().decode([i]) for i in likely)
+        assert shown[0] == Letters().decode([token["token"]])
+        for told, by in ((student[span], token["own"]), (teacher[span], token["told"])):
+            np.testing.assert_allclose(np.sort(told), np.sort([-by.get(i, np.nan) for i in likely]), atol=0.0005001)
+
+
+def test_candidates_of_the_worst_tokens_where_room_is_short(cache: cs.Cache) -> None:
+    everything = collected(cache)
+    found = collected(cache, page_bytes=10_000)
+    assert found["n_shown"] == 30 and "Candidates are there for the" in found["left_out"]
+    at, kl = unpacked(found["candidates"]["at"], "<u4"), in_nats(found["readers"][0]["kl"])
+    assert 0 < len(at) < len(kl) and kl[at].min() >= np.delete(kl, at).max() - 0.001
+    of_set = ("readers", "student", "candidates", "tokens", "trained")
+    assert sum(len(json.dumps(found[key])) for key in of_set) < 10_000
+    assert found["readers"] == everything["readers"]
+
+
+def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c.zarr", n_prompts=8)
+    round_, rng = cache.round(), np.random.default_rng(0)
+    told: list[float] = []
+    partial = round_.start_scores(
+        "other", factory.scores_manifest("teacher", candidates=0, entropy=False, partial=True)
+    )
+    for block in range(2):
+        rollouts = round_.rollouts.read(block)
+        trained = rng.integers(0, 2, rollouts.n_tokens).astype(np.uint8)
+        round_.rollouts.write(block, cs.RolloutBlock(**{**vars(rollouts), "trained": trained}))
+        student = round_.scores("student").manifest
+        scored = factory.score_block(student, rollouts, rng)
+        round_.scores("student").write(block, scored)
+        logprobs = np.where(rng.random(rollouts.n_tokens) < 0.5, np.nan, -1.0).astype(np.float32)
+        partial.write(block, cs.ScoreBlock(logprobs))
+        kl = metrics.scores_reverse_kl(scored, cs.ScoreBlock(logprobs))
+        told += kl[(trained == 1) & ~np.isnan(logprobs)].tolist()
+    found = collected(cache)
+    other, teacher = found["readers"]
+    assert found["totals"] == {"other": {"kl": pytest.approx(np.mean(told)), "tokens": len(told)}}
+    assert other["entropy"] is None and 0 < np.isnan(in_nats(other["kl"])).sum() < len(in_nats(other["kl"]))
+    assert np.isnan(in_nats(teacher["kl"])).all(), "the teacher's candidates are no longer the student's"
+    assert "teacher has not scored 2 of 2 blocks" in found["left_out"].lower()
+    assert any(row["worst"]["teacher"] is None for row in found["rows"])
+
+
+def test_the_most_that_a_page_can_hold() -> None:
+    values = encode.nats([0.0, -1e-7, 1.2344, 65.6, np.inf, np.nan])
+    assert values.tolist() == [0, 0, 1234, 65534, 65534, NOT_TOLD]
+
+
+# ------------------------------------------------------------------------------------------------------------- choice
+
+
+def made_up_scan(n: int, length: int = 10) -> scan.Scan:
+    """Rollouts with rising KL; every third is wrong; sources of very different size."""
+    number = np.arange(n)
+    kl = number / n
+    right = np.where(number % 3 == 0, scan.WRONG, scan.RIGHT).astype(np.int8)
+    source = np.where(number % 50 == 0, 1, 0)
+    return scan.Scan(
+        blocks=None,  # type: ignore[arg-type]
+        total=n,
+        number=number,
+        length=np.full(n, length),
+        worst={"teacher": kl},
+        mean={"teacher": kl},
+        right=right,
+        source=source,
+        sources=["big", "small"],
+        sums={},
+    )
+
+
+def test_choice_is_no_rogues_gallery() -> None:
+    found, none = made_up_scan(1000), np.array([], np.int64)
+    chosen = choose.choose(found, 100, 10**9, none)
+    assert len(chosen.rows) == len(set(chosen.rows.tolist())) == 100
+    assert set(range(950, 1000)) <= set(chosen.rows.tolist())
+    rest = chosen.rows[chosen.rows < 950]
+    wrong = found.right[rest] == scan.WRONG
+    assert 25 <= wrong.sum() <= 40 and (~wrong).sum() >= 10
+    assert 10 <= (found.source[rest] == 1).sum() <= 20, "a source of 20 among 1,000 is seen"
+    assert all(((rest >= low) & (rest < low + 190)).sum() >= 5 for low in range(0, 950, 190)), "spread over the round"
+    assert chosen.left_out == (
+        "100 of 1,000 rollouts are shown: 50 with the highest reverse KL at a token, 25 more wrong answers, "
+        "25 others spread evenly over the round and its 2 sources"
+    )
+
+
+def test_choice_keeps_to_the_tokens_and_takes_examples() -> None:
+    found = made_up_scan(1000)
+    chosen = choose.choose(found, 500, 1000, np.array([3, 5]))
+    assert 90 <= len(chosen.rows) <= 100 and {3, 5} <= set(chosen.rows.tolist())
+    assert choose.choose(found, 5000, 10**9, np.array([3])).left_out is None
+
+
+def test_a_large_round_is_looked_at_in_evenly_spaced_blocks(cache: cs.Cache) -> None:
+    found = scan.scan(cache.round(), None, "test", at_most_tokens=1)
+    assert len(found.blocks.chosen) == 1 and len(found.number) == 12
+
+
+# -------------------------------------------------------------------------------------------------- unfinished things
+
+
+def test_pages_of_unfinished_caches(tmp_path: Path, cache: cs.Cache) -> None:
+    cache.round().scores("teacher").uncommit(1)
+    cache.round().rollouts.uncommit(2)
+    found = collected(cache)
+    assert found["n_total"] == 24 and "Teacher has not scored 1 of 2 blocks" in found["left_out"]
+    assert sum(row["worst"]["teacher"] is None for row in found["rows"]) == 12
+    assert found["totals"]["teacher"]["tokens"] == len(every_token(cache))
+
+    empty = cs.create(tmp_path / "empty.zarr")
+    assert stage.assemble([empty.url])["notes"] == [f"cache {empty.url} holds no rollouts yet"]
+    records = factory.prompts(3)
+    round_ = empty.start_round(factory.round_manifest(records), records)
+    document = stage.assemble([empty.url])
+    assert document["sets"] == [] and "no rollouts have been sampled" in document["notes"][0]
+    round_.rollouts.write(0, factory.rollout_block(round_.manifest, 0, np.random.default_rng(0)))
+    (unscored,) = stage.assemble([empty.url])["sets"]
+    assert unscored["readers"] == [] and unscored["n_shown"] == 9
+    assert "The student has not scored its rollouts, so no token is marked" in unscored["left_out"]
+    assert np.isnan(in_nats(unscored["student"]["logprob"])).all()
+    assert [text[0] for _, text in unscored["pieces"]] == ["<"] * len(unscored["pieces"]), "ids without a tokenizer"
+
+
+def test_a_teacher_that_read_before_the_student(tmp_path: Path) -> None:
+    cache, records = cs.create(tmp_path / "c.zarr"), factory.prompts(3)
+    round_ = cache.start_round(factory.round_manifest(records), records)
+    rollouts = factory.rollout_block(round_.manifest, 0, np.random.default_rng(0))
+    round_.rollouts.write(0, rollouts)
+    manifest = factory.scores_manifest("teacher", candidates=0, entropy=False, partial=True)
+    round_.start_scores("teacher", manifest).write(0, cs.ScoreBlock(np.full(rollouts.n_tokens, -0.5, np.float32)))
+    found = collected(cache)
+    assert "no token is marked" in found["left_out"] and found["totals"] == {} and found["labels"] == []
+    (reader,) = found["readers"]
+    assert (unpacked(reader["logprob"]) == 500).all() and (unpacked(reader["kl"]) == NOT_TOLD).all()
+    assert unpacked(found["candidates"]["start"], "<u4").tolist() == [0]
+
+
+def test_pieces_of_letters_made_of_several_tokens(toy_cache: Path) -> None:
+    tokenizer = load_decoder(cs.open(toy_cache).round().manifest)
+    found = pieces.Pieces(tokenizer)
+    for text in ("12+3=", "\u00e9\U0001f600=1"):
+        ids = list(text.encode())
+        shown = [found.table()[number] for number in found.add(ids).tolist()]
+        assert shown == [list(pair) for pair in zip(ids, text_pieces(ids, tokenizer), strict=True)]
+    assert [found.table()[number] for number in found.add([255, 51]).tolist()] == [[255, "\ufffd"], [51, "3"]]
+
+
+def test_right_and_wrong_as_the_recipe_says(toy_cache: Path) -> None:
+    round_ = cs.open(toy_cache).round()
+    compare = judge.answer_judge(round_.manifest, Checker.of(small_recipe().eval))
+    found = collect.collect(round_, Request("r", "cache", 20, 10**6, compare), load_decoder(round_.manifest))
+    assert found is not None and found["answers"]["known"] == 96 and len(found["rows"]) == 20
+    tokens = unpacked(found["tokens"], "<u4")
+    for row in found["rows"]:
+        said = "".join(found["pieces"][i][1] for i in tokens[tokens_of(found)[row["number"]]])
+        assert row["right"] == (said.removesuffix("<|endoftext|>").rpartition("=")[2] == row["answer"])
+        assert row["prompt"] == json.loads(json.dumps(round_.prompts[row["prompt_index"]]["prompt"]))
+    assert collected(cs.open(toy_cache))["answers"] is None
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def make_run(path: Path, cache: Path | None) -> Path:
+    path.mkdir()
+    (path / "recipe.toml").write_text(small_recipe().to_toml())
+    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": None}
+    (path / "run.json").write_text(json.dumps(told))
+    return path
+
+
+def write_reread(run: Path, round_: cs.Round, numbers: Sequence[int], **changes: str) -> dict[int, Any]:
+    """A reading of some rollouts by a student that has learned, and its scores by rollout."""
+    rng, rollouts = np.random.default_rng(5), round_.rollouts.read(0)
+    own = round_.scores("student").read(0)
+    scores = factory.score_block(round_.scores("student").manifest, rollouts, rng, own.candidate_ids)
+    spans = [rollouts.response_slice(number) for number in numbers]
+    tokens = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    length = np.array([span.stop - span.start for span in spans])
+    arrays = {name: getattr(scores, name)[tokens] for name in ("logprobs", "entropy", "rest_logprob")}
+    arrays["candidate_logprobs"] = scores.candidate_logprobs[tokens]
+    arrays |= {"numbers": np.array(numbers), "length": length, "start": np.cumsum(length) - length}
+    identity = {key: str(value) for key, value in cache_identity("elsewhere", round_, ["teacher"]).items()}
+    save_file(arrays, run / "reread.safetensors", identity | changes)
+    kl = metrics.scores_reverse_kl(cs.ScoreBlock(**vars(scores)), round_.scores("teacher").read(0))
+    return {number: kl[span] for number, span in zip(numbers, spans, strict=True)}
+
+
+def test_the_same_rollout_after_training(tmp_path: Path, cache: cs.Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a", cache.path)
+    kl_of = write_reread(run, cache.round(), [2, 7])
+    stale = make_run(tmp_path / "b", cache.path)
+    write_reread(stale, cache.round(), [1], **{"student digest": "another"})
+    document = stage.assemble([str(run), str(stale)])
+    (found,) = document["sets"]
+    (after,) = found["after"]
+    assert after["run"] == str(run) and len(document["runs"]) == 2
+    kl, expected = in_nats(after["kl"]["teacher"]), np.full(len(in_nats(after["logprob"])), np.nan)
+    for number, span in tokens_of(found).items():
+        if number in kl_of:
+            expected[span] = kl_of[number]
+    np.testing.assert_allclose(kl, expected, atol=0.0005001)
+    note, unknown = document["notes"]
+    assert "tokenizer student was not on the machine" in unknown
+    assert "reread.safetensors is left out" in note and "student digest" in note and str(stale) in note
+
+
+def test_held_out_sets_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "a", tmp_path / "gone.zarr")
+    kept = factory.filled(run / "eval.zarr", n_prompts=10)
+    records, rng = factory.prompts(10), np.random.default_rng(9)
+    after = kept.start_round(factory.round_manifest(records, seed=1), records, 1)
+    for block in range(3):
+        after.rollouts.write(block, factory.rollout_block(after.manifest, block, rng))
+    document = stage.assemble([str(run)])
+    assert len(document["notes"]) == 2 and "gone.zarr" in document["notes"][0]
+    assert [(s["kind"], s["pair"], s["phase"], s["n_shown"]) for s in document["sets"]] == [
+        ("heldout", str(run), "before", 30),
+        ("heldout", str(run), "after", 30),
+    ]
+    before, after_set = stage.assemble([str(run)], rollouts=8)["sets"]
+    numbers = [{row["number"] for row in found["rows"]} for found in (before, after_set)]
+    assert numbers[0] == numbers[1] and 4 <= len(numbers[0]) <= 8
+    assert "chosen of either student" in before["left_out"]
+
+
+def test_targets(tmp_path: Path, cache: cs.Cache) -> None:
+    other = factory.filled(tmp_path / "d.zarr", n_prompts=2)
+    with pytest.raises(ConfigError, match=r"expected one cache at most, got .*c\.zarr and .*d\.zarr"):
+        stage.assemble([cache.url, other.url])
+    with pytest.raises(RedpenError, match="expected a run of `redpen train` or a cache"):
+        stage.assemble([str(tmp_path / "nothing")])
+    with pytest.raises(cs.CacheError, match="there is no round 4"):
+        stage.assemble([cache.url], round_index=4)
+    run, elsewhere = make_run(tmp_path / "a", cache.path), make_run(tmp_path / "b", other.path)
+    document = stage.assemble([str(run), str(elsewhere)])
+    assert document["cache"]["cache"] == cache.url
+    assert f"{elsewhere} learned from {other.path}, round 0, which is not shown" in document["notes"]
+    document = stage.assemble([str(run), other.url])
+    assert document["cache"]["cache"] == other.url and document["sets"][0]["n_total"] == 6
+    assert document["title"] == f"d.zarr, {run}"
+    (run / "recipe.toml").write_text("[student]\nmodel = 3\n")
+    notes = stage.assemble([str(run), other.url])["notes"]
+    assert any(note.startswith("right and wrong answers are not told apart: ") for note in notes)
+    facts = dict(document["sets"][0]["facts"])
+    assert facts["student"] == f"student, digest {'s' * 16}" and facts["teacher: blocks"] == "1 of 1"
+
+
+def test_command(tmp_path: Path, cache: cs.Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(make_run(tmp_path / name, cache.path)) for name in "ab"]
+    page = tmp_path / "page.html"
+    assert cli.main(["report", *runs, "-o", str(page), "--rollouts", "5"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"{page}: {page.stat().st_size / 1e6:.1f} MB; open it in a browser"
+    assert runs[0] in said and runs[1] in said, "the table"
+    assert page.read_text(encoding="utf-8").lower().startswith("<!doctype html>")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c.zarr", "page.html"]
+    assert cli.main(["report", runs[0], "-o", str(tmp_path / "no" / "page.html")]) == 1
+    assert "there is no directory" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- toy
+
+
+def test_the_most_corrected_position_is_the_dropped_carry(tmp_path: Path) -> None:
+    """A carry is dropped where a digit of the final sum is what it would be without the carry into its column.
+
+    One sum may drop several, each a reason for the red pen; where the sum is too short as well, the place is its
+    first digit that differs. In a right answer a position counts as a dropped carry if it is the top position, lies
+    in the sum, has at least 1 nat, and the teacher wants another token than the one that is there: a student that
+    would have dropped the carry, but was lucky, is marked without being wrong.
+    """
+    cache = make_cache(tmp_path / "toy.zarr", small_recipe("prompts.limit=128", "rollouts.prompts_per_block=64"))
+    (found,) = stage.assemble([str(cache)], recipe="toy")["sets"]
+    kl, tokens = in_nats(found["readers"][0]["kl"]), unpacked(found["tokens"], "<u4")
+    hits: dict[bool, list[bool]] = {True: [], False: []}
+    for row in found["rows"]:
+        span = tokens_of(found)[row["number"]]
+        texts = [found["pieces"][i][1] for i in tokens[span]]
+        top = int(kl[span].argmax())
+        equals = len(texts) - 1 - texts[::-1].index("=")
+        said = "".join(texts[equals + 1 :]).removesuffix("<|endoftext|>")
+        if row["right"]:
+            strong = kl[span][top] >= 1 and 0 <= top - equals - 1 < len(said)
+            hits[True].append(strong and preferred_at(found, span.start + top) != texts[top])
+        else:
+            hits[False].append(top - equals - 1 in dropped_carries(row["prompt"], said, row["answer"]))
+    assert len(hits[False]) > 150 and len(hits[True]) > 150
+    assert np.mean(hits[False]) >= 0.9
+    assert np.mean(hits[True]) < 0.05
+
+
+def preferred_at(found: dict[str, Any], at: int) -> str:
+    """What the teacher prefers at a token, by the page's candidates."""
+    candidates = found["candidates"]
+    place = unpacked(candidates["at"], "<u4").tolist().index(at)
+    first, end = unpacked(candidates["start"], "<u4")[place : place + 2]
+    best = first + int(np.nanargmin(in_nats(candidates["readers"][0])[first:end]))
+    return str(found["labels"][unpacked(candidates["piece"], "<u4")[best]])
+
+
+def dropped_carries(prompt: str, said: str, right: str) -> set[int]:
+    """Places in `said`, the sum that a response gives, at which a carry was dropped."""
+    problem = Problem.parse(prompt)
+    without = str(add_without_carry(problem.addend, problem.left * problem.right)).zfill(len(right))
+    differing = [place for place, (a, b) in enumerate(zip(said, right, strict=False)) if a != b]
+    if len(said) != len(right):
+        return set(differing[:1])
+    return set(differing[:1]) | {place for place in differing if said[place] == without[place]}
