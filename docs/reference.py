@@ -1,0 +1,99 @@
+"""Write docs/cli.md and docs/recipe.md from the command line and the settings themselves.
+
+    make docs        (or: python docs/reference.py)
+
+tests/test_docs.py fails while the pages are older than what they are made from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from pipeline.cli import cli
+from pipeline.config import Recipe
+from pipeline.settings import Described, described
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 110
+
+CLI = """# The command line
+
+Written by `make docs` from the commands themselves. What changes numbers is in the [recipe](recipe.md); options say
+where and how much. Results go to stdout, everything else to stderr.
+
+| exit code | means |
+|---|---|
+| 0 | done |
+| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#what-a-message-means)) |
+| 1 | also what `verify` found damaged, and a pair that `diagnose` says cannot work |
+| 2 | usage: an unknown command or option |
+| 3 | `train`: the cache is stale, sample a new round ([when training ends](stage-two.md#when-training-ends)) |
+| 128 + n | stopped by signal n: 130 Ctrl-C, 143 SIGTERM. The same command continues |
+
+A traceback is a bug of redpen. Under `torchrun` the exit code is torchrun's own, 1 for any failure.
+
+`make` runs the same commands in an environment of its own:
+
+| target | does |
+|---|---|
+"""
+
+RECIPE = """# The recipe
+
+Written by `make docs` from the settings themselves. A recipe is a TOML file with one table a section; `[student]`,
+`[teacher]` and `[prompts]` must be there, everything else has a default. Several teachers are several `[[teacher]]`
+tables with names. `redpen recipes` lists the shipped recipes, `redpen recipes show NAME` prints one to start from,
+and `redpen rollouts RECIPE --dry-run` prints a recipe with every setting resolved and explained.
+
+On the command line `--set section.key=value` overrides a setting, any number of times. The value is TOML, or text
+where it is none; an empty value returns the setting to its default; `--set teacher.NAME.key=value` means one of
+several teachers. Unknown settings, values of another type and values out of bounds are refused in one line.
+"""
+
+
+def pages() -> dict[str, str]:
+    """The generated pages: file name within docs/, and text."""
+    return {"cli.md": _cli_page(), "recipe.md": _recipe_page()}
+
+
+def _cli_page() -> str:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rows = [f"| `make {name}` | {does} |" for name, does in re.findall(r"^([a-z-]+):.*?## (.*)$", makefile, re.M)]
+    variables = "".join(re.findall(r"echo '  (with .*)'", makefile))
+    targets = "\n".join(rows) + f"\n\n```text\n{variables}\n```\n"
+    return CLI + targets + "".join(_commands(cli, click.Context(cli, info_name="redpen", **cli.context_settings)))
+
+
+def _commands(command: click.Command, context: click.Context) -> Iterator[str]:
+    """The help of a command, as a terminal of WIDTH columns shows it, then of those below it."""
+    context.terminal_width = WIDTH
+    yield f"\n## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from _commands(below, click.Context(below, parent=context, info_name=name))
+
+
+def _recipe_page() -> str:
+    header = "| setting | default | accepts | meaning |\n|---|---|---|---|\n"
+    sections = [
+        f"\n## [{name}]\n\n{' '.join(purpose.split())}\n\n{header}{''.join(map(_row, settings))}"
+        for name, purpose, settings in described(Recipe)
+    ]
+    return RECIPE + "".join(sections)
+
+
+def _row(setting: Described) -> str:
+    default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
+    cells = [f"`{setting.key}`", default, setting.accepts, setting.meaning]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (ROOT / "docs" / name).write_text(text, encoding="utf-8")
