@@ -21,7 +21,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train eval verify inspect report toy vllm-cpu test check format docs bench clean
+.PHONY: help setup rollouts score train distill eval verify inspect report toy vllm-cpu test check format docs bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ score: rollouts ## stage one: write what student and teachers think of every tok
 train: score ## stage two: train on CACHE into RUN, then measure it (makes whatever is missing before)
 	@$(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
 	@$(REDPEN) eval $(RUN) || echo "$(RUN) is trained, but was not evaluated: see the line above"
+
+distill: $(VENV)/.installed ## rounds of the three, each by the student that the last one made
+	@$(REDPEN) distill $(RECIPE) --cache $(CACHE) --run $(RUN) $(settings)
 
 eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
 	@$(REDPEN) eval $(RUN)

@@ -109,6 +109,10 @@ def _unless_dry_run(ctx: click.Context, param: click.Parameter, value: str | Non
 
 
 def _recipe_options(command: _F) -> _F:
+    return _round_option(_recipe_and_cache(command))
+
+
+def _recipe_and_cache(command: _F) -> _F:
     for option in (
         click.option(
             "--dry-run",
@@ -117,7 +121,6 @@ def _recipe_options(command: _F) -> _F:
             help="Print the resolved recipe, every setting explained, and stop.",
         ),
         _set_option,
-        _round_option,
         click.option(
             "--cache",
             "cache_url",
@@ -267,6 +270,38 @@ def train(
     from pipeline.train import stage
 
     return stage.run(resolved, cache_url, run_dir, round_index=round_index)
+
+
+@cli.command()
+@_recipe_and_cache
+@click.option(
+    "--run",
+    "run_dir",
+    metavar="DIR",
+    callback=_unless_dry_run,
+    help="Where every round's run, and the result, go. [required]",
+)
+def distill(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    run_dir: str,
+) -> int | None:
+    """Rounds of rollouts, scores and training.
+
+    Every round samples from the student that the one before made, until its fresh rollouts are the teacher's, the
+    metric no longer rises, or after distill.rounds.
+
+    \b
+    redpen distill toy --cache rounds.zarr --run runs/rounds --set distill.rounds=3
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline import distill as distilling
+
+    return distilling.run(resolved, cache_url, run_dir)
 
 
 @cli.command("eval")

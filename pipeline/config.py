@@ -53,6 +53,27 @@ class TeacherConfig(ModelConfig):
         default=None, description="placement server: base URL of its API, e.g. http://localhost:8000/v1"
     )
     served_name: str | None = Field(default=None, description="placement server: its name there; default: model")
+    template: Literal["auto", "chat", "none"] | None = Field(
+        default=None, description="how it reads prompts, as prompts.template; default: the student's token ids"
+    )
+    template_args: dict[str, Any] | None = Field(
+        default=None, description="arguments of its own chat template; default: prompts.template_args"
+    )
+    system: str | None = Field(default=None, description="its own system message; default: prompts.system")
+    prompt_prefix: str | None = Field(
+        default=None, description="text before every prompt (a chat's first user message) that it alone reads"
+    )
+    stop_token: str | None = Field(
+        default=None,
+        description="the token that ends its responses, read where the student's EOS is, e.g. '<|im_end|>'; default: "
+        "the student's EOS",
+    )
+
+    @property
+    def renders(self) -> bool:
+        """Whether it reads prompts in its own way."""
+        own = (self.template, self.template_args, self.system, self.prompt_prefix)
+        return any(value is not None for value in own)
 
     @field_validator("name")
     @classmethod
@@ -67,7 +88,8 @@ class PromptsConfig(Section):
 
     path: str = Field(min_length=1, description="JSONL or Parquet file, Hub dataset id, or toy:train")
     split: str = Field(default="train", description="split of a Hub dataset")
-    limit: int | None = Field(default=None, ge=1, description="use only the first so many prompts")
+    skip: int = Field(default=0, ge=0, description="leave out the first so many prompts")
+    limit: int | None = Field(default=None, ge=1, description="use only so many prompts")
     template: Literal["auto", "chat", "none"] = Field(
         default="auto",
         description="auto: the tokenizer's chat template if it has one; chat: require it; none: prompt text as it is",
@@ -277,6 +299,26 @@ class SelectConfig(Section):
     )
 
 
+class DistillConfig(Section):
+    """Rounds of rollouts, scores and training (`redpen distill`)."""
+
+    rounds: int = Field(default=4, ge=1, le=1000, description="rounds at most")
+    stop_reverse_kl: float = Field(
+        default=0.002,
+        ge=0,
+        description="reverse KL per token, on a round's fresh rollouts, at which nothing is left to learn; 0: never",
+    )
+    patience: int = Field(
+        default=2,
+        ge=1,
+        description="rounds in a row without a new best that end it: of train.heldout_metric, or else of that "
+        "reverse KL",
+    )
+    carry: Literal["adapter", "adapter+optimizer"] = Field(
+        default="adapter+optimizer", description="what the next round's training starts from"
+    )
+
+
 class TrackConfig(Section):
     """Where the curves of training go beside the run's own files and TensorBoard; it changes nothing else."""
 
@@ -366,6 +408,7 @@ class Recipe(Section):
     vllm: VllmConfig = Field(default=VllmConfig(), description="the vLLM engine, where it samples or scores")
     train: TrainConfig = Field(default=TrainConfig(), description="training")
     select: SelectConfig = Field(default=SelectConfig(), description="which tokens are trained on")
+    distill: DistillConfig = Field(default=DistillConfig(), description="rounds of the three")
     eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
     track: TrackConfig = Field(default=TrackConfig(), description="experiment trackers")
 

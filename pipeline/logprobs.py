@@ -188,6 +188,7 @@ def score_rows(
     candidate_ids_TK: Tensor | None = None,
     sampling_temperature: float | None = None,
     topk: int = 0,
+    topk_among: Tensor | None = None,
     rows_per_chunk: int = 1024,
     generator_key: int | Sequence[int] | None = None,
 ) -> RowScores:
@@ -204,6 +205,7 @@ def score_rows(
         sampling_temperature: also give the sampled token's log-prob at this temperature. 0 is greedy decoding, a
             point mass on the likeliest token: 0 where the sampled token is that (or ties), -inf where it is not.
         topk: M, also give the M likeliest tokens, and what is outside them and the candidates together.
+        topk_among: bool [V], choose those among these tokens only.
         generator_key: integers that name this call (seed, round, block, tile). Draws are a function of them and of
             the logits, whatever the device and `rows_per_chunk`.
 
@@ -216,7 +218,9 @@ def score_rows(
     """
     vocab, device = head.vocab_size, hidden_TD.device
     candidate_vocab = min(candidate_vocab or vocab, vocab)
-    for name, count, limit in (("candidates", candidates, candidate_vocab), ("topk", topk, vocab)):
+    excluded_V = None if topk_among is None else ~topk_among.to(device)
+    choice = vocab if excluded_V is None else vocab - int(excluded_V.sum())
+    for name, count, limit in (("candidates", candidates, candidate_vocab), ("topk", topk, choice)):
         if count > limit:
             raise ModelError(f"{name}: expected at most {limit}, the size of the model's vocabulary, got {count}")
     token_ids_T = token_ids_T.to(device, torch.int64)
@@ -245,12 +249,17 @@ def score_rows(
             ids_nK = torch.cat([tokens_n1, _likeliest_others(z, tokens_n1, candidates - 1, candidate_vocab)], 1)
         else:
             ids_nK = None
-        parts.append(_score(z, tokens_n1, ids_nK, sampling_temperature, topk))
+        parts.append(_score(z, tokens_n1, ids_nK, sampling_temperature, topk, excluded_V))
     return RowScores.cat(parts)
 
 
 def _score(
-    z: Tensor, tokens_n1: Tensor, ids_nK: Tensor | None, sampling_temperature: float | None, topk: int
+    z: Tensor,
+    tokens_n1: Tensor,
+    ids_nK: Tensor | None,
+    sampling_temperature: float | None,
+    topk: int,
+    excluded_V: Tensor | None,
 ) -> RowScores:
     """One chunk of `score_rows`. Leaves z changed."""
     columns = tokens_n1 if ids_nK is None else ids_nK
@@ -265,7 +274,8 @@ def _score(
         sampling = _tempered(z, part, token_logit[:, 0], sampling_temperature)
     if topk:
         z.scatter_(1, columns, column_logits)
-        top_logits, top_ids = z.topk(topk, dim=1)
+        shown = z if excluded_V is None else z.masked_fill(excluded_V, -torch.inf)
+        top_logits, top_ids = shown.topk(topk, dim=1)
         top_logprobs = logprobs(top_logits)
         covered = top_ids if ids_nK is None else torch.cat([ids_nK, top_ids], 1)
         top_rest = _partition(z, without_repeats(covered)).rest_logprob

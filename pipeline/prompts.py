@@ -31,9 +31,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_prompts(cfg: PromptsConfig) -> list[dict[str, Any]]:
-    """The checked records of `cfg.path`, at most `cfg.limit`. Raises `PromptError` naming file and line."""
+    """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`. Raises `PromptError` naming
+    file and line."""
     rows = (check_record(value, place) for place, value in _rows(cfg))
-    records = list(itertools.islice(rows, cfg.limit))
+    records = list(itertools.islice(rows, cfg.skip, None if cfg.limit is None else cfg.skip + cfg.limit))
+    if not records and cfg.skip:
+        raise PromptError(f"{cfg.path}: expected more than prompts.skip = {cfg.skip} prompts, the file holds fewer")
     if not records:
         raise PromptError(f"{cfg.path}: expected at least one prompt, the file holds none")
     return records
@@ -248,6 +251,18 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: Prom
     except Exception as error:  # a template is a program of the model's author
         raise PromptError(f"the chat template refuses it: {_one_line(error)}") from None
     return [int(token) for token in ids]
+
+
+def with_prefix(record: dict[str, Any], prefix: str | None) -> dict[str, Any]:
+    """The record with text before its prompt, or before the first user message of its chat."""
+    if prefix is None:
+        return record
+    if "prompt" in record:
+        return record | {"prompt": prefix + record["prompt"]}
+    messages = [dict(message) for message in record["messages"]]
+    first = next((message for message in messages if message["role"] == "user"), messages[-1])
+    first["content"] = prefix + first["content"]
+    return record | {"messages": messages}
 
 
 def render_all(

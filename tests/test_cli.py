@@ -191,7 +191,7 @@ def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     found = capsys.readouterr().out
     assert "round 0 rollouts block 1, array token_ids" in found and "`redpen verify c.zarr --repair`" in found
     assert cli.main(["verify", "c.zarr", "--repair"]) == 0
-    assert "1 blocks taken back" in capsys.readouterr().out
+    assert "taken back: 1 of the blocks" in capsys.readouterr().out
     assert cache.round().rollouts.committed().tolist() == [True, False, True]
     assert cli.main(["verify", "c.zarr"]) == 0
 

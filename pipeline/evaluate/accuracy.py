@@ -92,7 +92,7 @@ class HeldOutPrompts:
     @classmethod
     def load(cls, recipe: Recipe, metric: str, limit: int) -> HeldOutPrompts:
         """The first `limit` prompts, for accuracy those with an answer. Raises `RedpenError` where there are none."""
-        wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "limit": limit})
+        wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "skip": 0, "limit": limit})
         records = [record for record in load_prompts(wanted) if metric == "format" or "answer" in record]
         if not records:
             raise ConfigError(f"eval.path = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")

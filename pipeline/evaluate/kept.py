@@ -19,6 +19,7 @@ from pipeline.prompts import prompts_sha256, template_identity
 from pipeline.provenance import created_by
 from pipeline.rollouts import Sampling
 from pipeline.score import TokenBatch
+from pipeline.score.alignment import View, template_of
 
 EVAL_CACHE = "eval.zarr"
 # A writer holds a block's widest array in memory, padded to its slot.
@@ -37,8 +38,11 @@ class Keeper:
         records: the prompts' records, as the rollouts number them.
     """
 
-    def __init__(self, run: Path, recipe: Recipe, teacher: TeacherConfig, records: Sequence[dict[str, Any]]):
+    def __init__(
+        self, run: Path, recipe: Recipe, teacher: TeacherConfig, records: Sequence[dict[str, Any]], view: View
+    ):
         self._path, self._recipe, self._teacher, self._records = run / EVAL_CACHE, recipe, teacher, records
+        self._view = view
         self._partial = run / f"{EVAL_CACHE}.partial"
         shutil.rmtree(self._partial, ignore_errors=True)
         self._cache = cs.create(self._partial, created_by=created_by())
@@ -105,12 +109,15 @@ class Keeper:
     def _scores_manifest(
         self, name: str, cfg: ModelConfig, sampled: cs.RoundManifest, n_candidates: int
     ) -> cs.ScoresManifest:
-        is_student, facts = name == cs.STUDENT, models.model_facts(cfg)
+        is_student, facts, template, partial = name == cs.STUDENT, models.model_facts(cfg), sampled.template, False
+        if not is_student:
+            template = template_of(self._recipe, self._teacher, sampled.template)
+            partial = self._view.leaves_out(sampled.tokenizer.vocab_size)
         return cs.ScoresManifest(
             role="student" if is_student else "teacher",
             model=sampled.student if is_student else models.model_identity(cfg),
             tokenizer=sampled.tokenizer,
-            template=sampled.template,
+            template=template,
             dtype=facts.dtype,
             quantisation=facts.quantisation,
             engine="transformers",
@@ -119,6 +126,7 @@ class Keeper:
             candidate_kind="topk",
             candidates=n_candidates,
             sampling_temperature=1.0 if is_student else None,
+            partial=partial,
             created_by=created_by(),
         )
 

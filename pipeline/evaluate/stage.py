@@ -52,6 +52,7 @@ from pipeline.prompts import load_prompts, prompts_sha256, render_all
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.score import ScoreOptions, Scorer, TokenBatch
+from pipeline.score.alignment import View, view_on
 from pipeline.score.resident import ResidentScorer
 
 Figures = dict[str, Any]
@@ -75,10 +76,11 @@ class Responses:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of `eval.path`: their records, and as the students read them."""
+    """The prompts of `eval.path`: their records, as the students read them, and as the teacher does."""
 
     records: list[dict[str, Any]]
     block: PromptBlock
+    view: View
 
     @property
     def with_answer(self) -> list[int]:
@@ -134,7 +136,7 @@ def run(
         _free()
     try:
         if given is not None and job.teacher is not None:
-            for label, estimate in _reverse_kl(job, job.teacher, responses, given.records).items():
+            for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
                 figures[label]["reverse_kl"] = asdict(estimate)
         elif job.run is not None:
             forget(job.run)
@@ -169,7 +171,9 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
     settings, student = job.recipe.eval, next(iter(job.students.values()))
     if settings.path is None:
         return replace(job, teacher=None), None
-    records = load_prompts(job.recipe.prompts.model_copy(update={"path": settings.path, "limit": settings.limit}))
+    records = load_prompts(
+        job.recipe.prompts.model_copy(update={"path": settings.path, "skip": 0, "limit": settings.limit})
+    )
     n_answers = sum("answer" in record for record in records)
     if not n_answers and job.teacher is None:
         raise ConfigError(
@@ -177,10 +181,12 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
         )
     if n_answers < len(records):
         warn(f"{settings.path}: {len(records) - n_answers} of {len(records)} prompts have no answer")
+    view = View()
     if job.teacher is not None:
+        identity, facts = models.tokenizer_identity(tokenizer, student.model), models.model_facts(student)
+        size, stops = max(identity.vocab_size, facts.vocab_size), greedy_sampling(job.recipe, student, tokenizer)
         try:
-            teacher_tokenizer = models.load_tokenizer(job.teacher)
-            models.check_same_vocabulary(tokenizer, teacher_tokenizer, (student.model, job.teacher.model))
+            view = view_on(job.recipe, job.teacher, records, identity.digest, size, stops.stop_token_ids)
         except ModelNotFoundError as error:
             if required or not n_answers:
                 raise
@@ -189,7 +195,7 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
             job = replace(job, teacher=None)
     limit, context = job.recipe.rollouts.max_prompt_tokens, models.model_facts(student).context
     ids = render_all(records, tokenizer, job.recipe.prompts, limit, context)
-    return job, Prompts(records, PromptBlock(0, list(enumerate(ids))))
+    return job, Prompts(records, PromptBlock(0, list(enumerate(ids))), view)
 
 
 def _tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], Figures]:
@@ -263,17 +269,15 @@ def _figures(
     return found
 
 
-def _reverse_kl(
-    job: Job, cfg: TeacherConfig, responses: dict[str, Responses], records: Sequence[dict[str, Any]]
-) -> dict[str, Estimate]:
+def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses], given: Prompts) -> dict[str, Estimate]:
     """KL(S || T) a token of each student's fresh rollouts, which are kept in the run with what both think of them."""
     estimates = {}
-    keeper = None if job.run is None else Keeper(job.run, job.recipe, cfg, records)
+    keeper = None if job.run is None else Keeper(job.run, job.recipe, cfg, given.records, given.view)
     read = _reader(job.recipe, cfg)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
         assert student is not None and student.candidate_ids is not None
-        teacher = _read(read, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}")
+        teacher = _read(read, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}", given.view)
         kl_T = scores_reverse_kl(student, teacher)
         prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
@@ -308,10 +312,15 @@ def _options(recipe: Recipe, candidates: int = 0, candidate_vocab: int | None = 
 
 
 def _read(
-    make: MakeScorer, rollouts: cs.RolloutBlock, candidate_ids: Any, options: ScoreOptions, label: str
+    make: MakeScorer,
+    rollouts: cs.RolloutBlock,
+    candidate_ids: Any,
+    options: ScoreOptions,
+    label: str,
+    view: View = View(),  # noqa: B008  frozen
 ) -> cs.ScoreBlock:
     with progress(label, rollouts.n_tokens, "tokens") as bar:
-        scorer = make(options=options, on_tile=bar.advance)
+        scorer = view.scorer(make(options=options, on_tile=bar.advance))
         return scorer.compute_logprobs(TokenBatch((rollouts,), candidate_ids))
 
 

@@ -29,6 +29,7 @@ class ScoreOptions:
         candidate_vocab: candidates are ids below it: those that the tokenizer knows. None: the whole head.
         sampling_temperature: also the token's log-prob at this temperature.
         topk: also the model's own likeliest tokens, this many.
+        topk_among: bool [V], tokens that those are chosen from; None: all.
         tile_tokens: prompt and response tokens in one forward. It moves the last bits, so it is provenance.
         rows_per_chunk: positions whose logits exist at the same time.
     """
@@ -38,6 +39,7 @@ class ScoreOptions:
     candidate_vocab: int | None = None
     sampling_temperature: float | None = None
     topk: int = 0
+    topk_among: npt.NDArray[np.bool_] | None = None
     tile_tokens: int = 8192
     rows_per_chunk: int = 1024
 

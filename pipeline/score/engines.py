@@ -20,6 +20,7 @@ from pipeline.config import Recipe, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.errors import ModelError
 from pipeline.score import ScoreOptions, Scorer, TokenBatch
+from pipeline.score.alignment import View, longest_of
 from pipeline.score.prompt_logprobs import check_agreement, sample_of
 from pipeline.score.resident import ResidentScorer
 
@@ -28,6 +29,7 @@ def open_engine(
     recipe: Recipe,
     teacher: TeacherConfig,
     round_: cs.Round,
+    view: View,
     options: ScoreOptions,
     on_tile: Callable[[int], None],
     stack: ExitStack,
@@ -40,7 +42,9 @@ def open_engine(
     facts, student, placement = models.model_facts(teacher), round_.scores(cs.STUDENT), recipe.placement(teacher)
     readable = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
     candidate_ids = student.read_arrays(readable[0], ["candidate_ids"])["candidate_ids"]
-    sample = sample_of(round_.rollouts.read(readable[0]), candidate_ids, facts.vocab_size)
+    first = view.of(TokenBatch((round_.rollouts.read(readable[0]),), candidate_ids))
+    assert first.candidate_ids is not None
+    sample = sample_of(first.blocks[0], first.candidate_ids, facts.vocab_size)
     expected: cs.ScoreBlock | None = None
     try:
         if placement == "vllm" or models.is_here(teacher):
@@ -54,7 +58,7 @@ def open_engine(
         reason = str(error).splitlines()[0]
         warn(f"{teacher.name}: its weights cannot be read here to check the engine against ({reason})")
     _give_back_memory()
-    longest = max(_longest(round_, block) for block in readable)
+    longest = max(longest_of(round_, block, view) for block in readable)
     scorer: Scorer
     if placement == "server":
         from pipeline.score.server import ServerScorer
@@ -95,9 +99,3 @@ def _give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _longest(round_: cs.Round, block: int) -> int:
-    """Tokens of a block's longest rollout."""
-    rows = round_.rollouts.read_arrays(block, ("prompt_length", "row_prompt", "response_length"))
-    return int((rows["prompt_length"][rows["row_prompt"]] + rows["response_length"]).max())

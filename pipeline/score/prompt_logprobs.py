@@ -147,11 +147,14 @@ def misaligned(position: int, sent: int, told: object) -> ModelError:
     )
 
 
-def partial_scores(question: Question, told: Told, topk: int = 0) -> cs.ScoreBlock:
+def partial_scores(
+    question: Question, told: Told, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
+) -> cs.ScoreBlock:
     """What was told, as the scores of one rollout; see the module's head.
 
     Args:
         topk: also the engine's likeliest tokens; `told` must hold as many at least.
+        among: bool [V], the tokens that those are chosen from.
 
     Raises:
         ModelError: the told probabilities are none, or too few of them.
@@ -175,10 +178,13 @@ def partial_scores(question: Question, told: Told, topk: int = 0) -> cs.ScoreBlo
         outside &= ~table.among(question.candidate_ids)
         arrays["rest_logprob"] = _log_rest(mass, outside, left)
     if topk:
-        order = np.argsort(np.where(known, -told.logprobs, np.inf), axis=1, kind="stable")[:, :topk]
-        enough = known.sum(1) >= topk
+        wanted = known if among is None else known & among[np.maximum(ids, 0)]
+        order = np.argsort(np.where(wanted, -told.logprobs, np.inf), axis=1, kind="stable")[:, :topk]
+        enough = wanted.sum(1) >= topk
         if not (enough | unscored).all():
-            raise ModelError(f"told of {known.sum(1)[~enough].min()} tokens at a position, expected {topk} likeliest")
+            raise ModelError(
+                f"told of {wanted.sum(1)[~enough].min()} tokens at a position, expected {topk} likeliest"
+            )
         likeliest = np.take_along_axis(ids, order, 1)
         arrays["topk_logprobs"] = np.take_along_axis(told.logprobs, order, 1)
         arrays["topk_rest_logprob"] = _log_rest(mass, outside & ~table.among(likeliest), left)

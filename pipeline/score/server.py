@@ -283,7 +283,12 @@ class ServerScorer:
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no prompt_logprobs; serve the teacher with vLLM")
-            return partial_scores(question, told, self._options.topk if way.likeliest >= self._options.topk else 0)
+            return partial_scores(
+                question,
+                told,
+                self._options.topk if way.likeliest >= self._options.topk else 0,
+                self._options.topk_among,
+            )
         except ModelError as error:
             raise ModelError(f"{self._who}: {error}; nothing of it is stored") from error
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

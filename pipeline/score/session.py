@@ -17,6 +17,7 @@ from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import say
 from pipeline.packing import check_packing
 from pipeline.score import ScoreOptions, Scorer, TokenBatch, sequences
+from pipeline.score.alignment import View, view_of
 from pipeline.score.resident import ResidentScorer
 
 _CHECKED_ROLLOUTS = 4
@@ -92,32 +93,35 @@ class ScoreSession:
 
 def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
     """The scorer that the recipe asks for, checked on a few rollouts; its engine, if it has one, is the stack's."""
-    recipe, cfg, options = work.recipe, work.cfg, _options(work.recipe, work.manifest)
+    recipe, cfg = work.recipe, work.cfg
+    view = view_of(recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
+    options = _options(recipe, work.manifest, view)
     if recipe.placement(cfg) in ("vllm", "server"):
         from pipeline.score.engines import open_engine
 
         assert isinstance(cfg, TeacherConfig)
-        return open_engine(recipe, cfg, round_, options, on_tile, stack)
+        return view.scorer(open_engine(recipe, cfg, round_, view, options, on_tile, stack))
     readable = np.flatnonzero(round_.rollouts.committed())
-    sample = _shortest(round_.rollouts.read(int(readable[0])))
+    sample = _shortest(view.of(TokenBatch((round_.rollouts.read(int(readable[0])),))).blocks[0])
     if recipe.placement(cfg) == "streamed":
         from pipeline.score.streamed import StreamedScorer
 
         streamed = StreamedScorer(cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
         _say_packing(streamed.check_packing(*sample))
-        return streamed
+        return view.scorer(streamed)
     model = models.load_model(cfg)
     _say_packing(check_packing(model, *sample))
-    return ResidentScorer(model, options, on_tile=on_tile)
+    return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
 
 
-def _options(recipe: Recipe, manifest: cs.ScoresManifest) -> ScoreOptions:
+def _options(recipe: Recipe, manifest: cs.ScoresManifest, view: View) -> ScoreOptions:
     return ScoreOptions(
         candidates=manifest.candidates,
         candidate_kind=manifest.candidate_kind,
         candidate_vocab=manifest.tokenizer.vocab_size,
         sampling_temperature=manifest.sampling_temperature,
         topk=manifest.topk,
+        topk_among=view.shared,
         tile_tokens=manifest.tile_tokens,
         rows_per_chunk=recipe.score.rows_per_chunk,
     )

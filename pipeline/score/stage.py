@@ -40,6 +40,7 @@ from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelError
 from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.provenance import IMPORTED, created_by
+from pipeline.score.alignment import View, longest_of, template_of, view_of
 from pipeline.score.session import ScoreWork
 
 IntArray = npt.NDArray[np.int64]
@@ -165,7 +166,7 @@ def _pending(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
         sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
         needed = int(n_tokens[pending].sum()) * bytes_per_token(manifest.arrays(), sizes)
         require_free(round_.cache.url, needed, f"scores by {name}")
-        _require_context(round_, pending, work.cfg, models.model_facts(work.cfg))
+        _require_context(round_, pending, work)
     return pending.tolist(), int(n_tokens[readable].sum())
 
 
@@ -191,6 +192,7 @@ def _manifest(
     tokenizer = models.load_tokenizer(cfg)
     tokenizer_identity, placement = models.tokenizer_identity(tokenizer, cfg.model), recipe.placement(cfg)
     by_engine = placement in ("vllm", "server")
+    template, partial = sampled.template, by_engine
     if placement == "server":
         assert isinstance(cfg, TeacherConfig)
         identity = models.served_identity(cfg)
@@ -209,15 +211,14 @@ def _manifest(
             raise ConfigError(
                 f"score.candidates: expected at most {known}, the student's vocabulary, got {recipe.score.candidates}"
             )
-    elif tokenizer_identity.digest != sampled.tokenizer.digest:
-        models.check_same_vocabulary(
-            models.load_tokenizer(recipe.student), tokenizer, (recipe.student.model, cfg.model)
-        )
+    if isinstance(cfg, TeacherConfig):
+        template = template_of(recipe, cfg, sampled.template)
+        partial |= view_of(recipe, cfg, round_).leaves_out(sampled.tokenizer.vocab_size)
     return cs.ScoresManifest(
         role="student" if is_student else "teacher",
         model=identity,
         tokenizer=tokenizer_identity,
-        template=sampled.template,
+        template=template,
         dtype="served" if placement == "server" else facts.dtype,
         quantisation=facts.quantisation,
         engine=placement if by_engine else "transformers",
@@ -229,22 +230,24 @@ def _manifest(
         sampling_temperature=(sampled.temperature or 1.0) if is_student else None,
         topk=0 if is_student else recipe.score.teacher_topk,
         entropy=not by_engine,
-        partial=by_engine,
+        partial=partial,
         created_by=created_by(),
     )
 
 
-def _require_context(round_: cs.Round, blocks: IntArray, cfg: ModelConfig, facts: models.ModelFacts) -> None:
+def _require_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
     """Refuse a model that was not made for rollouts as long as these: it would read them wrongly and say
     nothing.
     """
-    sampled = round_.manifest
-    if facts.context is None or sampled.max_prompt_tokens + sampled.max_response_tokens <= facts.context:
+    sampled, cfg = round_.manifest, work.cfg
+    facts, own = models.model_facts(cfg), isinstance(cfg, TeacherConfig) and cfg.renders
+    if facts.context is None:
         return
-    names = ("prompt_length", "row_prompt", "response_length")
+    if not own and sampled.max_prompt_tokens + sampled.max_response_tokens <= facts.context:
+        return
+    view = view_of(work.recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
     for block in blocks.tolist():
-        rows = round_.rollouts.read_arrays(block, names)
-        longest = int((rows["prompt_length"][rows["row_prompt"]] + rows["response_length"]).max())
+        longest = longest_of(round_, block, view)
         if longest > facts.context:
             raise ModelError(
                 f"{models.setting(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, "

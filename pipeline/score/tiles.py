@@ -69,6 +69,7 @@ def score_tile(
         candidate_ids_TK=None if given is None else torch.from_numpy(given),
         sampling_temperature=options.sampling_temperature,
         topk=options.topk,
+        topk_among=None if options.topk_among is None else torch.from_numpy(options.topk_among),
         rows_per_chunk=options.rows_per_chunk,
         generator_key=tile.key,
     ).numpy()

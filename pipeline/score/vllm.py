@@ -166,7 +166,7 @@ class VllmScorer:
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no log-probs of the prompt")
-            return partial_scores(question, told, self._options.topk)
+            return partial_scores(question, told, self._options.topk, self._options.topk_among)
         except ModelError as error:
             raise ModelError(f"{self._who}: {error}") from error
 

@@ -47,7 +47,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
@@ -70,10 +71,20 @@ from pipeline.train.trainer import Trainer
 _CHECKED_ROLLOUTS = 4
 
 
-def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_index: int | None = None) -> int:
+def run(
+    recipe: Recipe,
+    cache_url: str,
+    run_dir: str | os.PathLike[str],
+    round_index: int | None = None,
+    *,
+    start: Path | None = None,
+) -> int:
     """Train until done, from wherever an earlier call left off; the exit code.
 
     Under torchrun every rank calls this, and all but the first return 0.
+
+    Args:
+        start: checkpoints of the run that made the student's weights; the optimizer goes on with its moments.
 
     Raises `CacheError` and `RedpenError` where cache, recipe and run do not fit together, `Interrupted` after a
     checkpoint where a signal asked for a stop.
@@ -91,7 +102,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], round_i
         with distributed.layout(ranks, recipe.student, train) as layout:
             model = lora.make_trainable(models.load_model(layout.placed(recipe.student), trainable=True), train)
             trainer = Trainer(model, objective, train, layout)
-            memory = _resume(run, trainer)
+            memory = _resume(run, trainer, start)
             worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
             say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
 
@@ -190,14 +201,25 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
     return result
 
 
-def _resume(run: RunDirectory, trainer: Trainer) -> Memory:
+def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
     """Put the trainer where the last whole checkpoint is, and the curve with it."""
     found = _restore(trainer, lambda: checkpoint.latest(run.checkpoints, warn))
+    if found is None and start is not None:
+        _restore(trainer, lambda: replace(_final(start, trainer.train), step=0))
     if found is not None:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
     if trainer.layout.leads:
         run.rewind_metrics(trainer.step)
     return Memory(**found.state) if found is not None else Memory()
+
+
+def _final(checkpoints: Path, train: TrainConfig) -> checkpoint.Checkpoint:
+    """The checkpoint that a finished run's weights were saved from."""
+    last = checkpoint.latest(checkpoints, warn)
+    if last is None:
+        raise RedpenError(f"{checkpoints}: expected the checkpoints of a finished run, found none that is whole")
+    best = best_step(train, Memory(**last.state))
+    return last if best in (None, last.step) else checkpoint.load(checkpoint.path_of(checkpoints, best))
 
 
 def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> None:

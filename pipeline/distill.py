@@ -1,0 +1,225 @@
+"""Rounds of rollouts, scores and training, each begun by the student that the round before made.
+
+    redpen distill RECIPE --cache URL --run DIR
+    torchrun --nproc-per-node 8 -m pipeline -- distill RECIPE --cache URL --run DIR
+
+Round r samples the next `prompts.limit` prompts of the file from student r (student 0 is the recipe's) into round r
+of the cache; everyone scores them, which measures the reverse KL of *fresh* rollouts; training on them, in
+DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`: where its reverse KL says
+that the round is used up, or the drift gauge (`train.stale_ess`) that the student has left it, the next round begins.
+
+All ends when the fresh reverse KL is below `distill.stop_reverse_kl`, when a metric has had no new best for
+`distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` where there is one, and
+its best student is the result; else it is the fresh reverse KL.
+
+What there is to do follows from what is on disk, so the same command continues after any kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cache_schema as cs
+from pipeline import workers
+from pipeline.config import Recipe, load_recipe
+from pipeline.console import say
+from pipeline.files import atomic_directory, write_atomically
+from pipeline.marks import marked_blocks
+from pipeline.prompts import load_prompts
+from pipeline.rollouts import stage as rollouts
+from pipeline.score import stage as score
+from pipeline.train import inputs
+from pipeline.train import stage as train
+from pipeline.train.run_directory import Result, RunDirectory, open_run
+
+#: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
+MEASURED_TOKENS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round has found.
+
+    Attributes:
+        reverse_kl: of the student that began it, on its fresh rollouts, nats a token.
+        heldout: `train.heldout_metric` of the student that it made, where both are there.
+        steps: that made it; None while it is not made.
+    """
+
+    reverse_kl: float
+    heldout: float | None = None
+    steps: int | None = None
+
+
+def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
+    """Go through the rounds, from wherever an earlier call left off; the exit code 0.
+
+    Under torchrun every rank calls this.
+
+    Raises:
+        RedpenError, CacheError: what the stages raise, or the run was started with other settings, or is held by
+            another process.
+    """
+    with contextlib.ExitStack() as held, workers.team() as ranks:
+        run, result, n_slices = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
+        rounds: list[Round] = []
+        while result is None:
+            index = len(rounds)
+            now, directory = _of_round(recipe, run, index, n_slices), _directory(run, index)
+            if not (directory / "run.json").exists():  # else training has begun, and its rollouts are scored
+                if ranks.leads:
+                    say(f"round {index} of {recipe.distill.rounds} at most")
+                _stage(rollouts.run, now, cache_url, index)
+                _stage(score.run, now, cache_url, None, index)
+            found = Round(ranks.agree(functools.partial(fresh_reverse_kl, now, cache_url, index)))
+            if (result := verdict(recipe, [*rounds, found])) is None:
+                carried = index > 0 and recipe.distill.carry == "adapter+optimizer"
+                start = _directory(run, index - 1) / "checkpoints" if carried else None
+                _stage(train.run, now, cache_url, directory, index, start=start)
+                found = ranks.agree(functools.partial(_trained, found, recipe, directory))
+                result = verdict(recipe, [*rounds, found])
+            rounds.append(found)
+            if result is not None and ranks.leads:
+                _finish(run, rounds, result)
+        if ranks.leads:
+            print(f"{run.path}: {result.sentence}")
+    return 0
+
+
+def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
+    """Whether, and how, all ends after these rounds, the last of which may not have trained yet.
+
+    The result's `step` is the number of the student that is kept: as many rounds have made it.
+    """
+    distill, last = recipe.distill, rounds[-1]
+    accuracy = recipe.train.heldout_metric == "accuracy"
+    if last.steps is None:
+        student = len(rounds) - 1
+        if last.reverse_kl < distill.stop_reverse_kl:
+            return Result(
+                student,
+                f"converged after {_rounds(student)}: reverse KL on fresh rollouts is {last.reverse_kl:.5f} nats a "
+                f"token, below {distill.stop_reverse_kl:g}",
+                0,
+            )
+        if recipe.train.heldout_metric is not None:
+            return None
+        by_student = {index: found.reverse_kl for index, found in enumerate(rounds)}
+        named = "reverse KL on fresh rollouts"
+    else:
+        student = len(rounds)
+        by_student = {index: found.heldout for index, found in enumerate(rounds, 1) if found.heldout is not None}
+        named = f"held-out {'accuracy' if accuracy else 'reverse KL'}"
+    sign = -1.0 if accuracy else 1.0
+    best = min(by_student, key=lambda index: (sign * by_student[index], index), default=student)
+    kept = f"; the result is the student of round {best - 1}" if best < student else ""
+    if student - best >= distill.patience:
+        return Result(
+            best, f"plateau after {_rounds(student)}: no better {named} in the last {student - best}{kept}", 0
+        )
+    if student == distill.rounds:
+        return Result(best, f"max rounds: {_rounds(student)} done{kept}", 0)
+    return None
+
+
+def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> float:
+    """Of the student that sampled a round, nats a token: of each prompt to the teacher that it has, or, where
+    several are mixed, the weighted mean to each, which the divergence from their mixture does not exceed."""
+    round_ = cs.open(cache_url).round(index)
+    teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
+    weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
+    total, count = 0.0, 0.0
+    for marked in marked_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
+        for name in marked.teachers:
+            chosen, weight = marked.counts(name), weights.get(name, 1.0)
+            if name in teachers.taught:
+                rollouts_ = marked.rollouts
+                of_token = np.repeat(rollouts_.prompt_index[rollouts_.row_prompt], rollouts_.response_length)
+                chosen &= teachers.taught[name][of_token]
+            total += weight * float(marked.reverse_kl[name][chosen].sum())
+            count += weight * int(chosen.sum())
+    return total / count
+
+
+def _stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
+    """Run one; what it had in memory is then free for the next."""
+    stage(*args, **kwargs)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _open(
+    held: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
+) -> tuple[RunDirectory, Result | None, int]:
+    """The run, locked until `held` closes; how it ended, if it has; how often `prompts.limit` goes into the file."""
+    limit, n_slices = recipe.prompts.limit, 1
+    if limit is not None:
+        everything = load_prompts(recipe.prompts.model_copy(update={"limit": None}))
+        n_slices = max(1, len(everything) // limit)
+    run = held.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
+    if run.result is not None and load_recipe(str(run.recipe)).distill == recipe.distill:
+        return run, run.result, n_slices
+    run.start()
+    return run, None, n_slices
+
+
+def _directory(run: RunDirectory, index: int) -> Path:
+    return run.path / "rounds" / f"{index:05d}"
+
+
+def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> Recipe:
+    """The recipe of one round: its share of the prompts, and the student of the round before."""
+    prompts, student = recipe.prompts, recipe.student
+    prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
+    if index and recipe.train.method == "lora":
+        student = student.model_copy(update={"adapter": str(_directory(run, index - 1) / "adapter")})
+    elif index:
+        student = student.model_copy(update={"model": str(_directory(run, index - 1) / "model"), "revision": None})
+    return recipe.model_copy(update={"prompts": prompts, "student": student})
+
+
+def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
+    """The round with what its run tells: how many steps it took, and the held-out metric of its result."""
+    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
+    best = max if recipe.train.heldout_metric == "accuracy" else min
+    return replace(found, steps=len(steps), heldout=best(measured, default=None))
+
+
+def _finish(run: RunDirectory, rounds: Sequence[Round], result: Result) -> None:
+    """Put together what the rounds made: the student that is kept, one curve, one ledger."""
+    made = [_directory(run, index) for index, found in enumerate(rounds) if found.steps is not None]
+    lines: list[str] = []
+    ledger: dict[str, dict[str, Any]] = {}
+    for index, directory in enumerate(made):
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            lines.append(json.dumps({"round": index} | json.loads(line) | {"step": len(lines) + 1}) + "\n")
+        for name, cost in json.loads((directory / "ledger.json").read_text(encoding="utf-8")).items():
+            total = ledger.setdefault(name, dict.fromkeys(cost, 0))
+            for key, value in cost.items():
+                total[key] = None if value is None or total[key] is None else total[key] + value
+    with run.writing():
+        write_atomically(run.metrics, "".join(lines))
+        write_atomically(run.ledger, json.dumps(ledger, indent=1) + "\n")
+        for path in (run.adapter, run.model):
+            if result.step and (source := made[result.step - 1] / path.name).is_dir():
+                with atomic_directory(path) as partial:
+                    shutil.copytree(source, partial, dirs_exist_ok=True)
+    run.finish(result)
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'' if count == 1 else 's'}"

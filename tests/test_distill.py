@@ -1,0 +1,161 @@
+"""Rounds: each student samples the next round, the optimizer goes on, and a kill anywhere changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, small_recipe
+from safetensors.torch import load_file
+
+import cache_schema as cs
+from pipeline import distill, models
+from pipeline.config import Recipe
+from pipeline.distill import Round, verdict
+from pipeline.errors import RedpenError
+from pipeline.evaluate import stage as evaluate
+
+Make = Callable[..., Recipe]
+
+ROUNDS = ("distill.rounds=2", "prompts.limit=12", "train.steps=3", "train.checkpoint_every=1")
+
+
+def curve(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished `run` of two rounds, and its cache."""
+    path = tmp_path_factory.mktemp("distill")
+    assert distill.run(small_recipe(*ROUNDS), str(path / "cache.zarr"), path / "run") == 0
+    return path
+
+
+def test_each_round_is_sampled_by_the_student_before(undisturbed: Path) -> None:
+    cache, run = cs.open(undisturbed / "cache.zarr"), undisturbed / "run"
+    assert cache.round_indices() == [0, 1] and not list(cs.verify(cache))
+    first, second = cache.round(0), cache.round(1)
+    adapter = models.model_identity(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student)
+    assert first.manifest.student.adapter_digest is None
+    assert second.manifest.student.adapter_digest == adapter.adapter_digest is not None
+    asked = [{round_.prompts[i]["prompt"] for i in range(12)} for round_ in (first, second)]
+    assert not asked[0] & asked[1], "the next prompts of the file"
+
+
+def test_a_round_of_one_student_goes_on_where_the_last_ended(undisturbed: Path) -> None:
+    """Adam's step count tells whether its moments came along."""
+    rounds = undisturbed / "run/rounds"
+    counts = [
+        {
+            float(v)
+            for name, v in load_file(rounds / place / "optimizer.safetensors").items()
+            if name.endswith("/step")
+        }
+        for place in ("00000/checkpoints/step-00000003", "00001/checkpoints/step-00000003")
+    ]
+    assert counts == [{3.0}, {6.0}]
+
+
+def test_the_result_is_one_run(undisturbed: Path) -> None:
+    run = undisturbed / "run"
+    last = run / "rounds/00001/adapter/adapter_model.safetensors"
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == last.read_bytes()
+    assert [(line["round"], line["step"]) for line in curve(run)] == [(i // 3, i + 1) for i in range(6)]
+    ledgers = [json.loads((path / "ledger.json").read_text()) for path in (run, *sorted(run.glob("rounds/*")))]
+    assert ledgers[0]["train"]["tokens"] == sum(ledger["train"]["tokens"] for ledger in ledgers[1:])
+    assert set(ledgers[0]) == {"rollouts", "score student", "score teacher", "train"}
+    assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
+
+
+def test_a_finished_run_says_so_and_more_rounds_go_on(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, run = str(undisturbed / "cache.zarr"), undisturbed / "run"
+    before = (run / "run.json").read_bytes()
+    assert distill.run(small_recipe(*ROUNDS), cache, run) == 0
+    assert capsys.readouterr().out == f"{run}: max rounds: 2 rounds done\n"
+    assert (run / "run.json").read_bytes() == before
+    with pytest.raises(RedpenError, match=r"train\.learning_rate = 0\.001, now 0\.1"):
+        distill.run(small_recipe(*ROUNDS, "train.learning_rate=0.1"), cache, run)
+
+
+def test_killed_while_it_trains_and_while_it_samples_again(undisturbed: Path, tmp_path: Path) -> None:
+    cache, run = tmp_path / "cache.zarr", tmp_path / "run"
+    settings = [part for setting in (*SMALL, *ROUNDS) for part in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "distill",
+        "toy",
+        "--cache",
+        str(cache),
+        "--run",
+        str(run),
+        *settings,
+    ]
+    moments = (
+        lambda: (cache / "rounds/00000/scores/student/commit/c").exists(),  # sampled, the student reads
+        lambda: (run / "rounds/00000/checkpoints/step-00000002").exists(),  # trains
+        lambda: (cache / "rounds/00001/rollouts/commit/c").exists(),  # samples again
+    )
+    for reached in moments:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not reached() and process.poll() is None:
+            time.sleep(0.005)
+        assert process.poll() is None, "killed too late"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert curve(run) == curve(undisturbed / "run")
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (undisturbed / "run" / name).read_bytes()
+
+
+def found(*kls: float, heldout: tuple[float, ...] = (), trained: bool = False) -> list[Round]:
+    """Rounds of these fresh reverse KLs; all but the last have trained."""
+    rounds = []
+    for index, kl in enumerate(kls):
+        done = trained or index < len(kls) - 1
+        rounds.append(Round(kl, heldout[index] if heldout and done else None, 5 if done else None))
+    return rounds
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds", "kept", "sentence"),
+    [
+        ((), found(0.1), None, None),
+        ((), found(0.1, 0.05, trained=True), None, None),
+        ((), found(0.1, 0.0019), 1, "converged after 1 round: reverse KL on fresh rollouts is 0.00190"),
+        ((), found(0.1, 0.05, 0.06), None, None),
+        ((), found(0.1, 0.05, 0.06, 0.07), 1, "plateau after 3 rounds: no better reverse KL on fresh rollouts"),
+        ((), found(0.1, 0.05, 0.04, 0.03, trained=True), 4, "max rounds: 4 rounds done"),
+        (("accuracy",), found(0.1, 0.2, 0.3, heldout=(0.5, 0.7, 0.9), trained=True), None, None),
+        (
+            ("accuracy",),
+            found(0.1, 0.2, 0.3, heldout=(0.9, 0.8, 0.9), trained=True),
+            1,
+            "plateau after 3 rounds: no better held-out accuracy in the last 2; the result is the student of round 0",
+        ),
+        (("accuracy",), found(0.1, 0.09, 0.0, heldout=(0.5, 0.6)), 2, "converged"),
+    ],
+)
+def test_when_rounds_end(
+    recipe: Make, settings: tuple[str, ...], rounds: list[Round], kept: int | None, sentence: str | None
+) -> None:
+    overrides = [f"train.heldout_metric={metric}" for metric in settings]
+    result = verdict(recipe(*overrides), rounds)
+    if kept is None:
+        assert result is None
+    else:
+        assert result is not None and (result.step, result.exit_code) == (kept, 0)
+        assert sentence is not None and result.sentence.startswith(sentence)
