@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,14 +17,18 @@ class Decoder(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
+@functools.cache
 def local_tokenizer(name: str, revision: str | None) -> Any | None:
-    """The tokenizer of a model (`toy:NAME`, path or Hub id) if it is on this machine, else None."""
+    """The tokenizer of a model (`toy:NAME`, path or Hub id) if it is on this machine, else None.
+
+    The name may come from someone else's cache: no code that lies there is run, nor offered to be.
+    """
     from transformers import AutoTokenizer
 
     try:
         path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
-        return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):  # not here, or nothing that can be read
         return None
 
 

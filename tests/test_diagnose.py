@@ -233,6 +233,7 @@ def test_a_template_that_neither_was_taught_is_named_first(tmp_path: Path) -> No
     [
         ("rollouts.temperature=0", ["deterministic"]),
         ("rollouts.temperature=0.3", ["temperature"]),
+        ("rollouts.top_p=0.7", ["top-p"]),
         ("rollouts.max_response_tokens=10", ["truncated", "nothing-to-learn"]),
     ],
 )
@@ -466,7 +467,7 @@ def test_part_of_a_round_is_looked_at_and_said(
 ) -> None:
     monkeypatch.setattr(reading, "TOKENS", 700)
     assert main(["diagnose", str(toy_cache)]) == 0
-    assert "evenly spaced: 2 of 6 blocks" in " ".join(capsys.readouterr().out.split())
+    assert "of 2 evenly spaced blocks" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()
     cache = shutil.copytree(toy_cache, tmp_path / "c.zarr")
     cs.open(str(cache), writable=True).round().scores("teacher").uncommit(0)

@@ -169,6 +169,12 @@ def test_what_was_measured_before_the_teacher_failed_is_kept(
     kept = json.loads(out.read_text())
     assert "greedy" in kept["after"] and "reverse_kl" not in kept["after"]
 
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    (copy / "eval.zarr").mkdir(exist_ok=True)  # of an earlier evaluation
+    with pytest.raises(ConfigError, match=r"score\.memory_gib"):
+        stage.run(str(copy), overrides=(*SMALL, "score.placement=streamed", "score.memory_gib=1e-9"))
+    assert not list(copy.glob("eval.zarr*")) and "reverse_kl" not in (copy / "eval.json").read_text()
+
 
 def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc

@@ -92,6 +92,14 @@ def test_before_and_after_beside_the_held_out_prompts(
     assert "it/s" not in said.err and "model: sums by lm-evaluation-harness" in said.err
 
 
+def test_a_task_that_fails_takes_nothing_from_what_was_measured(directory: Path, tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    settings = ["eval.limit=4", f"eval.task_path={directory}", "eval.task_limit=1"]
+    with pytest.raises(RedpenError, match="set eval"):
+        stage.run("toy:student", tasks=["sums"], overrides=[*settings, "eval.max_response_tokens=600"], out=out)
+    assert "greedy" in json.loads(out.read_text())["model"]
+
+
 def test_a_model_with_an_adapter_as_training_loads_it(directory: Path) -> None:
     """Packed attention and train mode on the way in and out; the second time gives what the first gave."""
     from pipeline.train.lora import add_lora

@@ -111,6 +111,7 @@ class Look:
 
     round: cs.Round
     blocks: int
+    scored_blocks: int  # those that student and teachers have scored
     responses: Responses
     log_ratio: npt.NDArray[np.float32]  # [tokens] trainer against sampler; empty where the sampler's are not known
     pairs: dict[str, Pair]
@@ -138,7 +139,9 @@ def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
         scored = round_.scores(name).manifest
         assert isinstance(scored, cs.ScoresManifest)
         pairs[name] = Pair(name, round_.manifest, scored, Reading.joined(parts))
-    return Look(round_, len(responses), Responses.joined(responses), np.concatenate(ratios), pairs)
+    scored = np.any([round_.scores(name).committed() for name in teachers], axis=0)
+    n_scored = int((round_.scores(cs.STUDENT).committed() & scored).sum())
+    return Look(round_, len(responses), n_scored, Responses.joined(responses), np.concatenate(ratios), pairs)
 
 
 def _responses(marked: MarkedBlock) -> Responses:

@@ -58,7 +58,7 @@ def run(cache_url: str, round_index: int | None = None, teacher: str | None = No
     seen = look(round_, names)
     if seen is None:
         raise RedpenError(f"{where}: no block is scored by both the student and {' or '.join(names)}; {score}")
-    for name in names:
+    for name in (cs.STUDENT, *names):
         committed = int(round_.scores(name).committed().sum())
         if committed < round_.n_blocks:
             warn(f"{name} has scored {committed} of {round_.n_blocks} blocks; these are looked at")
@@ -81,7 +81,7 @@ def diagnosis(seen: Look) -> dict[str, Any]:
         "round": round_.index,
         "student": round_.manifest.student.name,
         "teachers": {name: scored.scored.model.name for name, scored in seen.pairs.items()},
-        "blocks": {"read": seen.blocks, "total": round_.n_blocks},
+        "blocks": {"read": seen.blocks, "scored": seen.scored_blocks, "total": round_.n_blocks},
         "responses": len(seen.responses.prompt),
         "distinct_responses": written.distinct_share(seen),
         "mean_response_tokens": float(seen.responses.length.mean()),

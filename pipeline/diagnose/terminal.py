@@ -68,8 +68,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _looked_at(found: dict[str, Any]) -> str:
-    read, total = found["blocks"]["read"], found["blocks"]["total"]
-    part = f", evenly spaced: {read} of {total} blocks" if read < total else ""
+    read, scored, total = (found["blocks"][key] for key in ("read", "scored", "total"))
+    part = f"; of {scored} of {total} blocks" if scored < total else ""
+    part += f"; of {read} evenly spaced blocks" if read < scored else ""
     teachers = ", ".join(f"{name} {model}" for name, model in found["teachers"].items())
     return (
         f"{found['cache']} round {found['round']}: student {found['student']}; {teachers}; "

@@ -95,7 +95,7 @@ def _repeats(look: Look) -> Finding | None:
     manifest, responses = look.round.manifest, look.responses
     _, per_prompt = np.unique(responses.prompt, return_inverse=True)
     others = np.bincount(per_prompt)[per_prompt] - 1
-    if manifest.temperature > 0 and not others.any():
+    if manifest.temperature > 0 and (not others.any() or manifest.top_p < 1):  # p(y) of a nucleus is not known
         return None
     counts = Counter(zip(responses.prompt.tolist(), responses.response.tolist(), strict=True))
     n_pairs = max(int(others.sum()), 1)

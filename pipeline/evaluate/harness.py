@@ -144,7 +144,7 @@ def _metrics(told: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     found: dict[str, dict[str, float | None]] = {}
     for key, value in told.items():
         metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
             continue
         stderr = told.get(f"{metric}_stderr,{filtered}")
         known = isinstance(stderr, int | float) and math.isfinite(stderr)

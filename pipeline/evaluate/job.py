@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 
 BEFORE, AFTER = "before", "after"
@@ -98,4 +99,7 @@ def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
         name = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
-    return next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
+    found = next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
+    if found.name != name and len(recipe.teacher) > 1:
+        warn(f"{run_dir} learned from {name}; reverse KL is to {found.name} alone, --teacher MODEL chooses another")
+    return found

@@ -27,8 +27,9 @@ _SLOT_ELEMENTS = 2**26
 
 
 def forget(run: Path) -> None:
-    """Remove what an earlier evaluation kept."""
-    shutil.rmtree(run / EVAL_CACHE, ignore_errors=True)
+    """Remove what an earlier evaluation kept, and what this one began to."""
+    for name in (EVAL_CACHE, f"{EVAL_CACHE}.partial"):
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 class Keeper:

@@ -121,31 +121,41 @@ def run(
     measure_tasks = _tasks(job.recipe, tokenizer)
 
     responses: dict[str, Responses] = {}
-    figures: dict[str, Figures] = {label: {} for label in job.students}
-    for label, cfg in job.students.items():
-        model = models.load_model(cfg)
-        if given is not None:
-            responses[label] = _respond(job, model, cfg, tokenizer, given.block, label)
-            figures[label] |= _figures(responses[label], given.records, tokenizer, checker)
-        if settings.tasks:
-            say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
-            figures[label]["tasks"] = measure_tasks(model)
-        if job.run is not None and label == AFTER:
-            reread(job.run, model, job.recipe)
-        del model
-        _free()
+    figures: dict[str, Figures] = {}
     try:
+        for label, cfg in job.students.items():
+            model = models.load_model(cfg)
+            if given is not None:
+                responses[label] = _respond(job, model, cfg, tokenizer, given.block, label)
+                figures[label] = _figures(responses[label], given.records, tokenizer, checker)
+            if settings.tasks:
+                say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
+                figures[label] = figures.get(label, {}) | {"tasks": measure_tasks(model)}
+            if job.run is not None and label == AFTER:
+                reread(job.run, model, job.recipe)
+            del model
+            _free()
         if given is not None and job.teacher is not None:
             for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
                 figures[label]["reverse_kl"] = asdict(estimate)
-        elif job.run is not None:
-            forget(job.run)
-    finally:  # a teacher that does not fit takes nothing from what was measured without it
-        about = _about(job, given) | {"seconds": round(time.perf_counter() - started, 1)}
-        show(figures, about)
-        if job.out is not None:
-            write_atomically(job.out, json.dumps(about | figures, indent=1) + "\n")
+    except (
+        Exception
+    ):  # a task that fails, or a teacher that does not fit, takes nothing from what was measured before
+        if figures:
+            _tell(job, given, figures, started)
+        raise
+    _tell(job, given, figures, started)
     return 0
+
+
+def _tell(job: Job, given: Prompts | None, figures: dict[str, Figures], started: float) -> None:
+    """Print the table and write the file. What an earlier evaluation of the run kept goes with its figures."""
+    about = _about(job, given) | {"seconds": round(time.perf_counter() - started, 1)}
+    show(figures, about)
+    if job.out is not None:
+        write_atomically(job.out, json.dumps(about | figures, indent=1, allow_nan=False) + "\n")
+    if job.run is not None and not any("reverse_kl" in measured for measured in figures.values()):
+        forget(job.run)
 
 
 def _about(job: Job, given: Prompts | None) -> dict[str, Any]:

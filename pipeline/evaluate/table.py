@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.console import escape_control
+
 Estimates = list[dict[str, float]]
 
 
@@ -24,14 +26,14 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     plain: dict[str, Any] = {} if out.is_terminal else {"box": None, "padding": (0, 2, 0, 0)}
     table = Table(**plain)
     of = about["prompts"]
-    table.add_column("" if of is None else escape(f"{of['count']:,} prompts of {of['path']}"))
+    table.add_column("" if of is None else escape(escape_control(f"{of['count']:,} prompts of {of['path']}")))
     for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
         table.add_column(label, justify="right")
     for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
         cells = [_share(e) if is_share else _nats(e) for e in estimates]
         table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
     for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
-        table.add_row(escape(title), *(_told(score) for score in told), *_difference(told))
+        table.add_row(escape(escape_control(title)), *(_told(score) for score in told), *_difference(told))
     if not out.is_terminal:
         out.width = 160  # a pipe has no edge to wrap at
     out.print(table)
@@ -40,13 +42,14 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     if of is None:
         return
     samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
-    fresh = f"; reverse KL to {about['teacher']} on fresh rollouts at T = 1" if about["teacher"] else ""
+    teacher = escape_control(about["teacher"] or "")
+    fresh = f"; reverse KL to {teacher} on fresh rollouts at T = 1" if teacher else ""
     print(f"(95 % intervals; sampled: {samples}{fresh})")
 
 
 def _rows(students: list[dict[str, Any]], n_samples: int) -> Iterator[tuple[str, bool, Estimates]]:
     """Title, whether it is a share, and each student's estimate, of what was measured."""
-    measured = students[0]
+    measured = {key: value for key, value in students[0].items() if all(key in figures for figures in students)}
     if "greedy" in measured:
         yield "accuracy, greedy", True, [figures["greedy"] for figures in students]
         same = " (pass@1)" if n_samples > 1 else ""
@@ -63,7 +66,8 @@ def _task_rows(students: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[
     """Title and each student's score of every metric of every task."""
     for task, metrics in students[0].items():
         for metric in metrics:
-            yield f"{task}: {metric}", [tasks[task][metric] for tasks in students]
+            if all(metric in tasks.get(task, ()) for tasks in students):
+                yield f"{task}: {metric}", [tasks[task][metric] for tasks in students]
 
 
 def _told(score: dict[str, Any]) -> str:
