@@ -138,9 +138,7 @@ def run(
         if given is not None and job.teacher is not None:
             for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
                 figures[label]["reverse_kl"] = asdict(estimate)
-    except (
-        Exception
-    ):  # a task that fails, or a teacher that does not fit, takes nothing from what was measured before
+    except Exception:  # a task that fails, a teacher that does not fit: what was measured before is told
         if figures:
             _tell(job, given, figures, started)
         raise
