@@ -31,10 +31,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content at once: after a kill it is the old text or the new."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content at once: after a kill it is the old or the new. Text is written as UTF-8."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(partial)
     partial.replace(path)
 

@@ -63,6 +63,23 @@ def scores_reverse_kl(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64
     return reverse_kl(own, rest, teacher.candidate_logprobs, teacher.rest_logprob)
 
 
+def teacher_prefers(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> npt.NDArray[np.int64]:
+    """[T]: the teacher's likeliest token, of the student's candidates and its own top-k; -1 where a token that it did
+    not tell of may be likelier.
+    """
+    ids, logprobs, rest = [], [], None
+    if teacher.candidate_logprobs is not None and student.candidate_ids is not None:
+        ids, logprobs, rest = [student.candidate_ids], [teacher.candidate_logprobs], teacher.rest_logprob
+    if teacher.topk_ids is not None and teacher.topk_logprobs is not None:
+        ids, logprobs, rest = [*ids, teacher.topk_ids], [*logprobs, teacher.topk_logprobs], teacher.topk_rest_logprob
+    if rest is None:
+        return np.full(teacher.n_tokens, -1)
+    told = np.nan_to_num(np.concatenate(logprobs, axis=1), nan=-np.inf)
+    best = told.argmax(axis=1)[:, None]
+    chosen, logprob = (np.take_along_axis(v, best, axis=1)[:, 0] for v in (np.concatenate(ids, axis=1), told))
+    return np.where(logprob >= np.nan_to_num(rest, nan=np.inf), chosen, -1).astype(np.int64)
+
+
 def rest_of(logprobs: npt.ArrayLike) -> Float64:
     """log(1 - sum of exp(logprobs) over the last axis, if there are two), at least log(REST_FLOOR); NaN stays NaN."""
     told = np.exp(np.asarray(logprobs, np.float64))

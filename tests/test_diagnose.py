@@ -31,8 +31,9 @@ import pipeline.score.stage
 from pipeline.cli import main
 from pipeline.config import Recipe
 from pipeline.diagnose import reading, stage, written
-from pipeline.errors import ModelError, RedpenError
+from pipeline.errors import RedpenError
 from pipeline.prompts import load_prompts, render_all
+from pipeline.text import local_tokenizer
 from pipeline.toy import asset_path, build
 
 Model = Any
@@ -157,9 +158,7 @@ def test_the_end_that_the_teacher_wants_is_told_where_its_top_k_is_stored(toy_ca
     assert keys(stage.diagnosis(replace(seen, pairs=pairs))) == ["eos"]
 
 
-def test_a_shuffled_tokenizer_that_got_past_the_check_is_named(
-    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shuffled_tokenizer_is_aligned_and_no_fault(toy_cache: Path, tmp_path: Path) -> None:
     order = shuffle()
     directory = saved(with_rows(order), tmp_path / "model")
     file = directory / "tokenizer.json"
@@ -167,14 +166,12 @@ def test_a_shuffled_tokenizer_that_got_past_the_check_is_named(
     place = {int(old): new for new, old in enumerate(order)}  # row `new` of the weights is what was row `old`
     tokenizer["model"]["vocab"] = {token: place[index] for token, index in tokenizer["model"]["vocab"].items()}
     for token in tokenizer["added_tokens"]:
-        token["id"] = place[token["id"]]
+        token["id"] = tokenizer["model"]["vocab"][token["content"]] = place[token["id"]]
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ModelError, match="vocabulary differs"):
-        rescored(toy_cache, tmp_path / "refused.zarr", f"teacher.model={directory}")
-    monkeypatch.setattr(pipeline.models, "check_same_vocabulary", lambda *_: None)
-    (finding,) = diagnosed(rescored(toy_cache, tmp_path / "c.zarr", f"teacher.model={directory}"))["findings"]
-    assert finding["key"] == "vocabulary" and finding["severity"] == "blocks"
-    assert "the tokenizers name" in finding["evidence"][0]
+    cache = rescored(toy_cache, tmp_path / "c.zarr", f"teacher.model={directory}")
+    scored = cs.open(str(cache)).round().scores("teacher").manifest
+    assert scored.tokenizer.digest != cs.open(str(toy_cache)).round().manifest.tokenizer.digest
+    assert diagnosed(cache)["findings"] == []
 
 
 def read_in_a_chat_template(toy_cache: Path, cache: Path, *, recorded: bool) -> Path:
@@ -500,8 +497,8 @@ def test_without_its_tokenizer_tokens_are_ids(
         raise OSError
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
-    pipeline.diagnose.words._local.cache_clear()
+    local_tokenizer.cache_clear()
     assert main(["diagnose", str(toy_cache)]) == 0
     captured = capsys.readouterr()
     assert f"<{ord('9')}>" in captured.out and "is not on this machine" in captured.err
-    pipeline.diagnose.words._local.cache_clear()
+    local_tokenizer.cache_clear()

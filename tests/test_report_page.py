@@ -310,6 +310,14 @@ def test_marks_and_what_the_teacher_prefers(open_page: Open) -> None:
     assert texts(shown, ".readings .kl") == ["", "", "", "0.001"]
 
 
+def test_a_teacher_whose_mass_is_elsewhere_prefers_no_told_token(open_page: Open) -> None:
+    """0.3 for "better" and 0.1 for the token leave 0.6, which one token may have; after 0.5 none can be likelier."""
+    told = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
+    told["candidates"]["readers"] = [b64([2303, 1204, UNTOLD, 2303, 693, UNTOLD], "<u2")]
+    shown = open_page(make_document(told), "#rollout=0")
+    assert texts(shown, ".response rt") == ["better"]
+
+
 def test_a_token_that_was_not_trained_on_has_no_mark(open_page: Open) -> None:
     half = make_set([["a", "b"]], {"strict": [[2.0, 7.0]]}, trained=b64([1, 0], "u1"))
     shown = open_page(make_document(half))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RedpenError
-from pipeline.report import charts, runs
+from pipeline.report import charts, page, runs
 
 STEPS = 12
 SENTENCE = "max steps: 12 done; reverse KL on the cached rollouts is 0.01 nats a token"
@@ -188,16 +188,6 @@ def test_a_line_is_where_its_values_are() -> None:
             assert x == pytest.approx(step, abs=0.02) and y == pytest.approx(value, abs=0.0003)
 
 
-def test_a_logarithmic_axis_leaves_out_what_it_cannot_show() -> None:
-    chart = charts.line_chart("KL", {"a": [[1, 0.1], [2, 0.0], [3, 0.001]]}, x_label="step", y_label="nats", log=True)
-    tree = parsed(chart)
-    (line,) = [p.get("d", "") for p in tree.iter("path") if p.get("class") == "line s0"]
-    assert line.count("L") == 1
-    assert "1 values that cannot be drawn are left out" in (tree.findtext(".//desc") or "")
-    ticks = {text.text for text in tree.iter("text") if text.get("class") == "end"}
-    assert {"0.1", "0.01", "0.001"} <= ticks
-
-
 def test_a_chart_is_told_in_text_too() -> None:
     label = "<b>&\x1b]0;"
     chart = charts.line_chart("T", {label: [[n, n * n] for n in range(100)]}, x_label="step", y_label="y")
@@ -264,12 +254,27 @@ def test_thinning_keeps_ends_and_extremes(values: list[float], limit: int) -> No
         assert {min(values), max(values)} <= {value for _, value in kept}
 
 
-@given(st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(-1e12, 1e12)), min_size=1, max_size=20), st.booleans())
-def test_any_values_make_a_chart(points: list[tuple[float, float]], log: bool) -> None:
-    chart = charts.line_chart("T", {"a": sorted(points)}, x_label="x", y_label="y", log=log)
-    if chart:
-        (line,) = [p.get("d", "") for p in parsed(chart).iter("path") if p.get("class") == "line s0"]
-        numbers = [tuple(map(float, pair.split())) for pair in line[1:].split("L")]
-        assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in numbers)
-    else:
-        assert log and all(y <= 0 for _, y in points)
+@given(st.lists(st.tuples(st.floats(-1e9, 1e9), st.floats(-1e12, 1e12)), min_size=1, max_size=20))
+def test_any_values_make_a_chart(points: list[tuple[float, float]]) -> None:
+    chart = charts.line_chart("T", {"a": sorted(points)}, x_label="x", y_label="y")
+    (line,) = [p.get("d", "") for p in parsed(chart).iter("path") if p.get("class") == "line s0"]
+    numbers = [tuple(map(float, pair.split())) for pair in line[1:].split("L")]
+    assert all(0 <= x <= 460 and 0 <= y <= 270 for x, y in numbers)
+
+
+def test_what_json_and_toml_lack_does_not_stop_a_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (run / "recipe.toml").write_text("[train]\nlearning_rate = inf\n")
+    tasks = '{"ifeval": {"strict": {"value": 0.25, "stderr": 0.0625}, "lost": {"value": NaN, "stderr": null}}}'
+    measured = f'{{"greedy": 5, "truncated": 0.125, "tasks": {tasks}}}'
+    (run / "eval.json").write_text(f'{{"prompts": null, "before": {measured}, "after": {measured}}}')
+    (run / "ledger.json").write_text('{"train": {"seconds": "long", "tokens": NaN, "flops": 1e9}}')
+    found = runs.read_run(run)
+    document = {"title": "t", "created_by": "c", "sets": [], "runs": [found], "cache": None, "notes": []}
+    text = page.render(document)
+    assert (
+        "ifeval: strict" in text and "0.2500 \u00b1 0.0625" in text and "12.5%" in text and "ifeval: lost" not in text
+    )
+    assert found["recipe"]["train.learning_rate"] == "inf"

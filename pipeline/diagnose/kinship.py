@@ -21,11 +21,10 @@ OTHER_PROMPT, LOST = 2.0, 1.0
 def other_tokens(case: Case) -> Finding | None:
     """The teacher puts its probability elsewhere, and ranks the student's candidates as chance would."""
     figures, pair = case.figures, case.pair
-    renamed = case.words.other_meanings(pair)
     units = figures.logprob / case.chance_logprob
     flat = figures.entropy is not None and figures.entropy > -FLAT * case.chance_logprob
     related = case.same_tokens or (case.agreement is not None and case.agreement >= CHANCE_AGREEMENT)
-    if related and not flat and not renamed:
+    if related and not flat:
         return None
     evidence = [
         f"the student's tokens have a mean log-prob of {figures.logprob:.1f} for the teacher; a uniform guess among "
@@ -43,20 +42,17 @@ def other_tokens(case: Case) -> Finding | None:
         )
     if figures.entropy is not None:
         evidence.append(f"its entropy is {figures.entropy:.2f} nats of {-case.chance_logprob:.2f} possible")
-    if renamed:
-        shown = ", ".join(f"{token} is {ours!r} and {theirs!r}" for token, ours, theirs in renamed[:3])
-        evidence.insert(0, f"the tokenizers name {len(renamed)} of the ids that the student wrote otherwise: {shown}")
-    elif pair.scored.tokenizer.digest != pair.sampled.tokenizer.digest:
+    if pair.scored.tokenizer.digest != pair.sampled.tokenizer.digest:
         evidence.append("the cache records another tokenizer for the teacher than for the student")
-    if renamed or (units > LESS_THAN_CHANCE and not flat):
+    if units > LESS_THAN_CHANCE and not flat:
         return case.finding(
             "vocabulary",
-            "harms" if related else "blocks",
+            "blocks",
             "The teacher reads other tokens than the student writes: the same ids mean other words to it.",
             evidence,
-            "give [teacher] a model with the student's own tokenizer: the ids of tokenizer.json and of the added "
-            "tokens must be equal, and the rows of its weights in their order (were they resized or converted?). If "
-            "they are, it was taught nothing like these responses: choose another",
+            "check that the rows of the teacher's weights are in the order of its tokenizer.json (were they resized, "
+            "converted, or taken from a model with another tokenizer?). If they are, it was taught nothing like "
+            "these responses: choose another",
             1.0,
         )
     return case.finding(

@@ -1,4 +1,4 @@
-"""What the tokenizers on this machine tell: the text of tokens, other vocabularies, other prompt templates.
+"""What the tokenizers on this machine tell: the text of tokens, and other prompt templates.
 
 Nothing is downloaded: where a tokenizer is not here, ids stand for text and these questions stay open.
 """
@@ -38,21 +38,13 @@ class Words:
         tokenizer = self._student
         return tokenizer is not None and token in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
-    def other_meanings(self, pair: Pair) -> list[tuple[int, str, str]]:
-        """Ids, of those that the student wrote, that the teacher's tokenizer calls otherwise: (id, ours, theirs)."""
-        if pair.scored.tokenizer.digest == pair.sampled.tokenizer.digest:
-            return []
-        ours, theirs = self._student, _tokenizer_of(pair)
-        if ours is None or theirs is None:
-            return []
-        written = [int(token) for token in np.unique(pair.reading.token)]
-        named = zip(written, *(tokenizer.convert_ids_to_tokens(written) for tokenizer in (ours, theirs)), strict=True)
-        return [(token, str(a), str(b)) for token, a, b in named if a != b]
-
     def own_stop(self, pair: Pair) -> int | None:
-        """The token that ends a text for the teacher's tokenizer."""
+        """The student's id of the token that ends a text for the teacher's tokenizer."""
         tokenizer = _tokenizer_of(pair)
-        return None if tokenizer is None else tokenizer.eos_token_id
+        if tokenizer is None or tokenizer.eos_token is None or self._student is None:
+            return None
+        found = self._student.get_vocab().get(tokenizer.eos_token)
+        return None if found is None else int(found)
 
     def other_renderings(self, pair: Pair) -> list[str]:
         """What says that teacher and student do not read prompts alike, a line each."""
@@ -60,15 +52,16 @@ class Words:
         if sampled != scored:
             return [f"the student wrote to {_template(sampled)}, {pair.teacher} read {_template(scored)}"]
         tokenizer = _tokenizer_of(pair)
-        if tokenizer is None:
+        student = self._student
+        if tokenizer is None or student is None:
             return [f"the tokenizer of {pair.scored.model.name} is not on this machine, so its template is not known"]
         if sampled["kind"] == "chat":
-            return self._rendered_by(tokenizer, sampled)
+            return self._rendered_by(student, tokenizer, sampled)
         if tokenizer.chat_template:
             return ['prompts are plain text (prompts.template = "none"), and the teacher has a chat template']
         return []
 
-    def _rendered_by(self, tokenizer: Any, template: dict[str, Any]) -> list[str]:
+    def _rendered_by(self, student: Any, tokenizer: Any, template: dict[str, Any]) -> list[str]:
         if not tokenizer.chat_template:
             return ["prompts are in a chat template, and the teacher's own tokenizer has none"]
         cfg = PromptsConfig(
@@ -82,24 +75,22 @@ class Words:
                 ids = render(self._round.prompts[int(block.prompt_index[prompt])], tokenizer, cfg)
             except PromptError:
                 ids = []
-            other += not np.array_equal(ids, block.prompt_ids(prompt))
+            ours = student.convert_ids_to_tokens(block.prompt_ids(prompt).tolist())
+            other += tokenizer.convert_ids_to_tokens(ids) != ours
         return [f"the teacher's own chat template renders {other} of {n} prompts otherwise"] if other else []
 
     @functools.cached_property
     def _student(self) -> Any | None:
         manifest = self._round.manifest
-        return _local(manifest.tokenizer.name, manifest.student.revision)
+        return local_tokenizer(manifest.tokenizer.name, manifest.student.revision)
 
     @functools.cached_property
     def _label(self) -> Any:
         return labels(load_decoder(self._round.manifest))
 
 
-_local = functools.cache(local_tokenizer)
-
-
 def _tokenizer_of(pair: Pair) -> Any | None:
-    return _local(pair.scored.tokenizer.name, pair.scored.model.revision)
+    return local_tokenizer(pair.scored.tokenizer.name, pair.scored.model.revision)
 
 
 def _template(template: dict[str, Any]) -> str:

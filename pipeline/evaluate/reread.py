@@ -25,6 +25,7 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import progress, warn
 from pipeline.errors import RedpenError
+from pipeline.files import write_atomically
 from pipeline.marks import marked_blocks
 from pipeline.provenance import cache_identity
 from pipeline.score import ScoreOptions, TokenBatch
@@ -37,7 +38,8 @@ def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
     """Have the trained `model` read the cached rollouts; without them one line is said, and no file is left."""
     try:
         if recipe.eval.reread_rollouts:
-            _write(run / REREAD, _read(model, recipe, *_cached(run, recipe.eval.reread_rollouts)))
+            arrays, made_of = _read(model, recipe, *_cached(run, recipe.eval.reread_rollouts))
+            write_atomically(run / REREAD, save(arrays, made_of))
             return
     except (cs.CacheError, RedpenError) as error:
         warn(f"the student does not read its cached rollouts again: {error}")
@@ -107,10 +109,3 @@ def _rollouts(round_: cs.Round, numbers: npt.NDArray[np.int64]) -> tuple[cs.Roll
             rows.append(cs.RolloutRow(place, sample, ids, logprobs, int(rollouts.finish_reason[row])))
             candidates.append(ids_TK[span])
     return cs.RolloutBlock.from_rows(list(prompts.items()), rows), np.concatenate(candidates)
-
-
-def _write(path: Path, content: tuple[dict[str, npt.NDArray[Any]], dict[str, str]]) -> None:
-    """Replace the file at once."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(save(*content))
-    partial.replace(path)

@@ -62,23 +62,19 @@ class _Scale:
     start: float
     end: float
     ticks: tuple[float, ...]
-    log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (value - low) / (high - low)
+        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
 
 
-def line_chart(
-    title: str, series: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str, log: bool = False
-) -> str:
+def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str) -> str:
     """Lines through the points [x, y] of each series, in order of x; an empty text where there is not one point.
 
     A series without points keeps its colour for the others' sake, and is not mentioned. What is not finite is left
-    out, as is what is not positive on a logarithmic axis.
+    out.
     """
     kept = {
-        label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
+        label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         for label, points in series.items()
     }
     lines = [(i, label, thin(points)) for i, (label, points) in enumerate(kept.items()) if points]
@@ -88,7 +84,7 @@ def line_chart(
     top = _top(named)
     xs, ys = ([point[axis] for _, _, points in lines for point in points] for axis in (0, 1))
     x = _linear(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT, whole=all(float(v).is_integer() for v in xs), tight=True)
-    y = (_logarithmic if log else _linear)(min(ys), max(ys), top + _PLOT_HEIGHT, top)
+    y = _linear(min(ys), max(ys), top + _PLOT_HEIGHT, top)
     body = []
     for i, label, points in lines:
         path = "M" + "L".join(f"{x(px):.1f} {y(py):.1f}" for px, py in points)
@@ -101,12 +97,9 @@ def line_chart(
             body.append(f'<path class="mark s{i % _COLOURS}" transform="{at}" d="{mark}"><title>{tip}</title></path>')
     ticks = "".join(_text(x(tick), top + _PLOT_HEIGHT + 15, _number(tick), "middle") for tick in x.ticks)
     told = [_told(label, points, x_label) for _, label, points in lines]
-    dropped = sum(map(len, series.values())) - sum(map(len, kept.values()))
-    if dropped:
-        told.append(f"{dropped} values that cannot be drawn are left out.")
     table = _table(x_label, [label for _, label, _ in lines], _rows([points for _, _, points in lines]))
     parts = [_grid(y), ticks, *body, _legend(named, _line_sample)]
-    return _figure(title, y_label + (", logarithmic" if log else ""), x_label, top, told, parts, table)
+    return _figure(title, y_label, x_label, top, told, parts, table)
 
 
 def bar_chart(
@@ -188,15 +181,6 @@ def _linear(low: float, high: float, start: float, end: float, *, whole: bool = 
     if tight:
         return _Scale(low, high, start, end, tuple(tick for tick in ticks if low <= tick <= high))
     return _Scale(ticks[0], ticks[-1], start, end, tuple(ticks))
-
-
-def _logarithmic(low: float, high: float, start: float, end: float) -> _Scale:
-    if high < 1.5 * low:
-        low, high = low / 1.5, high * 1.5
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high / low < 200 else (1,)
-    ticks = tuple(m * 10.0**d for d in decades for m in factors if low <= m * 10.0**d <= high)
-    return _Scale(low, high, start, end, ticks, log=True)
 
 
 def _grid(y: _Scale) -> str:

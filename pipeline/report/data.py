@@ -5,6 +5,7 @@ A rollout's number in its round is `prompt number * rollouts_per_prompt + sample
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,11 @@ def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
 
 
 def _bytes_below(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # of a block that is being written
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts

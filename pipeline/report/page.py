@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.console import escape_control
 from pipeline.report import charts
+from pipeline.report.runs import MEASURES, estimates, interval, setting
 
 ASSETS = Path(__file__).parent / "assets"
 #: Parts of the one script, which share a scope.
@@ -44,14 +45,7 @@ _CURVES = {
     "tokens_per_second": ("Speed", "tokens/s"),
 }
 _COSTS = {"seconds": ",.1f", "tokens": ",", "flops": ".2e"}  # of a stage in the ledger, and how they are written
-_MEASURES = {
-    "greedy": "accuracy, greedy",
-    "sampled": "accuracy, sampled",
-    "format": "legal format",
-    "reverse_kl": "reverse KL, nats a token",
-    "response_tokens": "tokens a response",
-    "truncated": "cut at the limit",
-}
+_MEANS = {"response_tokens": ("tokens a response", ",.1f"), "truncated": ("cut at the limit", ".1%")}
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -156,8 +150,7 @@ def _figures(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
             share = answers["right"] / answers["known"]
             yield _figure("rollouts right", f"{share:.1%}", f"of {answers['known']:,}")
     for run in runs:
-        told = run["eval"] or {}
-        before, after = (told.get(phase) or {} for phase in ("before", "after"))
+        before, after = (estimates(run, phase) for phase in ("before", "after"))
         name = f" of {run['name']}" if len(runs) > 1 else ""
         measure = "greedy" if "greedy" in after else "sampled"
         if measure in before and measure in after:
@@ -246,15 +239,11 @@ def _compared(runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for title in titles:
         yield _cells(title, [dict(run["card"]).get(title, "") for run in runs])
     for key in differs:
-        yield _cells(key, [_setting(run["recipe"].get(key)) for run in runs])
+        yield _cells(key, [setting(run["recipe"].get(key)) for run in runs])
 
 
 def _cells(name: str, cells: list[str]) -> dict[str, Any]:
     return {"name": name, "cells": cells}
-
-
-def _setting(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,31 +254,26 @@ def _run(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": run["name"],
         "asked": f"{prompts['count']:,} prompts of {prompts['path']}" if prompts else None,
-        "measures": list(_measures(told)),
+        "measures": list(_measures(run)),
         "stages": [[name, *(_count(stage.get(key), form) for key, form in _COSTS.items())] for name, stage in stages],
     }
 
 
-def _measures(told: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    before, after = (dict(told.get(phase) or {}) for phase in ("before", "after"))
-    for figures in (before, after):
-        figures |= {f"pass@{k}": estimate for k, estimate in figures.pop("pass_at", {}).items() if k != "1"}
-    for name in dict.fromkeys([*before, *after]):
-        yield _MEASURES.get(name, name), _estimate(name, before.get(name)), _estimate(name, after.get(name))
-
-
-def _estimate(name: str, told: Any) -> str:
-    nats = name in ("reverse_kl", "response_tokens")
-    if isinstance(told, dict) and "value" in told:
-        value, low, high = (told[key] for key in ("value", "low", "high"))
-        return f"{value:.4f} ({low:.4f} to {high:.4f})" if nats else f"{value:.1%} ({low:.1%} to {high:.1%})"
-    if isinstance(told, int | float):
-        return f"{told:,.1f}" if nats else f"{told:.1%}"
-    return ""
+def _measures(run: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Title of a measure, and its value before and after training."""
+    both = [estimates(run, phase) for phase in ("before", "after")]
+    for name in dict.fromkeys(name for found in both for name in found):
+        before, after = (interval(name, found[name]) if name in found else "" for found in both)
+        yield MEASURES.get(name, name), before, after
+    told = run["eval"] or {}
+    for name, (title, form) in _MEANS.items():
+        before, after = (_count((told.get(phase) or {}).get(name), form) for phase in ("before", "after"))
+        if before or after:
+            yield title, before, after
 
 
 def _count(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return format(value, form) if isinstance(value, int | float) else ""
 
 
 # -------------------------------------------------------------------------------------------------------- provenance
@@ -304,7 +288,7 @@ def _origin(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"title": "cache", "rows": list(_flat(document["cache"]))}
     for run in document["runs"]:
         if run["recipe"]:
-            yield {"title": f"recipe of {run['name']}", "rows": [(k, _setting(v)) for k, v in run["recipe"].items()]}
+            yield {"title": f"recipe of {run['name']}", "rows": [(k, setting(v)) for k, v in run["recipe"].items()]}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -315,6 +299,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         items = list(enumerate(value))
     elif value is not None:
-        yield name, _setting(value)
+        yield name, setting(value)
     for key, item in items:
         yield from _flat(item, f"{name}.{key}" if name else str(key))

@@ -18,6 +18,7 @@ from pipeline.provenance import cache_identity
 REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.
 _MADE_OF = ("rollouts digest", "student digest")
+_PLACES, _SCORES = ("numbers", "start", "length"), ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Reread:
         try:
             with safe_open(path, "numpy") as file:
                 told = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                arrays = {name: file.get_tensor(name) for name in (*_PLACES, *_SCORES)}
             spans = {
                 int(number): slice(int(start), int(start + length))
                 for number, start, length in zip(arrays["numbers"], arrays["start"], arrays["length"], strict=True)
@@ -61,7 +62,5 @@ class Reread:
         span = self._spans.get(number)
         if span is None:
             return None
-        names = ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")
-        return cs.ScoreBlock(
-            candidate_ids=student.candidate_ids, **{name: self._arrays[name][span] for name in names}
-        )
+        scores = {name: self._arrays[name][span] for name in _SCORES}
+        return cs.ScoreBlock(candidate_ids=student.candidate_ids, **scores)

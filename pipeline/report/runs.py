@@ -38,7 +38,7 @@ CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 _FILES = ("run.json", "recipe.toml", "metrics.jsonl")
-_MEASURES = {
+MEASURES = {
     "greedy": "greedy accuracy",
     "sampled": "sampled accuracy",
     "format": "legal format",
@@ -116,7 +116,9 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
         out.print()
         out.print(table)
     if any(run["eval"] for run in runs):
-        out.print("(95 % intervals; fresh: on rollouts of the student that is measured)")
+        out.print(
+            "(95 % intervals, of tasks \u00b1 standard errors; fresh: on rollouts of the student that is measured)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -125,7 +127,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
         if not isinstance(value, dict):
             raise ValueError("expected an object")
     except FileNotFoundError:
@@ -149,8 +151,18 @@ def _recipe(path: Path) -> dict[str, Any]:
     for section, tables in sections.items():
         for table in tables if isinstance(tables, list) else [tables]:
             name = f"{section}.{table.get('name')}" if isinstance(tables, list) else section
-            found |= {f"{name}.{key}": value for key, value in table.items()}
+            found |= {f"{name}.{key}": _plain(value) for key, value in table.items()}
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A TOML value as JSON has it: what JSON lacks, infinity or a date, becomes text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    finite = isinstance(value, float) and math.isfinite(value)
+    return value if finite or isinstance(value, str | int) else str(value)
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -252,11 +264,11 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     yield figure("held-out accuracy, best", "best_heldout_accuracy", lambda best: f"{best[1]:.1%} at {best[0]}")
     yield figure("held-out format, best", "best_heldout_format", lambda best: f"{best[1]:.1%} at {best[0]}")
     yield figure("held-out rev. KL, best", "best_heldout_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
-    for measure in dict.fromkeys(key for run in runs for key in _estimates(run, "after")):
+    for measure in dict.fromkeys(key for run in runs for key in estimates(run, "after")):
         for phase in ("before", "after"):
-            found = [_estimates(run, phase).get(measure) for run in runs]
-            shown = ["" if estimate is None else _interval(measure, estimate) for estimate in found]
-            yield (f"{_MEASURES.get(measure, measure)}, before" if phase == "before" else "  after"), shown
+            found = [estimates(run, phase).get(measure) for run in runs]
+            shown = ["" if estimate is None else interval(measure, estimate) for estimate in found]
+            yield (f"{MEASURES.get(measure, measure)}, before" if phase == "before" else "  after"), shown
     asked = [(run["eval"] or {}).get("prompts") for run in runs]
     yield "  on prompts", [f"{told['count']:,} of {told['path']}" if told else "" for told in asked]
     yield figure("seconds of training", "seconds", "{:,.0f}".format)
@@ -270,20 +282,29 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
             ]
             yield key, told
         else:
-            yield key, [_setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
+            yield key, [setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
 
 
-def _estimates(run: Mapping[str, Any], phase: str) -> dict[str, Any]:
+def estimates(run: Mapping[str, Any], phase: str) -> dict[str, Any]:
     """Values with intervals that eval.json holds for the student `before` or `after` training, and the scores of
     lm-evaluation-harness's tasks with their standard errors."""
     measured = (run["eval"] or {}).get(phase) or {}
-    found = {key: measured[key] for key in _MEASURES if key in measured}
+    found = {key: measured[key] for key in MEASURES if key in measured}
     found |= {f"pass@{k}": value for k, value in measured.get("pass_at", {}).items() if k != "1"}
     tasks = measured.get("tasks", {})
-    return found | {f"{task}: {name}": score for task, scores in tasks.items() for name, score in scores.items()}
+    found |= {f"{task}: {name}": score for task, scores in tasks.items() for name, score in scores.items()}
+    return {name: estimate for name, estimate in found.items() if _is_estimate(estimate)}
 
 
-def _interval(measure: str, estimate: Mapping[str, Any]) -> str:
+def _is_estimate(value: Any) -> bool:
+    """Whether it is a value with an interval or a standard error, as `redpen eval` writes them."""
+    if not isinstance(value, dict) or not isinstance(value.get("value"), int | float):
+        return False
+    return "stderr" in value or all(isinstance(value.get(end), int | float) for end in ("low", "high"))
+
+
+def interval(measure: str, estimate: Mapping[str, Any]) -> str:
+    """An estimate of `estimates` as text."""
     if "stderr" in estimate:
         error = "" if estimate["stderr"] is None else f" \u00b1 {estimate['stderr']:.4f}"
         return f"{estimate['value']:.4f}{error}"
@@ -301,7 +322,10 @@ def _ended(run: Mapping[str, Any]) -> str:
     return str(run["sentence"]) + (f" (exit code {run['exit_code']})" if run["exit_code"] else "")
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """A recipe's value as text; empty for None."""
+    if value is None:
+        return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

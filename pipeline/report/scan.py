@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.console import progress
-from pipeline.metrics import Float64, scores_reverse_kl
+from pipeline.metrics import Float64, scores_reverse_kl, teacher_prefers
 from pipeline.report.encode import MOST, as_text
 
 Int64 = npt.NDArray[np.int64]
@@ -96,24 +96,6 @@ def bin_starts(max_response_tokens: int) -> Int64:
     return np.array([start for start in [*range(8), *octaves] if start < max_response_tokens], np.int64)
 
 
-def preferred(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Int64:
-    """[T]: the teacher's likeliest token as far as it is told: of the student's candidates and the teacher's own
-    top-k; -1 where neither is."""
-    ids, logprobs = [], []
-    if teacher.candidate_logprobs is not None and student.candidate_ids is not None:
-        ids.append(student.candidate_ids)
-        logprobs.append(teacher.candidate_logprobs)
-    if teacher.topk_ids is not None and teacher.topk_logprobs is not None:
-        ids.append(teacher.topk_ids)
-        logprobs.append(teacher.topk_logprobs)
-    if not ids:
-        return np.full(teacher.n_tokens, -1)
-    told = np.nan_to_num(np.concatenate(logprobs, axis=1), nan=-np.inf)
-    best = told.argmax(axis=1)[:, None]
-    chosen = np.take_along_axis(np.concatenate(ids, axis=1), best, axis=1)[:, 0]
-    return np.where(np.isneginf(told.max(axis=1)), -1, chosen).astype(np.int64)
-
-
 @dataclass
 class Sums:
     """Reverse KL to one teacher over the tokens that count: by token, by position, by what the teacher prefers.
@@ -162,7 +144,7 @@ class Sums:
         self.highest[token_up[higher]] = kl_up[higher]
         self.example[token_up[higher]] = numbers_up[higher]
         assert reading.student is not None
-        wanted = preferred(reading.student, reading.teachers[teacher])[counts]
+        wanted = teacher_prefers(reading.student, reading.teachers[teacher])[counts]
         matters = (kl >= NEGLIGIBLE) & (wanted >= 0)
         pairs, place = np.unique(token[matters] << 32 | wanted[matters], return_inverse=True)
         for pair, total in zip(pairs.tolist(), np.bincount(place, weights=kl[matters]).tolist(), strict=True):

@@ -18,6 +18,7 @@ from pipeline.answers import Checker
 from pipeline.config import load_recipe
 from pipeline.console import escape_control, say, warn
 from pipeline.errors import ConfigError, RedpenError
+from pipeline.files import write_atomically
 from pipeline.provenance import created_by
 from pipeline.report import data, page, runs
 from pipeline.report.collect import collect
@@ -81,12 +82,12 @@ def run(
     if len(document["runs"]) > 1:
         runs.compare(document["runs"])
     text = page.render(document).encode("utf-8")
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(text)
-        partial.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_bytes(text)  # a pipe or a device takes the page, and stays what it is
+        else:
+            write_atomically(path.resolve(), text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RedpenError(f"-o {output}: cannot be written ({error.strerror}); choose another file") from error
     print(f"{escape_control(os.fspath(output))}: {len(text) / 1e6:.1f} MB; open it in a browser")
     return 0
@@ -229,6 +230,9 @@ def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, ro
     except cs.CacheError as error:
         sources.note(f"held-out rollouts of {run} are not shown: {error}")
         return []
+    if not rounds:
+        sources.note(f"held-out rollouts of {run} are not shown: its {_EVAL_CACHE} holds none")
+        return []
     checker = _checker(sources, recipe, [run])
     requests = [
         Request(f"{run}, {phase}", "heldout", rollouts, room // len(rounds), _judge(round_, checker), run, phase)
@@ -239,8 +243,9 @@ def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, ro
     found = [collect(round_, request, tokenizer) for round_, request in pairs]
     numbers = [_numbers(rollout_set) for rollout_set in found]
     if any(not np.array_equal(np.sort(numbers[0]), np.sort(other)) for other in numbers[1:]):
-        # of a part, each student's worst: show what is worst to either in both, as far as there is room
-        both = np.unique(np.concatenate([number[: len(number) // 2] for number in numbers]))
+        # Of a part, each student's worst: show what is worst to either in both. A third of each leaves room for the
+        # other student's responses to the same prompts, however long.
+        both = np.unique(np.concatenate([number[: len(number) // 3] for number in numbers]))
         found = [collect(r, replace(request, only=both), tokenizer) for r, request in pairs]
     return [rollout_set for rollout_set in found if rollout_set is not None]
 

@@ -98,12 +98,13 @@ class RolloutSet {
     });
   }
 
-  /** What a teacher would rather have written, or null where that is the token itself or not known. */
+  /** What a teacher would rather have written; null where that is the token itself, or one that it did not tell of. */
   preferred(i, teacher) {
     const [own, ...others] = this.candidates(i);
     if (!own) return null;
-    const p = (candidate) => candidate.readers[teacher] ?? -Infinity;
+    const p = (candidate) => Math.exp(candidate.readers[teacher] ?? -Infinity);
     const best = others.reduce((a, b) => (p(b) > p(a) ? b : a), own);
-    return best === own ? null : best.text;
+    const told = others.reduce((sum, candidate) => sum + p(candidate), p(own));
+    return best === own || p(best) < 1 - told ? null : best.text;
   }
 }
