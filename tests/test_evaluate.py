@@ -362,6 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
         ConfigError,
         "did you mean eval.samples",
     ),
+    "neither run nor model": (lambda _, tmp: tmp, {"prompts": "toy:heldout"}, RedpenError, "expected a run of"),
     "no such model": (lambda _, tmp: tmp / "nowhere", {"prompts": "toy:heldout"}, ModelError, "no such directory"),
     "a model without prompts": (
         lambda *_: models.resolve_path("toy:student"),

@@ -397,7 +397,7 @@ def test_targets(tmp_path: Path, cache: cs.Cache) -> None:
     with pytest.raises(ConfigError, match=r"expected one cache at most, got .*c\.zarr and .*d\.zarr"):
         stage.assemble([cache.url, other.url])
     with pytest.raises(RedpenError, match="expected a run of `redpen train` or a cache"):
-        stage.assemble([str(tmp_path / "nothing")])
+        stage.assemble([cache.url, str(tmp_path / "nothing")])
     with pytest.raises(cs.CacheError, match="there is no round 4"):
         stage.assemble([cache.url], round_index=4)
     run, elsewhere = make_run(tmp_path / "a", cache.path), make_run(tmp_path / "b", other.path)

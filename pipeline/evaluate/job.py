@@ -57,6 +57,8 @@ def job_of(
         students = {BEFORE: recipe.student, AFTER: trained}
         chosen: TeacherConfig | None = _run_teacher(recipe, run_dir)
     else:
+        if run_dir.is_dir() and not (run_dir / "config.json").is_file():
+            raise RedpenError(f"{target}: expected a run of `redpen train`, or a model; this directory is neither")
         # the embedded models were taught on bare sums, which their recipe says
         recipe_name = recipe_name or ("toy" if target.startswith("toy:") else None)
         recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)

@@ -34,9 +34,13 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
         table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
     for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
         table.add_row(escape(escape_control(title)), *(_told(score) for score in told), *_difference(told))
-    if not out.is_terminal:
+    if out.is_terminal:
+        out.print(table)
+    else:
         out.width = 160  # a pipe has no edge to wrap at
-    out.print(table)
+        with out.capture() as printed:
+            out.print(table)
+        print("\n".join(line.rstrip() for line in printed.get().splitlines()))
     if any("tasks" in measured for measured in figures.values()):
         print("(tasks: lm-evaluation-harness's own metrics and standard errors)")
     if of is None:

@@ -128,14 +128,15 @@ def _sources(targets: Sequence[str], round_index: int | None) -> tuple[_Sources,
     """Runs and cache of the command line, and the runs' records."""
     found = _Sources([target for target in targets if _is_run(target)])
     caches = [target for target in targets if not _is_run(target)]
+    for target in caches:
+        try:
+            found.cache = cs.open(target)
+        except cs.NotACacheError as error:
+            raise RedpenError(f"{target}: expected a run of `redpen train` or a cache ({error})") from error
     if len(caches) > 1:
         raise ConfigError(f"report: expected one cache at most, got {' and '.join(caches)}; make a page of each")
     records = runs.read_runs(found.runs)
     if caches:
-        try:
-            found.cache = cs.open(caches[0])
-        except cs.NotACacheError as error:
-            raise RedpenError(f"{caches[0]}: expected a run of `redpen train` or a cache ({error})") from error
         learned = [run["cache"].get("round") for run in records if _same(run["cache"].get("url"), caches[0])]
         index = next((round_ for round_ in learned if round_ is not None), None)
     else:
