@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from .arrays import (
     ROLLOUT_ARRAYS,
@@ -14,6 +15,8 @@ from .arrays import (
     teacher_arrays,
 )
 from .errors import CacheError
+
+T = TypeVar("T")
 
 #: Recorded for people, never compared: a new release may continue an old cache.
 _NOT_COMPARED = frozenset({"created_by"})
@@ -51,33 +54,46 @@ class _Manifest:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
-        """Parse attributes read from a store. Raises `CacheError` naming the missing or unknown field."""
-        if not isinstance(value, dict):
-            raise CacheError(f"{where}: attribute redpen must be an object, got {type(value).__name__}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(value) - set(fields))
-        required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
-        missing = sorted(required - set(value))
-        if unknown or missing:
-            raise CacheError(f"{where}: attribute redpen has missing fields {missing}, unknown fields {unknown}")
-        value = dict(value)
-        try:
-            for name, record in (
-                ("student", ModelIdentity),
-                ("model", ModelIdentity),
-                ("tokenizer", TokenizerIdentity),
-            ):
-                if name in fields:
-                    value[name] = record(**value[name])
-        except TypeError as error:
-            raise CacheError(f"{where}: attribute redpen.{name}: {error}") from None
-        if "stop_token_ids" in fields:
-            value["stop_token_ids"] = tuple(value["stop_token_ids"])
-        return cls(**value)
+        """Parse attributes read from a store. Raises `CacheError` naming the field that is missing, unknown or of
+        another type."""
+        return _parsed(cls, value, f"{where}: attribute redpen")
 
     def differences(self, other: Self) -> list[str]:
         """Fields in which `other` differs, as `field: cached X, now Y`; models compare by digest, not name."""
         return _differences(self.to_json(), other.to_json())
+
+
+def _parsed(record: type[T], value: Any, where: str) -> T:
+    """A record, and the records in it, from JSON."""
+    if not isinstance(value, dict):
+        raise CacheError(f"{where}: expected an object, got {_short(value)}")
+    fields = dataclasses.fields(record)  # type: ignore[arg-type]
+    unknown = sorted(set(value) - {f.name for f in fields})
+    missing = sorted({f.name for f in fields if f.default is dataclasses.MISSING} - set(value))
+    if unknown or missing:
+        raise CacheError(f"{where} has missing fields {missing}, unknown fields {unknown}")
+    types, found = get_type_hints(record), {}
+    for name, told in value.items():
+        if dataclasses.is_dataclass(types[name]):
+            found[name] = _parsed(types[name], told, f"{where}.{name}")
+        elif _is_a(told, types[name]):
+            found[name] = tuple(told) if isinstance(told, list) else told
+        else:
+            named = getattr(types[name], "__name__", str(types[name]))
+            raise CacheError(f"{where}.{name}: expected {named}, got {_short(told)}")
+    return record(**found)
+
+
+def _is_a(value: Any, type_: Any) -> bool:
+    """Whether JSON's `value` is of a field's type; 1 is a float too."""
+    if isinstance(type_, UnionType):
+        return any(_is_a(value, member) for member in get_args(type_))
+    origin = get_origin(type_) or type_
+    if origin is tuple:
+        return isinstance(value, list) and all(_is_a(item, get_args(type_)[0]) for item in value)
+    if isinstance(value, bool) or origin is bool:
+        return isinstance(value, bool) and origin is bool
+    return isinstance(value, int | float if origin is float else origin)
 
 
 def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

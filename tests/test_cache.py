@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cache_factory as factory
 import numpy as np
@@ -223,6 +224,18 @@ def test_truncated_commit_is_reported_and_repaired(tmp_path: Path) -> None:
     assert {(f.group, f.block, f.array) for f in findings} == {("rollouts", 1, "commit")}
     cs.repair(cache, findings)
     assert cache.round().rollouts.committed().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("manifest", [factory.round_manifest(factory.prompts(2)), factory.scores_manifest()])
+def test_a_manifest_says_which_field_is_of_another_type(manifest: Any) -> None:
+    written = json.loads(json.dumps(manifest.to_json()))
+    assert type(manifest).from_json(written, "here") == manifest
+    for name, value in written.items():
+        for wrong in [["x"], *(["1"] if isinstance(value, int | float) else [])]:
+            with pytest.raises(cs.CacheError, match=rf"^here: attribute redpen\.{name}.*expected"):
+                type(manifest).from_json(written | {name: wrong}, "here")
+    with pytest.raises(cs.CacheError, match=r"attribute redpen\.tokenizer\.vocab_size: expected int, got big"):
+        type(manifest).from_json(written | {"tokenizer": written["tokenizer"] | {"vocab_size": "big"}}, "here")
 
 
 @pytest.mark.parametrize(
