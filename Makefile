@@ -6,6 +6,7 @@ CACHE  ?= cache/$(NAME).zarr
 RUN    ?= runs/$(NAME)
 SET    ?=
 ROUND  ?=
+DATA   ?=
 ENGINE ?=
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -21,7 +22,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train distill eval verify inspect report toy vllm-cpu test check format docs bench clean
+.PHONY: help setup rollouts score train distill sft eval verify inspect report toy vllm-cpu test check format docs bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ train: score ## stage two: train on CACHE into RUN, then measure it (makes whate
 
 distill: $(VENV)/.installed ## rounds of the three, each by the student that the last one made
 	@$(REDPEN) distill $(RECIPE) --cache $(CACHE) --run $(RUN) $(settings)
+
+sft: $(VENV)/.installed ## fine-tune the student on DATA="FILE[=SHARE] ...", or on sft.data of RECIPE, into RUN
+	@$(REDPEN) sft $(RECIPE) --run $(RUN) $(foreach d,$(DATA),--data $(d)) $(settings)
 
 eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
 	@$(REDPEN) eval $(RUN)

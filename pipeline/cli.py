@@ -304,6 +304,41 @@ def distill(
     return distilling.run(resolved, cache_url, run_dir)
 
 
+@cli.command()
+@click.option(
+    "--dry-run", is_flag=True, is_eager=True, help="Print the resolved recipe, every setting explained, and stop."
+)
+@_set_option
+@click.option(
+    "--run",
+    "run_dir",
+    metavar="DIR",
+    callback=_unless_dry_run,
+    help="Where the examples, metrics, checkpoints and the adapter go. [required]",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE[=SHARE]",
+    help="Documents and chats (JSONL, Parquet), several mixed by shares of the tokens; default: sft.data.",
+)
+@click.argument("recipe", metavar="RECIPE")
+def sft(recipe: str, data: tuple[str, ...], run_dir: str, overrides: tuple[str, ...], dry_run: bool) -> int | None:
+    """New knowledge: fine-tune the student on documents and chats.
+
+    A line holds a text (a document), messages that end with the assistant's, or a prompt and a response.
+
+    \b
+    redpen sft my.toml --data documents.jsonl=0.7 --data chats.jsonl=0.3 --run runs/sft
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline.sft import stage
+
+    return stage.run(resolved, data, run_dir)
+
+
 @cli.command("eval")
 @click.argument("target", metavar="MODEL_OR_RUN")
 @click.option("--prompts", metavar="FILE", help="Prompts with an answer; default: eval.path of the recipe.")

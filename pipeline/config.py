@@ -176,10 +176,11 @@ class VllmConfig(Section):
 class TrainConfig(Section):
     """Stage two."""
 
-    loss: Literal["reverse_kl", "importance_sampling", "forward_kl", "jsd", "mixed_kl"] = Field(
+    loss: Literal["reverse_kl", "importance_sampling", "forward_kl", "jsd", "mixed_kl", "cross_entropy"] = Field(
         default="reverse_kl",
         description="reverse_kl, forward_kl, jsd: over candidates + rest; mixed_kl: of reverse and forward; "
-        "importance_sampling: the policy gradient on the sampled token",
+        "importance_sampling: the policy gradient on the sampled token; cross_entropy: on the rollouts' tokens, "
+        "without any scores (redpen sft)",
     )
     jsd_beta: float = Field(
         default=0.5,
@@ -319,6 +320,36 @@ class DistillConfig(Section):
     )
 
 
+class SftData(Section):
+    """One source of documents or chats."""
+
+    path: str = Field(min_length=1, description="JSONL, Parquet or Hub dataset id; lines with text, or chats")
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="of the trained tokens; default: every example equally often"
+    )
+    split: str = Field(default="train", description="split of a Hub dataset")
+
+
+class SftConfig(Section):
+    """Fine-tuning on documents and chats (`redpen sft`); what is not here is as in [train]."""
+
+    data: list[SftData] = Field(default=[], description="[[sft.data]], one or several, mixed by their shares")
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    examples_per_step: int = Field(default=32, ge=1, description="examples in a global batch")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    max_tokens: int = Field(
+        default=2048, ge=2, description="documents are cut into pieces of so many; longer chats are left out"
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _all_or_none(cls, data: list[SftData]) -> list[SftData]:
+        shares = [source.share for source in data if source.share is not None]
+        if shares and (len(shares) < len(data) or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"shares must be given for each, and add up to 1, got {shares} of {len(data)}")
+        return data
+
+
 class TrackConfig(Section):
     """Where the curves of training go beside the run's own files and TensorBoard; it changes nothing else."""
 
@@ -410,6 +441,7 @@ class Recipe(Section):
     select: SelectConfig = Field(default=SelectConfig(), description="which tokens are trained on")
     distill: DistillConfig = Field(default=DistillConfig(), description="rounds of the three")
     eval: EvalConfig = Field(default=EvalConfig(), description="evaluation")
+    sft: SftConfig = Field(default=SftConfig(), description="fine-tuning on documents and chats")
     track: TrackConfig = Field(default=TrackConfig(), description="experiment trackers")
 
     @model_validator(mode="before")
@@ -449,6 +481,11 @@ class Recipe(Section):
                 'set it to "lora" or leave student.quantisation out'
             )
         watched = self.train.heldout_metric
+        if watched == "reverse_kl" and self.train.loss == "cross_entropy":
+            raise ValueError(
+                'train.heldout_metric = "reverse_kl" needs a teacher, got train.loss = "cross_entropy"; use '
+                '"accuracy" or "format"'
+            )
         if watched in ("accuracy", "format") and self.eval.path is None:
             raise ValueError(f'train.heldout_metric = "{watched}" needs eval.path: held-out prompts')
         if watched == "format" and self.eval.format is None:

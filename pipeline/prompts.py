@@ -33,7 +33,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def load_prompts(cfg: PromptsConfig) -> list[dict[str, Any]]:
     """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`. Raises `PromptError` naming
     file and line."""
-    rows = (check_record(value, place) for place, value in _rows(cfg))
+    rows = (check_record(value, place) for place, value in raw_rows(cfg))
     records = list(itertools.islice(rows, cfg.skip, None if cfg.limit is None else cfg.skip + cfg.limit))
     if not records and cfg.skip:
         raise PromptError(f"{cfg.path}: expected more than prompts.skip = {cfg.skip} prompts, the file holds fewer")
@@ -52,8 +52,9 @@ def prompts_sha256(records: Sequence[dict[str, Any]]) -> str:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:
-    """Pairs of place (`file:line`) and raw record."""
+def raw_rows(cfg: PromptsConfig, fields: Sequence[str] = FIELDS) -> Iterator[tuple[str, Any]]:
+    """Pairs of place (`file:line`) and raw record of `cfg.path`; of Parquet only these fields are read. Raises
+    `PromptError`."""
     if cfg.path.startswith("toy:"):
         return json_lines(_toy_path(cfg.path), cfg.path)
     path = Path(cfg.path)
@@ -64,7 +65,7 @@ def _rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:
     if path.suffix in _JSON_SUFFIXES and not path.is_dir():
         return json_lines(path, cfg.path)
     if path.suffix == ".parquet" and not path.is_dir():
-        return _parquet_rows(path)
+        return _parquet_rows(path, fields)
     if not exists and _HUB_ID.fullmatch(cfg.path):
         return _hub_rows(cfg)
     came = "a directory" if path.is_dir() else f"a file with suffix {path.suffix!r}" if exists else "no such file"
@@ -111,15 +112,15 @@ def _parse(line: bytes, place: str) -> Any:
         raise PromptError(f"{place}: expected one JSON object on each line, got JSON that {error}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in FIELDS if name in names]
-            if not {"prompt", "messages"} & set(columns):
+            columns = [name for name in fields if name in names]
+            if not {"prompt", "messages", "text"} & set(columns):
                 raise PromptError(f"{path}: {_no_prompt(names, 'columns')}")
             number = 0
             for batch in file.iter_batches(columns=columns):
@@ -160,8 +161,13 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
         raise PromptError(f"{place}: expected either prompt or messages, got both; keep one")
     if "messages" in record:
         record["messages"] = _check_messages(record["messages"], place)
+        if record["messages"][-1]["role"] == "assistant":
+            raise PromptError(
+                f"{place}: messages: expected a chat that ends before the student's turn, got one that ends with the "
+                "assistant's; remove its last message"
+            )
     elif "prompt" in record:
-        _check_text(record["prompt"], "prompt", place)
+        check_text(record["prompt"], "prompt", place)
         if not record["prompt"].strip():
             raise PromptError(f"{place}: prompt: expected text, got an empty one; remove the line")
     else:
@@ -170,6 +176,17 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
         if name in record:
             record[name] = _check_label(record[name], name, place)
     return record
+
+
+def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
+    """The messages of a chat that ends with the assistant's. Raises `PromptError` naming `place`."""
+    checked = _check_messages(messages, place)
+    if checked[-1]["role"] != "assistant":
+        raise PromptError(
+            f"{place}: messages: expected a chat that ends with the assistant's reply, which is learnt, got one that "
+            f"ends with role {checked[-1]['role']}; add the reply, or remove the line"
+        )
+    return checked
 
 
 def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
@@ -184,7 +201,7 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
         for key in ("role", "content"):
             if key not in message:
                 raise PromptError(f"{place}: {label}: expected role and content, got {_keys(message)}")
-            _check_text(message[key], f"{label}.{key}", place)
+            check_text(message[key], f"{label}.{key}", place)
         if extra := message.keys() - {"role", "content"}:
             raise PromptError(
                 f"{place}: {label}: expected only role and content, got also {', '.join(sorted(extra))}; "
@@ -192,13 +209,7 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
             )
         if not message["role"]:
             raise PromptError(f"{place}: {label}.role: expected system, user or assistant, got an empty one")
-    last = messages[-1]
-    if last["role"] == "assistant":
-        raise PromptError(
-            f"{place}: messages: expected a chat that ends before the student's turn, got one that ends with the "
-            "assistant's; remove its last message"
-        )
-    if not last["content"].strip():
+    if not messages[-1]["content"].strip():
         raise PromptError(f"{place}: messages[{len(messages) - 1}].content: expected text, got an empty one")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -207,11 +218,12 @@ def _check_label(value: Any, name: str, place: str) -> str:
     """`answer`, `source` and `id` are text; a number is taken as written."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = json.dumps(value)
-    _check_text(value, name, place)
+    check_text(value, name, place)
     return str(value)
 
 
-def _check_text(value: Any, name: str, place: str) -> None:
+def check_text(value: Any, name: str, place: str) -> None:
+    """Raises `PromptError` naming `place` where the value is no text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise PromptError(f"{place}: {name}: expected text, got {_kind(value)}")
     try:
@@ -230,23 +242,39 @@ def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: Prom
 
     Raises `PromptError` where the template is missing or refuses the record.
     """
-    if not _uses_chat(tokenizer, cfg):
+    if not uses_chat(tokenizer, cfg):
         if "messages" in record:
-            raise PromptError(
-                "messages need a chat template, "
-                + ('got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none")
-                + "; give plain text as prompt"
-            )
+            return render_chat(record["messages"], tokenizer, cfg)  # which says what is missing
         if cfg.system is not None:
             raise PromptError("prompts.system needs a chat template, the tokenizer has none; remove it")
-        return _plain(record["prompt"], tokenizer)
+        return plain_ids(record["prompt"], tokenizer)
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    return render_chat(messages, tokenizer, cfg, reply_follows=True)
+
+
+def render_chat(
+    messages: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    *,
+    reply_follows: bool = False,
+) -> list[int]:
+    """Token ids of a chat through the chat template, ready for the assistant's turn if `reply_follows`.
+
+    Raises `PromptError` where the template refuses it.
+    """
+    if not uses_chat(tokenizer, cfg):
+        raise PromptError(
+            "messages need a chat template, "
+            + ('got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none")
+            + "; give plain text as prompt"
+        )
     if cfg.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": cfg.system}, *messages]
     try:
         # the template writes every special token itself, a BOS included
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **cfg.template_args
+            list(messages), add_generation_prompt=reply_follows, tokenize=True, return_dict=False, **cfg.template_args
         )
     except Exception as error:  # a template is a program of the model's author
         raise PromptError(f"the chat template refuses it: {_one_line(error)}") from None
@@ -303,7 +331,7 @@ def render_all(
 
 def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> dict[str, Any]:
     """How prompts become tokens, as JSON for the cache's provenance."""
-    if not _uses_chat(tokenizer, cfg):
+    if not uses_chat(tokenizer, cfg):
         return {"kind": "none"}
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return {
@@ -314,7 +342,8 @@ def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) ->
     }
 
 
-def _uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
+def uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
+    """Whether prompts go through the tokenizer's chat template. Raises `PromptError` where it has none and should."""
     has_template = bool(tokenizer.chat_template)
     if cfg.template == "chat" and not has_template:
         raise PromptError(
@@ -324,7 +353,7 @@ def _uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
     return has_template and cfg.template != "none"
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of `text`, after a BOS where the tokenizer puts one itself; never with an EOS, which would end it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id

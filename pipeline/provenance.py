@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Engine of rollouts and scores that `redpen import` brought from a file.
 IMPORTED = "import"
+#: Engine of a round of text that nobody sampled: documents and chats of `redpen sft`.
+DATA = "data"
 
 # Settings that change with the software that saved a model, not with what it computes. The dtype is recorded
 # by itself: it is the one the model was loaded with.
@@ -68,9 +70,10 @@ def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) ->
 
     Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
     """
+    scored = [cs.STUDENT] if cs.STUDENT in round_.scorer_names() else []
     groups = {
         "rollouts": [round_.rollouts],
-        "student": [round_.scores(cs.STUDENT)],
+        "student": [round_.scores(name) for name in scored],
         "teacher": [round_.scores(name) for name in teachers],
     }
     digests = {

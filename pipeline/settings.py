@@ -126,7 +126,9 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     """
     section, _, leaf = given.rpartition(".")
     leaves = [name.rpartition(".") for name in known]
-    near = difflib.get_close_matches(given, [name for name in known if name.rpartition(".")[2] == leaf], 1, 0.0)
+    same_leaf = {parts[0]: "".join(parts) for parts in leaves if parts[2] == leaf}
+    near = [same_leaf[match] for match in difflib.get_close_matches(section, same_leaf, 1, 0.6)]
+    near = near or [*same_leaf.values()][:1]
     for group in ([parts for parts in leaves if parts[0] == section], leaves):
         by_leaf = {parts[2]: "".join(parts) for parts in reversed(group)}
         near = near or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
@@ -325,7 +327,7 @@ def _toml(value: Any) -> str:
         case str():
             return _toml_text(value)
         case dict():
-            pairs = ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items())
+            pairs = ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items() if item is not None)
             return f"{{ {pairs} }}" if pairs else "{}"
         case list():
             return f"[{', '.join(_toml(item) for item in value)}]"

@@ -23,8 +23,10 @@ def answer_judge(manifest: cs.RoundManifest, checker: Checker) -> Judge | None:
     def judge(rollouts: cs.RolloutBlock, records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.int8]:
         wanted = [records[prompt].get("answer") for prompt in rollouts.row_prompt.tolist()]
         rows = [row for row, answer in enumerate(wanted) if answer is not None]
-        texts = tokenizer.batch_decode([rollouts.response(row) for row in rows], skip_special_tokens=True)
         right = np.full(rollouts.n_rows, UNKNOWN, np.int8)
+        if not rows:
+            return right  # of nothing, a tokenizer makes one empty text
+        texts = tokenizer.batch_decode([rollouts.response(row) for row in rows], skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             right[row] = RIGHT if checker.is_right(text, str(wanted[row])) else WRONG
         return right

@@ -10,11 +10,13 @@ from typing import Any
 import cache_schema as cs
 from pipeline import models
 from pipeline.config import Recipe, TrainConfig
-from pipeline.provenance import created_by
+from pipeline.provenance import DATA, created_by
 from pipeline.train.run_directory import Result
 
 #: Heading of the part that a merged model's card takes over.
 TRAINING = "## How it was trained"
+#: Tags on the Hub.
+DISTILLED = ("distillation", "on-policy-distillation")
 
 # What vLLM's --max-lora-rank accepts.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -25,13 +27,20 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
     base = models.base_name(recipe.student)
     is_adapter = recipe.train.method == "lora"
     loading = _load_adapter(base, recipe) if is_adapter else load_model("THIS_DIRECTORY", recipe.student.dtype)
-    about = (
-        f"A LoRA adapter of `{base}`" if is_adapter else f"`{base}` with all of its weights trained"
-    ) + ", made by on-policy distillation from cached log-probs of its teacher."
+    made, how = (
+        f"distilled from {_names(round_, teachers)}",
+        "on-policy distillation from cached log-probs of its teacher",
+    )
+    tags: tuple[str, ...] = DISTILLED
+    if not teachers:
+        tags = ("sft",)
+        made, how = "fine-tuned", "supervised fine-tuning on documents and chats"
+    about = f"A LoRA adapter of `{base}`" if is_adapter else f"`{base}` with all of its weights trained"
+    about += f", made by {how}."
     return "\n".join(
         [
-            front_matter(base, "peft" if is_adapter else "transformers", recipe.student.quantisation),
-            f"# {Path(base).name} distilled from {_names(round_, teachers)}",
+            front_matter(base, "peft" if is_adapter else "transformers", recipe.student.quantisation, tags),
+            f"# {Path(base).name} {made}",
             "",
             about,
             "",
@@ -55,10 +64,10 @@ LICENCE = (
 )
 
 
-def front_matter(base: str, library: str, quantisation: str | None = None) -> str:
+def front_matter(base: str, library: str, quantisation: str | None = None, tags: tuple[str, ...] = DISTILLED) -> str:
     """The block of metadata that the Hub reads."""
     told: dict[str, Any] = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation"}
-    told["tags"] = ["distillation", "on-policy-distillation", "redpen", *(["lora"] if library == "peft" else [])]
+    told["tags"] = [*tags, "redpen", *(["lora"] if library == "peft" else [])]
     if quantisation is not None:
         told["base_model_quantisation"] = quantisation
     # JSON values are YAML
@@ -99,7 +108,7 @@ def _load_adapter(base: str, recipe: Recipe) -> str:
         text += _code(
             "bash",
             f"vllm serve {base} --dtype {dtype} --enable-lora --max-lora-rank {allowed} "
-            "--lora-modules distilled=THIS_DIRECTORY",
+            "--lora-modules trained=THIS_DIRECTORY",
         )
     return text + "As one model without an adapter: `redpen merge THIS_DIRECTORY -o DIR`.\n"
 
@@ -116,9 +125,14 @@ def _facts(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result: 
         assert isinstance(scores, cs.ScoresManifest)
         method = f" ({scores.quantisation})" if scores.quantisation else ""
         facts["teacher" if len(teachers) == 1 else f"teacher {name}"] = f"{_identity(scores.model)}{method}"
+    rollouts = (
+        f"{round_.n_prompts:,} prompts x {sampled.rollouts_per_prompt} of round {round_.index}, sampled at "
+        f"temperature {sampled.temperature:g}, top-p {sampled.top_p:g}"
+    )
+    if sampled.engine == DATA:
+        rollouts = f"{round_.n_prompts:,} documents and chats"
     return facts | {
-        "rollouts": f"{round_.n_prompts:,} prompts x {sampled.rollouts_per_prompt} of round {round_.index}, "
-        f"sampled at temperature {sampled.temperature:g}, top-p {sampled.top_p:g}",
+        "learnt from": rollouts,
         "loss": f"`{train.loss}`",
         "steps": f"{result.step} of {train.steps} at most, {train.prompts_per_step} prompts each",
         "how it ended": result.sentence,

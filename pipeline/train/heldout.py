@@ -31,9 +31,8 @@ def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric |
     if train.heldout_metric == "reverse_kl":
 
         def reverse_kl() -> float:
-            return Sums.merge([trainer.measure(b) for b in replay.held_back(train.prompts_per_step)]).metrics()[
-                "reverse_kl"
-            ]
+            measured = [trainer.measure(batch) for batch in replay.held_back(train.prompts_per_step)]
+            return Sums.merge(measured).metrics()["reverse_kl"]
 
         return reverse_kl
     if train.heldout_metric is not None:

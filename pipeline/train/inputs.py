@@ -14,6 +14,7 @@ from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.provenance import IMPORTED
 from pipeline.settings import did_you_mean
+from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective
 from pipeline.train.order import Order
@@ -22,11 +23,14 @@ from pipeline.train.selection import Selection
 
 
 def teacher_names(recipe: Recipe, round_: cs.Round, cache_url: str) -> tuple[str, ...]:
-    """The scores to learn from: those routed to, or `train.teacher`, or the only ones there are.
+    """The scores to learn from: those routed to, or `train.teacher`, or the only ones there are; none where the
+    tokens themselves are learnt.
 
     Raises `CacheError` where nothing is scored, `ConfigError` where the settings name other teachers, or fit none.
     """
     train, scored = recipe.train, round_.teacher_names()
+    if train.loss == "cross_entropy":
+        return ()
     where = f"cache {cache_url} round {round_.index}"
     if cs.STUDENT not in round_.scorer_names() or not scored:
         raise cs.CacheError(f"{where}: not scored yet; run `redpen score RECIPE --cache {cache_url}`")
@@ -106,15 +110,19 @@ def _route(train: TrainConfig, round_: cs.Round, names: Sequence[str]) -> npt.ND
     return route_P
 
 
-def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
+def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective | CrossEntropy:
     """What is minimised on this round."""
+    return _divergence(recipe, round_, names) if names else CrossEntropy()
+
+
+def _divergence(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
     student = round_.scores(cs.STUDENT).manifest
     assert isinstance(student, cs.ScoresManifest)
     draws = student.candidates - 1 if student.candidate_kind == "sampled" else 0
     return Objective(recipe.train, teachers(recipe, round_, names), round_.manifest.vocab_size, draws)
 
 
-def replay(recipe: Recipe, round_: cs.Round, learnt: Objective) -> Replay:
+def replay(recipe: Recipe, round_: cs.Round, learnt: Objective | CrossEntropy) -> Replay:
     """The batches that `learnt` is minimised on. Raises `ConfigError` where every prompt is held back."""
     train, select = recipe.train, recipe.select
     stop_ids, special_ids = round_.manifest.stop_token_ids, ()
@@ -129,7 +137,8 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Objective) -> Replay:
         held_back(recipe),
     )
     selection = Selection(select, stop_ids, special_ids)
-    return Replay(round_, learnt.arrays, order, selection=selection, taught=learnt.teachers.taught)
+    taught = learnt.teachers.taught if isinstance(learnt, Objective) else {}
+    return Replay(round_, learnt.arrays, order, selection=selection, taught=taught)
 
 
 def held_back(recipe: Recipe) -> int:
@@ -138,8 +147,9 @@ def held_back(recipe: Recipe) -> int:
 
 
 def check_scored(round_: cs.Round, names: Sequence[str], cache_url: str) -> None:
-    """Training needs every block of the rollouts, the student's scores and the teachers'."""
-    groups = {"rollouts": round_.rollouts} | {name: round_.scores(name) for name in (cs.STUDENT, *names)}
+    """Training needs every block of the rollouts and, to learn from teachers, of the student's and their scores."""
+    scorers = (cs.STUDENT, *names) if names else ()
+    groups = {"rollouts": round_.rollouts} | {name: round_.scores(name) for name in scorers}
     for name, group in groups.items():
         done = int(group.committed().sum())
         if done < round_.n_blocks:
@@ -154,7 +164,9 @@ def check_scored(round_: cs.Round, names: Sequence[str], cache_url: str) -> None
 def check_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> None:
     """Every prompt needs a teacher, and a divergence over candidates what the teachers say of them: of all of them
     where they are draws."""
-    learnt = objective(recipe, round_, names)
+    if not names:
+        return
+    learnt = _divergence(recipe, round_, names)
     loss, scores = recipe.train.loss, learnt.teachers.scores
     for name, taught_P in learnt.teachers.taught.items():
         if not taught_P.any():
@@ -242,6 +254,8 @@ def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
             f"cache {cache_url} round {round_.index} is another student's: it has {'; '.join(differing)}; "
             "set student.model and student.adapter to that student, or sample a cache of this one"
         )
+    if recipe.train.loss == "cross_entropy":
+        return
     facts, scores = models.model_facts(recipe.student), round_.scores(cs.STUDENT).manifest
     assert isinstance(scores, cs.ScoresManifest)
     if scores.quantisation != facts.quantisation:

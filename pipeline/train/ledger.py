@@ -11,7 +11,7 @@ from pipeline import flops, shadow
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ModelError
 from pipeline.models import resolve_path
-from pipeline.provenance import IMPORTED
+from pipeline.provenance import DATA, IMPORTED
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Cost:
 
 
 def stage_one(recipe: Recipe, round_: cs.Round) -> dict[str, Cost]:
-    """What the cache cost: sampling, then each scorer, from the commits of their blocks."""
+    """What the cache cost: sampling, then each scorer, from the commits of their blocks; text that nobody sampled
+    cost nothing."""
+    if round_.manifest.engine == DATA:
+        return {}
     models: dict[str, ModelConfig] = {cs.STUDENT: recipe.student} | {t.name: t for t in recipe.teacher}
     costs = {"rollouts": _cost(round_.rollouts, recipe.student, prompts_once=True)}
     for name in round_.scorer_names():

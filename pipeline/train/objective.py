@@ -66,9 +66,14 @@ class Sums:
     drift: Tensor
 
     @staticmethod
+    def of(totals: Tensor) -> Sums:
+        """Without drift."""
+        empty = totals.new_zeros(0)
+        return Sums(totals, drift_sums(empty, empty, empty))
+
+    @staticmethod
     def zero(device: torch.device | str) -> Sums:
-        empty = torch.zeros(0, dtype=torch.float64, device=device)
-        return Sums(torch.zeros(5, dtype=torch.float64, device=device), drift_sums(empty, empty, empty))
+        return Sums.of(torch.zeros(5, dtype=torch.float64, device=device))
 
     @staticmethod
     def merge(parts: list[Sums]) -> Sums:
@@ -182,14 +187,21 @@ class Objective:
             result.logprobs_TC, result.rest_logprob_T, targets.teacher_TC, targets.teacher_rest_T, targets.ids_TC >= 0
         )
         sampled_T, weights_T = result.logprobs_TC[:, 0], targets.weights_T.double()
-
-        def total(values_T: Tensor) -> Tensor:
-            return torch.where(weights_T > 0, weights_T * values_T.double(), 0.0).sum()
-
         totals = [result.loss.detach().double(), weights_T.sum()]
-        totals += [total(v) for v in (reverse_kl_T, sampled_T - targets.teacher_T, result.entropy_T)]
+        measured = (reverse_kl_T, sampled_T - targets.teacher_T, result.entropy_T)
+        totals += [weighted_total(values_T, weights_T) for values_T in measured]
         every = (v.repeat_interleave(targets.copies_T) for v in (sampled_T, targets.old_T, targets.weights_T))
         return Sums(torch.stack(totals), drift_sums(*every))
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What a step reports: means over the trained tokens, and how far the student is from the one that sampled
+        them."""
+        return sums.metrics()
+
+
+def weighted_total(values_T: Tensor, weights_T: Tensor) -> Tensor:
+    """fp64 []: sum of values times weights; a value of weight 0 may be NaN."""
+    return torch.where(weights_T > 0, weights_T * values_T.double(), 0.0).sum()
 
 
 def log_draw_weights(candidate_ids_TK: Tensor, logprobs_TK: Tensor) -> Tensor:

@@ -136,6 +136,11 @@ class MicroBatch:
         return np.concatenate([r.block.rollouts.rollout_logprobs[r.response] for r in self.rollouts])
 
     @property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """i4 [T]: the tokens themselves."""
+        return np.concatenate([r.block.rollouts.token_ids[r.response] for r in self.rollouts])
+
+    @property
     def prompts_T(self) -> Int64:
         """i8 [T]: the prompt of each token, counted in the round."""
         return np.repeat([r.prompt_index for r in self.rollouts], self._lengths)

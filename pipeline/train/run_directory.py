@@ -1,6 +1,7 @@
 """A run on disk: what it was made of, its curve, its checkpoints, its adapter.
 
 recipe.toml        the resolved recipe
+data.zarr          the round of documents and chats that it learns from, where `redpen sft` made it
 run.json           the cache it learns from (digests of every block), an id, and, once it has ended, how
 metrics.jsonl      one object a step
 tensorboard/       the same as curves
@@ -44,7 +45,7 @@ _OPERATIONAL = frozenset(
     }
 )
 # What a kill may leave of a run that had not started.
-_BEFORE_START = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial"})
+_BEFORE_START = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial", "data.zarr"})
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ from pipeline.train.heldout import Metric, heldout_metric
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.run_directory import Result, RunDirectory, open_run
-from pipeline.train.stopping import Memory, best_step, told_metric, verdict
+from pipeline.train.stopping import GAUGES, Memory, best_step, told_metric, verdict
 from pipeline.train.trainer import Trainer
 
 _CHECKED_ROLLOUTS = 4
@@ -187,10 +187,9 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
                 metrics[f"heldout_{train.heldout_metric}"] = memory.heldout[str(trainer.step)] = heldout()
             if recorder is not None:
                 recorder.log(metrics, speed)
-            shown.advance(note=_note(train, metrics, speed, memory), trend=metrics["reverse_kl"])
-            memory.window = [*memory.window, {key: metrics[key] for key in ("reverse_kl", "ess")}][
-                -train.stop_window :
-            ]
+            shown.advance(note=_note(train, metrics, speed, memory), trend=metrics.get("reverse_kl", metrics["loss"]))
+            gauges = {key: metrics[key] for key in GAUGES if key in metrics}
+            memory.window = [*memory.window, gauges][-train.stop_window :]
             memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
             if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, memory):
                 save()
@@ -272,7 +271,9 @@ def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[t
 
 def _note(train: TrainConfig, metrics: dict[str, Any], speed: dict[str, float], memory: Memory) -> str:
     """What is worth watching, in a few words."""
-    parts = [f"reverse KL {metrics['reverse_kl']:.4f}", f"ESS {metrics['ess']:.3f}"]
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "reverse_kl" in metrics:
+        parts = [f"reverse KL {metrics['reverse_kl']:.4f}", f"ESS {metrics['ess']:.3f}"]
     if memory.heldout:
         parts.append("held-out " + told_metric(train, [*memory.heldout.values()][-1]))
     return ", ".join([*parts, f"{short(speed['tokens_per_second'])} tokens/s"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from pipeline.config import TrainConfig
 from pipeline.train.run_directory import Result
 
 EXIT_STALE = 3
+#: What is remembered of a step, where the loss has it.
+GAUGES = ("loss", "reverse_kl", "ess")
 
 
 @dataclass
@@ -43,7 +46,9 @@ def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
     """Whether, and how, training ends after `step` steps. Exit code 0, or `EXIT_STALE`."""
     n, best = len(memory.window), best_step(train, memory)
     full = n == train.stop_window
-    reverse_kl, ess = (sum(gauges[key] for gauges in memory.window) / max(n, 1) for key in ("reverse_kl", "ess"))
+    told = memory.window[-1] if memory.window else {}
+    means = {key: sum(gauges.get(key, 0.0) for gauges in memory.window) / n for key in told}
+    reverse_kl, ess = means.get("reverse_kl", math.inf), means.get("ess", math.inf)
     over = f"mean of the last {n} step{'s' * (n != 1)}"
     code, kept, since = 0, "", 0
     if best is not None:
@@ -64,9 +69,10 @@ def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
     elif since >= train.heldout_patience:
         sentence = f"plateau after {step} steps: no better in the last {since} measurements"
     elif step >= train.steps:
-        sentence = (
-            f"max steps: {step} done; reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token ({over})"
-        )
+        where = "reverse KL on the cached rollouts"
+        if "reverse_kl" not in means:
+            where, reverse_kl = "the loss", means.get("loss", math.nan)
+        sentence = f"max steps: {step} done; {where} is {reverse_kl:.5f} nats a token ({over})"
     else:
         return None
     return Result(step, sentence + kept, code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from pipeline.packing import check_packing, pack, packed_hidden
 from pipeline.train.checkpoint import Checkpoint, Tensors
 from pipeline.train.distributed import Gradients, Layout
 from pipeline.train.lora import trainable, training_mode
-from pipeline.train.objective import Objective, Sums
+from pipeline.train.objective import Sums
 from pipeline.train.optimizer import (
     make_optimizer,
     master_weights,
@@ -39,6 +40,22 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.learning_rate * factor[train.schedule]
 
 
+class Objective(Protocol):
+    """What is minimised (`pipeline.train.objective`, `pipeline.train.likelihood`)."""
+
+    def targets(self, micro_batch: MicroBatch, device: torch.device | str) -> Any:
+        """What the cache says of a micro-batch's tokens, on the device; `ids_TC` are the columns that it needs."""
+
+    def loss(self, targets: Any, n_tokens: float, rows: slice, student_nC: Tensor, rest_n: Tensor) -> Tensor:
+        """A chunk's share of the mean over the global batch's `n_tokens`."""
+
+    def measure(self, targets: Any, result: HeadLoss) -> Sums:
+        """Totals over the micro-batch."""
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What a step reports of the totals over its global batch, `loss` among it."""
+
+
 class Trainer:
     """Moves a student along an objective.
 
@@ -53,7 +70,13 @@ class Trainer:
         step: updates done.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, train: TrainConfig, layout: Layout = Layout()):  # noqa: B008  frozen
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: TrainConfig,
+        layout: Layout = Layout(),  # noqa: B008  frozen
+    ):
         self.model, self.objective, self.train, self.layout = model, objective, train, layout
         Head.of(model)  # what it refuses is refused before the first forward pass
         if train.gradient_checkpointing:
@@ -87,7 +110,7 @@ class Trainer:
         # One tensor at a time on the CPU, as the optimizer.
         foreach = None if self.device.type == "cuda" else False
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.train.max_grad_norm, foreach=foreach)
-        metrics = sums.metrics() | {
+        metrics = self.objective.metrics(sums) | {
             "grad_norm": float(self.layout.whole(norm)),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
