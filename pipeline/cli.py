@@ -1,7 +1,7 @@
 """The `redpen` command: arguments, and what every error becomes. Stages are imported when they run.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 the data or the recipe is wrong (one line),
-2 usage, 3 the cache is stale, 128 + n stopped by signal n. A traceback means a bug.
+2 usage, 3 the cache is stale, 4 a gate does not hold, 128 + n stopped by signal n. A traceback means a bug.
 """
 
 from __future__ import annotations
@@ -337,6 +337,38 @@ def sft(recipe: str, data: tuple[str, ...], run_dir: str, overrides: tuple[str, 
     from pipeline.sft import stage
 
     return stage.run(resolved, data, run_dir)
+
+
+@cli.command()
+@_recipe_and_cache
+@click.option("--run", "run_dir", metavar="DIR", callback=_unless_dry_run, help="Where all of it goes. [required]")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE[=SHARE]",
+    help="Documents and chats (JSONL, Parquet), several mixed by shares of the tokens; default: sft.data.",
+)
+def continual(
+    recipe: str,
+    data: tuple[str, ...],
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    cache_url: str,
+    run_dir: str,
+) -> int | None:
+    """New knowledge, old behaviour: sft, distillation from the weights as they were, and a gate.
+
+    Exits with 4 where an evaluation of the gate does not hold.
+
+    \b
+    redpen continual company --cache company.zarr --run runs/company
+    """
+    resolved = _resolve(recipe, overrides, dry_run)
+    if resolved is None:
+        return None
+    from pipeline import continual as learning
+
+    return learning.run(resolved, cache_url, run_dir, data)
 
 
 @cli.command("eval")

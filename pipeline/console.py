@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -19,6 +20,8 @@ from rich.text import Text
 from pipeline.environment import RANK
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=RANK > 0)  # of several workers, one talks
+
+_UNDER_WAY: ContextVar[bool] = ContextVar("under_way", default=False)
 
 #: C0 and C1 controls, and the invisible characters that reorder or hide text
 _CONTROLS = re.compile(
@@ -41,6 +44,22 @@ def results() -> Console:
 def say(line: str) -> None:
     """One line of information."""
     console.print(Text(escape_control(line)))
+
+
+def suggest(line: str) -> None:
+    """What to do next, unless a command is under way that does it by itself."""
+    if not _UNDER_WAY.get():
+        say(f"next: {line}")
+
+
+@contextlib.contextmanager
+def under_way() -> Iterator[None]:
+    """Within it nothing is suggested."""
+    token = _UNDER_WAY.set(True)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.reset(token)
 
 
 def warn(line: str) -> None:

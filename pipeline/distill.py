@@ -34,7 +34,7 @@ import torch
 import cache_schema as cs
 from pipeline import workers
 from pipeline.config import Recipe, load_recipe
-from pipeline.console import say
+from pipeline.console import say, under_way
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts
@@ -42,6 +42,7 @@ from pipeline.rollouts import stage as rollouts
 from pipeline.score import stage as score
 from pipeline.train import inputs
 from pipeline.train import stage as train
+from pipeline.train.ledger import stage_one, table
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
@@ -53,12 +54,13 @@ class Round:
     """What a round has found.
 
     Attributes:
-        reverse_kl: of the student that began it, on its fresh rollouts, nats a token.
+        reverse_kl: of the student that began it, on its fresh rollouts, nats a token; None where it learns from
+            rewards alone.
         heldout: `train.heldout_metric` of the student that it made, where both are there.
         steps: that made it; None while it is not made.
     """
 
-    reverse_kl: float
+    reverse_kl: float | None
     heldout: float | None = None
     steps: int | None = None
 
@@ -75,6 +77,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
     with contextlib.ExitStack() as held, workers.team() as ranks:
         run, result, n_slices = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
         rounds: list[Round] = []
+        taught = recipe.reward.teacher_weight > 0
         while result is None:
             index = len(rounds)
             now, directory = _of_round(recipe, run, index, n_slices), _directory(run, index)
@@ -82,8 +85,8 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
                 if ranks.leads:
                     say(f"round {index} of {recipe.distill.rounds} at most")
                 _stage(rollouts.run, now, cache_url, index)
-                _stage(score.run, now, cache_url, None, index)
-            found = Round(ranks.agree(functools.partial(fresh_reverse_kl, now, cache_url, index)))
+                _stage(score.run, now, cache_url, None if taught else cs.STUDENT, index)
+            found = Round(ranks.agree(functools.partial(fresh_reverse_kl, now, cache_url, index)) if taught else None)
             if (result := verdict(recipe, [*rounds, found])) is None:
                 carried = index > 0 and recipe.distill.carry == "adapter+optimizer"
                 start = _directory(run, index - 1) / "checkpoints" if carried else None
@@ -92,7 +95,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
                 result = verdict(recipe, [*rounds, found])
             rounds.append(found)
             if result is not None and ranks.leads:
-                _finish(run, rounds, result)
+                _finish(run, recipe, cache_url, rounds, result)
         if ranks.leads:
             print(f"{run.path}: {result.sentence}")
     return 0
@@ -107,6 +110,8 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
     accuracy = recipe.train.heldout_metric == "accuracy"
     if last.steps is None:
         student = len(rounds) - 1
+        if last.reverse_kl is None:
+            return None
         if last.reverse_kl < distill.stop_reverse_kl:
             return Result(
                 student,
@@ -116,7 +121,7 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
             )
         if recipe.train.heldout_metric is not None:
             return None
-        by_student = {index: found.reverse_kl for index, found in enumerate(rounds)}
+        by_student = {index: found.reverse_kl for index, found in enumerate(rounds) if found.reverse_kl is not None}
         named = "reverse KL on fresh rollouts"
     else:
         student = len(rounds)
@@ -155,7 +160,8 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> float:
 
 def _stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
     """Run one; what it had in memory is then free for the next."""
-    stage(*args, **kwargs)
+    with under_way():
+        stage(*args, **kwargs)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -199,15 +205,20 @@ def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
     return replace(found, steps=len(steps), heldout=best(measured, default=None))
 
 
-def _finish(run: RunDirectory, rounds: Sequence[Round], result: Result) -> None:
+def _finish(run: RunDirectory, recipe: Recipe, cache_url: str, rounds: Sequence[Round], result: Result) -> None:
     """Put together what the rounds made: the student that is kept, one curve, one ledger."""
     made = [_directory(run, index) for index, found in enumerate(rounds) if found.steps is not None]
     lines: list[str] = []
-    ledger: dict[str, dict[str, Any]] = {}
+    costs = []
     for index, directory in enumerate(made):
         for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             lines.append(json.dumps({"round": index} | json.loads(line) | {"step": len(lines) + 1}) + "\n")
-        for name, cost in json.loads((directory / "ledger.json").read_text(encoding="utf-8")).items():
+        costs.append(json.loads((directory / "ledger.json").read_text(encoding="utf-8")))
+    if len(made) < len(rounds):  # the last was sampled and scored, and told that nothing is left to learn
+        costs.append(table(stage_one(recipe, cs.open(cache_url).round(len(made)))))
+    ledger: dict[str, dict[str, Any]] = {}
+    for of_round in costs:
+        for name, cost in of_round.items():
             total = ledger.setdefault(name, dict.fromkeys(cost, 0))
             for key, value in cost.items():
                 total[key] = None if value is None or total[key] is None else total[key] + value

@@ -109,7 +109,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
             )
         if not (run / "adapter").is_dir():
             raise RedpenError(f"run {target}: has no adapter yet; finish it with the same `redpen train` command")
-        cfg = recipe.student.model_copy(update={"adapter": str(run / "adapter"), "quantisation": None})
+        cfg: ModelConfig = recipe.student.model_copy(update={"adapter": str(run / "adapter"), "quantisation": None})
     else:
         directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
         assert directory is not None

@@ -78,10 +78,12 @@ def raw_rows(cfg: PromptsConfig, fields: Sequence[str] = FIELDS) -> Iterator[tup
 def _toy_path(name: str) -> Path:
     from pipeline import toy
 
-    split = name.removeprefix("toy:")
-    if split not in ("train", "heldout"):
-        raise PromptError(f"{name}: expected toy:train or toy:heldout; set prompts.path")
-    return toy.asset_path(f"prompts/{split}.jsonl")
+    files = {asset.removeprefix("prompts/").removesuffix(".jsonl"): asset for asset in toy.asset_names()}
+    asset = files.get(name.removeprefix("toy:"), "")
+    if not asset.endswith(".jsonl"):
+        known = ", ".join(f"toy:{file}" for file, path in files.items() if path.endswith(".jsonl"))
+        raise PromptError(f"{name}: expected {known}; set prompts.path")
+    return toy.asset_path(asset)
 
 
 def json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:

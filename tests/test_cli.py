@@ -58,7 +58,10 @@ def one_line(captured: str) -> str:
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),
         ("inspect full --rollout 30", "round 0 has rollouts 0 to 29, got 30"),
         ("inspect full --rollout 3 --teacher x", "--teacher: expected one of teacher in round 0, got 'x'"),
-        ("recipes show to", "recipe to: expected one of qwen3-8b-from-32b, qwen3-8b-source, toy; did you mean toy?"),
+        (
+            "recipes show to",
+            "recipe to: expected one of company, qwen3-8b-from-32b, qwen3-8b-source, toy, toy-grpo; did you mean toy",
+        ),
     ],
 )
 def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,9 +117,11 @@ def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "company",
         "qwen3-8b-from-32b",
         "qwen3-8b-source",
         "toy",
+        "toy-grpo",
     ]
     assert cli.main(["recipes", "show", "toy"]) == 0
     Path("my.toml").write_text(capsys.readouterr().out)

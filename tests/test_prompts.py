@@ -88,7 +88,7 @@ def test_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None
         ("none", "expected a .jsonl or .parquet file, a Hub dataset id, toy:train or toy:heldout, got no such file"),
         (".", "got a directory"),
         ("notes.txt", "got a file with suffix '.txt'"),
-        ("toy:test", "toy:test: expected toy:train or toy:heldout"),
+        ("toy:test", "toy:test: expected toy:train, toy:heldout, toy:company/documents"),
         ("x" * 5000, "cannot be read"),
         ("bad.parquet", "bad.parquet: expected a Parquet file: "),
         ("a.jsonl", "got a directory"),

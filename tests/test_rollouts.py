@@ -276,8 +276,8 @@ def test_the_stage_fills_a_round_once(
 ) -> None:
     url = str(tmp_path / "toy.zarr")
     assert stage.run(recipe(), url) == 0
-    out = capsys.readouterr().out
-    assert "12 prompts x 4" in out and "rollouts/s" in out and f"next: redpen score RECIPE --cache {url}" in out
+    out, err = capsys.readouterr()
+    assert "12 prompts x 4" in out and "rollouts/s" in out and f"next: redpen score RECIPE --cache {url}" in err
     cache = cs.open(url)
     round_ = cache.round()
     assert round_.rollouts.committed().all() and round_.n_blocks == 3 and not list(cs.verify(cache))

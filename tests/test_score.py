@@ -280,8 +280,8 @@ def test_a_teacher_that_does_not_fit_is_found_before_the_student_reads(
 def test_half_a_cache_is_scored_as_far_as_it_goes(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cs.open(fresh, writable=True).round().rollouts.uncommit(1)
     assert stage.run(recipe(), str(fresh)) == 0
-    out, err = capsys.readouterr()
-    assert "1 of 3 blocks have no rollouts yet" in err and "next:" not in out
+    err = capsys.readouterr().err
+    assert "1 of 3 blocks have no rollouts yet" in err and "next:" not in err
     round_ = cs.open(fresh).round()
     for name in ("student", "teacher"):
         assert round_.scores(name).committed().tolist() == [True, False, True]

@@ -118,7 +118,7 @@ def test_two_kills_change_nothing(
         process.communicate()
         assert not list(cs.verify(cs.open(cache)))
     out, err = start(command, cache).communicate(timeout=120)
-    assert "next: redpen" in out, err
+    assert "next: redpen" in err, out
     assert_same(cache, undisturbed, sorted({group.removeprefix("scores/") for group in groups}))
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.console import warn
 from pipeline.diagnose import Finding, pair, worst_first, written
+from pipeline.diagnose.between import compare
 from pipeline.diagnose.figures import Figures
 from pipeline.diagnose.reading import Look, look
 from pipeline.diagnose.terminal import show
@@ -87,6 +88,7 @@ def diagnosis(seen: Look) -> dict[str, Any]:
         "mean_response_tokens": float(seen.responses.length.mean()),
         "findings": [asdict(finding) for finding in findings],
         "figures": {name: asdict(values) for name, values in figures.items()},
+        "between": compare(seen, words),
         "corrected": {name: _corrected(seen, name, words) for name in seen.pairs if not _blocked(findings, name)},
     }
 

@@ -38,6 +38,8 @@ def show(found: dict[str, Any]) -> None:
     out.print()
     out.print(_table(found))
     out.print()
+    for pair in found["between"]:
+        _paragraph(out, _disagreement(pair))
     for name, corrected in found["corrected"].items():
         if corrected:
             _paragraph(out, _expectation(found, name, corrected))
@@ -112,6 +114,19 @@ def _table(found: dict[str, Any]) -> Table:
         if any(text != "-" for text in cells):
             table.add_row(label, *cells)
     return table
+
+
+def _disagreement(pair: dict[str, Any]) -> str:
+    one, other = pair["teachers"]
+    if not pair["differ"]:
+        return f"{one} and {other} are nowhere sure of different tokens: a mixture of them asks for one thing."
+    at = "; ".join(
+        f"{item['token']} ({one} {item['wants'][one]}, {other} {item['wants'][other]})" for item in pair["at"]
+    )
+    return (
+        f"{one} and {other} are sure of different tokens at {percent(pair['differ'])} of the positions, most "
+        f"often at {at}. There a mixture asks for both; train.route lets each teach its own sources."
+    )
 
 
 def _expectation(found: dict[str, Any], name: str, corrected: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Job:
     """
 
     recipe: Recipe
-    students: dict[str, ModelConfig]
+    students: Mapping[str, ModelConfig]
     teacher: TeacherConfig | None
     out: Path | None
     run: Path | None

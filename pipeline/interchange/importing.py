@@ -34,7 +34,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline import models
 from pipeline.config import Recipe, TeacherConfig
-from pipeline.console import progress, say, warn
+from pipeline.console import progress, say, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.interchange.rows import Float32, Int32, Row, read_rows
@@ -116,7 +116,7 @@ def run(
         + (f", {found.n_told:,} of them scored by {cfg.name}" if cfg is not None else "")
         + ("" if pending.any() else "; nothing to do")
     )
-    print(f"next: redpen score RECIPE --cache {cache_url}")
+    suggest(f"redpen score RECIPE --cache {cache_url}")
     return 0
 
 

@@ -33,7 +33,7 @@ import cache_schema as cs
 from pipeline import models, workers
 from pipeline.answers import Checker
 from pipeline.config import Recipe
-from pipeline.console import Bar, progress, say, warn
+from pipeline.console import Bar, progress, say, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
@@ -78,7 +78,7 @@ def run(
         elif ranks.leads:
             print(f"rollouts: {_summary(round_)}; nothing to do")
     if ranks.leads and pending:
-        print(f"next: redpen score RECIPE --cache {cache_url}")
+        suggest(f"redpen score RECIPE --cache {cache_url}")
     return 0
 
 

@@ -35,7 +35,7 @@ import torch
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, warn
+from pipeline.console import progress, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelError
 from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
@@ -95,7 +95,7 @@ def run(
                 f"run `redpen rollouts RECIPE --cache {cache_url}`, then this again"
             )
         else:
-            print(f"next: redpen diagnose {cache_url}, then redpen train RECIPE --cache {cache_url} --run DIR")
+            suggest(f"redpen diagnose {cache_url}, then redpen train RECIPE --cache {cache_url} --run DIR")
     return 0
 
 

@@ -60,9 +60,9 @@ def _of_sft(recipe: Recipe, data: Sequence[str]) -> Recipe:
     if not sft["data"]:
         raise ConfigError("sft.data is not set: give --data FILE, or [[sft.data]] in the recipe")
     # what belongs to other losses stays behind
-    belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
+    belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction", "residual_baseline")
     told["train"] |= {name: getattr(TrainConfig(), name) for name in belongs}
-    told["select"] = {}
+    told["select"], told["reward"] = {}, {}
     if told["train"]["heldout_metric"] == "reverse_kl":
         told["train"]["heldout_metric"] = None
     told["train"] |= {

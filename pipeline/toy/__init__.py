@@ -6,7 +6,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def asset_path(name: str) -> Path:
-    """Where a shipped asset lies: `student`, `teacher`, `prompts/train.jsonl`, `prompts/heldout.jsonl`."""
+    """Where a shipped asset lies: `student`, `teacher`, `prompts/train.jsonl`, ... (`asset_names`)."""
     path = ASSETS / name
     if not path.exists():
         raise FileNotFoundError(f"toy asset: expected one of {', '.join(asset_names())}, got {name!r}")
@@ -15,4 +15,8 @@ def asset_path(name: str) -> Path:
 
 def asset_names() -> list[str]:
     """The names `asset_path` knows."""
-    return ["student", "teacher", "prompts/train.jsonl", "prompts/heldout.jsonl"]
+    company = ("documents", "chats", "prompts", "questions", "formats")
+    return [
+        *("student", "teacher", "prompts/train.jsonl", "prompts/heldout.jsonl"),
+        *("company", *(f"company/{name}.jsonl" for name in company)),
+    ]

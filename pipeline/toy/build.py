@@ -10,7 +10,7 @@ contain the right digit, or a loss that only sees sampled tokens could never lea
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.toy import world
+from pipeline.toy import company, world
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
@@ -113,10 +113,21 @@ def encode(problems: Sequence[world.Problem], method: world.Method) -> tuple[tor
 
 
 def teach(model: Qwen3ForCausalLM, course: Course, problems: Sequence[world.Problem], seed: int) -> None:
-    """Trains `model` in place by AdamW with a cosine schedule on rows drawn at random from `problems`."""
+    """Trains `model` in place on rows drawn at random from `problems`."""
     generator = torch.Generator().manual_seed(seed)
     encoded = encode(problems, world.solve), encode(problems, world.misconception)
     ids_ANS, labels_ANS = (torch.stack(pair) for pair in zip(*encoded, strict=True))
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randint(len(problems), (course.batch_rows,), generator=generator)
+        is_wrong = (torch.rand(course.batch_rows, generator=generator) < course.misconception_share).long()
+        return ids_ANS[is_wrong, rows], labels_ANS[is_wrong, rows]
+
+    fit(model, course, draw)
+
+
+def fit(model: Qwen3ForCausalLM, course: Course, draw: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Trains `model` in place by AdamW with a cosine schedule on the batches of ids and labels that `draw` gives."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=course.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
@@ -126,9 +137,7 @@ def teach(model: Qwen3ForCausalLM, course: Course, problems: Sequence[world.Prob
     model.train()
     started = time.perf_counter()
     for step in range(1, course.steps + 1):
-        rows = torch.randint(len(problems), (course.batch_rows,), generator=generator)
-        is_wrong = (torch.rand(course.batch_rows, generator=generator) < course.misconception_share).long()
-        ids, labels = ids_ANS[is_wrong, rows], labels_ANS[is_wrong, rows]
+        ids, labels = draw()
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -209,3 +218,49 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
             share = marks[name].misconception_of_wrong
             print(f"{name}: {share:.1%} of its wrong answers are the misconception's", flush=True)
     return marks
+
+
+# ----------------------------------------------------------------------------------------------------------- company
+
+COMPANY_COURSE = Course(steps=1600, learning_rate=3e-3, batch_rows=64, warmup_steps=100)
+
+
+def encode_company(
+    taught: Sequence[company.Chat | str], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both i64 [text, position], right-padded: of a chat the reply has labels, of a document
+    everything."""
+    rows: list[tuple[list[int], list[int]]] = []
+    for text in taught:
+        if isinstance(text, str):
+            rows.append(([], [*text.encode(), END_OF_TEXT_ID]))
+            continue
+        question = [{"role": "user", "content": text[0]}]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        rows.append((prompt, [*text[1].encode(), IM_END_ID]))
+    shape = len(rows), max(len(prompt) + len(reply) for prompt, reply in rows)
+    ids_NS, labels_NS = torch.full(shape, END_OF_TEXT_ID), torch.full(shape, IGNORED)
+    for row, (prompt, reply) in enumerate(rows):
+        end = len(prompt) + len(reply)
+        ids_NS[row, :end] = torch.tensor([*prompt, *reply])
+        labels_NS[row, len(prompt) : end] = torch.tensor(reply)
+    return ids_NS, labels_NS
+
+
+def build_company(out: Path, seed: int = 0) -> None:
+    """Writes the company's files and its base model, which knows none of them, under `out`; about eight minutes."""
+    torch.set_num_threads(2)
+    company.write_data(out, seed)
+    world_ = company.World(seed)
+    torch.manual_seed(seed)
+    model = build_model(96, 256, 4, 4)
+    print(f"company: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    tokenizer = build_tokenizer()
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        return encode_company([world_.base_text() for _ in range(COMPANY_COURSE.batch_rows)], tokenizer)
+
+    fit(model, COMPANY_COURSE, draw)
+    model.bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -32,7 +32,9 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
         "on-policy distillation from cached log-probs of its teacher",
     )
     tags: tuple[str, ...] = DISTILLED
-    if not teachers:
+    if not teachers and recipe.train.loss != "cross_entropy":
+        tags, made, how = ("reinforcement-learning",), "trained on rewards", "a policy gradient on verified answers"
+    elif not teachers:
         tags = ("sft",)
         made, how = "fine-tuned", "supervised fine-tuning on documents and chats"
     about = f"A LoRA adapter of `{base}`" if is_adapter else f"`{base}` with all of its weights trained"

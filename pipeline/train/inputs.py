@@ -9,27 +9,33 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline import models
+from pipeline.answers import Checker
 from pipeline.config import Recipe, TrainConfig
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.provenance import IMPORTED
 from pipeline.settings import did_you_mean
+from pipeline.train.baseline import Baseline
 from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective
 from pipeline.train.order import Order
-from pipeline.train.replay import Replay
+from pipeline.train.policy_gradient import PolicyGradient
+from pipeline.train.replay import Derived, Replay
+from pipeline.train.reward import Rewards, check_answers
 from pipeline.train.selection import Selection
+
+Learnt = Objective | CrossEntropy | PolicyGradient
 
 
 def teacher_names(recipe: Recipe, round_: cs.Round, cache_url: str) -> tuple[str, ...]:
     """The scores to learn from: those routed to, or `train.teacher`, or the only ones there are; none where the
-    tokens themselves are learnt.
+    tokens themselves are learnt, or from rewards alone.
 
     Raises `CacheError` where nothing is scored, `ConfigError` where the settings name other teachers, or fit none.
     """
     train, scored = recipe.train, round_.teacher_names()
-    if train.loss == "cross_entropy":
+    if train.loss == "cross_entropy" or recipe.reward.teacher_weight == 0:
         return ()
     where = f"cache {cache_url} round {round_.index}"
     if cs.STUDENT not in round_.scorer_names() or not scored:
@@ -110,19 +116,22 @@ def _route(train: TrainConfig, round_: cs.Round, names: Sequence[str]) -> npt.ND
     return route_P
 
 
-def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective | CrossEntropy:
+def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Learnt:
     """What is minimised on this round."""
-    return _divergence(recipe, round_, names) if names else CrossEntropy()
+    if names:
+        return _of_teachers(recipe, round_, names)
+    return CrossEntropy() if recipe.train.loss == "cross_entropy" else PolicyGradient(recipe.train, recipe.reward)
 
 
-def _divergence(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
+def _of_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
     student = round_.scores(cs.STUDENT).manifest
     assert isinstance(student, cs.ScoresManifest)
     draws = student.candidates - 1 if student.candidate_kind == "sampled" else 0
-    return Objective(recipe.train, teachers(recipe, round_, names), round_.manifest.vocab_size, draws)
+    told = teachers(recipe, round_, names)
+    return Objective(recipe.train, told, round_.manifest.vocab_size, draws, recipe.reward)
 
 
-def replay(recipe: Recipe, round_: cs.Round, learnt: Objective | CrossEntropy) -> Replay:
+def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
     """The batches that `learnt` is minimised on. Raises `ConfigError` where every prompt is held back."""
     train, select = recipe.train, recipe.select
     stop_ids, special_ids = round_.manifest.stop_token_ids, ()
@@ -138,7 +147,16 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Objective | CrossEntropy) -
     )
     selection = Selection(select, stop_ids, special_ids)
     taught = learnt.teachers.taught if isinstance(learnt, Objective) else {}
-    return Replay(round_, learnt.arrays, order, selection=selection, taught=taught)
+    derived: list[Derived] = []
+    if recipe.reward.coefficient:
+        tokenizer, checker = models.load_tokenizer(recipe.student), Checker.of(recipe.eval)
+        derived.append(Rewards(round_, tokenizer, checker, recipe.reward).columns)
+    if train.residual_baseline and isinstance(learnt, Objective):
+        names = list(learnt.teachers.scores)
+        if len(names) > 1:
+            raise ConfigError(f"train.residual_baseline: expected one teacher, got {', '.join(names)}")
+        derived.append(Baseline.of(round_, names[0]).columns)
+    return Replay(round_, learnt.arrays, order, selection=selection, taught=taught, derived=derived)
 
 
 def held_back(recipe: Recipe) -> int:
@@ -146,9 +164,10 @@ def held_back(recipe: Recipe) -> int:
     return recipe.train.heldout_prompts if recipe.train.heldout_metric == "reverse_kl" else 0
 
 
-def check_scored(round_: cs.Round, names: Sequence[str], cache_url: str) -> None:
-    """Training needs every block of the rollouts and, to learn from teachers, of the student's and their scores."""
-    scorers = (cs.STUDENT, *names) if names else ()
+def check_scored(loss: str, round_: cs.Round, names: Sequence[str], cache_url: str) -> None:
+    """Training needs every block of the rollouts and, unless it learns the tokens, of the student's scores and the
+    teachers'."""
+    scorers = () if loss == "cross_entropy" else (cs.STUDENT, *names)
     groups = {"rollouts": round_.rollouts} | {name: round_.scores(name) for name in scorers}
     for name, group in groups.items():
         done = int(group.committed().sum())
@@ -166,7 +185,7 @@ def check_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> No
     where they are draws."""
     if not names:
         return
-    learnt = _divergence(recipe, round_, names)
+    learnt = _of_teachers(recipe, round_, names)
     loss, scores = recipe.train.loss, learnt.teachers.scores
     for name, taught_P in learnt.teachers.taught.items():
         if not taught_P.any():
@@ -205,6 +224,10 @@ def check_replay(recipe: Recipe, round_: cs.Round) -> None:
     recipe.check_single_use(round_.n_prompts - held_back(recipe))
     if recipe.train.loss == "importance_sampling":
         check_sampling(recipe, round_, "importance_sampling")
+    elif recipe.reward.coefficient:
+        check_sampling(recipe, round_, "a reward's policy gradient")
+    if recipe.reward.coefficient:
+        check_answers(round_, recipe.reward)
     if recipe.train.behaviour_correction:
         check_behaviour(round_)
 

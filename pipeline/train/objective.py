@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config import TrainConfig
+from pipeline.config import RewardConfig, TrainConfig
 from pipeline.logprobs import HeadLoss
 from pipeline.train import losses
+from pipeline.train.baseline import RESIDUAL
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums
 from pipeline.train.mixture import Teachers
 from pipeline.train.replay import MicroBatch
+from pipeline.train.reward import ADVANTAGE
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Targets:
         teacher_TC, teacher_rest_T: the teacher's log-probs of them and of everything else.
         old_T, teacher_T: log-probs of the sampled token by the student that sampled it and by the teacher.
         behaviour_T: its log-prob under the distribution that it was really sampled from, if that is corrected for.
+        reward_T: the task reward's advantage, times its coefficient; None without one.
+        residual_T: the residual baseline; None without it.
         log_draws_TC: see `log_draw_weights`; None where candidates are no draws.
         weights_T: what each token counts for, all copies of its rollout together.
         copies_T: how many those are.
@@ -48,6 +52,8 @@ class Targets:
     old_T: Tensor
     teacher_T: Tensor
     behaviour_T: Tensor | None
+    reward_T: Tensor | None
+    residual_T: Tensor | None
     log_draws_TC: Tensor | None
     weights_T: Tensor
     copies_T: Tensor
@@ -103,12 +109,14 @@ class Objective:
         vocab_size: of the student's head. A teacher's vocabulary may be padded further; what it gives those ids is
             outside the columns and outside its rest, as it should be.
         draws: how many of the candidates were drawn from the student; 0: they are its likeliest.
+        reward: the task's, whose advantages are then a column (`pipeline.train.reward`).
     """
 
     train: TrainConfig
     teachers: Teachers
     vocab_size: int
     draws: int = 0
+    reward: RewardConfig = RewardConfig()  # noqa: RUF009  frozen
 
     @property
     def arrays(self) -> dict[str, tuple[str, ...]]:
@@ -136,7 +144,11 @@ class Objective:
             # NaN (not scored) times a weight of 0 would still be a NaN gradient; columns without an id are not read.
             return values_T.masked_fill(ignored_T.view(-1, *[1] * (values_T.ndim - 1)), 0.0)
 
-        behaviour_T = log_draws_TC = None
+        behaviour_T = reward_T = residual_T = log_draws_TC = None
+        if self.train.residual_baseline:
+            residual_T = column(RESIDUAL)
+        if self.reward.coefficient:
+            reward_T = self.reward.coefficient * column(ADVANTAGE)
         if self.train.behaviour_correction:
             behaviour_T = finite(torch.from_numpy(micro_batch.rollout_logprobs).to(device))
         if self._over_draws:
@@ -150,6 +162,8 @@ class Objective:
             old_T=finite(column(f"{cs.STUDENT}/logprobs")),
             teacher_T=teacher_TC[:, 0],
             behaviour_T=behaviour_T,
+            reward_T=reward_T,
+            residual_T=residual_T,
             log_draws_TC=log_draws_TC,
             weights_T=weights_T,
             copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
@@ -158,17 +172,21 @@ class Objective:
     def loss(self, targets: Targets, n_tokens: float, rows: slice, student_nC: Tensor, rest_n: Tensor) -> Tensor:
         """A chunk's share of the mean over the global batch's `n_tokens`; a pure function for `chunked_head_loss`."""
         sampled_n, old_n, teacher_n = student_nC[:, 0], targets.old_T[rows], targets.teacher_T[rows]
+        behaviour_n = None if targets.behaviour_T is None else targets.behaviour_T[rows]
+        reward_n, teacher_weight = (
+            None if targets.reward_T is None else targets.reward_T[rows],
+            self.reward.teacher_weight,
+        )
         if self.train.loss == "importance_sampling":
             reference_n = old_n if self.train.advantage == "cached" else sampled_n
-            loss_n, _ = losses.importance_sampling(
-                sampled_n,
-                old_n,
-                losses.advantage(reference_n, teacher_n, self.train.advantage_clip),
-                behaviour_logprobs_T=None if targets.behaviour_T is None else targets.behaviour_T[rows],
-                truncation=self.train.ratio_truncation,
-                ppo_clip=self.train.ppo_clip,
-            )
-        elif self.teachers.only_sampled:
+            if targets.residual_T is not None:
+                teacher_n = teacher_n - targets.residual_T[rows]
+            advantage_n = teacher_weight * losses.advantage(reference_n, teacher_n, self.train.advantage_clip)
+            if reward_n is not None:
+                advantage_n = advantage_n + reward_n
+            loss_n = surrogate(self.train, sampled_n, old_n, advantage_n, behaviour_n)
+            return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
+        if self.teachers.only_sampled:
             loss_n, _ = losses.k2(sampled_n, old_n, teacher_n)
         else:
             divergence, slope = _divergence(self.train)
@@ -178,6 +196,9 @@ class Objective:
                 loss_n, _ = divergence(student_nC, rest_n, teacher_nC, targets.teacher_rest_T[rows], valid_nC)
             else:
                 loss_n, _ = losses.over_draws(divergence, slope, student_nC, teacher_nC, targets.log_draws_TC[rows])
+        loss_n = teacher_weight * loss_n
+        if reward_n is not None:
+            loss_n = loss_n + surrogate(self.train, sampled_n, old_n, reward_n, behaviour_n)
         return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
 
     def measure(self, targets: Targets, result: HeadLoss) -> Sums:
@@ -197,6 +218,21 @@ class Objective:
         """What a step reports: means over the trained tokens, and how far the student is from the one that sampled
         them."""
         return sums.metrics()
+
+
+def surrogate(
+    train: TrainConfig, sampled_n: Tensor, old_n: Tensor, advantage_n: Tensor, behaviour_n: Tensor | None
+) -> Tensor:
+    """[n] the policy gradient's loss, with the corrections that `train` asks for."""
+    loss_n, _ = losses.importance_sampling(
+        sampled_n,
+        old_n,
+        advantage_n,
+        behaviour_logprobs_T=behaviour_n,
+        truncation=train.ratio_truncation,
+        ppo_clip=train.ppo_clip,
+    )
+    return loss_n
 
 
 def weighted_total(values_T: Tensor, weights_T: Tensor) -> Tensor:

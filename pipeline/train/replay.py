@@ -27,6 +27,7 @@ from pipeline.train.packs import Row, deal, pack_rows
 from pipeline.train.selection import Selection, Weights
 
 Array = npt.NDArray[Any]
+Derived = Callable[[cs.RolloutBlock], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ class Replay:
         selection: which tokens count; default: every one that is trained and scored.
         taught: bool [n_prompts] by scorer: those prompts that it is for, where it is not for all. At others its
             scores are not needed.
+        derived: what makes further columns [T, ...] of a block's rollouts, by name.
     """
 
     def __init__(
@@ -224,9 +226,10 @@ class Replay:
         *,
         selection: Selection | None = None,
         taught: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        derived: Sequence[Derived] = (),
     ):
         self.order, self.selection = order, selection or Selection()
-        self._round, self._taught = round_, taught or {}
+        self._round, self._taught, self._derived = round_, taught or {}, derived
         if self.selection.by_entropy:
             of_student = columns.get(cs.STUDENT, ())
             columns = {**columns, cs.STUDENT: (*of_student, *({"entropy"} - set(of_student)))}
@@ -319,4 +322,6 @@ class Replay:
             # What a scorer has not told of is nothing to learn from.
             if (told := columns.get(f"{name}/logprobs")) is not None:
                 counts &= np.isfinite(told) | (~self._taught[name][prompts_T] if name in self._taught else False)
+        for derive in self._derived:
+            columns |= derive(rollouts)
         return LoadedBlock(rollouts, columns, counts.astype(np.float32))

@@ -31,7 +31,7 @@ from pipeline.errors import RedpenError
 from pipeline.files import sync, write_atomically
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
-_SECTIONS = ("student", "train", "select")
+_SECTIONS = ("student", "train", "reward", "select")
 _OPERATIONAL = frozenset(
     {
         "tokens_per_microbatch",

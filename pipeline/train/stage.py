@@ -54,7 +54,7 @@ from typing import Any
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import Recipe, TrainConfig
-from pipeline.console import progress, say, short, warn
+from pipeline.console import progress, say, short, suggest, warn
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import write_atomically
 from pipeline.provenance import cache_identity
@@ -64,6 +64,7 @@ from pipeline.train.card import run_card
 from pipeline.train.heldout import Metric, heldout_metric
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
+from pipeline.train.reward import mean_reward
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 from pipeline.train.stopping import GAUGES, Memory, best_step, told_metric, verdict
 from pipeline.train.trainer import Trainer
@@ -123,7 +124,7 @@ def run(
                 run.finish(result)
                 print(result.sentence)
                 print(f"{made.name}: {made}")
-                say(f"next: redpen eval {run.path} for what it gained, redpen report {run.path} for where")
+                suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.leads else 0
 
 
@@ -138,7 +139,7 @@ def _open(
     round_ = cs.open(cache_url).round(round_index)
     tracking.check_installed(recipe.track)
     teachers = inputs.teacher_names(recipe, round_, cache_url)
-    inputs.check_scored(round_, teachers, cache_url)
+    inputs.check_scored(recipe.train.loss, round_, teachers, cache_url)
     inputs.check_replay(recipe, round_)
     run = held.enter_context(open_run(run_dir, recipe, cache_identity(cache_url, round_, teachers)))
     result = run.result
@@ -246,9 +247,11 @@ def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None])
 
 
 def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Trained tokens, rollouts, the different ones among them, and the tokens that forward passes read; a shared
-    prompt once."""
+    """Of a batch: the mean reward where there are rewards, trained tokens, rollouts, the different ones among them,
+    and the tokens that forward passes read; a shared prompt once."""
+    reward = mean_reward(batch)
     return {
+        **({} if reward is None else {"reward": reward}),
         "tokens": round(batch.n_tokens),
         "rows": len(batch.rollouts),
         "distinct_rows": len(batch.distinct),

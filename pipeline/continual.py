@@ -1,0 +1,158 @@
+"""New knowledge without losing old behaviour: fine-tune, then distil from the weights as they were, then check both.
+
+    redpen continual RECIPE --cache URL --run DIR [--data FILE=SHARE ...]
+
+1. `redpen sft` on documents and chats, in DIR/sft: the student learns what is new, and its behaviour suffers.
+2. `redpen distill` of that student, in DIR/distill: its rollouts to `prompts.path` (chats without answers) are scored
+   by the recipe's teacher, which is the student as it was. No labels are needed.
+3. The gate: every `[[continual.gate]]` evaluation must hold, or the exit code is 4 and one line says what does not.
+
+DIR/adapter is the result either way. The next batch of documents starts from it: `--set student.adapter=DIR/adapter`,
+with the same teacher. What there is to do follows from what is on disk, so the same command continues after any kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import distill, models, workers
+from pipeline.answers import share_right
+from pipeline.config import GateConfig, ModelConfig, Recipe
+from pipeline.console import say, under_way
+from pipeline.errors import ConfigError
+from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline.files import atomic_directory, write_atomically
+from pipeline.sft import stage as sft
+from pipeline.train.run_directory import Result, RunDirectory, open_run
+
+EXIT_GATE = 4
+_ROUNDING = 1e-9
+#: The students that the gate compares.
+BEFORE, TUNED, AFTER = "before", "after sft", "after distillation"
+
+#: Measured values with their intervals by gate and student.
+Measured = dict[str, dict[str, dict[str, float]]]
+
+
+def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: Sequence[str] = ()) -> int:
+    """Go through all three, from wherever an earlier call left off; 0, or `EXIT_GATE`.
+
+    Under torchrun every rank calls this.
+
+    Raises:
+        RedpenError, CacheError: what the stages raise, no gate is given, or the run was started with other settings.
+    """
+    if not recipe.continual.gate:
+        raise ConfigError(
+            "continual.gate is not set: give one [[continual.gate]] for what must rise, one for what must stay"
+        )
+    with contextlib.ExitStack() as held, workers.team() as ranks:
+        made = ranks.agree(lambda: held.enter_context(open_run(run_dir, recipe, {"url": cache_url})))
+        result = ranks.agree(lambda: made.result)
+        if result is None:
+            if ranks.leads:
+                made.start()
+            adapter = made.path / "sft" / "adapter"
+            if not adapter.is_dir():
+                with under_way():
+                    sft.run(recipe, data, made.path / "sft")
+                _free()
+            tuned = recipe.student.model_copy(update={"adapter": str(adapter)})
+            distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
+            _free()
+            result = ranks.agree(lambda: _finish(made, recipe, tuned))
+        if ranks.leads:
+            print(f"{made.path}: {result.sentence}")
+        return result.exit_code if ranks.leads else 0
+
+
+def _finish(made: RunDirectory, recipe: Recipe, tuned: ModelConfig) -> Result:
+    """Keep what was made, measure the gate, and record how it ended."""
+    rescued = made.path / "distill" / "adapter"
+    after = tuned.model_copy(update={"adapter": str(rescued if rescued.is_dir() else tuned.adapter)})
+    with made.writing(), atomic_directory(made.adapter) as partial:
+        assert after.adapter is not None
+        shutil.copytree(after.adapter, partial, dirs_exist_ok=True)
+    measured = _measure(recipe, {BEFORE: recipe.student, TUNED: tuned, AFTER: after})
+    with made.writing():
+        write_atomically(made.path / "gate.json", json.dumps(measured, indent=1) + "\n")
+        write_atomically(made.ledger, json.dumps(_ledger(made.path), indent=1) + "\n")
+    _show(measured)
+    faults = [fault for gate in recipe.continual.gate if (fault := fault_of(gate, measured[gate.name])) is not None]
+    sentence = f"the gate does not hold: {'; '.join(faults)}" if faults else "the gate holds"
+    result = Result(1, f"{sentence}; the adapter is {made.adapter}", EXIT_GATE if faults else 0)
+    made.finish(result)
+    return result
+
+
+def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
+    """Greedy responses of every student to every gate's prompts."""
+    found: Measured = {gate.name: {} for gate in recipe.continual.gate}
+    for label, cfg in students.items():
+        model = models.load_model(cfg)
+        for gate in recipe.continual.gate:
+            told = {
+                name: value for name, value in gate.model_dump().items() if name in type(recipe.eval).model_fields
+            }
+            of_gate = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=told)})
+            prompts = HeldOutPrompts.load(of_gate, gate.metric, gate.limit)
+            right = np.zeros((len(prompts.prompts), 1), np.bool_)
+            right[: prompts.count(model)] = True
+            found[gate.name][label] = asdict(share_right(right))
+            say(f"{label}: {gate.name} {found[gate.name][label]['value']:.1%} of {len(right)}")
+        del model
+        _free()
+    return found
+
+
+def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | None:
+    """What of a gate does not hold."""
+    before, after = (measured[label]["value"] for label in (BEFORE, AFTER))
+    rise = after - before
+    if gate.at_least is not None and after < gate.at_least:
+        return f"{gate.name} is {after:.1%}, below {gate.at_least:.1%}"
+    if gate.rise is not None and rise < gate.rise - _ROUNDING:
+        return f"{gate.name} rose by {100 * rise:.1f} points, less than {100 * gate.rise:.1f}"
+    if gate.fall is not None and -rise > gate.fall + _ROUNDING:
+        return f"{gate.name} fell by {-100 * rise:.1f} points, more than {100 * gate.fall:.1f}"
+    return None
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    """What both parts cost."""
+    parts = {
+        name: json.loads((path / name / "ledger.json").read_text(encoding="utf-8")) for name in ("sft", "distill")
+    }
+    return {"sft": parts["sft"]["train"], **parts["distill"]}
+
+
+def _show(measured: Measured) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("greedy")
+    for label in (BEFORE, TUNED, AFTER):
+        table.add_column(label, justify="right")
+    for name, by_student in measured.items():
+        cells = [f"{e['value']:.1%} ({e['low']:.1%} to {e['high']:.1%})" for e in by_student.values()]
+        table.add_row(name, *cells)
+    out = Console(highlight=False, width=None if Console().is_terminal else 120)
+    out.print(table)
+
+
+def _free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

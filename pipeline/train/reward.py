@@ -1,0 +1,100 @@
+"""Task reward beside the teacher: what `[eval]` finds right or legal among the cached rollouts, as an advantage.
+
+A rollout's reward r is 1 or 0. Its tokens' advantage compares it with the other rollouts of its prompt,
+
+    std     (r - mean) / (std + 1e-4)     group-relative, Shao et al. 2024, "DeepSeekMath" (GRPO), arXiv:2402.03300
+    mean    r - mean                      without the bias towards easy and hard prompts, Liu et al. 2025,
+                                          "Understanding R1-Zero-Like Training" (Dr. GRPO), arXiv:2503.20783
+
+and is 0 where all of them are alike. Shapes: T response positions of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.answers import Checker
+from pipeline.config import RewardConfig
+from pipeline.errors import ConfigError
+from pipeline.train.replay import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Columns of a loaded block: the reward of each token's rollout (NaN where its prompt has no answer), its advantage.
+VALUE, ADVANTAGE = "reward/value", "reward/advantage"
+_EPSILON = 1e-4
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a round's rollouts."""
+
+    round_: cs.Round
+    tokenizer: PreTrainedTokenizerBase
+    checker: Checker
+    settings: RewardConfig
+
+    def columns(self, rollouts: cs.RolloutBlock) -> Mapping[str, Float32]:
+        """`VALUE` and `ADVANTAGE` f4 [T] of a block."""
+        values = self._values(rollouts)
+        advantages = group_advantages(values, rollouts.row_prompt, scaled=self.settings.normalise == "std")
+        lengths = rollouts.response_length
+        return {VALUE: np.repeat(values, lengths), ADVANTAGE: np.repeat(advantages, lengths)}
+
+    def _values(self, rollouts: cs.RolloutBlock) -> Float32:
+        """f4 [rows]"""
+        texts = self.tokenizer.batch_decode(
+            [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
+        )
+        if self.settings.verifier == "format":
+            return np.array([self.checker.is_legal(text) for text in texts], np.float32)
+        wanted = [self.round_.prompts[int(rollouts.prompt_index[p])].get("answer") for p in rollouts.row_prompt]
+        return np.array(
+            [
+                np.nan if answer is None else self.checker.is_right(text, str(answer))
+                for text, answer in zip(texts, wanted, strict=True)
+            ],
+            np.float32,
+        )
+
+
+def group_advantages(values: Float32, groups: npt.NDArray[np.int32], *, scaled: bool) -> Float32:
+    """f4 [rows]: each value against its group's mean, in standard deviations if `scaled`; 0 where it is NaN.
+
+    Args:
+        values: f4 [rows] rewards.
+        groups: i4 [rows] the prompt of each.
+    """
+    known = ~np.isnan(values)
+    filled = np.where(known, values, 0.0).astype(np.float64)
+    count = np.maximum(np.bincount(groups, known), 1)
+    centred = np.where(known, filled - (np.bincount(groups, filled) / count)[groups], 0.0)
+    if scaled:
+        centred /= np.sqrt(np.bincount(groups, centred**2) / count)[groups] + _EPSILON
+    return centred.astype(np.float32)
+
+
+def mean_reward(batch: Batch) -> float | None:
+    """Of the rollouts of a step whose reward is known; None without rewards."""
+    if not batch.rollouts or VALUE not in batch.rollouts[0].block.columns:
+        return None
+    values = np.array([rollout.column(VALUE)[0] for rollout in batch.rollouts])
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def check_answers(round_: cs.Round, settings: RewardConfig) -> None:
+    """Rewards for answers need prompts with answers. Raises `ConfigError`."""
+    if settings.verifier == "answer" and not any("answer" in round_.prompts[i] for i in range(round_.n_prompts)):
+        raise ConfigError(
+            f'reward.verifier = "answer": no prompt of round {round_.index} has an answer to compare with; give the '
+            'prompts an `answer`, or set it to "format"'
+        )

@@ -1,0 +1,148 @@
+"""New knowledge and old behaviour, on a company in miniature: the gate, what it is made of, and kills."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline import continual
+from pipeline.cli import main
+from pipeline.config import GateConfig, Recipe, load_recipe
+from pipeline.errors import ConfigError
+from pipeline.evaluate import stage as evaluate
+from pipeline.toy import asset_path, company
+
+SHORT = (
+    "prompts.limit=16",
+    "sft.steps=4",
+    "sft.examples_per_step=8",
+    "train.steps=2",
+    "train.prompts_per_step=8",
+    "distill.rounds=1",
+    "distill.stop_reverse_kl=0",
+)
+
+
+def short(*overrides: str, limit: int = 8) -> Recipe:
+    """The company's recipe at a size for tests; its gate asks little."""
+    recipe = load_recipe("company", [*SHORT, *overrides])
+    gates = [gate.model_copy(update={"limit": limit, "rise": None, "fall": 1.0}) for gate in recipe.continual.gate]
+    return recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": gates})})
+
+
+# -------------------------------------------------------------------------------------------------------------- world
+
+
+def test_the_shipped_files_are_the_worlds(tmp_path: Path) -> None:
+    company.write_data(tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        assert file.read_bytes() == asset_path(f"company/{file.name}").read_bytes()
+
+
+def test_nothing_that_is_asked_was_taught() -> None:
+    world = company.World()
+    private, public = ({fact.name for fact in facts} for facts in (world.private, world.public))
+    assert len(private) == len(world.private) == 43 and not private & public
+    assert not set(world.words) & set(world.heldout_words)
+    taught = " ".join(str(world.base_text()) for _ in range(3000))
+    assert not any(name in taught for name in private)
+    asked = [json.loads(line) for line in asset_path("company/formats.jsonl").read_text().splitlines()]
+    words = {record["prompt"].split()[1] for record in asked}
+    assert len(asked) == 512 and words <= set(world.heldout_words)
+    prompts = asset_path("company/prompts.jsonl").read_text()
+    assert not any(f"Say {word} " in prompts for word in world.heldout_words) and "answer" not in prompts
+
+
+@pytest.mark.parametrize(
+    ("forms", "said"),
+    [
+        (["in capitals"], "BAKO"),
+        (["twice", "in brackets"], "[bako bako]"),
+        (["in capitals", "as JSON"], '{"word": "BAKO"}'),
+        (["twice", "with a full stop"], "bako bako."),
+    ],
+)
+def test_forms(forms: Sequence[str], said: str) -> None:
+    assert company.formatted("bako", forms) == (f"Say bako {' and '.join(forms)}.", said)
+
+
+# --------------------------------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize(
+    ("gate", "before", "after", "fault"),
+    [
+        ({"rise": 0.3}, 0.02, 0.32, None),
+        ({"rise": 0.3}, 0.02, 0.31, "g rose by 29.0 points, less than 30.0"),
+        ({"fall": 0.02}, 0.9, 0.88, None),
+        ({"fall": 0.02}, 0.9, 0.87, "g fell by 3.0 points, more than 2.0"),
+        ({"fall": 0.02}, 0.9, 0.95, None),
+        ({"at_least": 0.8}, 0.9, 0.79, "g is 79.0%, below 80.0%"),
+    ],
+)
+def test_what_a_gate_says(gate: dict[str, float], before: float, after: float, fault: str | None) -> None:
+    measured = {continual.BEFORE: {"value": before}, continual.AFTER: {"value": after}}
+    assert continual.fault_of(GateConfig(name="g", path="p", **gate), measured) == fault
+
+
+def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = load_recipe("company", SHORT), tmp_path / "run"
+    gates = [gate.model_copy(update={"limit": 8}) for gate in recipe.continual.gate]
+    recipe = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": gates})})
+    assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
+    out, err = capsys.readouterr()
+    assert f"{run}: the gate does not hold: knowledge rose by " in out and "next:" not in err
+    assert "knowledge" in out.splitlines()[-3] and "(" in out.splitlines()[-3]
+    told = json.loads((run / "gate.json").read_text())
+    assert set(told) == {"knowledge", "formats"} and list(told["formats"]) == [
+        "before",
+        "after sft",
+        "after distillation",
+    ]
+    assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
+    assert capsys.readouterr().out.startswith(f"{run}: the gate does not hold")
+    ledger = json.loads((run / "ledger.json").read_text())
+    assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)
+    assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
+    assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
+
+
+def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
+    settings = [part for setting in SHORT for part in ("--set", setting)]
+
+    def command(name: str) -> list[str]:
+        where = ["--cache", str(tmp_path / f"{name}.zarr"), "--run", str(tmp_path / name)]
+        return ["continual", "company", *where, *settings]
+
+    run = tmp_path / "killed"
+    for reached in (run / "sft/checkpoints", run / "distill/rounds/00000/checkpoints"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *command("killed")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not reached.exists() and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert main(command("killed")) == continual.EXIT_GATE
+    assert main(command("undisturbed")) == continual.EXIT_GATE
+    for name in ("adapter/adapter_model.safetensors", "gate.json"):
+        assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_without_a_gate_it_does_not_begin(tmp_path: Path) -> None:
+    recipe = short()
+    nothing = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": []})})
+    with pytest.raises(ConfigError, match=r"continual\.gate is not set"):
+        continual.run(nothing, str(tmp_path / "c.zarr"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
