@@ -14,6 +14,12 @@ from pipeline.config import Recipe, load_recipe
 # Read when torch is first imported: threads that wait must not spin while other work wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+#: The files that take longest, longest first: `make test` deals whole files to two workers, who then end together.
+LONGEST = (
+    *("workers", "distill", "s3", "prompt_logprobs", "distributed", "continual", "evaluate", "diagnose", "score"),
+    *("train_resume", "cache", "stage_one_resume", "reward", "alignment", "streamed", "train", "plan", "interchange"),
+)
+
 #: 24 prompts x 4 rollouts in 6 blocks, 6 steps an epoch, several micro-batches a step
 SMALL = (
     "prompts.limit=24",
@@ -26,6 +32,11 @@ SMALL = (
     "train.stop_reverse_kl=0",
     "train.steps=5",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def small_recipe(*overrides: str) -> Recipe:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import preloaded
 import pytest
 
 from pipeline import continual
@@ -125,11 +124,7 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
 
     run = tmp_path / "killed"
     for reached in (run / "sft/checkpoints", run / "distill/rounds/00000/checkpoints"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *command("killed")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = preloaded.python("-m", "pipeline", *command("killed"))
         while not reached.exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)

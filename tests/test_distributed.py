@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 from conftest import SMALL, small_recipe
@@ -30,7 +30,6 @@ from pipeline.signals import Stop
 from pipeline.train import distributed, inputs, lora, stage, stopping
 from pipeline.train.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
 STEPS = 6
 KILLED_STEPS = 40
 LONG = (f"train.steps={STEPS}", "train.schedule=cosine")
@@ -159,23 +158,14 @@ def four(cache: Path, out: Path) -> None:
 # -- the tests ----------------------------------------------------------------------------------------------------
 
 
-def torchrun(size: int, *command: str) -> subprocess.Popen[str]:
+def torchrun(size: int, *command: str) -> preloaded.Process:
     """A job of processes with one thread each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return preloaded.torchrun("--nproc-per-node", str(size), *command)
 
 
-def finished(job: subprocess.Popen[str]) -> str:
-    out, err = job.communicate(timeout=120)
+def finished(job: preloaded.Process) -> None:
+    _, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +241,7 @@ def command(cache: Path, run: Path, *settings: str) -> list[str]:
     return ["-m", "pipeline", "--", "train", "toy", "--cache", str(cache), "--run", str(run), *chosen]
 
 
-def started(cache: Path, run: Path, steps: int, *options: str) -> subprocess.Popen[str]:
+def started(cache: Path, run: Path, steps: int, *options: str) -> preloaded.Process:
     """A job of two that has done `steps` steps."""
     job = torchrun(2, *options, *command(cache, run, f"train.steps={KILLED_STEPS}"))
     metrics = run / "metrics.jsonl"
@@ -260,7 +250,7 @@ def started(cache: Path, run: Path, steps: int, *options: str) -> subprocess.Pop
     return job
 
 
-def lines(job: subprocess.Popen[str], code: int) -> list[str]:
+def lines(job: preloaded.Process, code: int) -> list[str]:
     """What redpen said, beside torchrun, of a job that ended with `code`."""
     _, err = job.communicate(timeout=90)
     assert job.returncode == code, err

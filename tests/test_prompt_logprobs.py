@@ -10,11 +10,8 @@ import functools
 import importlib.util
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -25,6 +22,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings
@@ -615,14 +613,8 @@ def test_sigterm_ends_a_run_whose_server_hangs(
 ) -> None:
     teacher_server.after = (20, "hang")
     (tmp_path / "served.toml").write_text(served(recipe, teacher_server).to_toml())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "score", str(tmp_path / "served.toml"), "--cache", str(unscored)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    recipe_file = str(tmp_path / "served.toml")
+    process = preloaded.python("-m", "pipeline", "score", recipe_file, "--cache", str(unscored))
     deadline = time.monotonic() + 120
     while teacher_server.always is None:
         assert process.poll() is None and time.monotonic() < deadline

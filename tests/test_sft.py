@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from conftest import small_recipe
@@ -220,8 +219,7 @@ def test_a_run_is_a_run(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_killed_it_goes_on_to_the_same_bits(tuned: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = [sys.executable, "-m", "pipeline", *command(tuned, run)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = preloaded.python("-m", "pipeline", *command(tuned, run))
     while process.poll() is None and not (run / "data.zarr/rounds/00000/rollouts").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -4,17 +4,16 @@ run's.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 
@@ -44,19 +43,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(command: str, cache: Path) -> subprocess.Popen[str]:
+def start(command: str, cache: Path) -> preloaded.Process:
     overrides = [argument for setting in SETTINGS for argument in ("--set", setting)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", command, "toy", "--cache", str(cache), *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return preloaded.python("-m", "pipeline", command, "toy", "--cache", str(cache), *overrides)
 
 
-def wait_for_commits(process: subprocess.Popen[str], group: Path, count: int) -> None:
+def wait_for_commits(process: subprocess.Popen[str] | preloaded.Process, group: Path, count: int) -> None:
     """Until `count` more blocks of a group are committed: each is one file of its commit array."""
     chunks = group / "commit" / "c"
 

@@ -6,13 +6,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import preloaded
 import pytest
 from conftest import SMALL, small_recipe
 
@@ -27,9 +26,9 @@ STEPS = 12
 LONG = (f"train.steps={STEPS}", "train.schedule=cosine", "train.lora_dropout=0.1")
 
 
-def command(cache: Path, run: Path) -> list[str]:
+def start(cache: Path, run: Path) -> preloaded.Process:
     settings = [part for setting in (*SMALL, *LONG) for part in ("--set", setting)]
-    return [sys.executable, "-m", "pipeline", "train", "toy", "--cache", str(cache), "--run", str(run), *settings]
+    return preloaded.python("-m", "pipeline", "train", "toy", "--cache", str(cache), "--run", str(run), *settings)
 
 
 def curve(run: Path) -> list[dict[str, object]]:
@@ -60,22 +59,23 @@ def steps_done(run: Path) -> int:
 def test_killed_twice_at_random(toy_cache: Path, undisturbed: Path, tmp_path: Path) -> None:
     run, rng = tmp_path / "run", random.Random(0)
     for at_least in (1, 5):
-        process = subprocess.Popen(command(toy_cache, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(toy_cache, run)
         while steps_done(run) < at_least and process.poll() is None:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (run / "adapter").exists()
-    done = subprocess.run(command(toy_cache, run), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "max steps: 12 done" in done.stdout
+    process = start(toy_cache, run)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "max steps: 12 done" in out
     assert_same(run, undisturbed)
 
 
 def test_sigterm_checkpoints_and_says_so(toy_cache: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(command(toy_cache, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(toy_cache, run)
     while steps_done(run) < 3 and process.poll() is None:
         time.sleep(0.005)
     process.terminate()
