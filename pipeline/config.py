@@ -167,6 +167,11 @@ class ScoreConfig(Section):
         default=0, ge=0, le=4096, description="the teacher's own likeliest tokens, stored beside; 0: none"
     )
     rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+    alignment: Literal["tokens", "spans"] = Field(
+        default="tokens",
+        description="tokens: a teacher cuts text into the student's tokens; spans: where it does not, the pieces "
+        "of text that both share are compared (placement resident or streamed)",
+    )
     server_requests: int = Field(default=32, ge=1, le=1024, description="requests in flight to a served teacher")
     server_timeout: float = Field(default=300.0, gt=0, description="seconds that one request to it may take")
     server_retries: int = Field(default=8, ge=0, le=100, description="times a failed request to it is sent again")
@@ -589,6 +594,11 @@ class Recipe(Section):
                     f'"{placement}"; set score.placement to "resident", and placement of a teacher that needs another'
                 )
         for teacher in self.teacher:
+            if self.score.alignment == "spans" and self.placement(teacher) in ("vllm", "server"):
+                raise ValueError(
+                    f'score.alignment = "spans" needs placement "resident" or "streamed" of {teacher.name!r}, got '
+                    f'"{self.placement(teacher)}"'
+                )
             if self.placement(teacher) == "server" and teacher.url is None:
                 raise ValueError(
                     f'placement "server" of teacher {teacher.name!r} needs teacher.url, the base URL of its API, '

@@ -54,6 +54,7 @@ from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.score import ScoreOptions, Scorer, TokenBatch
 from pipeline.score.alignment import View, view_on
 from pipeline.score.resident import ResidentScorer
+from pipeline.score.spans import SpanView
 
 Figures = dict[str, Any]
 MakeScorer = Callable[..., Scorer]
@@ -194,7 +195,12 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
         identity, facts = models.tokenizer_identity(tokenizer, student.model), models.model_facts(student)
         size, stops = max(identity.vocab_size, facts.vocab_size), greedy_sampling(job.recipe, student, tokenizer)
         try:
-            view = view_on(job.recipe, job.teacher, records, identity.digest, size, stops.stop_token_ids)
+            found = view_on(job.recipe, job.teacher, records, identity.digest, size, stops.stop_token_ids)
+            if isinstance(found, SpanView):
+                warn(f"{job.teacher.model} cuts text into other tokens, so reverse KL to it is left out")
+                job = replace(job, teacher=None)
+            else:
+                view = found
         except ModelNotFoundError as error:
             if required or not n_answers:
                 raise

@@ -52,11 +52,13 @@ class TokenBatch:
         blocks: the rollouts. A tile of the forward never spans two, so scores do not depend on the batch.
         candidate_ids: i4 [T, K] over all blocks, or None to choose candidates.
         keys: integers that name each block, for drawing candidates.
+        student_logprobs: f4 [T] of the cached student, where a teacher is read.
     """
 
     blocks: tuple[cs.RolloutBlock, ...]
     candidate_ids: npt.NDArray[np.int32] | None = None
     keys: tuple[tuple[int, ...], ...] | None = None
+    student_logprobs: npt.NDArray[np.float32] | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -27,6 +27,7 @@ from pipeline.config import PromptsConfig, Recipe, TeacherConfig
 from pipeline.errors import ModelError
 from pipeline.prompts import render_all, template_identity, with_prefix
 from pipeline.score import Scorer, TokenBatch, as_batch
+from pipeline.score.spans import SpanView, span_view
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,11 +159,12 @@ class _Seeing:
         return self._view.back(self._scorer.compute_logprobs(self._view.of(batch)), batch)
 
 
-def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View:
+def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View | SpanView:
     """What a teacher reads of a round. Raises as `view_on`."""
     sampled = round_.manifest
     size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
-    records = [round_.prompts[index] for index in range(round_.n_prompts)] if teacher.renders else []
+    every = teacher.renders or recipe.score.alignment == "spans"
+    records = [round_.prompts[index] for index in range(round_.n_prompts)] if every else []
     return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids)
 
 
@@ -173,7 +175,7 @@ def view_on(
     tokenizer_digest: str,
     vocab_size: int,
     stop_token_ids: Sequence[int],
-) -> View:
+) -> View | SpanView:
     """What a teacher reads of responses to these prompts.
 
     Args:
@@ -188,27 +190,49 @@ def view_on(
     tokenizer, facts = models.load_tokenizer(teacher), models.model_facts(teacher)
     same = models.tokenizer_identity(tokenizer, teacher.model).digest == tokenizer_digest
     student = tokenizer if same else models.load_tokenizer(recipe.student)
+    if recipe.score.alignment == "spans" and not same and not cut_alike(student, tokenizer):
+        rendered = _prompts(recipe, teacher, tokenizer, facts, records)
+        stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
+        return span_view(student, tokenizer, teacher.model, rendered, stop_token_ids, stop)
     alignment = align(student, tokenizer, (recipe.student.model, teacher.model), (vocab_size, facts.vocab_size))
     shared = alignment.to_student >= 0
     if teacher.stop_token is not None:
-        stop = tokenizer.get_vocab().get(teacher.stop_token)
-        if stop is None:
-            raise ModelError(
-                f"teacher.stop_token = {teacher.stop_token!r}: expected a token of {teacher.model}, such as "
-                f"{tokenizer.eos_token!r}"
-            )
+        stop = _stop(teacher, tokenizer)
         eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
         alignment = alignment.exchanged(eos, stop)
-    prompts = None
-    if teacher.renders:
-        seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
-        rendering = _rendering(recipe, teacher)
-        prompts = render_all(seen, tokenizer, rendering, facts.context or np.iinfo(np.int32).max, facts.context)
+    prompts = _prompts(recipe, teacher, tokenizer, facts, records) if teacher.renders else None
     return View(prompts, None if alignment.is_identity else alignment, None if shared.all() else shared)
 
 
-def longest_of(round_: cs.Round, block: int, view: View) -> int:
+def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    assert teacher.stop_token is not None
+    stop = tokenizer.get_vocab().get(teacher.stop_token)
+    if stop is None:
+        raise ModelError(
+            f"teacher.stop_token = {teacher.stop_token!r}: expected a token of {teacher.model}, such as "
+            f"{tokenizer.eos_token!r}"
+        )
+    return int(stop)
+
+
+def _prompts(
+    recipe: Recipe,
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: models.ModelFacts,
+    records: Sequence[dict[str, Any]],
+) -> list[Int32]:
+    """The prompts as the teacher's own tokenizer and template make them."""
+    seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
+    longest = facts.context or np.iinfo(np.int32).max
+    return render_all(seen, tokenizer, _rendering(recipe, teacher), longest, facts.context)
+
+
+def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
     """Tokens of a block's longest rollout, as the teacher reads it."""
+    if isinstance(view, SpanView):
+        (theirs,) = view.of(TokenBatch((round_.rollouts.read(block),))).blocks
+        return int((theirs.prompt_length[theirs.row_prompt] + theirs.response_length).max())
     rows = round_.rollouts.read_arrays(block, ("prompt_index", "prompt_length", "row_prompt", "response_length"))
     prompts = rows["prompt_length"]
     if view.prompts is not None:
@@ -247,14 +271,21 @@ def align(
     pairs = {index: theirs[token] for token, index in ours.items() if token in theirs}
     if all(pairs.get(index) == index for index in ours.values()):
         pairs = {index: index for index in range(min(sizes))}  # what pads both is the same too
-    elif _rules(student) != _rules(teacher):
+    elif not cut_alike(student, teacher):
         differing = sum(theirs.get(token) != index for token, index in ours.items())
         raise ModelError(
             f"{names[1]}: its tokenizer cuts text into other pieces than that of {names[0]} ({differing:,} of "
             f"{len(ours):,} tokens differ), so their log-probs cannot be compared token by token; choose a teacher "
-            "with the student's tokenizer"
+            'with the student\'s tokenizer, or set score.alignment = "spans" to compare the spans of text that both '
+            "share"
         )
     return Alignment.of({v: theirs_v for v, theirs_v in pairs.items() if theirs_v < sizes[1]}, *sizes)
+
+
+def cut_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether both cut every text into the same pieces, whatever ids these have."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    return all(theirs.get(token) == index for token, index in ours.items()) or _rules(student) == _rules(teacher)
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:

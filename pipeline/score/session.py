@@ -19,6 +19,7 @@ from pipeline.packing import check_packing
 from pipeline.score import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.score.alignment import View, view_of
 from pipeline.score.resident import ResidentScorer
+from pipeline.score.spans import SpanView
 
 _CHECKED_ROLLOUTS = 4
 
@@ -94,12 +95,12 @@ class ScoreSession:
 def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
     """The scorer that the recipe asks for, checked on a few rollouts; its engine, if it has one, is the stack's."""
     recipe, cfg = work.recipe, work.cfg
-    view = view_of(recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
+    view: View | SpanView = view_of(recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
     options = _options(recipe, work.manifest, view)
     if recipe.placement(cfg) in ("vllm", "server"):
         from pipeline.score.engines import open_engine
 
-        assert isinstance(cfg, TeacherConfig)
+        assert isinstance(cfg, TeacherConfig) and isinstance(view, View)
         return view.scorer(open_engine(recipe, cfg, round_, view, options, on_tile, stack))
     readable = np.flatnonzero(round_.rollouts.committed())
     sample = _shortest(view.of(TokenBatch((round_.rollouts.read(int(readable[0])),))).blocks[0])
@@ -114,9 +115,9 @@ def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], s
     return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
 
 
-def _options(recipe: Recipe, manifest: cs.ScoresManifest, view: View) -> ScoreOptions:
+def _options(recipe: Recipe, manifest: cs.ScoresManifest, view: View | SpanView) -> ScoreOptions:
     return ScoreOptions(
-        candidates=manifest.candidates,
+        candidates=max(manifest.candidates, 1),
         candidate_kind=manifest.candidate_kind,
         candidate_vocab=manifest.tokenizer.vocab_size,
         sampling_temperature=manifest.sampling_temperature,
@@ -150,12 +151,15 @@ def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> It
 
 
 def _read(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> TokenBatch:
-    candidate_ids = None
+    candidate_ids = logprobs = None
     if with_candidates:
         student = round_.scores(cs.STUDENT)
-        candidate_ids = np.concatenate([student.read_arrays(b, ["candidate_ids"])["candidate_ids"] for b in blocks])
+        names = ("candidate_ids", "logprobs")
+        told = [student.read_arrays(block, names) for block in blocks]
+        candidate_ids, logprobs = (np.concatenate([one[name] for one in told]) for name in names)
     return TokenBatch(
         blocks=tuple(round_.rollouts.read(block) for block in blocks),
         candidate_ids=candidate_ids,
+        student_logprobs=logprobs,
         keys=tuple((round_.manifest.seed, round_.index, block) for block in blocks),
     )

@@ -42,6 +42,7 @@ from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.provenance import IMPORTED, created_by
 from pipeline.score.alignment import View, longest_of, template_of, view_of
 from pipeline.score.session import ScoreWork
+from pipeline.score.spans import SpanView
 
 IntArray = npt.NDArray[np.int64]
 
@@ -192,7 +193,7 @@ def _manifest(
     tokenizer = models.load_tokenizer(cfg)
     tokenizer_identity, placement = models.tokenizer_identity(tokenizer, cfg.model), recipe.placement(cfg)
     by_engine = placement in ("vllm", "server")
-    template, partial = sampled.template, by_engine
+    template, partial, spelt = sampled.template, by_engine, False
     if placement == "server":
         assert isinstance(cfg, TeacherConfig)
         identity = models.served_identity(cfg)
@@ -213,7 +214,10 @@ def _manifest(
             )
     if isinstance(cfg, TeacherConfig):
         template = template_of(recipe, cfg, sampled.template)
-        partial |= view_of(recipe, cfg, round_).leaves_out(sampled.tokenizer.vocab_size)
+        view = view_of(recipe, cfg, round_)
+        partial |= view.leaves_out(sampled.tokenizer.vocab_size)
+        spelt = isinstance(view, SpanView)
+        template |= {"alignment": "spans"} if spelt else {}
     return cs.ScoresManifest(
         role="student" if is_student else "teacher",
         model=identity,
@@ -225,11 +229,11 @@ def _manifest(
         tile_tokens=0 if by_engine else recipe.score.tile_tokens,
         vocab_size=facts.vocab_size,
         candidate_kind=recipe.score.candidate_kind,
-        candidates=recipe.score.candidates,
+        candidates=0 if spelt else recipe.score.candidates,
         # greedy decoding has no log-probs to compare with
         sampling_temperature=(sampled.temperature or 1.0) if is_student else None,
-        topk=0 if is_student else recipe.score.teacher_topk,
-        entropy=not by_engine,
+        topk=0 if is_student or spelt else recipe.score.teacher_topk,
+        entropy=not (by_engine or spelt),
         partial=partial,
         created_by=created_by(),
     )
@@ -245,7 +249,7 @@ def _require_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> Non
         return
     if not own and sampled.max_prompt_tokens + sampled.max_response_tokens <= facts.context:
         return
-    view = view_of(work.recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
+    view: View | SpanView = view_of(work.recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
     for block in blocks.tolist():
         longest = longest_of(round_, block, view)
         if longest > facts.context:
