@@ -406,7 +406,7 @@ class TestCommand:
             for name, value in vars(round_.rollouts.read(block)).items():
                 np.testing.assert_array_equal(value, getattr(rollouts, name))
         # results on stdout, and nothing of vLLM's on stderr
-        assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts", "next"]
+        assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts"]
         assert all(re.match(r"(student|rollouts|warning): ", line) for line in err.splitlines()), err
 
         other = load_recipe("toy", [f"student.model={student}", *settings])
