@@ -407,7 +407,7 @@ class TestCommand:
                 np.testing.assert_array_equal(value, getattr(rollouts, name))
         # results on stdout, and nothing of vLLM's on stderr
         assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts"]
-        assert all(re.match(r"(student|rollouts|warning): ", line) for line in err.splitlines()), err
+        assert all(re.match(r"(student|rollouts|warning|next): ", line) for line in err.splitlines()), err
 
         other = load_recipe("toy", [f"student.model={student}", *settings])
         with pytest.raises(cs.ProvenanceError, match=r"engine: cached vllm, now transformers"):
