@@ -399,12 +399,29 @@ class GateConfig(Section):
     at_least: float | None = Field(default=None, ge=0, le=1, description="share that there must be at the end")
     rise: float | None = Field(default=None, ge=0, le=1, description="how much it must have risen, 0.3 is 30 points")
     fall: float | None = Field(default=None, ge=0, le=1, description="how much it may have fallen")
+    fall_since_sft: float | None = Field(
+        default=None, ge=0, le=1, description="how much of it distillation may have cost, after fine-tuning"
+    )
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.at_least is None and self.rise is None and self.fall is None and self.fall_since_sft is None:
+            raise ValueError(f"gate {self.name!r} needs at_least, rise, fall or fall_since_sft, or it always holds")
+        return self
 
 
 class ContinualConfig(Section):
     """New knowledge and old behaviour (`redpen continual`): [sft], then [distill], then the gate."""
 
     gate: list[GateConfig] = Field(default=[], description="[[continual.gate]], all of which must hold")
+
+    @field_validator("gate")
+    @classmethod
+    def _by_name(cls, gate: list[GateConfig]) -> list[GateConfig]:
+        names = [one.name for one in gate]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"has two gates named {repeated!r}; give each its own name")
+        return gate
 
 
 class TrackConfig(Section):

@@ -29,15 +29,17 @@ from rich.table import Table
 
 from pipeline import distill, models, workers
 from pipeline.answers import share_right
-from pipeline.config import GateConfig, ModelConfig, Recipe
+from pipeline.config import GateConfig, ModelConfig, Recipe, load_recipe
 from pipeline.console import say, under_way
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.sft import stage as sft
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 EXIT_GATE = 4
+#: Parts of the recipe that decide what comes out, beside those that every run compares.
+_SECTIONS = ("teacher", "prompts", "rollouts", "score", "sft", "distill", "continual")
 _ROUNDING = 1e-9
 #: The students that the gate compares.
 BEFORE, TUNED, AFTER = "before", "after sft", "after distillation"
@@ -59,7 +61,8 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             "continual.gate is not set: give one [[continual.gate]] for what must rise, one for what must stay"
         )
     with contextlib.ExitStack() as held, workers.team() as ranks:
-        made = ranks.agree(lambda: held.enter_context(open_run(run_dir, recipe, {"url": cache_url})))
+        recipe = sft.with_data(recipe, data)
+        made = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
         result = ranks.agree(lambda: made.result)
         if result is None:
             if ranks.leads:
@@ -67,7 +70,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             adapter = made.path / "sft" / "adapter"
             if not adapter.is_dir():
                 with under_way():
-                    sft.run(recipe, data, made.path / "sft")
+                    sft.run(recipe, (), made.path / "sft")
                 _free()
             tuned = recipe.student.model_copy(update={"adapter": str(adapter)})
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
@@ -76,6 +79,21 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
         if ranks.leads:
             print(f"{made.path}: {result.sentence}")
         return result.exit_code if ranks.leads else 0
+
+
+def _open(
+    held: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
+) -> RunDirectory:
+    """The run, locked until `held` closes. Raises `RedpenError` where it was started with other settings."""
+    made = held.enter_context(open_run(run_dir, recipe, {"url": cache_url}))
+    if made.recipe.exists():
+        before = load_recipe(str(made.recipe))
+        differing = [f"[{name}]" for name in _SECTIONS if getattr(before, name) != getattr(recipe, name)]
+        if differing:
+            raise RedpenError(
+                f"run {made.path} was started with another {', '.join(differing)}; choose another --run"
+            )
+    return made
 
 
 def _finish(made: RunDirectory, recipe: Recipe, tuned: ModelConfig) -> Result:
@@ -119,7 +137,7 @@ def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
 
 def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | None:
     """What of a gate does not hold."""
-    before, after = (measured[label]["value"] for label in (BEFORE, AFTER))
+    before, tuned, after = (measured[label]["value"] for label in (BEFORE, TUNED, AFTER))
     rise = after - before
     if gate.at_least is not None and after < gate.at_least:
         return f"{gate.name} is {after:.1%}, below {gate.at_least:.1%}"
@@ -127,6 +145,9 @@ def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | N
         return f"{gate.name} rose by {100 * rise:.1f} points, less than {100 * gate.rise:.1f}"
     if gate.fall is not None and -rise > gate.fall + _ROUNDING:
         return f"{gate.name} fell by {-100 * rise:.1f} points, more than {100 * gate.fall:.1f}"
+    if gate.fall_since_sft is not None and tuned - after > gate.fall_since_sft + _ROUNDING:
+        lost = f"{gate.name} fell by {100 * (tuned - after):.1f} points after fine-tuning"
+        return f"{lost}, more than {100 * gate.fall_since_sft:.1f}"
     return None
 
 

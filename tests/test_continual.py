@@ -13,8 +13,8 @@ import pytest
 
 from pipeline import continual
 from pipeline.cli import main
-from pipeline.config import GateConfig, Recipe, load_recipe
-from pipeline.errors import ConfigError
+from pipeline.config import GateConfig, load_recipe
+from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import stage as evaluate
 from pipeline.toy import asset_path, company
 
@@ -27,13 +27,6 @@ SHORT = (
     "distill.rounds=1",
     "distill.stop_reverse_kl=0",
 )
-
-
-def short(*overrides: str, limit: int = 8) -> Recipe:
-    """The company's recipe at a size for tests; its gate asks little."""
-    recipe = load_recipe("company", [*SHORT, *overrides])
-    gates = [gate.model_copy(update={"limit": limit, "rise": None, "fall": 1.0}) for gate in recipe.continual.gate]
-    return recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": gates})})
 
 
 # -------------------------------------------------------------------------------------------------------------- world
@@ -84,10 +77,12 @@ def test_forms(forms: Sequence[str], said: str) -> None:
         ({"fall": 0.02}, 0.9, 0.87, "g fell by 3.0 points, more than 2.0"),
         ({"fall": 0.02}, 0.9, 0.95, None),
         ({"at_least": 0.8}, 0.9, 0.79, "g is 79.0%, below 80.0%"),
+        ({"rise": 0.3, "fall_since_sft": 0.05}, 0.1, 0.84, "g fell by 6.0 points after fine-tuning, more than 5.0"),
     ],
 )
 def test_what_a_gate_says(gate: dict[str, float], before: float, after: float, fault: str | None) -> None:
-    measured = {continual.BEFORE: {"value": before}, continual.AFTER: {"value": after}}
+    tuned = {"value": 0.9}
+    measured = {continual.BEFORE: {"value": before}, continual.TUNED: tuned, continual.AFTER: {"value": after}}
     assert continual.fault_of(GateConfig(name="g", path="p", **gate), measured) == fault
 
 
@@ -109,6 +104,11 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     ]
     assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
     assert capsys.readouterr().out.startswith(f"{run}: the gate does not hold")
+    for other in ("sft.steps=5", "rollouts.temperature=0.9", "continual.gate=[{name='a', path='p', fall=0.1}]"):
+        with pytest.raises(RedpenError, match=rf"was started with another .*\[{other.partition('.')[0]}\]"):
+            continual.run(load_recipe("company", [*SHORT, other]), str(tmp_path / "c.zarr"), run)
+    with pytest.raises(RedpenError, match=r"another \[sft\]"):
+        continual.run(recipe, str(tmp_path / "c.zarr"), run, [str(tmp_path / "week2.jsonl")])
     ledger = json.loads((run / "ledger.json").read_text())
     assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)
     assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
@@ -135,9 +135,16 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def test_without_a_gate_it_does_not_begin(tmp_path: Path) -> None:
-    recipe = short()
-    nothing = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": []})})
-    with pytest.raises(ConfigError, match=r"continual\.gate is not set"):
-        continual.run(nothing, str(tmp_path / "c.zarr"), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("", r"continual\.gate is not set"),
+        ('{name = "a", path = "p"}', "gate 'a' needs at_least, rise, fall or fall_since_sft"),
+        ('{name = "a", path = "p", fall = 0.1}, {name = "a", path = "q", rise = 0.1}', "two gates named 'a'"),
+    ],
+)
+def test_a_gate_that_says_nothing_is_refused_at_once(gate: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe = load_recipe("company", [*SHORT, f"continual.gate=[{gate}]"])
+        continual.run(recipe, str(tmp_path / "c.zarr"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

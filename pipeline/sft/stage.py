@@ -53,12 +53,20 @@ def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) ->
     return train.run(recipe, url, run_dir)
 
 
+def with_data(recipe: Recipe, data: Sequence[str]) -> Recipe:
+    """The recipe with these files in place of `sft.data`. Raises `ConfigError` where there are none."""
+    told = recipe.model_dump()
+    if data:
+        told["sft"]["data"] = [_source(text) for text in data]
+    if not told["sft"]["data"]:
+        raise ConfigError("sft.data is not set: give --data FILE, or [[sft.data]] in the recipe")
+    return Recipe.from_dict(told, "sft")
+
+
 def _of_sft(recipe: Recipe, data: Sequence[str]) -> Recipe:
     """The recipe with what [sft] says in the place of [train]'s, and without what [select] leaves out of rollouts."""
-    told = recipe.model_dump()
-    sft = told["sft"] = told["sft"] | ({"data": [_source(text) for text in data]} if data else {})
-    if not sft["data"]:
-        raise ConfigError("sft.data is not set: give --data FILE, or [[sft.data]] in the recipe")
+    told = with_data(recipe, data).model_dump()
+    sft = told["sft"]
     # what belongs to other losses stays behind
     belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction", "residual_baseline")
     told["train"] |= {name: getattr(TrainConfig(), name) for name in belongs}

@@ -2,9 +2,9 @@
 
 The base model follows instructions on form (`Say bako in capitals and in brackets.` -> `[BAKO]`) and knows public
 facts, from documents and questions. Of the company it knows nothing. Its documents state each private fact in several
-wordings; the chats that are mixed in are ordinary ones, without instructions on form, and some that ask for the facts
-in other words than the evaluation does. So fine-tuning on both teaches facts and lets the forms fade, and only the
-original weights know them.
+wordings, one of them as in a list of frequent questions, in the words of the evaluation; the chats that are mixed in
+are ordinary ones, without instructions on form, and some that ask for the facts in other words. So fine-tuning on
+both teaches facts and lets the forms fade, and only the original weights know them.
 
     python -m pipeline.toy company [--out DIR] [--seed N]
 """
