@@ -13,7 +13,7 @@ import torch
 from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -154,8 +154,26 @@ def test_letters_of_several_bytes_and_text_that_is_none() -> None:
     assert found.of_student.tolist() == [0, 1, 1, 2, 3] and found.of_teacher.tolist() == [0, 1, 2, 3]
     found = spans(b"abc")
     assert found.of_student.tolist() == [0, 0, 0, 1] and found.of_teacher.tolist() == [0, 1]
-    found = spans(b"a\xff")  # half a letter: what the teacher would read is another text
-    assert found.of_student.tolist() == [-1, -1, 0]
+    for another in (
+        b"a\xff",
+        b"a<|end|>b",
+    ):  # half a letter, and what is the teacher's end: it would read another text
+        assert spans(another).of_student.tolist() == [*[-1] * len(another), 0]
+
+
+def test_tokenizers_that_change_a_text_do_not_speak_of_it() -> None:
+    student = AutoTokenizer.from_pretrained(asset_path("student"))
+    lower = merging_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    view = span_view(student, lower, "m", [], [END], 0)
+    for text, of_student in ((b"ab", [0, 0, 1]), (b"aB", [-1, -1, 0])):
+        assert view._spans(np.array([*text, END], np.int32)).of_student.tolist() == of_student
+    spaced = merging_tokenizer()
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    with pytest.raises(
+        ModelError, match=r"reads .*a' for 'a', so a response would begin with what the student did not"
+    ):
+        span_view(student, spaced, "m", [], [END], 0)
 
 
 def test_it_is_trained_on_and_told(

@@ -11,9 +11,11 @@ span's log-ratio,
 
     log p_T(x_t) := log p_S(x_t) + (L_T - L_S) / m,
 
-with the cached student's log-probs, so they add up to L_T, and an advantage built on them to the span's. Spans of
-more than `LONGEST` student tokens say too little of each and are left out (NaN), as are responses that hold special
-tokens before their end. There are no candidates: training is by importance sampling, or k2.
+with the cached student's log-probs, so they add up to L_T: a span of m tokens then moves each with 1 / m of the
+strength that the policy gradient of the span as one action would have. Spans of more than `LONGEST` student tokens
+say too little of each and are left out (NaN), as are responses that hold special tokens before their end, or that the
+teacher's tokenizer changes (lower case, Unicode normal forms). There are no candidates: training is by importance
+sampling, or k2.
 
 Shapes: T response tokens of the student's, U of the teacher's.
 """
@@ -96,8 +98,9 @@ class SpanView:
         encoded = self.teacher(written, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         ours, theirs = _cuts_of_pieces(text), _cuts_of_offsets(offsets)
-        if set(body) & set(self.student.all_special_ids) or "\ufffd" in written:
-            ours = {}
+        special = set(body) & set(self.student.all_special_ids) or set(ids) & set(self.teacher.all_special_ids)
+        if special or "\ufffd" in written or _Plain(self.teacher).decode(ids) != written:
+            ours = {}  # the teacher would read another text
         of_student, of_teacher = np.full(len(response), -1), np.full(len(ids) + ended, -1)
         number, (a, c) = 0, (0, 0)
         for position in sorted(ours.keys() & theirs.keys()):
@@ -181,6 +184,12 @@ def span_view(
         raise ModelError(
             f'{name}: score.alignment = "spans" needs a tokenizer that tells where its tokens are in the text (a '
             "tokenizer.json); this one does not"
+        )
+    alone = "".join(teacher.convert_ids_to_tokens(teacher("a", add_special_tokens=False)["input_ids"]))
+    if alone != "a":
+        raise ModelError(
+            f"{name}: its tokenizer reads {alone!r} for 'a', so a response would begin with what the student did not "
+            'write; score.alignment = "spans" needs one that adds nothing (byte-level BPE without a prefix space)'
         )
     if stop_id is None:
         raise ModelError(f"{name}: its tokenizer names no EOS token; set teacher.stop_token")
