@@ -38,6 +38,7 @@ from pipeline.prompts import check_record, render_all
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.score import ScoreOptions, TokenBatch, sequences
+from pipeline.score.alignment import View, align
 from pipeline.score.resident import ResidentScorer
 from pipeline.train import given, trainer
 from pipeline.train.lora import make_trainable, training_mode
@@ -62,12 +63,14 @@ class Rollouts:
         scores: the student's reading by the forward that also trains, with its candidates; at temperature 1 and in
             nats, whatever the sampling temperature was.
         top_p: they were sampled at.
+        vocab_size: of the student's head.
     """
 
     block: cs.RolloutBlock
     scores: cs.ScoreBlock
     tokenizer: PreTrainedTokenizerBase
     top_p: float
+    vocab_size: int
 
     @property
     def logprobs(self) -> Float32:
@@ -161,7 +164,7 @@ class Student:
             block = sampler.sample_block(PromptBlock(0, list(enumerate(ids))))
         self._passes += 1
         scores = _read(self.model, TokenBatch((block,)), self._options)
-        return Rollouts(block, scores, self.tokenizer, settings.top_p)
+        return self._rollouts(block, scores, settings.top_p)
 
     def compute_logprobs(self, rollouts: Rollouts) -> Float32:
         """f4 [T]: what the student thinks of the tokens *now*; `rollouts.logprobs` is what it thought."""
@@ -188,7 +191,10 @@ class Student:
                 f'round {round_.index} of {round_.cache.url}: expected candidates of kind "topk", got '
                 f'"{read.manifest.candidate_kind}"; use `redpen train`'
             )
-        return Rollouts(round_.rollouts.read(block), read.read(block), self.tokenizer, round_.manifest.top_p)
+        return self._rollouts(round_.rollouts.read(block), read.read(block), round_.manifest.top_p)
+
+    def _rollouts(self, block: cs.RolloutBlock, scores: cs.ScoreBlock, top_p: float) -> Rollouts:
+        return Rollouts(block, scores, self.tokenizer, top_p, self._facts.vocab_size)
 
 
 class Teacher:
@@ -204,22 +210,29 @@ class Teacher:
         self.model = models.load_model(self.config)
         self._options = ScoreOptions(tile_tokens=tile_tokens)
         self._read_before: PreTrainedTokenizerBase | None = None
+        self._view = View()
 
     def compute_logprobs(self, rollouts: Rollouts) -> Float32:
         """f4 [T]: log p_T(x_t | x_<t) in nats, at temperature 1, token by token beside `rollouts.logprobs`.
 
         Raises:
-            ModelError: the teacher's vocabulary is not the student's, or packing does not fit its architecture.
+            ModelError: the teacher's tokenizer cuts text in another way than the student's (other ids are no matter),
+                or packing does not fit its architecture.
         """
         return self.compute_scores(rollouts).logprobs
 
     def compute_scores(self, rollouts: Rollouts) -> cs.ScoreBlock:
-        """The same with log-probs [T, K] at the student's candidates and of everything else, for "reverse_kl"."""
-        if self._read_before is not rollouts.tokenizer:
-            models.check_same_vocabulary(rollouts.tokenizer, self.tokenizer, ("the student", self.config.model))
-            check_packing(self.model, *sequences(rollouts.block, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
-            self._read_before = rollouts.tokenizer
-        return _read(self.model, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids), self._options)
+        """The same with log-probs [T, K] at the student's candidates (NaN at those that the teacher lacks) and of
+        everything else, for "reverse_kl"."""
+        student, batch = rollouts.tokenizer, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids)
+        if self._read_before is not student:
+            sizes = max(rollouts.vocab_size, len(student)), models.model_facts(self.config).vocab_size
+            alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
+            self._view = View(alignment=None if alignment.is_identity(student) else alignment)
+            (theirs,) = self._view.of(batch).blocks
+            check_packing(self.model, *sequences(theirs, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
+            self._read_before = student
+        return self._view.back(_read(self.model, self._view.of(batch), self._options), batch)
 
 
 class Trainer:

@@ -230,31 +230,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.Toke
     return cs.TokenizerIdentity(name, tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def check_same_vocabulary(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    names: tuple[str, str] = ("student", "teacher"),
-) -> None:
-    """Refuse a teacher that reads other tokens than the student writes.
-
-    Every token of the student must have the same id in the teacher. Sizes say nothing (models pad their
-    vocabularies differently), and tokens that only the teacher has do no harm: they belong to its rest.
-
-    Raises:
-        ModelError: with the number of differing tokens and the first of them.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = sorted((index, token) for token, index in ours.items() if theirs.get(token) != index)
-    if not differing:
-        return
-    shown = ", ".join(f"{token!r} is {index} and {theirs.get(token, 'missing')}" for index, token in differing[:3])
-    raise ModelError(
-        f"{names[1]}: its vocabulary differs from that of {names[0]} in {len(differing):,} of {len(ours):,} "
-        f"tokens ({shown}); log-probs of other tokens cannot be compared, choose a teacher with "
-        "the student's tokenizer"
-    )
-
-
 def stop_token_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutsConfig) -> tuple[int, ...]:
     """Ids that end a response: `rollouts.stop_token_ids`, or every EOS id that model and tokenizer name.
 

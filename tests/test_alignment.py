@@ -93,8 +93,13 @@ def test_permuted_and_padded_ids_change_nothing(
     assert (found["topk_ids"] < N_TOKENS).all(), "padding is nobody's likeliest token"
 
 
+@pytest.mark.parametrize("new", [SHIFTED, np.arange(N_TOKENS)], ids=["other ids", "the same ids"])
 def test_a_token_that_the_teacher_lacks_is_not_told(
-    toy_cache: Path, scored: Callable[[Recipe], cs.Round], recipe: Callable[..., Recipe], tmp_path: Path
+    new: np.ndarray[Any, Any],
+    toy_cache: Path,
+    scored: Callable[[Recipe], cs.Round],
+    recipe: Callable[..., Recipe],
+    tmp_path: Path,
 ) -> None:
     round_ = cs.open(toy_cache).round()
     student = read(round_, cs.STUDENT)["candidate_ids"]
@@ -102,7 +107,7 @@ def test_a_token_that_the_teacher_lacks_is_not_told(
     written = np.concatenate([[ord("+"), ord("*"), 256], *(round_.rollouts.read(b).token_ids for b in range(6))])
     least = int(np.setdiff1d(student, np.append(written, np.arange(256, N_TOKENS)))[0])
     straight = teacher_with(tmp_path / "straight", np.arange(N_TOKENS))
-    lacking = teacher_with(tmp_path / "lacking", SHIFTED, lacking=tokenizer.convert_ids_to_tokens(least))
+    lacking = teacher_with(tmp_path / "lacking", new, lacking=tokenizer.convert_ids_to_tokens(least))
     for name, model in (("straight", straight), ("lacking", lacking)):
         round_ = scored(recipe(f"teacher.model={model}", f"teacher.name={name}"))
     manifest = round_.scores("lacking").manifest

@@ -173,15 +173,57 @@ def test_a_nucleus_has_no_ratios(teacher: Teacher) -> None:
         Trainer(student, TRAIN).update(rollouts, teacher.compute_logprobs(rollouts) - rollouts.logprobs)
 
 
-def test_a_teacher_of_other_tokens_is_refused(tmp_path: Path) -> None:
-    other = shutil.copytree(asset_path("teacher"), tmp_path / "other")
-    data = json.loads((other / "tokenizer.json").read_text())
-    vocab = data["model"]["vocab"]
-    vocab["+"], vocab["*"] = vocab["*"], vocab["+"]
-    (other / "tokenizer.json").write_text(json.dumps(data))
+def another_teacher(path: Path, change: Callable[[dict[str, Any]], None]) -> Teacher:
+    """The toy's with its tokenizer's model changed."""
+    shutil.copytree(asset_path("teacher"), path)
+    data = json.loads((path / "tokenizer.json").read_text())
+    change(data["model"])
+    (path / "tokenizer.json").write_text(json.dumps(data))
+    return Teacher(ModelConfig(model=str(path), **FP32))
+
+
+def test_other_ids_of_the_same_tokens_are_no_matter(teacher: Teacher, tmp_path: Path) -> None:
+    def swap(model: dict[str, Any]) -> None:
+        model["vocab"]["+"], model["vocab"]["*"] = model["vocab"]["*"], model["vocab"]["+"]
+
+    other = another_teacher(tmp_path / "other", swap)
+    with torch.no_grad():
+        for weight in (other.model.get_input_embeddings().weight, other.model.get_output_embeddings().weight):
+            weight[[ord("+"), ord("*")]] = weight[[ord("*"), ord("+")]]
+    student = toy_student()
+    rollouts = student.sample(PROMPTS, FEW)
+    expected, found = teacher.compute_scores(rollouts), other.compute_scores(rollouts)
+    for name in ("logprobs", "candidate_logprobs", "rest_logprob"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+    assert Trainer(student, TRAIN).update(rollouts, found, "reverse_kl")["loss"] > 0
+
+
+def test_a_candidate_that_the_teacher_lacks_is_in_its_rest(teacher: Teacher, tmp_path: Path) -> None:
+    student = toy_student()
+    rollouts = student.sample(PROMPTS[2:], FEW)
+    candidates = rollouts.scores.candidate_ids
+    assert candidates is not None
+    read = np.concatenate([rollouts.block.token_ids, rollouts.block.prompt_token_ids, np.arange(256, 259)])
+    lacking = int(np.setdiff1d(candidates, read)[0])
+    token = str(teacher.tokenizer.convert_ids_to_tokens(lacking))
+    other = another_teacher(tmp_path / "other", lambda model: model["vocab"].update(other=model["vocab"].pop(token)))
+    expected, found = teacher.compute_scores(rollouts), other.compute_scores(rollouts)
+    assert expected.candidate_logprobs is not None and expected.rest_logprob is not None
+    absent, told = candidates == lacking, found.candidate_logprobs
+    assert told is not None and found.rest_logprob is not None and np.isnan(told[absent]).all()
+    rest = np.logaddexp(expected.rest_logprob, np.where(absent, expected.candidate_logprobs, -np.inf).max(1))
+    np.testing.assert_allclose(np.exp(found.rest_logprob), np.exp(rest), atol=1e-6)
+    metrics = Trainer(student, TRAIN).update(rollouts, found, "reverse_kl")
+    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+def test_a_teacher_that_cuts_text_otherwise_is_refused(tmp_path: Path) -> None:
+    def merge(model: dict[str, Any]) -> None:
+        model["vocab"]["12"], model["merges"] = 259, [["1", "2"]]
+
     rollouts = toy_student().sample(PROMPTS, FEW)
-    with pytest.raises(ModelError, match=r"differs from that of the student in 2 of 259 tokens"):
-        Teacher(str(other)).compute_logprobs(rollouts)
+    with pytest.raises(ModelError, match="its tokenizer cuts text into other pieces than that of the student"):
+        another_teacher(tmp_path / "other", merge).compute_logprobs(rollouts)
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:

@@ -55,10 +55,10 @@ class Alignment:
         found.to_teacher[ours], found.to_student[theirs] = theirs, ours
         return found
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether every token that both have has the same id."""
-        return bool(((self.to_teacher == np.arange(len(self.to_teacher))) | (self.to_teacher < 0)).all())
+    def is_identity(self, student: PreTrainedTokenizerBase) -> bool:
+        """Whether the teacher has every token that the student's tokenizer knows, with the same id."""
+        n_known = max(student.get_vocab().values()) + 1
+        return bool((self.to_teacher[:n_known] == np.arange(n_known)).all())
 
     def exchanged(self, student_id: int, teacher_id: int) -> Alignment:
         """The same but for one token of the student, which is now `teacher_id`; what that was, is what it had."""
@@ -201,7 +201,7 @@ def view_on(
         eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
         alignment = alignment.exchanged(eos, stop)
     prompts = _prompts(recipe, teacher, tokenizer, facts, records) if teacher.renders else None
-    return View(prompts, None if alignment.is_identity else alignment, None if shared.all() else shared)
+    return View(prompts, None if alignment.is_identity(student) else alignment, None if shared.all() else shared)
 
 
 def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -29,7 +29,9 @@ class Given(Teachers):
     """What the signal says of the columns, in place of scores in a cache."""
 
     def told(self, column: Callable[[str], Tensor], candidate_ids_TK: Tensor, prompts_T: object) -> Told:
-        return Told(without_repeats(candidate_ids_TK), column(_TOLD), column(_REST))
+        logprobs_TK = column(_TOLD)
+        untold_TK = logprobs_TK.isnan()  # the teacher has no such token: it is in the rest
+        return Told(without_repeats(candidate_ids_TK.masked_fill(untold_TK, -1)), logprobs_TK, column(_REST))
 
 
 def read_advantage(signal: object, rollouts: cs.RolloutBlock) -> Float32:
