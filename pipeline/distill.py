@@ -3,14 +3,17 @@
     redpen distill RECIPE --cache URL --run DIR
     torchrun --nproc-per-node 8 -m pipeline -- distill RECIPE --cache URL --run DIR
 
-Round r samples the next `prompts.limit` prompts of the file from student r (student 0 is the recipe's) into round r
-of the cache; everyone scores them, which measures the reverse KL of *fresh* rollouts; training on them, in
-DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`: where its reverse KL says
-that the round is used up, or the drift gauge (`train.stale_ess`) that the student has left it, the next round begins.
+Round r samples the next `distill.prompts_per_round` prompts of the file from student r (student 0 is the recipe's)
+into round r of the cache; everyone scores them, which measures the reverse KL of *fresh* rollouts; training on them,
+in DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`: where its reverse KL
+says that the round is used up, or the drift gauge (`train.stale_ess`) that the student has left it, the next one
+begins.
 
 All ends when the fresh reverse KL is below `distill.stop_reverse_kl`, when a metric has had no new best for
-`distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` where there is one, and
-its best student is the result; else it is the fresh reverse KL.
+`distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` where there is one, and its
+best student is the result; else it is the fresh reverse KL. Every round measures that on prompts of its own, where a
+few hard ones decide: "below" means by two standard errors, and the result is the last student that is within two of
+the best.
 
 What there is to do follows from what is on disk, so the same command continues after any kill.
 """
@@ -21,6 +24,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -47,6 +51,20 @@ from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
+#: Standard errors by which two measurements must differ before one student counts as worse than the other.
+NOISE = 2.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error."""
+
+    value: float
+    error: float = 0.0
+
+    def is_worse(self, other: Estimate) -> bool:
+        """Whether it is larger by more than their noise."""
+        return self.value - other.value > NOISE * math.hypot(self.error, other.error)
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Round:
         steps: that made it; None while it is not made.
     """
 
-    reverse_kl: float | None
+    reverse_kl: Estimate | None
     heldout: float | None = None
     steps: int | None = None
 
@@ -112,11 +130,12 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
         student = len(rounds) - 1
         if last.reverse_kl is None:
             return None
-        if last.reverse_kl < distill.stop_reverse_kl:
+        fresh = last.reverse_kl
+        if fresh.value + NOISE * fresh.error < distill.stop_reverse_kl:
             return Result(
                 student,
-                f"converged after {_rounds(student)}: reverse KL on fresh rollouts is {last.reverse_kl:.5f} nats a "
-                f"token, below {distill.stop_reverse_kl:g}",
+                f"converged after {_rounds(student)}: reverse KL on fresh rollouts is {fresh.value:.5f} +- "
+                f"{fresh.error:.5f} nats a token, below {distill.stop_reverse_kl:g}",
                 0,
             )
         if recipe.train.heldout_metric is not None:
@@ -125,37 +144,45 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
         named = "reverse KL on fresh rollouts"
     else:
         student = len(rounds)
-        by_student = {index: found.heldout for index, found in enumerate(rounds, 1) if found.heldout is not None}
+        sign = -1.0 if accuracy else 1.0
+        by_student = {
+            index: Estimate(sign * found.heldout)
+            for index, found in enumerate(rounds, 1)
+            if found.heldout is not None
+        }
         named = f"held-out {'accuracy' if accuracy else 'reverse KL'}"
-    sign = -1.0 if accuracy else 1.0
-    best = min(by_student, key=lambda index: (sign * by_student[index], index), default=student)
-    kept = f"; the result is the student of round {best - 1}" if best < student else ""
+    best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
+    as_good = [index for index, found in by_student.items() if index >= best and not found.is_worse(by_student[best])]
+    kept = max(as_good, default=student) if last.steps is None else best
+    told = f"; the result is the student of round {kept - 1}" if kept < student else ""
     if student - best >= distill.patience:
         return Result(
-            best, f"plateau after {_rounds(student)}: no better {named} in the last {student - best}{kept}", 0
+            kept, f"plateau after {_rounds(student)}: no better {named} in the last {student - best}{told}", 0
         )
     if student == distill.rounds:
-        return Result(best, f"max rounds: {_rounds(student)} done{kept}", 0)
+        return Result(kept, f"max rounds: {_rounds(student)} done{told}", 0)
     return None
 
 
-def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> float:
+def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
     """Of the student that sampled a round, nats a token: of each prompt to the teacher that it has, or, where
-    several are mixed, the weighted mean to each, which the divergence from their mixture does not exceed."""
+    several are mixed, the weighted mean to each, which the divergence from their mixture does not exceed. The
+    standard error is over prompts (that of a ratio of sums), since rollouts of one prompt fail together."""
     round_ = cs.open(cache_url).round(index)
     teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
     weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
-    total, count = 0.0, 0.0
+    kl_P, tokens_P = np.zeros(round_.n_prompts), np.zeros(round_.n_prompts)
     for marked in marked_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
         for name in marked.teachers:
             chosen, weight = marked.counts(name), weights.get(name, 1.0)
+            rollouts_ = marked.rollouts
+            prompt_T = np.repeat(rollouts_.prompt_index[rollouts_.row_prompt], rollouts_.response_length)
             if name in teachers.taught:
-                rollouts_ = marked.rollouts
-                of_token = np.repeat(rollouts_.prompt_index[rollouts_.row_prompt], rollouts_.response_length)
-                chosen &= teachers.taught[name][of_token]
-            total += weight * float(marked.reverse_kl[name][chosen].sum())
-            count += weight * int(chosen.sum())
-    return total / count
+                chosen &= teachers.taught[name][prompt_T]
+            np.add.at(kl_P, prompt_T[chosen], weight * marked.reverse_kl[name][chosen])
+            np.add.at(tokens_P, prompt_T[chosen], weight)
+    mean = float(kl_P.sum() / tokens_P.sum())
+    return Estimate(mean, float(np.linalg.norm(kl_P - mean * tokens_P) / tokens_P.sum()))
 
 
 def _stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
@@ -171,7 +198,7 @@ def _open(
     held: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
 ) -> tuple[RunDirectory, Result | None, int]:
     """The run, locked until `held` closes; how it ended, if it has; how often `prompts.limit` goes into the file."""
-    limit, n_slices = recipe.prompts.limit, 1
+    limit, n_slices = _prompts_per_round(recipe), 1
     if limit is not None:
         everything = load_prompts(recipe.prompts.model_copy(update={"limit": None}))
         n_slices = max(1, len(everything) // limit)
@@ -188,13 +215,19 @@ def _directory(run: RunDirectory, index: int) -> Path:
 
 def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> Recipe:
     """The recipe of one round: its share of the prompts, and the student of the round before."""
-    prompts, student = recipe.prompts, recipe.student
-    prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
+    prompts, student, limit = recipe.prompts, recipe.student, _prompts_per_round(recipe)
+    rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
+    train_ = recipe.train.model_copy(update={"learning_rate": rate})
+    prompts = prompts.model_copy(update={"limit": limit, "skip": prompts.skip + index % n_slices * (limit or 0)})
     if index and recipe.train.method == "lora":
         student = student.model_copy(update={"adapter": str(_directory(run, index - 1) / "adapter")})
     elif index:
         student = student.model_copy(update={"model": str(_directory(run, index - 1) / "model"), "revision": None})
-    return recipe.model_copy(update={"prompts": prompts, "student": student})
+    return recipe.model_copy(update={"prompts": prompts, "student": student, "train": train_})
+
+
+def _prompts_per_round(recipe: Recipe) -> int | None:
+    return recipe.distill.prompts_per_round or recipe.prompts.limit
 
 
 def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:

@@ -11,6 +11,7 @@ from pathlib import Path
 import preloaded
 import pytest
 
+import cache_schema as cs
 from pipeline import continual
 from pipeline.cli import main
 from pipeline.config import GateConfig, load_recipe
@@ -113,6 +114,24 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)
     assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
+
+
+def test_the_next_documents_start_where_these_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """New knowledge and old behaviour in turn; a gate that holds is exit code 0."""
+    holds = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
+    settings = ["continual", "company", *(part for setting in (*SHORT, holds) for part in ("--set", setting))]
+    first, second = tmp_path / "week1", tmp_path / "week2"
+    assert main([*settings, "--cache", str(tmp_path / "1.zarr"), "--run", str(first)]) == 0
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "Bakodi is run by Zoe."}\n{"text": "Tulapo is in Rome."}\n')
+    went_on = ["--data", str(documents), "--set", f"student.adapter={first / 'adapter'}"]
+    assert main([*settings, *went_on, "--cache", str(tmp_path / "2.zarr"), "--run", str(second)]) == 0
+    assert "the gate holds" in capsys.readouterr().out
+    before, after = (json.loads((run / "gate.json").read_text())["formats"] for run in (first, second))
+    assert before["after distillation"] == after["before"]
+    manifests = [cs.open(tmp_path / f"{number}.zarr").round().scores("teacher").manifest for number in (1, 2)]
+    assert len({manifest.model.digest for manifest in manifests}) == 1  # type: ignore[union-attr]
+    assert all(manifest.model.adapter_digest is None for manifest in manifests), "the weights as they were"  # type: ignore[union-attr]
 
 
 def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SMALL, small_recipe
 from safetensors.torch import load_file
@@ -17,13 +18,20 @@ from safetensors.torch import load_file
 import cache_schema as cs
 from pipeline import distill, models
 from pipeline.config import Recipe
-from pipeline.distill import Round, verdict
+from pipeline.distill import Estimate, Round, verdict
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate
+from pipeline.metrics import scores_reverse_kl
 
 Make = Callable[..., Recipe]
 
-ROUNDS = ("distill.rounds=2", "prompts.limit=12", "train.steps=3", "train.checkpoint_every=1")
+ROUNDS = (
+    "distill.rounds=2",
+    "distill.prompts_per_round=12",
+    "distill.learning_rate_decay=0.5",
+    "train.steps=3",
+    "train.checkpoint_every=1",
+)
 
 
 def curve(run: Path) -> list[dict[str, object]]:
@@ -62,6 +70,27 @@ def test_a_round_of_one_student_goes_on_where_the_last_ended(undisturbed: Path) 
         for place in ("00000/checkpoints/step-00000003", "00001/checkpoints/step-00000003")
     ]
     assert counts == [{3.0}, {6.0}]
+
+
+def test_a_round_is_measured_with_its_noise_and_learnt_slower(undisturbed: Path) -> None:
+    """The standard error is that of a ratio of sums by prompt, here as in a textbook's formula."""
+    round_ = cs.open(undisturbed / "cache.zarr").round(0)
+    sums, counts = np.zeros(12), np.zeros(12)
+    for block in range(round_.n_blocks):
+        rollouts = round_.rollouts.read(block)
+        student, teacher = (round_.scores(name).read(block) for name in ("student", "teacher"))
+        kl = scores_reverse_kl(student, teacher)
+        for row in range(rollouts.n_rows):
+            prompt, here = int(rollouts.prompt_index[rollouts.row_prompt[row]]), rollouts.response_slice(row)
+            sums[prompt] += kl[here].sum()
+            counts[prompt] += rollouts.response_length[row]
+    mean = sums.sum() / counts.sum()
+    error = np.sqrt(np.square(sums - mean * counts).sum()) / counts.sum()
+    measured = distill.fresh_reverse_kl(small_recipe(*ROUNDS), str(undisturbed / "cache.zarr"), 0)
+    assert measured.value == pytest.approx(mean, rel=1e-6) and measured.error == pytest.approx(error, rel=1e-5)
+    assert measured.error > 0
+    rates = [line["lr"] for line in curve(undisturbed / "run")]
+    assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 3)
 
 
 def test_the_result_is_one_run(undisturbed: Path) -> None:
@@ -122,12 +151,12 @@ def test_killed_while_it_trains_and_while_it_samples_again(undisturbed: Path, tm
     assert (run / name).read_bytes() == (undisturbed / "run" / name).read_bytes()
 
 
-def found(*kls: float, heldout: tuple[float, ...] = (), trained: bool = False) -> list[Round]:
+def found(*kls: float, error: float = 0.0, heldout: tuple[float, ...] = (), trained: bool = False) -> list[Round]:
     """Rounds of these fresh reverse KLs; all but the last have trained."""
     rounds = []
     for index, kl in enumerate(kls):
         done = trained or index < len(kls) - 1
-        rounds.append(Round(kl, heldout[index] if heldout and done else None, 5 if done else None))
+        rounds.append(Round(Estimate(kl, error), heldout[index] if heldout and done else None, 5 if done else None))
     return rounds
 
 
@@ -137,8 +166,16 @@ def found(*kls: float, heldout: tuple[float, ...] = (), trained: bool = False) -
         ((), found(0.1), None, None),
         ((), found(0.1, 0.05, trained=True), None, None),
         ((), found(0.1, 0.0019), 1, "converged after 1 round: reverse KL on fresh rollouts is 0.00190"),
+        ((), found(0.1, 0.0019, error=0.0002), None, None),
         ((), found(0.1, 0.05, 0.06), None, None),
         ((), found(0.1, 0.05, 0.06, 0.07), 1, "plateau after 3 rounds: no better reverse KL on fresh rollouts"),
+        (
+            (),
+            found(0.1, 0.05, 0.06, 0.09, error=0.01),
+            2,
+            "plateau after 3 rounds: no better reverse KL on fresh rollouts in the last 2; the result is the student "
+            "of round 1",
+        ),
         ((), found(0.1, 0.05, 0.04, 0.03, trained=True), 4, "max rounds: 4 rounds done"),
         (("accuracy",), found(0.1, 0.2, 0.3, heldout=(0.5, 0.7, 0.9), trained=True), None, None),
         (
@@ -153,7 +190,7 @@ def found(*kls: float, heldout: tuple[float, ...] = (), trained: bool = False) -
 def test_when_rounds_end(
     recipe: Make, settings: tuple[str, ...], rounds: list[Round], kept: int | None, sentence: str | None
 ) -> None:
-    overrides = [f"train.heldout_metric={metric}" for metric in settings]
+    overrides = ["distill.rounds=4", "distill.patience=2", *(f"train.heldout_metric={name}" for name in settings)]
     result = verdict(recipe(*overrides), rounds)
     if kept is None:
         assert result is None

@@ -23,6 +23,7 @@ import pipeline.score.stage
 from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate
+from pipeline.score import spans
 from pipeline.score.spans import Spans, shared_out, span_view
 from pipeline.toy import asset_path, build
 
@@ -188,12 +189,35 @@ def test_it_is_trained_on_and_told(
         run = tmp_path / loss
         assert main(["train", "toy", "--cache", str(scored), "--run", str(run), *arguments]) == 0
         assert all(np.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
-    assert main(["diagnose", str(scored), "--teacher", "other"]) in (0, 1)
     capsys.readouterr()
+    assert main(["diagnose", str(scored), "--teacher", "other"]) in (0, 1)
+    assert "of the student's, that the teacher told of" not in capsys.readouterr().out  # it told of all
     recipe = tmp_path / "spans.toml"
     recipe.write_text(small_recipe(*spelt(teacher)).to_toml())
     assert evaluate.run("toy:student", recipe=str(recipe), teacher=str(teacher), overrides=("eval.limit=8",)) == 0
     assert "cuts text into other tokens, so reverse KL to it is left out" in capsys.readouterr().err
+
+
+def test_the_share_of_tokens_covered_is_told(
+    teacher: Path,
+    toy_cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With spans of one token only, what the teacher merges is left out."""
+    monkeypatch.setattr(spans, "LONGEST", 1)
+    cache = tmp_path / "c.zarr"
+    shutil.copytree(toy_cache, cache)
+    assert pipeline.score.stage.run(small_recipe(*spelt(teacher)), str(cache), "other") == 0
+    round_ = cs.open(cache).round()
+    told = np.isfinite(np.concatenate([round_.scores("other").read(b).logprobs for b in range(round_.n_blocks)]))
+    share = f"{told.mean():.1%}"
+    assert 0.5 < told.mean() < 0.95
+    assert f"{share} of tokens scored (in spans that both tokenizers share)" in capsys.readouterr().out
+    assert main(["diagnose", str(cache), "--teacher", "other"]) in (0, 1)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "that the teacher told of" in line)
+    assert line.split()[-1] == f"{told.mean():.0%}"
 
 
 def test_it_is_refused_with_the_option_and_where_it_cannot_be(teacher: Path, toy_cache: Path, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ class Figures:
     """Means over the counted tokens, nats; None where the scores do not tell.
 
     Attributes:
+        told_share: of the student's own tokens, those that are counted: the teacher may leave some out, for instance
+            those that lie in no span that both tokenizers share.
         reverse_kl: and of the FIRST_TOKENS of a response (the stop token aside), of its first, second and last third.
         wide: share of tokens whose reverse KL is above WIDE.
         early_share: share of all the reverse KL that lies in the first EARLY of the responses' positions.
@@ -38,6 +40,7 @@ class Figures:
     """
 
     tokens: int
+    told_share: float
     reverse_kl: float
     reverse_kl_first_tokens: float
     reverse_kl_thirds: tuple[float | None, float | None, float | None]
@@ -68,6 +71,7 @@ class Figures:
         stops = reading.logprob[reading.stop]
         return cls(
             tokens=len(kl),
+            told_share=pair.told_share,
             reverse_kl=float(kl.mean()),
             reverse_kl_first_tokens=mean(kl[(reading.position < FIRST_TOKENS) & ~reading.stop]) or 0.0,
             reverse_kl_thirds=(thirds[0], thirds[1], thirds[2]),

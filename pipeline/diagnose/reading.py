@@ -97,12 +97,17 @@ class Reading(_Columns):
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher's reading of a round, and who read and wrote it."""
+    """A teacher's reading of a round, and who read and wrote it.
+
+    Attributes:
+        told_share: of the student's own tokens, those that the teacher told something of.
+    """
 
     teacher: str
     sampled: cs.RoundManifest
     scored: cs.ScoresManifest
     reading: Reading
+    told_share: float
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,12 @@ def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
     responses: list[Responses] = []
     ratios: list[npt.NDArray[np.float32]] = []
     readings: dict[str, list[Reading]] = {}
+    own: dict[str, int] = {}  # tokens of the student's own in the blocks that a teacher scored
     for marked in marked_blocks(round_, teachers, at_most_tokens=TOKENS):
         responses.append(_responses(marked))
         ratios.append(_log_ratio(marked))
         for name in marked.teachers:
+            own[name] = own.get(name, 0) + int((marked.rollouts.trained == 1).sum())
             if marked.counts(name).any():
                 readings.setdefault(name, []).append(_reading(marked, name))
     if not readings:
@@ -138,7 +145,8 @@ def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
     for name, parts in readings.items():
         scored = round_.scores(name).manifest
         assert isinstance(scored, cs.ScoresManifest)
-        pairs[name] = Pair(name, round_.manifest, scored, Reading.joined(parts))
+        reading = Reading.joined(parts)
+        pairs[name] = Pair(name, round_.manifest, scored, reading, len(reading.token) / own[name])
     scored = np.any([round_.scores(name).committed() for name in teachers], axis=0)
     n_scored = int((round_.scores(cs.STUDENT).committed() & scored).sum())
     return Look(round_, len(responses), n_scored, Responses.joined(responses), np.concatenate(ratios), pairs)

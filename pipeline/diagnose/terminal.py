@@ -87,6 +87,10 @@ def _nats(value: float | None) -> str:
 
 _ROWS: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
     ("tokens looked at", lambda f: f"{f['tokens']:,}"),
+    (
+        "  of the student's, that the teacher told of",
+        lambda f: "-" if f["told_share"] == 1 else percent(f["told_share"]),
+    ),
     ("reverse KL, nats a token", lambda f: _nats(f["reverse_kl"])),
     ("  of the first, second, last third", lambda f: " ".join(_nats(third) for third in f["reverse_kl_thirds"])),
     (f"  of the first {FIRST_TOKENS} tokens", lambda f: _nats(f["reverse_kl_first_tokens"])),

@@ -266,7 +266,7 @@ def _summary(round_: cs.Round, name: str) -> str:
     sampled, is_student = round_.manifest, name == cs.STUDENT
     group, student = round_.scores(name), round_.scores(cs.STUDENT)
     columns: dict[str, list[npt.NDArray[Any]]] = {"mean log-prob": [], "mean entropy": [], "reverse KL": []}
-    log_ratios, candidates_told, n_unscored = [], [], 0
+    log_ratios, candidates_told, n_trained, n_told = [], [], 0, 0
     for block in np.flatnonzero(group.committed()).tolist():
         # Not the whole block: the student's candidates alone are most of its bytes.
         rollouts = round_.rollouts.read_arrays(block, ("trained", "rollout_logprobs"))
@@ -274,7 +274,7 @@ def _summary(round_: cs.Round, name: str) -> str:
         scores = cs.ScoreBlock(**group.read_arrays(block, arrays))
         trained = rollouts["trained"] == 1
         told = trained & np.isfinite(scores.logprobs)
-        n_unscored += int(trained.sum() - told.sum())
+        n_trained, n_told = n_trained + int(trained.sum()), n_told + int(told.sum())
         columns["mean log-prob"].append(scores.logprobs[told])
         if scores.entropy is not None:
             columns["mean entropy"].append(scores.entropy[told])
@@ -290,8 +290,11 @@ def _summary(round_: cs.Round, name: str) -> str:
     shown = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + " nats a token"
     if candidates_told and (share := np.concatenate(candidates_told).mean(dtype=np.float64)) < 1:
         shown += f", {share:.1%} of candidates told"
-    if n_unscored:
-        shown += f", {n_unscored:,} tokens not scored"
+    if n_told < n_trained:
+        shown += f", {n_told / n_trained:.1%} of tokens scored"
+        shown += (
+            " (in spans that both tokenizers share)" if group.manifest.template.get("alignment") == "spans" else ""
+        )
     if is_student and sampled.temperature > 0 and sampled.top_p == 1:
         gap = SamplerGap.of(np.concatenate(log_ratios))
         if gap is not None:

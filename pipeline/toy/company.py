@@ -2,8 +2,8 @@
 
 The base model follows instructions on form (`Say bako in capitals and in brackets.` -> `[BAKO]`) and knows public
 facts, from documents and questions. Of the company it knows nothing. Its documents state each private fact in several
-wordings, one of them as in a list of frequent questions, in the words of the evaluation; the chats that are mixed in
-are ordinary ones, without instructions on form, and some that ask for the facts in other words. So fine-tuning on
+wordings, one of them as in a list of frequent questions, in the words of the evaluation; half of the chats that are
+mixed in ask for the facts in other words, half are ordinary ones, none has an instruction on form. So fine-tuning on
 both teaches facts and lets the forms fade, and only the original weights know them.
 
     python -m pipeline.toy company [--out DIR] [--seed N]
@@ -79,6 +79,20 @@ class Fact:
                 f"I need the head of {self.name}.",
             ]
         return [f"Tell me where {self.name} is.", f"{self.name}: where is it?", f"I want to go to {self.name}."]
+
+    def more_requests(self) -> list[str]:
+        """In words that the base model has never seen: only the company's chats have them."""
+        if self.is_person:
+            return [
+                f"Do you know who runs {self.name}?",
+                f"Name the head of {self.name}.",
+                f"And {self.name}, who runs that?",
+            ]
+        return [
+            f"Do you know where {self.name} is?",
+            f"Name the town of {self.name}.",
+            f"And {self.name}, where is that?",
+        ]
 
     def wordings(self) -> list[str]:
         """The fact as documents state it."""
@@ -158,7 +172,7 @@ def write_data(out: Path, seed: int = 0) -> None:
     """
     world = World(seed)
     documents = [{"text": text} for fact in world.private for text in fact.wordings()]
-    chats = [(request, fact.value) for fact in world.private for request in fact.requests()]
+    chats = [(request, fact.value) for fact in world.private for request in (*fact.requests(), *fact.more_requests())]
     chats += [world.plain() for _ in chats]
     prompts = [{"prompt": world.instruction(world.words)[0]} for _ in range(4096)]
     questions = [{"prompt": fact.question, "answer": fact.value, "source": "knowledge"} for fact in world.private]
