@@ -55,7 +55,7 @@ of 64 prompts. The cached reverse KL falls as the cache is learnt by heart; the 
 what that is worth.
 """,
     "rounds": """
-`redpen train toy` and `redpen distill toy`, then `redpen eval` on the 2,048 held-out sums. A round is 256
+`redpen train toy` and `redpen distill toy`, then `redpen eval` on the 2,048 held-out sums. A round is 512
 prompts x 4, and the learning rate falls by 15 % a round.
 """,
     "company": """

@@ -341,9 +341,6 @@ class DistillConfig(Section):
     """Rounds of rollouts, scores and training (`redpen distill`)."""
 
     rounds: int = Field(default=4, ge=1, le=1000, description="rounds at most")
-    prompts_per_round: int | None = Field(
-        default=None, ge=1, description="the next round takes the next ones; default: prompts.limit"
-    )
     learning_rate_decay: float = Field(
         default=1.0, gt=0, le=1, description="a round's learning rate is that of the round before times this"
     )

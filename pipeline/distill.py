@@ -3,9 +3,9 @@
     redpen distill RECIPE --cache URL --run DIR
     torchrun --nproc-per-node 8 -m pipeline -- distill RECIPE --cache URL --run DIR
 
-Round r samples the next `distill.prompts_per_round` prompts of the file from student r (student 0 is the recipe's)
-into round r of the cache; everyone scores them, which measures the reverse KL of *fresh* rollouts; training on them,
-in DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`: where its reverse KL
+Round r samples the next `prompts.limit` prompts of the file from student r (student 0 is the recipe's) into round r
+of the cache; everyone scores them, which measures the reverse KL of *fresh* rollouts; training on them, in
+DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`: where its reverse KL
 says that the round is used up, or the drift gauge (`train.stale_ess`) that the student has left it, the next one
 begins.
 
@@ -198,7 +198,7 @@ def _open(
     held: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
 ) -> tuple[RunDirectory, Result | None, int]:
     """The run, locked until `held` closes; how it ended, if it has; how often `prompts.limit` goes into the file."""
-    limit, n_slices = _prompts_per_round(recipe), 1
+    limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
         everything = load_prompts(recipe.prompts.model_copy(update={"limit": None}))
         n_slices = max(1, len(everything) // limit)
@@ -215,19 +215,15 @@ def _directory(run: RunDirectory, index: int) -> Path:
 
 def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> Recipe:
     """The recipe of one round: its share of the prompts, and the student of the round before."""
-    prompts, student, limit = recipe.prompts, recipe.student, _prompts_per_round(recipe)
+    prompts, student = recipe.prompts, recipe.student
     rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
-    train_ = recipe.train.model_copy(update={"learning_rate": rate})
-    prompts = prompts.model_copy(update={"limit": limit, "skip": prompts.skip + index % n_slices * (limit or 0)})
+    slower = recipe.train.model_copy(update={"learning_rate": rate})
+    prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index and recipe.train.method == "lora":
         student = student.model_copy(update={"adapter": str(_directory(run, index - 1) / "adapter")})
     elif index:
         student = student.model_copy(update={"model": str(_directory(run, index - 1) / "model"), "revision": None})
-    return recipe.model_copy(update={"prompts": prompts, "student": student, "train": train_})
-
-
-def _prompts_per_round(recipe: Recipe) -> int | None:
-    return recipe.distill.prompts_per_round or recipe.prompts.limit
+    return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
 
 
 def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:

@@ -27,7 +27,7 @@ Make = Callable[..., Recipe]
 
 ROUNDS = (
     "distill.rounds=2",
-    "distill.prompts_per_round=12",
+    "prompts.limit=12",
     "distill.learning_rate_decay=0.5",
     "train.steps=3",
     "train.checkpoint_every=1",
@@ -197,3 +197,14 @@ def test_when_rounds_end(
     else:
         assert result is not None and (result.step, result.exit_code) == (kept, 0)
         assert sentence is not None and result.sentence.startswith(sentence)
+
+
+def test_a_round_that_the_student_has_left_makes_room_for_the_next(tmp_path: Path) -> None:
+    """By the drift gauge, which for `redpen train` alone is an exit code."""
+    run = tmp_path / "run"
+    settings = (*ROUNDS, "train.steps=20", "train.stale_ess=0.99999", "train.stop_reverse_kl=0")
+    assert distill.run(small_recipe(*settings), str(tmp_path / "c.zarr"), run) == 0
+    for index in range(2):
+        result = json.loads((run / f"rounds/{index:05d}/run.json").read_text())["result"]
+        assert "stale" in result["sentence"] and 0 < result["step"] < 20
+    assert (run / "adapter").is_dir()
