@@ -125,7 +125,6 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
     The result's `step` is the number of the student that is kept: as many rounds have made it.
     """
     distill, last = recipe.distill, rounds[-1]
-    accuracy = recipe.train.heldout_metric == "accuracy"
     if last.steps is None:
         student = len(rounds) - 1
         if last.reverse_kl is None:
@@ -144,13 +143,14 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
         named = "reverse KL on fresh rollouts"
     else:
         student = len(rounds)
-        sign = -1.0 if accuracy else 1.0
+        metric = recipe.train.heldout_metric
+        sign = 1.0 if metric == "reverse_kl" else -1.0
         by_student = {
             index: Estimate(sign * found.heldout)
             for index, found in enumerate(rounds, 1)
             if found.heldout is not None
         }
-        named = f"held-out {'accuracy' if accuracy else 'reverse KL'}"
+        named = f"held-out {(metric or '').replace('_kl', ' KL')}"
     best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
     as_good = [index for index, found in by_student.items() if index >= best and not found.is_worse(by_student[best])]
     kept = max(as_good, default=student) if last.steps is None else best
@@ -230,7 +230,7 @@ def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
     """The round with what its run tells: how many steps it took, and the held-out metric of its result."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
-    best = max if recipe.train.heldout_metric == "accuracy" else min
+    best = min if recipe.train.heldout_metric == "reverse_kl" else max
     return replace(found, steps=len(steps), heldout=best(measured, default=None))
 
 

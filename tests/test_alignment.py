@@ -137,11 +137,13 @@ def test_another_tokenizer_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def by_hand(prompt: str, response: list[int], prefix_ids: list[int] | None = None) -> np.ndarray[Any, Any]:
-    """The toy teacher's log-probs of a response after a prompt, by one plain forward."""
-    model = AutoModelForCausalLM.from_pretrained(asset_path("teacher"), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(asset_path("teacher"))
-    ids = tokenizer(prompt)["input_ids"] if prefix_ids is None else prefix_ids
+def by_hand(
+    prompt: str, response: list[int], prefix_ids: list[int] | None = None, path: Path | None = None
+) -> np.ndarray[Any, Any]:
+    """The toy teacher's, or another's, log-probs of a response after a prompt, by one plain forward."""
+    path = path or asset_path("teacher")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(path)(prompt)["input_ids"] if prefix_ids is None else prefix_ids
     with torch.no_grad():
         logprobs = model(torch.tensor([ids + response])).logits.double().log_softmax(-1)[0]
     return logprobs[torch.arange(len(ids) - 1, len(ids) + len(response) - 1), response].numpy()
@@ -191,6 +193,35 @@ def test_the_students_eos_is_read_as_the_teachers_own(
         np.testing.assert_allclose(aligned[field], expected[field], atol=1e-5, err_msg=field)
     with pytest.raises(ModelError, match=r"teacher\.stop_token = '<eos>': expected a token of .*<\|endoftext\|>"):
         scored(recipe("teacher.name=third", "teacher.stop_token=<eos>"))
+
+
+def test_a_base_student_of_an_instruct_teacher(
+    scored: Callable[[Recipe], cs.Round], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Other ids, another template with a system message that the student never sees, another end: all at once."""
+    path = teacher_with(tmp_path / "instruct", SHIFTED)
+    weights = load_file(path / "model.safetensors")
+    ends = torch.from_numpy(SHIFTED[[256, 258]])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name][ends] = weights[name][ends.flip(0)]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{{ ';' if m['role'] == 'system' }}{% endfor %}"
+    )
+    own = ("teacher.template=chat", "teacher.system=11+2*2=2*2=4;11+4=15", "teacher.stop_token=<|im_end|>")
+    round_ = scored(recipe(f"teacher.model={path}", "teacher.name=own", *own))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    block, told = round_.rollouts.read(1), round_.scores("own").read(1)
+    for row in (0, 5, block.n_rows - 1):
+        prompt = round_.prompts[int(block.prompt_index[block.row_prompt[row]])]["prompt"]
+        response = block.response(row).tolist()
+        assert response[-1] == 256
+        theirs = [*tokenizer(bytes(response[:-1]).decode())["input_ids"], int(SHIFTED[258])]
+        assert tokenizer.convert_ids_to_tokens(theirs[-1]) == "<|im_end|>"
+        ids = tokenizer("11+2*2=2*2=4;11+4=15;" + prompt)["input_ids"]
+        expected = by_hand("", theirs, ids, path)
+        np.testing.assert_allclose(told.logprobs[block.response_slice(row)], expected, atol=2e-5)
+        assert expected[-1] > -0.1, "the end is the end"
 
 
 def test_evaluation_reads_by_such_a_teacher_too(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def one_line(captured: str) -> str:
         ("inspect full --rollout 3 --teacher x", "--teacher: expected one of teacher in round 0, got 'x'"),
         (
             "recipes show to",
-            "recipe to: expected one of company, qwen3-8b-from-32b, qwen3-8b-source, toy, toy-grpo; did you mean toy",
+            "recipe to: expected one of company, qwen3-8b-from-32b, qwen3-8b-source, toy, toy-ensemble, toy-grpo; "
+            "did you mean toy",
         ),
     ],
 )
@@ -121,6 +122,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         "qwen3-8b-from-32b",
         "qwen3-8b-source",
         "toy",
+        "toy-ensemble",
         "toy-grpo",
     ]
     assert cli.main(["recipes", "show", "toy"]) == 0

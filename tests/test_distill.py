@@ -184,6 +184,24 @@ def found(*kls: float, error: float = 0.0, heldout: tuple[float, ...] = (), trai
             1,
             "plateau after 3 rounds: no better held-out accuracy in the last 2; the result is the student of round 0",
         ),
+        (
+            ("format",),
+            found(0.1, 0.2, 0.3, heldout=(0.8, 0.9, 0.85), trained=True),
+            None,
+            None,
+        ),
+        (
+            ("format",),
+            found(0.1, 0.2, 0.3, heldout=(0.9, 0.8, 0.85), trained=True),
+            1,
+            "plateau after 3 rounds: no better held-out format in the last 2",
+        ),
+        (
+            ("reverse_kl",),
+            found(0.1, 0.2, 0.3, heldout=(0.1, 0.2, 0.15), trained=True),
+            1,
+            "plateau after 3 rounds: no better held-out reverse KL in the last 2",
+        ),
         (("accuracy",), found(0.1, 0.09, 0.0, heldout=(0.5, 0.6)), 2, "converged"),
     ],
 )
@@ -199,12 +217,28 @@ def test_when_rounds_end(
         assert sentence is not None and result.sentence.startswith(sentence)
 
 
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("format", 0.9), ("reverse_kl", 0.2)])
+def test_of_a_rounds_measurements_the_best_counts(metric: str, best: float, recipe: Make, tmp_path: Path) -> None:
+    lines = [json.dumps({f"heldout_{metric}": value}) + "\n" for value in (0.2, 0.9, 0.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    told = distill._trained(Round(Estimate(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path)
+    assert (told.steps, told.heldout) == (3, best)
+
+
 def test_a_round_that_the_student_has_left_makes_room_for_the_next(tmp_path: Path) -> None:
     """By the drift gauge, which for `redpen train` alone is an exit code."""
     run = tmp_path / "run"
-    settings = (*ROUNDS, "train.steps=20", "train.stale_ess=0.99999", "train.stop_reverse_kl=0")
+    settings = (
+        *ROUNDS,
+        "train.steps=20",
+        "train.stale_ess=0.99999",
+        "train.stop_reverse_kl=0",
+        "distill.carry=adapter",
+    )
     assert distill.run(small_recipe(*settings), str(tmp_path / "c.zarr"), run) == 0
     for index in range(2):
         result = json.loads((run / f"rounds/{index:05d}/run.json").read_text())["result"]
         assert "stale" in result["sentence"] and 0 < result["step"] < 20
+        moments = load_file(run / f"rounds/{index:05d}/checkpoints/step-{result['step']:08d}/optimizer.safetensors")
+        assert {float(v) for name, v in moments.items() if name.endswith("/step")} == {float(result["step"])}, "new"
     assert (run / "adapter").is_dir()

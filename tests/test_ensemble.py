@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_recipe
+from conftest import SMALL, small_recipe
 
 import cache_schema as cs
 import pipeline.score.stage
@@ -48,6 +48,19 @@ def test_a_mixture_of_both_trains(mixture: str, both: Path, tmp_path: Path) -> N
     assert main(["train", "toy", "--cache", str(both), "--run", str(tmp_path / "run"), *arguments]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(np.isfinite(step["reverse_kl"]) for step in steps)
+
+
+def test_the_shipped_recipe_adds_its_second_teacher_to_a_cache_of_the_toy(
+    toy_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "c.zarr"
+    shutil.copytree(toy_cache, cache)
+    small = [part for setting in (*SMALL, "train.steps=2") for part in ("--set", setting)]
+    assert main(["score", "toy-ensemble", "--cache", str(cache), *small]) == 0
+    said = capsys.readouterr().out
+    assert "nothing to do" in next(line for line in said.splitlines() if line.startswith("teacher:"))
+    assert main(["train", "toy-ensemble", "--cache", str(cache), "--run", str(tmp_path / "run"), *small]) == 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_diagnose_says_where_teachers_differ(both: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -407,7 +407,7 @@ def test_what_may_pass_is_tried_again(
     toy_cache: Path, recipe: Make, teacher_server: TeacherServer, mishap: str | int
 ) -> None:
     batch, expected = batch_of(toy_cache)
-    made = served(recipe, teacher_server, "score.server_timeout=0.5")
+    made = served(recipe, teacher_server, f"score.server_timeout={1 if mishap == 'hang' else 30}")
     scorer = scorer_of(made)
     assert_agrees(scorer.compute_logprobs(batch), expected, told=0.9)
     n_before, started = teacher_server.n_requests, time.monotonic()

@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Pa
     forked = preloaded.torchrun(*RANKS, "-m", "pipeline", "--", "score", "toy", "--cache", str(cache), *settings)
     wait_for_commits(forked, cache / "rounds/00000/scores/student", 2)
     kill_rank(forked, 1)
-    out, err = forked.communicate(timeout=60)
+    out, err = forked.communicate(timeout=180)
     assert forked.returncode == 1 and "next:" not in out + err
     (line,) = (line for line in err.splitlines() if line.startswith("redpen: "))
     assert line.startswith("redpen: stopped by SIGTERM: ") and line.endswith("the same command continues")
@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Pa
     job = start([*TORCHRUN, "--max-restarts", "1"], "score", cache)
     wait_for_commits(job, cache / "rounds/00000/scores/student", 2)
     kill_rank(job, 0)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=180)
     assert job.returncode == 0, err
     assert [line.split(":")[0] for line in out.splitlines()] == ["student", "teacher"]
     assert err.count("next: redpen diagnose") == 1
