@@ -2,8 +2,8 @@
 
     python benchmarks/spans.py [--work DIR] [--teacher-steps 300]
 
-The toy teacher gets a tokenizer that writes pairs of digits, and `;` with the digit before it, in one token, and is
-trained on right sums until it can write so. The student, whose tokens are bytes, then learns from it by spans, and
+The toy teacher gets a tokenizer that writes `+`, `*` and `=` in one token with the digit that follows, and is trained
+on right sums until it can write so. The student, whose tokens are bytes, then learns from it by spans, and
 from the toy teacher itself by tokens: the same prompts, rollouts and steps, by importance sampling.
 """
 
@@ -30,11 +30,11 @@ END = build.END_OF_TEXT_ID
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy's bytes under their own ids, then its special tokens, then all pairs of digits and a digit with `;`."""
+    """The toy's bytes under their own ids, then its special tokens, then every sign with every digit."""
     vocab = {letter: byte for byte, letter in bytes_to_unicode().items()}
     special = (build.END_OF_TEXT, build.IM_START, build.IM_END)
     vocab |= {token: len(vocab) + i for i, token in enumerate(special)}
-    merges = [(a, b) for a in "0123456789" for b in "0123456789;"]
+    merges = [(a, b) for a in "+*=" for b in "0123456789"]
     vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("spans"))
     parser.add_argument("--teacher-steps", type=int, default=300)
     args = parser.parse_args()
-    if not (teacher := args.work / "teacher").exists():
+    if not (teacher := args.work / "model").exists():
         make_teacher(teacher, args.teacher_steps)
     spelt = (f"teacher.model={teacher}", "teacher.name=pairs", "score.alignment=spans")
     cache = make_cache(args.work / "cache.zarr", toy_recipe(0))

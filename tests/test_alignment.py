@@ -137,6 +137,27 @@ def test_another_tokenizer_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_joins_further_is_refused_though_every_id_is_the_same(
+    scored: Callable[[Recipe], cs.Round], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """The student's own tokens are not how such a teacher writes, so it would find right answers impossible."""
+    teacher = Path(shutil.copytree(asset_path("teacher"), tmp_path / "teacher"))
+    data = json.loads((teacher / "tokenizer.json").read_text())
+    data["model"]["vocab"] |= {added["content"]: added["id"] for added in data["added_tokens"]} | {"12": 259}
+    data["model"]["merges"] = [["1", "2"]]
+    (teacher / "tokenizer.json").write_text(json.dumps(data))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": 260}))
+    weights = load_file(teacher / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], weights[name][:1]])
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (asset_path("student"), teacher))
+    assert theirs == ours | {"12": 259}
+    with pytest.raises(ModelError, match=r"\(of 259 tokens 0 differ, and it has 1 more\)"):
+        scored(recipe(f"teacher.model={teacher}", "teacher.name=other"))
+
+
 def by_hand(
     prompt: str, response: list[int], prefix_ids: list[int] | None = None, path: Path | None = None
 ) -> np.ndarray[Any, Any]:

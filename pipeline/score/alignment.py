@@ -268,24 +268,32 @@ def align(
         ModelError: they do not.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if not cut_alike(student, teacher):
+        differing, more = sum(theirs.get(token) != index for token, index in ours.items()), len(theirs.keys() - ours)
+        raise ModelError(
+            f"{names[1]}: its tokenizer cuts text into other pieces than that of {names[0]} (of {len(ours):,} tokens "
+            f"{differing:,} differ, and it has {more:,} more), so their log-probs cannot be compared token by token; "
+            'choose a teacher with the student\'s tokenizer, or set score.alignment = "spans" to compare the spans '
+            "of text that both share"
+        )
     pairs = {index: theirs[token] for token, index in ours.items() if token in theirs}
     if all(pairs.get(index) == index for index in ours.values()):
         pairs = {index: index for index in range(min(sizes))}  # what pads both is the same too
-    elif not cut_alike(student, teacher):
-        differing = sum(theirs.get(token) != index for token, index in ours.items())
-        raise ModelError(
-            f"{names[1]}: its tokenizer cuts text into other pieces than that of {names[0]} ({differing:,} of "
-            f"{len(ours):,} tokens differ), so their log-probs cannot be compared token by token; choose a teacher "
-            'with the student\'s tokenizer, or set score.alignment = "spans" to compare the spans of text that both '
-            "share"
-        )
     return Alignment.of({v: theirs_v for v, theirs_v in pairs.items() if theirs_v < sizes[1]}, *sizes)
 
 
 def cut_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
-    """Whether both cut every text into the same pieces, whatever ids these have."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    return all(theirs.get(token) == index for token, index in ours.items()) or _rules(student) == _rules(teacher)
+    """Whether both cut every text into the same pieces, whatever ids these have.
+
+    Equal pieces with equal ids are taken for one tokenizer; a teacher that has more joins what the student leaves
+    apart. Added tokens (of a chat, of tools) are not pieces: nothing is merged into them.
+    """
+    return _pieces(student) == _pieces(teacher) or _rules(student) == _rules(teacher)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = tokenizer.get_added_vocab()
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
