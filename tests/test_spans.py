@@ -135,12 +135,18 @@ def test_shares_of_a_span_add_up_to_it(data: st.DataObject) -> None:
     left_out = data.draw(st.sampled_from([-2, *range(len(lengths))]))
     of_student[of_student == left_out] = of_teacher[of_teacher == left_out] = -1
     rng = np.random.default_rng(0)
-    own, told = (-rng.random(len(s)).astype(np.float32) for s in (of_student, of_teacher))
+    scale = data.draw(st.sampled_from([0.1, 1.0, 10.0]))  # of the teacher's: likelier than the student's, or less
+    own = (-(rng.random(len(of_student)) ** 4)).astype(np.float32)
+    told = (-scale * rng.random(len(of_teacher))).astype(np.float32)
     found = shared_out([Spans(np.zeros(len(told), np.int32), of_student, of_teacher)], own, told)
     for span in range(len(lengths)):
         if span == left_out:
             continue
-        assert found[of_student == span].sum() == pytest.approx(told[of_teacher == span].sum(), abs=1e-5)
+        shares = found[of_student == span]
+        assert shares.sum() == pytest.approx(told[of_teacher == span].sum(), abs=1e-5)
+        shift = (shares - own[of_student == span])[shares < 0]
+        np.testing.assert_allclose(shift, shift[0], atol=1e-5)
+        assert (shares <= 0).all() and (own[of_student == span][shares == 0] + shift[0] >= -1e-5).all()
     assert (np.isnan(found) == (of_student == -1)).all()
 
 

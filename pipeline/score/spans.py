@@ -9,13 +9,14 @@ as those of this spelling: a teacher may write the same text in other tokens too
 it gives the text. Single tokens within a span are not comparable. Each of its m tokens gets an equal part of the
 span's log-ratio,
 
-    log p_T(x_t) := log p_S(x_t) + (L_T - L_S) / m,
+    log p_T(x_t) := min(0, log p_S(x_t) + c),    c such that they add up to L_T,
 
-with the cached student's log-probs, so they add up to L_T: a span of m tokens then moves each with 1 / m of the
-strength that the policy gradient of the span as one action would have. Spans of more than `LONGEST` student tokens
-say too little of each and are left out (NaN), as are responses that hold special tokens before their end, or that the
-teacher's tokenizer changes (lower case, Unicode normal forms). There are no candidates: training is by importance
-sampling, or k2.
+with the cached student's log-probs; c = (L_T - L_S) / m wherever that leaves none above 0, and otherwise what a sure
+token cannot take goes to those of which the student was less sure. A span of m tokens then moves each with 1 / m of
+the strength that the policy gradient of the span as one action would have. Spans of more than `LONGEST` student
+tokens say too little of each and are left out (NaN), as are responses that hold special tokens before their end, or
+that the teacher's tokenizer changes (lower case, Unicode normal forms). There are no candidates: training is by
+importance sampling, or k2.
 
 Shapes: T response tokens of the student's, U of the teacher's.
 """
@@ -166,9 +167,24 @@ def shared_out(
         length = np.bincount(one.of_student[inside], minlength=n)
         by_student = np.bincount(one.of_student[inside], own[inside], minlength=n)
         by_teacher = np.bincount(one.of_teacher[read], told[read], minlength=n)
-        part = (by_teacher - by_student) / np.maximum(length, 1)
-        found.append(np.where(inside, own + part[one.of_student] if n else np.nan, np.nan).astype(np.float32))
+        shift = (by_teacher - by_student) / np.maximum(length, 1)
+        above = inside & (own + shift[one.of_student] > 0) if n else inside & False
+        for span in np.unique(one.of_student[above]):
+            shift[span] = _shift(own[one.of_student == span], by_teacher[span])
+        shared = np.minimum(own + shift[one.of_student], 0.0) if n else own
+        found.append(np.where(inside, shared, np.nan).astype(np.float32))
     return np.concatenate(found)
+
+
+def _shift(own_M: npt.NDArray[np.float64], total: float) -> float:
+    """The c at which min(0, own + c) adds up to `total`, at most 0."""
+    ordered = np.sort(own_M)
+    below = np.cumsum(ordered)
+    for n in range(len(ordered), 1, -1):  # so many, the lowest, stay below 0
+        shift = (total - below[n - 1]) / n
+        if ordered[n - 1] + shift <= 0:
+            return float(shift)
+    return float(total - ordered[0])
 
 
 def span_view(
