@@ -70,23 +70,30 @@ instructions without answers.
 }
 
 
-def page(found: dict[str, Found], work: Work) -> str:
+def measured_at() -> str:
+    """Which code, and on what."""
+
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     written = ("docs/claims.md", "docs/figures/claims_")
     changed = [line for line in git("status", "--porcelain").splitlines() if not line[3:].startswith(written)]
     tree = "a clean tree" if not changed else f"a tree with {len(changed)} changed files"
-    minutes = sum(run["seconds"] for run in work.results.figures.values()) / 60
+    return (
+        f"{git('rev-parse', '--short=8', 'HEAD')}, {tree}, on {datetime.now(UTC):%Y-%m-%d} ({platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__})"
+    )
+
+
+def page(found: dict[str, Found], work: Work, where: str) -> str:
+    minutes = sum(run["seconds"] for run in work.results.figures.values() if isinstance(run, dict)) / 60
     lines = [
         "# The claims, in miniature",
         "",
         *textwrap.wrap(
-            f"Written by `make claims` at {git('rev-parse', '--short=8', 'HEAD')}, {tree}, on "
-            f"{datetime.now(UTC):%Y-%m-%d} ({platform.machine()}, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}; {minutes:.0f} minutes, and some more for the ablations). The models are the "
-            "embedded toys of 0.2 to 0.8 M parameters, so what is compared is the direction of a claim, never its "
-            "size. Figures are medians, with the lowest and the highest of the seeds.",
+            f"Measured by `make claims` at {where}: {minutes:.0f} minutes, and some more for the ablations. The "
+            "models are the embedded toys of 0.2 to 0.8 M parameters, so what is compared is the direction of a "
+            "claim, never its size. Figures are medians, with the lowest and the highest of the seeds.",
             118,
         ),
         "",
@@ -116,6 +123,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "claims.md")
     args = parser.parse_args()
     work = Work(args.work, args.seeds, args.page.parent / "figures")
+    where = work.results.get("measured at", measured_at)
     found = {}
     for name in args.rows or ROWS:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -126,7 +134,7 @@ def main() -> None:
         for row in found.values():
             print(f"\n{row.table.strip()}")
     else:
-        args.page.write_text(page(found, work), encoding="utf-8")
+        args.page.write_text(page(found, work, where), encoding="utf-8")
         print(f"{args.page}: {len(found)} rows")
 
 

@@ -144,5 +144,6 @@ def median_curve(
 
 def spread(values: Sequence[float], form: str) -> str:
     """The median, and lowest to highest where there are several."""
-    middle = form.format(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}-{form.format(max(values))})"
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    to = " to " if {low[0], high[0]} & {"+", "-"} else "-"
+    return middle if len(values) == 1 else f"{middle} ({low}{to}{high})"
