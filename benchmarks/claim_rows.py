@@ -221,19 +221,22 @@ def routes(work: Work) -> Found:
 
 
 def draw_routes(path: Path, series: dict[str, list[list[list[Point]]]]) -> None:
+    """By samples across the budgets, after all steps; by compute every budget's steps."""
     with figure(path, 1, 2) as axes:
         for colour, (name, runs) in zip((BLUE, GREEN, ORANGE), series.items(), strict=True):
-            for axis, key in zip(axes, ("samples", "flops"), strict=True):
-                for curves in runs:
-                    for points in curves:
-                        x, y = [point[key] for point in points], [point["accuracy"] for point in points]
-                        axis.plot(x, y, "o-", color=colour, alpha=0.6, linewidth=1, markersize=3)
-            axes[0].plot([], [], "o-", color=colour, label=name)
+            style = {"color": colour, "alpha": 0.6, "linewidth": 1, "markersize": 3}
+            for curves in runs:
+                longest = curves[0] if len(curves) == 1 else [points[-1] for points in curves]
+                for axis, key, lines in ((axes[0], "samples", [longest]), (axes[1], "flops", curves)):
+                    for points in lines:
+                        axis.plot([p[key] for p in points], [p["accuracy"] for p in points], "o-", **style)
+            axes[1].plot([], [], "o-", label=name, **style)
         axes[0].set(xscale="log", xlabel="samples", ylabel="held-out accuracy, greedy", title="by samples")
         axes[1].set(xscale="log", xlabel="FLOPs of student and teacher", title="by compute")
         for axis in axes:
             axis.axhline(TARGET, color="#777777", linewidth=0.8)
-        axes[0].legend(frameon=False)
+            axis.xaxis.set_minor_formatter("")
+        axes[1].legend(frameon=False, loc="lower right")
 
 
 # -------------------------------------------------------------------------------------------------------------- curve
