@@ -7,8 +7,9 @@
    by the recipe's teacher, which is the student as it was. No labels are needed.
 3. The gate: every `[[continual.gate]]` evaluation must hold, or the exit code is 4 and one line says what does not.
 
-DIR/adapter is the result either way. The next batch of documents starts from it: `--set student.adapter=DIR/adapter`,
-with the same teacher. What there is to do follows from what is on disk, so the same command continues after any kill.
+DIR/adapter (DIR/model with `train.method = "full"`) is the result either way. The next batch of documents starts from
+it: `--set student.adapter=DIR/adapter`, with the same teacher. What there is to do follows from what is on disk, so
+the same command continues after any kill.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from rich.table import Table
 
 from pipeline import distill, models, workers
 from pipeline.answers import share_right
-from pipeline.config import GateConfig, ModelConfig, Recipe, load_recipe
+from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
 from pipeline.console import say, under_way
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.sft import stage as sft
-from pipeline.train.run_directory import Result, RunDirectory, open_run
+from pipeline.train.run_directory import Result, RunDirectory, made_student, open_run
 
 EXIT_GATE = 4
 #: Parts of the recipe that decide what comes out, beside those that every run compares.
@@ -67,12 +68,12 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
         if result is None:
             if ranks.leads:
                 made.start()
-            adapter = made.path / "sft" / "adapter"
-            if not adapter.is_dir():
+            if made_student(recipe.student, made.path / "sft") is None:
                 with under_way():
                     sft.run(recipe, (), made.path / "sft")
                 _free()
-            tuned = recipe.student.model_copy(update={"adapter": str(adapter)})
+            tuned = made_student(recipe.student, made.path / "sft")
+            assert tuned is not None
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
             _free()
             result = ranks.agree(lambda: _finish(made, recipe, tuned))
@@ -96,13 +97,13 @@ def _open(
     return made
 
 
-def _finish(made: RunDirectory, recipe: Recipe, tuned: ModelConfig) -> Result:
+def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
-    rescued = made.path / "distill" / "adapter"
-    after = tuned.model_copy(update={"adapter": str(rescued if rescued.is_dir() else tuned.adapter)})
-    with made.writing(), atomic_directory(made.adapter) as partial:
-        assert after.adapter is not None
-        shutil.copytree(after.adapter, partial, dirs_exist_ok=True)
+    after = made_student(tuned, made.path / "distill") or tuned
+    kept, source = (made.adapter, after.adapter) if recipe.train.method == "lora" else (made.model, after.model)
+    with made.writing(), atomic_directory(kept) as partial:
+        assert source is not None
+        shutil.copytree(source, partial, dirs_exist_ok=True)
     measured = _measure(recipe, {BEFORE: recipe.student, TUNED: tuned, AFTER: after})
     with made.writing():
         write_atomically(made.path / "gate.json", json.dumps(measured, indent=1) + "\n")
@@ -110,7 +111,7 @@ def _finish(made: RunDirectory, recipe: Recipe, tuned: ModelConfig) -> Result:
     _show(measured)
     faults = [fault for gate in recipe.continual.gate if (fault := fault_of(gate, measured[gate.name])) is not None]
     sentence = f"the gate does not hold: {'; '.join(faults)}" if faults else "the gate holds"
-    result = Result(1, f"{sentence}; the adapter is {made.adapter}", EXIT_GATE if faults else 0)
+    result = Result(1, f"{sentence}; the {kept.name} is {kept}", EXIT_GATE if faults else 0)
     made.finish(result)
     return result
 

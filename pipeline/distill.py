@@ -47,7 +47,7 @@ from pipeline.score import stage as score
 from pipeline.train import inputs
 from pipeline.train import stage as train
 from pipeline.train.ledger import stage_one, table
-from pipeline.train.run_directory import Result, RunDirectory, open_run
+from pipeline.train.run_directory import Result, RunDirectory, made_student, open_run
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
@@ -219,10 +219,10 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
-    if index and recipe.train.method == "lora":
-        student = student.model_copy(update={"adapter": str(_directory(run, index - 1) / "adapter")})
-    elif index:
-        student = student.model_copy(update={"model": str(_directory(run, index - 1) / "model"), "revision": None})
+    if index:
+        made = made_student(student, _directory(run, index - 1))
+        assert made is not None, "the round before has ended"
+        student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import preloaded
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import cache_schema as cs
 from pipeline import continual
@@ -28,6 +30,7 @@ SHORT = (
     "distill.rounds=1",
     "distill.stop_reverse_kl=0",
 )
+HOLDS = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- world
@@ -118,8 +121,7 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
 
 def test_the_next_documents_start_where_these_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """New knowledge and old behaviour in turn; a gate that holds is exit code 0."""
-    holds = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
-    settings = ["continual", "company", *(part for setting in (*SHORT, holds) for part in ("--set", setting))]
+    settings = ["continual", "company", *(part for setting in (*SHORT, HOLDS) for part in ("--set", setting))]
     first, second = tmp_path / "week1", tmp_path / "week2"
     assert main([*settings, "--cache", str(tmp_path / "1.zarr"), "--run", str(first)]) == 0
     documents = tmp_path / "documents.jsonl"
@@ -152,6 +154,17 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
     assert main(command("undisturbed")) == continual.EXIT_GATE
     for name in ("adapter/adapter_model.safetensors", "gate.json"):
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_with_all_weights_the_result_is_a_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("train.method=full", "sft.learning_rate=1e-4", "train.learning_rate=1e-4")
+    assert continual.run(load_recipe("company", [*SHORT, HOLDS, *settings]), str(tmp_path / "c.zarr"), run) == 0
+    made = [load_file(run / place / "model/model.safetensors") for place in (".", "distill", "sft")]
+    assert all(torch.equal(made[0][name], weight) for name, weight in made[1].items())
+    assert not all(torch.equal(made[0][name], weight) for name, weight in made[2].items())
+    manifest = cs.open(tmp_path / "c.zarr").round().manifest
+    assert manifest.student.name == str(run / "sft/model") and not (run / "adapter").exists()
 
 
 @pytest.mark.parametrize(

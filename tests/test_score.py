@@ -344,7 +344,11 @@ def too_many_candidates(path: Path) -> Recipe:
             cs.ProvenanceError,
             r"sampled by another student \(student\.digest: cached .*--round 1",
         ),
-        (other_vocabulary, ModelError, r"other pieces .*\(1 of 259 tokens differ\).* choose a teacher"),
+        (
+            other_vocabulary,
+            ModelError,
+            r"other pieces .*\(of 259 tokens 1 differ, and it has 1 more\).* choose a teacher",
+        ),
         (short_context, ModelError, r"its context is 20 tokens, a rollout of block 0 has 2\d"),
         (
             too_many_candidates,
