@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import cache_schema as cs
 from pipeline import distill, models
+from pipeline.cli import main
 from pipeline.config import Recipe
 from pipeline.distill import Estimate, Round, verdict
 from pipeline.errors import RedpenError
@@ -93,7 +94,7 @@ def test_a_round_is_measured_with_its_noise_and_learnt_slower(undisturbed: Path)
     assert rates == pytest.approx([1e-3] * 3 + [5e-4] * 3)
 
 
-def test_the_result_is_one_run(undisturbed: Path) -> None:
+def test_the_result_is_one_run(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = undisturbed / "run"
     last = run / "rounds/00001/adapter/adapter_model.safetensors"
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == last.read_bytes()
@@ -101,7 +102,11 @@ def test_the_result_is_one_run(undisturbed: Path) -> None:
     ledgers = [json.loads((path / "ledger.json").read_text()) for path in (run, *sorted(run.glob("rounds/*")))]
     assert ledgers[0]["train"]["tokens"] == sum(ledger["train"]["tokens"] for ledger in ledgers[1:])
     assert set(ledgers[0]) == {"rollouts", "score student", "score teacher", "train"}
+    capsys.readouterr()
     assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["report", str(run), "-o", str(undisturbed / "report.html")]) == 0
+    assert f"learned from {undisturbed / 'cache.zarr'}, all rounds" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so_and_more_rounds_go_on(

@@ -35,10 +35,13 @@ REREAD = "reread.safetensors"
 
 
 def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
-    """Have the trained `model` read the cached rollouts; without them one line is said, and no file is left."""
+    """Have the trained `model` read the cached rollouts; without them one line is said, and no file is left.
+
+    A run of several rounds has no such rollouts: each of them taught another student.
+    """
     try:
-        if recipe.eval.reread_rollouts:
-            arrays, made_of = _read(model, recipe, *_cached(run, recipe.eval.reread_rollouts))
+        if recipe.eval.reread_rollouts and (cached := _cached(run, recipe.eval.reread_rollouts)) is not None:
+            arrays, made_of = _read(model, recipe, *cached)
             write_atomically(run / REREAD, save(arrays, made_of))
             return
     except (cs.CacheError, RedpenError) as error:
@@ -46,10 +49,13 @@ def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
     (run / REREAD).unlink(missing_ok=True)
 
 
-def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDArray[np.int64]]:
-    """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending."""
+def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDArray[np.int64]] | None:
+    """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending; None
+    where that is no single round."""
     try:
         known = json.loads((run / "run.json").read_text(encoding="utf-8"))["cache"]
+        if known.keys() <= {"url", "teacher"}:
+            return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RedpenError(f"{run / 'run.json'} does not say where they are") from None

@@ -231,6 +231,11 @@ def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | Non
     return {name: value for name, value in found.items() if value is not None}
 
 
+def learned_from(cache: Mapping[str, Any]) -> str:
+    """Where a run's rollouts are; a run of several rounds names none."""
+    return f"{cache.get('url', '')}, " + (f"round {cache['round']}" if "round" in cache else "all rounds")
+
+
 def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]]:
     """What a run is, in a few pairs of text."""
     teachers = [f"{value}" for key, value in recipe.items() if key.startswith("teacher.") and key.endswith(".model")]
@@ -238,7 +243,7 @@ def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]
     told = {
         "student": recipe.get("student.model"),
         "teacher": ", ".join(teachers),
-        "cache": f"{cache['url']}, round {cache.get('round')}" if "url" in cache else None,
+        "cache": learned_from(cache) if "url" in cache else None,
         "loss": recipe.get("train.loss"),
         "trained weights": weights if "train.method" in recipe else None,
         "learning rate": recipe.get("train.learning_rate"),
@@ -277,10 +282,7 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     yield figure("FLOPs of all stages", "flops", "{:.2e}".format)
     for key in differing(runs):
         if key == "cache":
-            told = [
-                f"{r['cache'].get('url', '')} round {r['cache'].get('round')}" if r["cache"] else "" for r in runs
-            ]
-            yield key, told
+            yield key, [learned_from(run["cache"]) if run["cache"] else "" for run in runs]
         else:
             yield key, [setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
 

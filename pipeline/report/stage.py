@@ -172,11 +172,10 @@ def _cache_of_runs(found: _Sources, records: Sequence[dict[str, Any]]) -> int | 
         except cs.CacheError as error:
             found.note(f"the rollouts of {name} are not shown: {error}")
             continue
-        say(f"{name} learned from {url}, round {index}")
+        say(f"{name} learned from {runs.learned_from(cache)}")
         for other, elsewhere in told[place + 1 :]:
             if (elsewhere["url"], elsewhere.get("round")) != (url, index):
-                where = f"{elsewhere['url']}, round {elsewhere.get('round')}"
-                found.note(f"{other} learned from {where}, which is not shown")
+                found.note(f"{other} learned from {runs.learned_from(elsewhere)}, which is not shown")
         return None if index is None else int(index)
     return None
 
