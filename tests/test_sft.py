@@ -213,8 +213,12 @@ def test_a_run_is_a_run(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert abs(learnt["sums"] - learnt["facts"]) < 40, "half of the tokens each"
     assert main(["report", str(run), "-o", str(tuned / "report.html")]) == 0
     assert main(["inspect", str(run / "data.zarr"), "--rollout", "1"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(run / "data.zarr")]) == 0
+    assert "redpen score" not in capsys.readouterr().err
     assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
-    assert "accuracy, greedy" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "accuracy, greedy" in out and "warning" not in err
 
 
 def test_killed_it_goes_on_to_the_same_bits(tuned: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ REREAD = "reread.safetensors"
 def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
     """Have the trained `model` read the cached rollouts; without them one line is said, and no file is left.
 
-    A run of several rounds has no such rollouts: each of them taught another student.
+    A run of several rounds has no such rollouts, since each of them taught another student, nor has fine-tuning.
     """
     try:
         if recipe.eval.reread_rollouts and (cached := _cached(run, recipe.eval.reread_rollouts)) is not None:
@@ -51,10 +51,10 @@ def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDArray[np.int64]] | None:
     """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending; None
-    where that is no single round."""
+    where that is no single round, or where no teacher marked it."""
     try:
         known = json.loads((run / "run.json").read_text(encoding="utf-8"))["cache"]
-        if known.keys() <= {"url", "teacher"}:
+        if known.keys() <= {"url", "teacher"} or known["teacher"] == "":
             return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

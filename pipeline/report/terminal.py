@@ -17,6 +17,7 @@ from rich.text import Text
 
 import cache_schema as cs
 from pipeline.console import escape_control, results, say
+from pipeline.provenance import DATA
 from pipeline.report import data
 from pipeline.text import load_decoder
 
@@ -55,6 +56,8 @@ def next_command(summary: dict[str, Any]) -> str:
     cache, round_ = summary["cache"], summary["rounds"][-1] if summary["rounds"] else None
     if round_ is None or not _complete(round_["blocks"]):
         return f"redpen rollouts RECIPE --cache {cache}"
+    if round_["engine"] == DATA:
+        return f"redpen inspect {cache} --rollout 0; it is the run's own, nobody scores it"
     scored = [score["role"] for score in round_["scores"] if _complete(score["blocks"])]
     if len(scored) < len(round_["scores"]) or {"student", "teacher"} - set(scored):
         return f"redpen score RECIPE --cache {cache}"
