@@ -411,11 +411,19 @@ def ablation(name: str, work: Work) -> Found:
         claim = Claim("temperature 0.3 is better than 0", "0.3 stabilises convergence", ours, 1, holds)
     elif name == "single_prompt":
         ends = {
-            rate: (percent(f"one prompt, lr {rate}", 0), percent(f"one prompt, lr {rate}"))
+            rate: (found[f"one prompt, lr {rate}"][0], found[f"one prompt, lr {rate}"][-1])
             for rate in ablations.RATES
         }
-        ours = ", ".join(f"lr {rate}: {a:.1f} to {b:.1f} %" for rate, (a, b) in ends.items())
-        harmless = [rate for rate, (a, b) in ends.items() if b >= a - 1]
+        ours = "; ".join(
+            f"lr {rate}: {100 * a['accuracy']:.1f} to {100 * b['accuracy']:.1f} %, fresh reverse KL "
+            f"{a['fresh_kl']:.3f} to {b['fresh_kl']:.3f}"
+            for rate, (a, b) in ends.items()
+        )
+        harmless = [
+            rate
+            for rate, (a, b) in ends.items()
+            if b["accuracy"] >= a["accuracy"] - 0.01 and b["fresh_kl"] <= 1.1 * a["fresh_kl"]
+        ]
         holds = yes_if(len(harmless) == len(ends), f"at lr {harmless[-1]}" if harmless else "no")
         claim = Claim("20 epochs on one prompt do no harm", "it copies the style, memorises nothing", ours, 1, holds)
     else:
