@@ -58,13 +58,7 @@ def make_teacher(path: Path, steps: int) -> None:
         for problem in rng.choices(problems, k=128):
             prompt, response = tokenizer(problem.prompt)["input_ids"], tokenizer(world.solve(problem)[0])["input_ids"]
             rows.append((prompt, [*response, END]))
-        shape = len(rows), max(len(prompt) + len(response) for prompt, response in rows)
-        ids, labels = torch.full(shape, END), torch.full(shape, build.IGNORED)
-        for row, (prompt, response) in enumerate(rows):
-            end = len(prompt) + len(response)
-            ids[row, :end] = torch.tensor([*prompt, *response])
-            labels[row, len(prompt) : end] = torch.tensor(response)
-        return ids, labels
+        return build.padded(rows)
 
     build.fit(model, build.Course(steps=steps, learning_rate=1e-3), draw)
     model.save_pretrained(path)

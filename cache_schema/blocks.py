@@ -118,6 +118,16 @@ class RolloutBlock:
         start = int(self.prompt_start[prompt])
         return self.prompt_token_ids[start : start + int(self.prompt_length[prompt])]
 
+    @property
+    def token_positions(self) -> npt.NDArray[np.int64]:
+        """i8 [T]: every token's position in its response, from 0."""
+        return np.arange(self.n_tokens) - np.repeat(self.response_start, self.response_length)
+
+    @property
+    def token_prompts(self) -> Int32:
+        """i4 [T]: the prompt of every token, counted in the round."""
+        return np.repeat(self.prompt_index[self.row_prompt], self.response_length)
+
     def response_slice(self, row: int) -> slice:
         """Where the response of rollout `row` lies in every [T] array, of this block and of its scores."""
         start = int(self.response_start[row])

@@ -15,7 +15,6 @@ the same command continues after any kill.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -25,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from pipeline import distill, models, workers
 from pipeline.answers import share_right
 from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
-from pipeline.console import say, under_way
+from pipeline.console import results, say, under_way
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.sft import stage as sft
-from pipeline.train.run_directory import Result, RunDirectory, made_student, open_run
+from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 EXIT_GATE = 4
 #: Parts of the recipe that decide what comes out, beside those that every run compares.
@@ -68,14 +67,14 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
         if result is None:
             if ranks.leads:
                 made.start()
-            if made_student(recipe.student, made.path / "sft") is None:
+            if models.made_student(recipe.student, made.path / "sft") is None:
                 with under_way():
                     sft.run(recipe, (), made.path / "sft")
-                _free()
-            tuned = made_student(recipe.student, made.path / "sft")
+                models.free_memory()
+            tuned = models.made_student(recipe.student, made.path / "sft")
             assert tuned is not None
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
-            _free()
+            models.free_memory()
             result = ranks.agree(lambda: _finish(made, recipe, tuned))
         if ranks.leads:
             print(f"{made.path}: {result.sentence}")
@@ -99,7 +98,7 @@ def _open(
 
 def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
-    after = made_student(tuned, made.path / "distill") or tuned
+    after = models.made_student(tuned, made.path / "distill") or tuned
     kept, source = (made.adapter, after.adapter) if recipe.train.method == "lora" else (made.model, after.model)
     with made.writing(), atomic_directory(kept) as partial:
         assert source is not None
@@ -118,21 +117,20 @@ def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
 
 def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
     """Greedy responses of every student to every gate's prompts."""
-    found: Measured = {gate.name: {} for gate in recipe.continual.gate}
+    asked = {}
+    for gate in recipe.continual.gate:
+        of_gate = recipe.eval.model_copy(update={"path": gate.path, "limit": gate.limit})
+        asked[gate.name] = HeldOutPrompts.load(recipe.model_copy(update={"eval": of_gate}), gate.metric, gate.limit)
+    found: Measured = {name: {} for name in asked}
     for label, cfg in students.items():
         model = models.load_model(cfg)
-        for gate in recipe.continual.gate:
-            told = {
-                name: value for name, value in gate.model_dump().items() if name in type(recipe.eval).model_fields
-            }
-            of_gate = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=told)})
-            prompts = HeldOutPrompts.load(of_gate, gate.metric, gate.limit)
+        for name, prompts in asked.items():
             right = np.zeros((len(prompts.prompts), 1), np.bool_)
             right[: prompts.count(model)] = True
-            found[gate.name][label] = asdict(share_right(right))
-            say(f"{label}: {gate.name} {found[gate.name][label]['value']:.1%} of {len(right)}")
+            found[name][label] = asdict(share_right(right))
+            say(f"{label}: {name} {found[name][label]['value']:.1%} of {len(right)}")
         del model
-        _free()
+        models.free_memory()
     return found
 
 
@@ -166,15 +164,5 @@ def _show(measured: Measured) -> None:
     for label in (BEFORE, TUNED, AFTER):
         table.add_column(label, justify="right")
     for name, by_student in measured.items():
-        cells = [f"{e['value']:.1%} ({e['low']:.1%} to {e['high']:.1%})" for e in by_student.values()]
-        table.add_row(name, *cells)
-    out = Console(highlight=False, width=None if Console().is_terminal else 120)
-    out.print(table)
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        table.add_row(name, *map(share, by_student.values()))
+    results().print(table)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import math
 import os
@@ -33,10 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import cache_schema as cs
-from pipeline import workers
+from pipeline import models, workers
 from pipeline.config import Recipe, load_recipe
 from pipeline.console import say, under_way
 from pipeline.files import atomic_directory, write_atomically
@@ -47,7 +45,8 @@ from pipeline.score import stage as score
 from pipeline.train import inputs
 from pipeline.train import stage as train
 from pipeline.train.ledger import stage_one, table
-from pipeline.train.run_directory import Result, RunDirectory, made_student, open_run
+from pipeline.train.run_directory import Result, RunDirectory, open_run
+from pipeline.train.stopping import badness
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
@@ -143,14 +142,12 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
         named = "reverse KL on fresh rollouts"
     else:
         student = len(rounds)
-        metric = recipe.train.heldout_metric
-        sign = 1.0 if metric == "reverse_kl" else -1.0
         by_student = {
-            index: Estimate(sign * found.heldout)
+            index: Estimate(badness(recipe.train, found.heldout))
             for index, found in enumerate(rounds, 1)
             if found.heldout is not None
         }
-        named = f"held-out {(metric or '').replace('_kl', ' KL')}"
+        named = f"held-out {(recipe.train.heldout_metric or '').replace('_kl', ' KL')}"
     best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
     as_good = [index for index, found in by_student.items() if index >= best and not found.is_worse(by_student[best])]
     kept = max(as_good, default=student) if last.steps is None else best
@@ -175,8 +172,7 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
     for marked in marked_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
         for name in marked.teachers:
             chosen, weight = marked.counts(name), weights.get(name, 1.0)
-            rollouts_ = marked.rollouts
-            prompt_T = np.repeat(rollouts_.prompt_index[rollouts_.row_prompt], rollouts_.response_length)
+            prompt_T = marked.rollouts.token_prompts
             if name in teachers.taught:
                 chosen &= teachers.taught[name][prompt_T]
             np.add.at(kl_P, prompt_T[chosen], weight * marked.reverse_kl[name][chosen])
@@ -189,9 +185,7 @@ def _stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
     """Run one; what it had in memory is then free for the next."""
     with under_way():
         stage(*args, **kwargs)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    models.free_memory()
 
 
 def _open(
@@ -220,7 +214,7 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
-        made = made_student(student, _directory(run, index - 1))
+        made = models.made_student(student, _directory(run, index - 1))
         assert made is not None, "the round before has ended"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
@@ -230,8 +224,8 @@ def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
     """The round with what its run tells: how many steps it took, and the held-out metric of its result."""
     steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
-    best = min if recipe.train.heldout_metric == "reverse_kl" else max
-    return replace(found, steps=len(steps), heldout=best(measured, default=None))
+    best = min(measured, key=functools.partial(badness, recipe.train), default=None)
+    return replace(found, steps=len(steps), heldout=best)
 
 
 def _finish(run: RunDirectory, recipe: Recipe, cache_url: str, rounds: Sequence[Round], result: Result) -> None:

@@ -35,12 +35,6 @@ class MarkedBlock:
         """[T]: the student's own tokens (`trained`) of which this teacher told something."""
         return np.asarray((self.rollouts.trained == 1) & ~np.isnan(self.reverse_kl[teacher]))
 
-    @property
-    def positions(self) -> npt.NDArray[np.int64]:
-        """[T]: every token's position in its response, from 0."""
-        rollouts = self.rollouts
-        return np.arange(rollouts.n_tokens) - np.repeat(rollouts.response_start, rollouts.response_length)
-
 
 def marked_blocks(
     round_: cs.Round, teachers: Sequence[str] | None = None, *, at_most_tokens: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import time
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import cache_schema as cs
-from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, StudentConfig, TeacherConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
 from pipeline.provenance import (
@@ -228,6 +229,22 @@ def served_identity(cfg: TeacherConfig) -> cs.ModelIdentity:
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.TokenizerIdentity:
     """The tokenizer by digest; `vocab_size` is its highest id plus one."""
     return cs.TokenizerIdentity(name, tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def made_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
+    """The student that the run in `directory` has made of this one; None while it has not."""
+    if (directory / "adapter").is_dir():
+        return student.model_copy(update={"adapter": str(directory / "adapter")})
+    if (directory / "model").is_dir():
+        return student.model_copy(update={"model": str(directory / "model"), "revision": None, "adapter": None})
+    return None
+
+
+def free_memory() -> None:
+    """Give back what models had that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def stop_token_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollouts: RolloutsConfig) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def load_decoder(manifest: cs.RoundManifest) -> Decoder:
         return Ids()
     if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
         warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
-    return _Tokenizer(tokenizer)
+    return Verbatim(tokenizer)
 
 
 def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
@@ -70,7 +70,7 @@ def labels(tokenizer: Decoder) -> Callable[[int], str]:
     return label
 
 
-class _Tokenizer:
+class Verbatim:
     """A tokenizer that shows special tokens and changes no spaces."""
 
     def __init__(self, tokenizer: Any):

@@ -223,7 +223,7 @@ def _reading(marked: MarkedBlock, name: str) -> Reading:
         best = np.maximum(best, _at(likeliest, first))
     values = Reading(
         token=rollouts.token_ids.astype(np.int64),
-        position=marked.positions,
+        position=rollouts.token_positions,
         length=np.repeat(rollouts.response_length, rollouts.response_length).astype(np.int64),
         stop=_ends_by_stop(rollouts),
         reverse_kl=marked.reverse_kl[name],

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import models
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
@@ -48,12 +49,10 @@ def job_of(
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
         recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
-        made = run_dir / ("adapter" if recipe.train.method == "lora" else "model")
-        if not made.is_dir():
-            raise RedpenError(f"run {target}: has no {made.name} yet; finish it with the same `redpen train` command")
-        whole = {"model": str(made), "revision": None, "adapter": None}
-        update = {"adapter": str(made)} if recipe.train.method == "lora" else whole
-        trained = recipe.student.model_copy(update=update)
+        trained = models.made_student(recipe.student, run_dir)
+        if trained is None:
+            made = "adapter" if recipe.train.method == "lora" else "model"
+            raise RedpenError(f"run {target}: has no {made} yet; finish it with the same `redpen train` command")
         students = {BEFORE: recipe.student, AFTER: trained}
         chosen: TeacherConfig | None = _run_teacher(recipe, run_dir)
     else:

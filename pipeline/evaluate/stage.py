@@ -22,7 +22,6 @@ ones (reread.safetensors), for `redpen report`.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 import json
 import os
@@ -32,7 +31,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
@@ -135,7 +133,7 @@ def run(
             if job.run is not None and label == AFTER:
                 reread(job.run, model, job.recipe)
             del model
-            _free()
+            models.free_memory()
         if given is not None and job.teacher is not None:
             for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
                 figures[label]["reverse_kl"] = asdict(estimate)
@@ -303,7 +301,7 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses], g
     if keeper is not None:
         keeper.finish()
     del read
-    _free()
+    models.free_memory()
     return estimates
 
 
@@ -336,9 +334,3 @@ def _read(
     with progress(label, rollouts.n_tokens, "tokens") as bar:
         scorer = view.scorer(make(options=options, on_tile=bar.advance))
         return scorer.compute_logprobs(TokenBatch((rollouts,), candidate_ids))
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -30,7 +30,7 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
         table.add_column(label, justify="right")
     for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
-        cells = [_share(e) if is_share else _nats(e) for e in estimates]
+        cells = [share(e) if is_share else _nats(e) for e in estimates]
         table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
     for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
         table.add_row(escape(escape_control(title)), *(_told(score) for score in told), *_difference(told))
@@ -82,7 +82,8 @@ def _difference(told: list[dict[str, Any]]) -> list[str]:
     return [f"{told[1]['value'] - told[0]['value']:+.4f}"] if len(told) == 2 else []
 
 
-def _share(estimate: dict[str, float]) -> str:
+def share(estimate: dict[str, float]) -> str:
+    """With its interval."""
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 

@@ -132,8 +132,7 @@ class Sums:
         token = rollouts.token_ids[counts].astype(np.int64)
         self.count += np.bincount(token, minlength=len(self.count))
         self.kl += np.bincount(token, weights=kl, minlength=len(self.kl))
-        position = np.arange(rollouts.n_tokens) - np.repeat(rollouts.response_start, rollouts.response_length)
-        bins = np.searchsorted(self.starts, position[counts], side="right") - 1
+        bins = np.searchsorted(self.starts, rollouts.token_positions[counts], side="right") - 1
         self.bin_count += np.bincount(bins, minlength=len(self.starts))
         self.bin_kl += np.bincount(bins, weights=kl, minlength=len(self.starts))
         # ascending, so that of equal tokens the highest is written last; of equal KL the first in the round

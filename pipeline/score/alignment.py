@@ -190,7 +190,7 @@ def view_on(
     tokenizer, facts = models.load_tokenizer(teacher), models.model_facts(teacher)
     same = models.tokenizer_identity(tokenizer, teacher.model).digest == tokenizer_digest
     student = tokenizer if same else models.load_tokenizer(recipe.student)
-    if recipe.score.alignment == "spans" and not same and not cut_alike(student, tokenizer):
+    if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
         rendered = _prompts(recipe, teacher, tokenizer, facts, records)
         stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
         return span_view(student, tokenizer, teacher.model, rendered, stop_token_ids, stop)
@@ -288,7 +288,7 @@ def cut_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
     Equal pieces with equal ids are taken for one tokenizer; a teacher that has more joins what the student leaves
     apart. Added tokens (of a chat, of tools) are not pieces: nothing is merged into them.
     """
-    return _pieces(student) == _pieces(teacher) or _rules(student) == _rules(teacher)
+    return student is teacher or _pieces(student) == _pieces(teacher) or _rules(student) == _rules(teacher)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -7,7 +7,6 @@ Where the weights are not here, the engine must at least say the same twice.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
@@ -57,7 +56,7 @@ def open_engine(
             raise
         reason = str(error).splitlines()[0]
         warn(f"{teacher.name}: its weights cannot be read here to check the engine against ({reason})")
-    _give_back_memory()
+    models.free_memory()  # the engine wants what the forward here had
     longest = max(longest_of(round_, block, view) for block in readable)
     scorer: Scorer
     if placement == "server":
@@ -92,10 +91,3 @@ def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: models.ModelFacts,
 
         return StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib).compute_logprobs(sample)
     return ResidentScorer(models.load_model(teacher), options).compute_logprobs(sample)
-
-
-def _give_back_memory() -> None:
-    """The engine wants what the forward here had."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

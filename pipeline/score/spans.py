@@ -23,6 +23,7 @@ Shapes: T response tokens of the student's, U of the teacher's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.errors import ModelError
 from pipeline.score import Scorer, TokenBatch, as_batch
-from pipeline.text import pieces
+from pipeline.text import Verbatim, pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,11 @@ class SpanView:
 
     def of(self, batch: TokenBatch) -> TokenBatch:
         """The batch as the teacher reads it."""
-        return TokenBatch(tuple(self._block(block, self.spans(block)) for block in batch.blocks), keys=batch.keys)
+        return self.written(batch, [self.spans(block) for block in batch.blocks])
+
+    def written(self, batch: TokenBatch, spans: Sequence[Sequence[Spans]]) -> TokenBatch:
+        """The same, where the spans of every block are known."""
+        return TokenBatch(tuple(map(self._block, batch.blocks, spans)), keys=batch.keys)
 
     def spans(self, block: cs.RolloutBlock) -> list[Spans]:
         """Of every response of a block."""
@@ -94,13 +99,13 @@ class SpanView:
     def _spans(self, response: Int32) -> Spans:
         ended = int(response[-1]) in self.stop_ids
         body = response[: len(response) - ended].tolist()
-        text = pieces(body, _Plain(self.student))
+        text = pieces(body, Verbatim(self.student))
         written = "".join(text)
         encoded = self.teacher(written, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         ours, theirs = _cuts_of_pieces(text), _cuts_of_offsets(offsets)
         special = set(body) & set(self.student.all_special_ids) or set(ids) & set(self.teacher.all_special_ids)
-        if special or "\ufffd" in written or _Plain(self.teacher).decode(ids) != written:
+        if special or "\ufffd" in written or Verbatim(self.teacher).decode(ids) != written:
             ours = {}  # the teacher would read another text
         of_student, of_teacher = np.full(len(response), -1), np.full(len(ids) + ended, -1)
         number, (a, c) = 0, (0, 0)
@@ -139,13 +144,9 @@ class _Spelling:
     def compute_logprobs(self, batch: TokenBatch | cs.RolloutBlock) -> cs.ScoreBlock:
         batch = as_batch(batch)
         assert batch.student_logprobs is not None
-        theirs = self._view.of(batch)
-        read = self._scorer.compute_logprobs(theirs).logprobs
-        found = []
-        for index, block in enumerate(batch.blocks):
-            logprobs_U, own_T = theirs.part(read, index), batch.part(batch.student_logprobs, index)
-            found.append(shared_out(self._view.spans(block), own_T, logprobs_U))
-        return cs.ScoreBlock(logprobs=np.concatenate(found))
+        spans = [self._view.spans(block) for block in batch.blocks]
+        read = self._scorer.compute_logprobs(self._view.written(batch, spans)).logprobs
+        return cs.ScoreBlock(logprobs=shared_out([*itertools.chain(*spans)], batch.student_logprobs, read))
 
 
 def shared_out(
@@ -162,16 +163,19 @@ def shared_out(
         own = student_T[t : t + len(one.of_student)].astype(np.float64)
         told = teacher_U[u : u + len(one.of_teacher)].astype(np.float64)
         t, u = t + len(own), u + len(told)
-        n = int(max(one.of_student.max(initial=-1), one.of_teacher.max(initial=-1))) + 1
+        n = int(one.of_student.max(initial=-1)) + 1
+        if not n:
+            found.append(np.full(len(own), np.nan, np.float32))
+            continue
         inside, read = one.of_student >= 0, one.of_teacher >= 0
         length = np.bincount(one.of_student[inside], minlength=n)
         by_student = np.bincount(one.of_student[inside], own[inside], minlength=n)
         by_teacher = np.bincount(one.of_teacher[read], told[read], minlength=n)
         shift = (by_teacher - by_student) / np.maximum(length, 1)
-        above = inside & (own + shift[one.of_student] > 0) if n else inside & False
+        above = inside & (own + shift[one.of_student] > 0)
         for span in np.unique(one.of_student[above]):
             shift[span] = _shift(own[one.of_student == span], by_teacher[span])
-        shared = np.minimum(own + shift[one.of_student], 0.0) if n else own
+        shared = np.minimum(own + shift[one.of_student], 0.0)
         found.append(np.where(inside, shared, np.nan).astype(np.float32))
     return np.concatenate(found)
 
@@ -210,19 +214,6 @@ def span_view(
     if stop_id is None:
         raise ModelError(f"{name}: its tokenizer names no EOS token; set teacher.stop_token")
     return SpanView(student, teacher, prompts, frozenset(stop_ids), stop_id)
-
-
-class _Plain:
-    """Decodes without special tokens' names being skipped, or spaces changed."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
 
 
 def _cuts_of_pieces(text: Sequence[str]) -> dict[int, int]:

@@ -23,14 +23,12 @@ Departure from the source: it trains on the sampler's log-probs; here the studen
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 import cache_schema as cs
 from pipeline import models, workers
@@ -85,9 +83,7 @@ def run(
         for job in jobs:
             if job is not None:
                 _score(job, round_, ranks)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                models.free_memory()
         if not ranks.leads:
             return 0
         if n_missing:

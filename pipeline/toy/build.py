@@ -238,6 +238,11 @@ def encode_company(
         question = [{"role": "user", "content": text[0]}]
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         rows.append((prompt, [*text[1].encode(), IM_END_ID]))
+    return padded(rows)
+
+
+def padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both i64 [row, position], of prompts and replies, right-padded; replies have labels."""
     shape = len(rows), max(len(prompt) + len(reply) for prompt, reply in rows)
     ids_NS, labels_NS = torch.full(shape, END_OF_TEXT_ID), torch.full(shape, IGNORED)
     for row, (prompt, reply) in enumerate(rows):

@@ -84,12 +84,10 @@ class Baseline:
 
 def _pairs(rollouts: cs.RolloutBlock) -> Int64:
     """i8 [T]: token and bin of its position: 0, 1, 2-3, 4-7, ..."""
-    position = np.arange(rollouts.n_tokens) - np.repeat(rollouts.response_start, rollouts.response_length)
-    bins = np.frexp(position.astype(np.float64))[1]
+    bins = np.frexp(rollouts.token_positions.astype(np.float64))[1]
     return np.asarray(rollouts.token_ids.astype(np.int64) << 6 | bins)
 
 
 def _folds(rollouts: cs.RolloutBlock) -> Int64:
     """i8 [T]: the fold of each token's prompt."""
-    prompts = rollouts.prompt_index[rollouts.row_prompt]
-    return np.repeat(prompts % FOLDS, rollouts.response_length).astype(np.int64)
+    return (rollouts.token_prompts % FOLDS).astype(np.int64)

@@ -317,7 +317,7 @@ class Replay:
             for array, value in group.read_arrays(index, arrays).items()
         }
         counts = (rollouts.trained == 1) & self.selection.of_block(rollouts)
-        prompts_T = np.repeat(rollouts.prompt_index[rollouts.row_prompt], rollouts.response_length)
+        prompts_T = rollouts.token_prompts
         for name in self._groups:
             # What a scorer has not told of is nothing to learn from.
             if (told := columns.get(f"{name}/logprobs")) is not None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.config import Recipe, StudentConfig, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.files import sync, write_atomically
 
@@ -55,15 +55,6 @@ class Result:
     step: int
     sentence: str
     exit_code: int
-
-
-def made_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
-    """The student that the run in `directory` has made of this one; None while it has not."""
-    if (directory / "adapter").is_dir():
-        return student.model_copy(update={"adapter": str(directory / "adapter")})
-    if (directory / "model").is_dir():
-        return student.model_copy(update={"model": str(directory / "model"), "revision": None})
-    return None
 
 
 class RunDirectory:

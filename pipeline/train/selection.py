@@ -39,8 +39,7 @@ class Selection:
         """[T]: what a token's own place, id and response leave in."""
         settings, keep = self.settings, np.ones(rollouts.n_tokens, np.bool_)
         if settings.first_tokens is not None:
-            starts_T = np.repeat(rollouts.response_start, rollouts.response_length)
-            keep &= np.arange(rollouts.n_tokens) - starts_T < settings.first_tokens
+            keep &= rollouts.token_positions < settings.first_tokens
         if not settings.special_tokens:
             keep &= ~np.isin(rollouts.token_ids, self.special_ids)
         if not settings.eos:

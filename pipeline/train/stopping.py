@@ -29,10 +29,15 @@ class Memory:
     tokens: int = 0
 
 
+def badness(train: TrainConfig, value: float) -> float:
+    """A value of `train.heldout_metric` such that less is better."""
+    return value if train.heldout_metric == "reverse_kl" else -value
+
+
 def best_step(train: TrainConfig, memory: Memory) -> int | None:
     """The first step with the best held-out metric; None before the first measurement."""
-    sign = 1.0 if train.heldout_metric == "reverse_kl" else -1.0
-    return min((int(step) for step in memory.heldout), key=lambda s: (sign * memory.heldout[str(s)], s), default=None)
+    steps = (int(step) for step in memory.heldout)
+    return min(steps, key=lambda step: (badness(train, memory.heldout[str(step)]), step), default=None)
 
 
 def told_metric(train: TrainConfig, value: float) -> str:
