@@ -1,6 +1,6 @@
 """What redpen says while it works: lines and progress bars on stderr, readable on a terminal and in a log file.
 
-Results go to stdout, by `print` or, where they are tables, by `results()`.
+Results go to stdout, by `show()` or, for tables, by `results()`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def escape_control(text: str) -> str:
 def results() -> Console:
     """A console on stdout for tables. A pipe or a file has no width to fold long rows to."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def show(line: str) -> None:
+    """One line of results on stdout. Control characters are shown as escapes: what a file says must not steer the
+    terminal.
+    """
+    print(escape_control(line))
 
 
 def say(line: str) -> None:

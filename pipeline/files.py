@@ -1,42 +1,108 @@
-"""Files and directories that a kill leaves as they were or as they were meant to be."""
+"""Reading and writing files, for everything outside the Zarr stores.
+
+Writes are atomic: after a kill there is the old content or the new one. Temporary names are new, exclusive and
+unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache from
+somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
+
+Everything in `pipeline` that opens a file goes through here; tests/test_files.py walks the code for exceptions.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-#: End of the name of what is not finished.
+from pipeline.errors import RedpenError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    _M = TypeVar("_M", bound=BaseModel)
+
+#: End of the name of a temporary file or directory.
 PARTIAL = ".partial"
+#: The most that a file of settings, metadata or results may hold, in bytes; above it a file is not what it should be.
+AT_MOST = 2**26
+_SHOWN = 200
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `path` once the body is through and all is on disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    mode = partial.stat().st_mode & 0o666  # by the umask; safetensors gives its files to their owner alone
-    for file in sorted(partial.rglob("*")):
-        if file.is_file():
-            file.chmod(mode)
-        sync(file)
-    sync(partial)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    sync(path.parent)
+    """An empty directory to fill, which replaces `path` once the body has succeeded and all of it is on disk.
+
+    What was at `path` stays until then. Raises `RedpenError` if `path` is a symbolic link.
+    """
+    refuse_link(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    partial, handle = _claim(path, is_directory=True)
+    try:
+        yield partial
+        mode = partial.stat().st_mode & 0o666  # by the umask; safetensors makes its files readable by the owner alone
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
+            sync(file)
+        sync(partial)
+        if path.exists():
+            old = _temporary(path)
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content at once: after a kill it is the old or the new. Text is written as UTF-8."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    partial.replace(path)
+    """Replace a file's content at once. Text is written as UTF-8.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
+    refuse_link(path)
+    _remove_abandoned(path)
+    partial, handle = _claim(path, is_directory=False)
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.fsync(handle)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file of ours, which is made if it is missing. Raises `RedpenError` if it is a symbolic link."""
+    refuse_link(path)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, which is made if it is missing. Raises `RedpenError` if it is a symbolic link."""
+    refuse_link(path)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def sync(path: Path) -> None:
@@ -46,3 +112,171 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `RedpenError` if a symbolic link is where a file or directory of ours belongs."""
+    if path.is_symlink():
+        raise RedpenError(
+            f"{path}: expected a file or directory made by redpen, found a symbolic link to "
+            f"{os.readlink(path)}; remove the link and run the same command again"
+        )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:150]}.{secrets.token_hex(8)}{PARTIAL}")
+
+
+def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
+    """A new temporary file or directory beside `path`, and a descriptor that marks it as in use while it is open."""
+    while True:
+        partial = _temporary(path)
+        if is_directory:
+            partial.mkdir()
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        else:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            handle = os.open(partial, flags, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for abandoned
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if partial.exists():  # else another process found it before it was locked, and removed it
+            return partial, handle
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left of earlier writes to `path`; what a live process writes now is locked."""
+    for found in path.parent.glob(f".{_escaped(path.name[:150])}.*{PARTIAL}"):
+        try:
+            handle = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
+        except OSError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_bytes(
+    path: Path, *, at_most: int = AT_MOST, error: type[RedpenError] = RedpenError, follow_links: bool = True
+) -> bytes:
+    """A regular file's content.
+
+    Args:
+        at_most: bytes; a larger file is refused before it is read.
+        error: class of what is raised.
+        follow_links: False for files of our own, which are never links.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
+    """
+    if not follow_links and path.is_symlink():
+        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise error(f"{path}: expected a regular file, found {_kind(found.st_mode)}")
+            if found.st_size > at_most:
+                raise error(f"{path}: expected at most {at_most:,} bytes, found {found.st_size:,}")
+            content = file.read(at_most + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    if len(content) > at_most:  # it grew, or its file system does not know its size
+        raise error(f"{path}: expected at most {at_most:,} bytes, found more")
+    return content
+
+
+def read_text(
+    path: Path, *, at_most: int = AT_MOST, error: type[RedpenError] = RedpenError, follow_links: bool = True
+) -> str:
+    """A UTF-8 file's text, without a byte order mark. Arguments and errors as for `read_bytes`."""
+    content = read_bytes(path, at_most=at_most, error=error, follow_links=follow_links)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
+                    f"{problem.start}") from None
+
+
+def read_json(
+    path: Path, *, at_most: int = AT_MOST, error: type[RedpenError] = RedpenError, follow_links: bool = True
+) -> dict[str, Any]:
+    """The JSON object in a file. Arguments and errors as for `read_bytes`."""
+    text = read_text(path, at_most=at_most, error=error, follow_links=follow_links)
+    value = parse_json(text, str(path), error=error)
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found {_json_type(value)}")
+    return value
+
+
+def read_model(
+    path: Path,
+    model: type[_M],
+    *,
+    at_most: int = AT_MOST,
+    error: type[RedpenError] = RedpenError,
+    follow_links: bool = True,
+) -> _M:
+    """The JSON object in a file as a pydantic model. Arguments and errors as for `read_bytes`."""
+    found = read_json(path, at_most=at_most, error=error, follow_links=follow_links)
+    return parse_model(found, model, str(path), error=error)
+
+
+def parse_json(text: str | bytes, name: str, *, error: type[RedpenError] = RedpenError) -> Any:
+    """A JSON value from outside. Raises `error`, naming its source `name`, whatever is wrong with the text."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise error(f"{name}: not valid JSON (nested too deeply)") from None
+    except ValueError as problem:  # also bytes that are no text, and integers of thousands of digits
+        raise error(f"{name}: not valid JSON ({_clipped(str(problem))})") from None
+
+
+def parse_model(value: Any, model: type[_M], name: str, *, error: type[RedpenError] = RedpenError) -> _M:
+    """A value from outside as a pydantic model. Raises `error` that names the source `name` and the first field that
+    is wrong, with what was expected and what was found.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(value)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        found = "" if first["type"] == "missing" else f", found {_clipped(repr(first['input']))}"
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise error(f"{name}: {_clipped(field) + ': ' if field else ''}{message}{found}") from None
+    except RecursionError:
+        raise error(f"{name}: nested too deeply") from None
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -87,10 +87,8 @@ def with_random_weights() -> Model:
 
 def taught_prose() -> Model:
     """Taught English, and no arithmetic."""
-    text = torch.tensor(
-        list(__file__.encode() + Path(reading.__file__).read_bytes() + Path(stage.__file__).read_bytes())
-    )
-    torch.manual_seed(3)
+    text = torch.tensor(list((Path(__file__).parent.parent / "cache_schema/SPEC.md").read_bytes()))
+    torch.manual_seed(4)
     model = build.build_model(64, 192, 2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(60):

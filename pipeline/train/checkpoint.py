@@ -113,7 +113,7 @@ def save(
     paths = _paths(directory)
     earlier = [other for other in paths if other.name <= path.name]
     kept = [*earlier[-keep:], *([] if best is None else [path_of(directory, best)])]
-    for old in [*(set(paths) - set(kept)), *directory.glob(f"{_PREFIX}*{PARTIAL}")]:
+    for old in [*(set(paths) - set(kept)), *directory.glob(f".{_PREFIX}*{PARTIAL}")]:
         shutil.rmtree(old)
     return path
 
