@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from pipeline.evaluate import table
 from pipeline.intervals import mean_per_token, student_t
+from pipeline.report import runs
 
 #: A prompt's own divergence per token: the distribution over prompts, and its mean.
 LEVELS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {
@@ -62,3 +64,9 @@ def test_few_prompts_know_little() -> None:
 @pytest.mark.parametrize(("freedom", "quantile"), [(4, 2.7764), (9, 2.2622), (29, 2.0452), (1000, 1.9623)])
 def test_students_quantile(freedom: int, quantile: float) -> None:
     assert student_t(freedom) == pytest.approx(quantile, rel=3e-3)
+
+
+def test_one_prompt_is_shown_without_an_interval() -> None:
+    one = {"value": 0.1, "low": None, "high": None}
+    assert runs.estimates({"eval": {"after": {"reverse_kl": one}}}, "after") == {"reverse_kl": one}
+    assert runs.interval("reverse_kl", one) == table._nats(one) == "0.1000"
