@@ -173,19 +173,6 @@ def _share(values_P: Floats, trials: float) -> Estimate:
     return Estimate(p, float(np.clip(centre - half, 0.0, p)), float(np.clip(centre + half, p, 1.0)))
 
 
-def mean_per_token(totals_P: Floats, tokens_P: Floats) -> Estimate:
-    """Mean over all tokens of a quantity summed over each prompt's tokens, with a normal interval.
-
-    Tokens of one prompt's rollouts depend on one another, so the variance is that of a ratio of prompt totals:
-    (P / (P - 1)) sum_i (total_i - mean tokens_i)^2 / (sum_i tokens_i)^2.
-    """
-    n_prompts, n_tokens = len(totals_P), float(tokens_P.sum())
-    mean = float(totals_P.sum() / n_tokens)
-    squares = float(np.square(totals_P - mean * tokens_P).sum())
-    half = Z95 * float(np.sqrt(squares * n_prompts / max(n_prompts - 1, 1))) / n_tokens
-    return Estimate(mean, mean - half, mean + half)
-
-
 def _is_json(text: str) -> bool:
     def refuse(constant: str) -> Any:
         raise ValueError(constant)  # NaN and Infinity are Python's, not JSON's

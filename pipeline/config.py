@@ -21,10 +21,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline import settings
 from pipeline.errors import ConfigError
+from pipeline.idle import idle_settings
 from pipeline.settings import Section
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Placement = Literal["resident", "streamed", "vllm", "server"]
+
+#: Settings that are no more: the one value that is still accepted, as recipes of finished runs hold it, and why.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "train.residual_baseline": (False, "nobody has measured that it helps"),
+}
 
 
 class ModelConfig(Section):
@@ -211,7 +217,10 @@ class TrainConfig(Section):
     )
     advantage_clip: float = Field(default=10.0, gt=0, description="bound on the absolute advantage, nats")
     ratio_truncation: float | None = Field(
-        default=None, ge=1, description="importance sampling: larger ratios count as this; default: as they are"
+        default=None,
+        ge=1,
+        description="importance sampling: larger ratios count as this, where ppo_clip has not stopped the token; "
+        "default: as they are",
     )
     ppo_clip: float | None = Field(
         default=None,
@@ -223,17 +232,12 @@ class TrainConfig(Section):
         default=False,
         description="importance sampling: ratios against the distribution really sampled from (rollout_logprobs)",
     )
-    residual_baseline: bool = Field(
-        default=False,
-        description="importance sampling: leave out what of the teacher's difference follows from token and position "
-        "alone, for a student that was fine-tuned on another model's answers",
-    )
     steps: int = Field(default=150, ge=1, description="optimizer steps at most")
     prompts_per_step: int = Field(
         default=64, ge=1, description="prompts, each with all its rollouts, in a global batch"
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="peak learning rate of AdamW")
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up, at most train.steps")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW weight decay")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
@@ -318,7 +322,8 @@ class RewardConfig(Section):
     )
     normalise: Literal["std", "mean"] = Field(
         default="std",
-        description="rollouts are compared with their prompt's mean, in standard deviations (GRPO) or not (Dr. GRPO)",
+        description="rollouts are compared with their prompt's mean; std: divided by the standard deviation of the "
+        "prompt's n rollouts (of the population: by n, not n - 1) + 1e-4 (GRPO); mean: as it is (Dr. GRPO)",
     )
 
 
@@ -548,6 +553,11 @@ class Recipe(Section):
                 "reward.coefficient needs rollouts.rollouts_per_prompt of 2 or more, got 1: a rollout's advantage is "
                 "over the others of its prompt"
             )
+        if rewarded and self.rollouts.temperature == 0:
+            raise ValueError(
+                "reward.coefficient needs rollouts.temperature above 0, got 0: greedy rollouts of a prompt are "
+                "all the same, so none is better than another"
+            )
         if rewarded and self.train.loss == "cross_entropy":
             raise ValueError('reward.coefficient needs rollouts of the student\'s, got train.loss = "cross_entropy"')
         if self.reward.teacher_weight == 0 and not (rewarded and self.train.loss == "importance_sampling"):
@@ -566,10 +576,10 @@ class Recipe(Section):
                         f'train.{name} = {value!r} belongs to train.loss = "importance_sampling", '
                         f'got "{self.train.loss}", which does not use it'
                     )
-        if self.train.residual_baseline and self.train.loss != "importance_sampling":
+        if self.train.warmup_steps > self.train.steps:
             raise ValueError(
-                'train.residual_baseline = true belongs to train.loss = "importance_sampling", got '
-                f'"{self.train.loss}", which has no advantage to subtract it from'
+                f"train.warmup_steps = {self.train.warmup_steps} is more than train.steps = {self.train.steps}, so "
+                "train.learning_rate would never be reached; lower it, or raise train.steps"
             )
         sharded, in_bits = self.train.parallel == "fsdp", self.student.quantisation or self.train.optimizer
         if sharded and in_bits != "adamw":
@@ -586,6 +596,11 @@ class Recipe(Section):
         if watched == "reverse_kl" and self.train.loss == "cross_entropy":
             raise ValueError(
                 'train.heldout_metric = "reverse_kl" needs a teacher, got train.loss = "cross_entropy"; use '
+                '"accuracy" or "format"'
+            )
+        if watched == "reverse_kl" and self.reward.teacher_weight == 0:
+            raise ValueError(
+                'train.heldout_metric = "reverse_kl" needs a teacher, got reward.teacher_weight = 0; use '
                 '"accuracy" or "format"'
             )
         if watched in ("accuracy", "format") and self.eval.path is None:
@@ -650,6 +665,7 @@ class Recipe(Section):
         """Check plain data (as TOML gives it) after `section.key=value` overrides. Raises `ConfigError`, one line."""
         data = copy.deepcopy(data)
         overridden = [settings.apply_override(cls, data, text) for text in overrides]
+        _without_removed(data, where, overridden)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -667,12 +683,11 @@ class Recipe(Section):
         rollouts, train, score = self.rollouts, self.train, self.score
         found = []
         wrote, names = self.student.sft_teacher, [teacher.model for teacher in self.teacher]
-        if wrote is not None and wrote not in names and not train.residual_baseline:
+        if wrote is not None and wrote not in names:
             found.append(
                 f"student.sft_teacher = {wrote!r}, and the teacher is {', '.join(names)}: a student that learnt one "
-                "model's answers gains less from another (6.8 points less on AIME, arXiv:2604.13010); use the same "
-                'one, or train.loss = "importance_sampling" with train.residual_baseline = true, which leaves out '
-                "what is only habit"
+                "model's answers gains less from another (6.8 points less on AIME, arXiv:2604.13010); use the "
+                "same one"
             )
         if rollouts.temperature < 1:
             effect = (
@@ -716,7 +731,7 @@ class Recipe(Section):
                 "score.candidates = 1: reverse_kl then sees the sampled token and the rest only, not which "
                 "other token the teacher prefers; 8 or more is advised"
             )
-        return found
+        return found + idle_settings(self)
 
     def check_single_use(self, n_prompts: int) -> None:
         """Refuse `advantage = "cached"` where the training steps would use a round of `n_prompts` more than once.
@@ -730,6 +745,17 @@ class Recipe(Section):
                 f'train.advantage = "cached" is right for one pass only: {self.train.steps} steps x '
                 f"{self.train.prompts_per_step} prompts need {wanted} prompts, the round holds {n_prompts}; "
                 f'set train.steps to {steps} or train.advantage to "current"'
+            )
+
+
+def _without_removed(data: dict[str, Any], where: str, overridden: Sequence[str]) -> None:
+    """Leave out settings that are no more where they are as they were by default. Raises `ConfigError` elsewhere."""
+    for name, (accepted, reason) in REMOVED.items():
+        section, _, key = name.partition(".")
+        table = data.get(section)
+        if isinstance(table, dict) and key in table and table.pop(key) != accepted:
+            raise ConfigError(
+                f"{'--set' if name in overridden else where + ':'} {name} was removed ({reason}); leave it out"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import get_args
 
 import hypothesis
@@ -217,6 +218,68 @@ def test_whatever_a_recipe_holds_reads_back(path: str, args: dict[str, object], 
 def test_warnings(overrides: list[str], told: str) -> None:
     warnings = load_recipe("toy", overrides).warnings()
     assert any(told in line for line in warnings) and not any("\n" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "idle"),
+    [
+        (["rollouts.temperature=0", "rollouts.top_p=0.9"], "rollouts.top_p"),
+        (["eval.format=", "rollouts.entry_share=0.9"], "rollouts.entry_share"),
+        (["rollouts.entry_prompts=0", "rollouts.entry_share=0.9"], "rollouts.entry_share"),
+        (["score.candidates=1", "score.candidate_kind=sampled"], "score.candidate_kind"),
+        (["train.jsd_beta=0.2"], "train.jsd_beta"),
+        (["train.loss=jsd", "train.forward_weight=0.2"], "train.forward_weight"),
+        (["train.advantage_clip=2"], "train.advantage_clip"),
+        (["reward.coefficient=1", "train.advantage=cached"], "train.advantage"),
+        (["train.loss=cross_entropy", "train.teacher=teacher"], "train.teacher"),
+        (["train.loss=cross_entropy", "train.stale_ess=0.5"], "train.stale_ess"),
+        (["train.loss=cross_entropy", "train.stop_reverse_kl=0.5"], "train.stop_reverse_kl"),
+        (["train.stop_reverse_kl=0", "train.stop_window=9"], "train.stop_window"),
+        (["train.steps=3", "train.stale_ess=0.5"], "train.stale_ess"),
+        (["train.heldout_every=3"], "train.heldout_every"),
+        (["train.heldout_patience=4"], "train.heldout_patience"),
+        (["train.steps=9", "train.warmup_steps=9", "train.schedule=linear"], "train.schedule"),
+        (["reward.normalise=mean"], "reward.normalise"),
+        (["reward.teacher_weight=0.5"], "reward.teacher_weight"),
+        (["select.first_tokens=32"], "select.first_tokens"),
+        (["distill.rounds=1"], "distill.learning_rate_decay"),
+        (["distill.rounds=4"], "distill.patience"),
+    ],
+)
+def test_a_setting_that_another_switches_off_is_warned_of(overrides: list[str], idle: str) -> None:
+    recipe = load_recipe("toy", overrides)
+    found = [line for line in recipe.warnings() if line.startswith(f"{idle} = ") and "does nothing" in line]
+    assert len(found) == 1 and "\n" not in found[0]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_no_shipped_recipe_has_a_setting_without_effect(name: str) -> None:
+    assert not [line for line in load_recipe(name).warnings() if "does nothing" in line]
+
+
+def test_a_warm_up_longer_than_training_is_refused() -> None:
+    assert load_recipe("toy", ["train.warmup_steps=100"]).train.warmup_steps == 100
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps = 101 .* train\.steps = 100"):
+        load_recipe("toy", ["train.warmup_steps=101"])
+
+
+def test_a_removed_setting_is_named_and_its_default_read(tmp_path: Path) -> None:
+    """Recipes of finished runs hold every setting, defaults included."""
+    recipe, path = load_recipe("toy"), tmp_path / "recipe.toml"
+    for value in ("false", "true"):
+        path.write_text(recipe.to_toml().replace("[train]\n", f"[train]\nresidual_baseline = {value}\n"))
+        if value == "false":
+            assert load_recipe(str(path)) == recipe
+    with pytest.raises(ConfigError, match=r"recipe\.toml: train\.residual_baseline was removed"):
+        load_recipe(str(path))
+    with pytest.raises(ConfigError, match=r"^--set train\.residual_baseline was removed"):
+        load_recipe("toy", ["train.residual_baseline=true"])
+
+
+def test_another_sft_teacher_is_warned_of() -> None:
+    assert not load_recipe("toy", ["student.sft_teacher=toy:teacher"]).warnings()
+    (line,) = load_recipe("toy", ["student.sft_teacher=big/model"]).warnings()
+    assert "toy:teacher" in line and "big/model" in line
 
 
 def test_cached_advantage_may_be_used_once() -> None:

@@ -391,6 +391,23 @@ def test_ppo_stops_only_what_has_gone_far_enough(behaviour: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], -weight * moving * ratio * gain)
 
 
+def test_truncation_below_the_clip_does_not_switch_it_off() -> None:
+    """Ratios 0.5, 1.05, 1.15 and 5, each with both signs of the advantage; the clip is at 0.8 and 1.2, c at 1.1."""
+    old = torch.zeros(8, dtype=torch.float64)
+    logprobs = torch.tensor([0.5, 1.05, 1.15, 5.0] * 2, dtype=torch.float64).log().requires_grad_()
+    gain = torch.tensor([2.0] * 4 + [-2.0] * 4, dtype=torch.float64)
+    loss, _ = losses.importance_sampling(logprobs, old, gain, truncation=1.1, ppo_clip=0.2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    up, down = [0.5, 1.05, 1.1, 0.0], [0.0, 1.05, 1.1, 1.1]
+    torch.testing.assert_close(gradient, -gain * torch.tensor(up + down, dtype=torch.float64))
+
+
+def test_a_ratio_beyond_all_numbers_has_a_finite_gradient() -> None:
+    logprobs = torch.zeros(2, requires_grad=True)
+    loss, _ = losses.importance_sampling(logprobs, torch.full((2,), -200.0), torch.ones(2), ppo_clip=0.2)
+    assert torch.autograd.grad(loss.sum(), logprobs)[0].tolist() == [0.0, 0.0]
+
+
 def test_gradients_of_the_sampled_token_losses() -> None:
     old, teacher, sampled = (distributions(seed)[:, 0] for seed in (5, 1, 6))
     gain = (teacher - old).clamp(-1, 1)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import cache_factory as factory
 import numpy as np
 import pytest
 import torch
@@ -94,14 +95,18 @@ def test_advantages_of_a_group_add_up_to_nothing(values: list[float], size: int,
             assert (of_group == 0).all()
 
 
+def said(rollout: Rollout) -> Tensor:
+    """[T, 1]: up to its last token that counts."""
+    return torch.from_numpy(rollout.block.rollouts.token_ids[rollout.response]).long()[:, None]
+
+
 def policy_gradient(rollout: Rollout, logp: Tensor, advantage: Tensor) -> Tensor:
-    sampled = logp.gather(1, torch.from_numpy(rollout.block.rollouts.response(rollout.row)).long()[:, None])[:, 0]
+    sampled = logp.gather(1, said(rollout))[:, 0]
     return -((sampled - columns(rollout, "student/logprobs")).exp() * advantage.detach()).sum()
 
 
 def sampled_gap(rollout: Rollout, logp: Tensor) -> Tensor:
-    ids = torch.from_numpy(rollout.block.rollouts.response(rollout.row)).long()[:, None]
-    return columns(rollout, "teacher/logprobs") - logp.gather(1, ids)[:, 0]
+    return columns(rollout, "teacher/logprobs") - logp.gather(1, said(rollout))[:, 0]
 
 
 def over_columns(rollout: Rollout, logp: Tensor) -> Tensor:
@@ -124,8 +129,9 @@ def alone(rollout: Rollout, logp: Tensor) -> Tensor:
         ((*REWARD, "reward.teacher_weight=0.25"), over_columns),
         ((*REWARD, "reward.teacher_weight=0.25", "train.loss=importance_sampling"), in_the_advantage),
         (ALONE, alone),
+        ((*ALONE, "select.first_tokens=1", "train.prompts_per_step=24"), alone),
     ],
-    ids=["beside a divergence", "in the advantage", "alone"],
+    ids=["beside a divergence", "in the advantage", "alone", "of responses that only differ after what counts"],
 )
 def test_gradient_is_that_of_the_formula(
     settings: tuple[str, ...], formula: Callable[[Rollout, Tensor], Tensor], mixed_cache: Path, recipe: Make
@@ -133,6 +139,7 @@ def test_gradient_is_that_of_the_formula(
     trainer, replay = made(mixed_cache, recipe(*settings))
     batch = replay.batch(1)
     assert any(rollout.column(ADVANTAGE).any() for rollout in batch.rollouts)
+    assert len(batch.distinct) < len(batch.rollouts) or "select.first_tokens=1" not in settings
     moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
     assert distance(found, naive_gradient(trainer, batch, formula)) < 1e-5
@@ -177,6 +184,8 @@ def test_rounds_of_rewards(tmp_path: Path) -> None:
         ([*REWARD, "rollouts.rollouts_per_prompt=1"], r"rollouts\.rollouts_per_prompt of 2 or more"),
         ([*REWARD, "rollouts.top_p=0.9"], r"rollouts\.top_p must be 1 for rewards"),
         ([*REWARD, "train.loss=cross_entropy"], "needs rollouts of the student's"),
+        ([*REWARD, "rollouts.temperature=0"], r"needs rollouts\.temperature above 0"),
+        ([*ALONE, "train.heldout_metric=reverse_kl"], r"heldout_metric .* got reward\.teacher_weight = 0"),
         ([*REWARD, "reward.verifier=format", "eval.format="], r"needs eval\.format"),
         (["train.ppo_clip=0.2"], 'belongs to train.loss = "importance_sampling"'),
     ],
@@ -184,6 +193,14 @@ def test_rounds_of_rewards(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_named(settings: list[str], message: str, recipe: Make) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe(*settings)
+
+
+@pytest.mark.parametrize("sampled", [{"rollouts_per_prompt": 1}, {"temperature": 0.0}], ids=str)
+def test_a_round_with_nothing_to_compare_is_refused(sampled: dict[str, float], tmp_path: Path, recipe: Make) -> None:
+    """Whatever the recipe says of sampling: every advantage would be 0."""
+    round_ = factory.filled(tmp_path / "c.zarr", **sampled).round()
+    with pytest.raises(ConfigError, match=r"^reward\.coefficient: round 0 "):
+        inputs.check_replay(recipe(*REWARD), round_)
 
 
 def test_without_answers_nothing_can_be_rewarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

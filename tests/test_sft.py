@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
 from pipeline.cli import main
-from pipeline.config import PromptsConfig
+from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError
 from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage
@@ -259,3 +259,9 @@ def test_knowledge_rises(tmp_path: Path) -> None:
     assert evaluate.run(str(tmp_path / "run"), out=tmp_path / "eval.json") == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["after"]["greedy"]["value"] > found["before"]["greedy"]["value"] + 0.2
+
+
+def test_a_warm_up_longer_than_fine_tuning_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("company", ["train.warmup_steps=9", "sft.steps=8"])
+    with pytest.raises(ConfigError, match=r"train\.warmup_steps = 9 .* sft\.steps = 8"):
+        stage.run(recipe, (), tmp_path / "run")

@@ -41,6 +41,8 @@ def test_verdicts(recipe: Make) -> None:
         ("accuracy", {"2": 0.5, "4": 0.9, "10": 0.9}, 4),
         ("reverse_kl", {"2": 0.5, "10": 0.1, "4": 0.9}, 10),
         ("accuracy", {}, None),
+        ("accuracy", {"2": float("nan"), "4": 0.1}, 4),
+        ("reverse_kl", {"2": float("nan"), "4": 0.1, "6": 0.2}, 4),
     ],
 )
 def test_the_best_step_is_the_first_with_the_best_value(

@@ -12,8 +12,8 @@ temperature 1 by the very student that is measured:
 
 with C the sampled token and the student's likeliest others (`eval.candidates` in all); a lower bound, close at 64.
 Before and after draw from the same random numbers, so their difference is known better than either. Intervals are
-95 %: see `pipeline.answers`. One model is in memory at a time: each student samples, reads its own
-rollouts and goes, then the teacher reads them all.
+95 %: see `pipeline.answers` and, of reverse KL, `pipeline.intervals`. One model is in memory at a time: each student
+samples, reads its own rollouts and goes, then the teacher reads them all.
 
 A run keeps the figures (eval.json), the fresh rollouts (eval.zarr) and what the trained student thinks of the cached
 ones (reread.safetensors), for `redpen report`.
@@ -35,16 +35,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline import models
-from pipeline.answers import Checker, Estimate, mean_per_token, pass_at, share_right
+from pipeline.answers import Checker, Estimate, pass_at, share_right
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, say, warn
-from pipeline.errors import ConfigError, ModelNotFoundError
+from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
 from pipeline.evaluate.accuracy import generating, greedy_sampling, legal_responses, right_answers, texts_of
 from pipeline.evaluate.job import AFTER, Job, job_of
 from pipeline.evaluate.kept import Keeper, forget
 from pipeline.evaluate.reread import reread
 from pipeline.evaluate.table import show
 from pipeline.files import write_atomically
+from pipeline.intervals import mean_per_token
 from pipeline.metrics import scores_reverse_kl
 from pipeline.prompts import load_prompts, prompts_sha256, render_all
 from pipeline.rollouts import PromptBlock, Sampling
@@ -136,7 +137,10 @@ def run(
             models.free_memory()
         if given is not None and job.teacher is not None:
             for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
-                figures[label]["reverse_kl"] = asdict(estimate)
+                # one prompt has no interval, and JSON no NaN
+                figures[label]["reverse_kl"] = {
+                    end: None if np.isnan(bound) else bound for end, bound in asdict(estimate).items()
+                }
     except Exception:  # a task that fails, a teacher that does not fit: what was measured before is told
         if figures:
             _tell(job, given, figures, started)
@@ -291,11 +295,16 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses], g
         assert student is not None and student.candidate_ids is not None
         teacher = _read(read, rollouts, student.candidate_ids, _options(job.recipe), f"teacher: {label}", given.view)
         kl_T = scores_reverse_kl(student, teacher)
+        if unknown := int((~np.isfinite(kl_T)).sum()):
+            raise ModelError(
+                f"{cfg.model}: {unknown} of {len(kl_T)} tokens of {label} have no finite reverse KL to it, so its "
+                "log-probs are not finite; load it in another dtype (teacher.dtype)"
+            )
         prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
         tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
         estimate = mean_per_token(totals_P, tokens_P)
-        estimates[label] = replace(estimate, low=max(estimate.low, 0.0))  # no divergence is below 0
+        estimates[label] = replace(estimate, low=float(np.maximum(estimate.low, 0.0)))  # no divergence is below 0
         if keeper is not None:
             keeper.add(job.students[label], done.sampling, rollouts, student, teacher)
     if keeper is not None:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from pipeline.console import escape_control
 
-Estimates = list[dict[str, float]]
+#: Of one prompt's reverse KL the ends are None: it has no interval.
+Estimates = list[dict[str, Any]]
 
 
 def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
@@ -88,9 +89,9 @@ def share(estimate: dict[str, float]) -> str:
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _nats(estimate: dict[str, float]) -> str:
+def _nats(estimate: dict[str, Any]) -> str:
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    return f"{value:.4f} ({low:.4f} to {high:.4f})"
+    return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
 def _change(is_share: bool, *values: float) -> list[str]:

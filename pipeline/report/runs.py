@@ -302,7 +302,7 @@ def _is_estimate(value: Any) -> bool:
     """Whether it is a value with an interval or a standard error, as `redpen eval` writes them."""
     if not isinstance(value, dict) or not isinstance(value.get("value"), int | float):
         return False
-    return "stderr" in value or all(isinstance(value.get(end), int | float) for end in ("low", "high"))
+    return "stderr" in value or all(isinstance(value.get(end, ""), int | float | None) for end in ("low", "high"))
 
 
 def interval(measure: str, estimate: Mapping[str, Any]) -> str:
@@ -311,6 +311,8 @@ def interval(measure: str, estimate: Mapping[str, Any]) -> str:
         error = "" if estimate["stderr"] is None else f" \u00b1 {estimate['stderr']:.4f}"
         return f"{estimate['value']:.4f}{error}"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    if low is None or high is None:  # of one prompt
+        return f"{value:.4f}"
     if measure == "reverse_kl":
         return f"{value:.4f} ({low:.3f} to {high:.3f})"
     return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"

@@ -67,8 +67,13 @@ def _of_sft(recipe: Recipe, data: Sequence[str]) -> Recipe:
     """The recipe with what [sft] says in the place of [train]'s, and without what [select] leaves out of rollouts."""
     told = with_data(recipe, data).model_dump()
     sft = told["sft"]
+    if recipe.train.warmup_steps > sft["steps"]:
+        raise ConfigError(
+            f"train.warmup_steps = {recipe.train.warmup_steps} is more than sft.steps = {sft['steps']}, so "
+            "sft.learning_rate would never be reached; lower it, or raise sft.steps"
+        )
     # what belongs to other losses stays behind
-    belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction", "residual_baseline")
+    belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
     told["train"] |= {name: getattr(TrainConfig(), name) for name in belongs}
     told["select"], told["reward"] = {}, {}
     if told["train"]["heldout_metric"] == "reverse_kl":

@@ -80,12 +80,4 @@ def batch(step: int, rollouts: cs.RolloutBlock, logprobs: Float32, columns: Mapp
     """All of the rollouts as the global batch of a step; `logprobs` are those of the student that sampled."""
     weights = (rollouts.trained == 1).astype(np.float32)
     block = LoadedBlock(rollouts, {**columns, f"{cs.STUDENT}/logprobs": logprobs}, weights)
-    return Batch(step, tuple(_GivenRollout(block, row) for row in range(rollouts.n_rows)))
-
-
-class _GivenRollout(Rollout):
-    """Equal rollouts are read once only where their signals, which anything may have gone into, are equal too."""
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        return (*super().content, self.column(_TOLD).tobytes())
+    return Batch(step, tuple(Rollout(block, row) for row in range(rollouts.n_rows)))

@@ -15,14 +15,13 @@ from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.provenance import IMPORTED
 from pipeline.settings import did_you_mean
-from pipeline.train.baseline import Baseline
 from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective
 from pipeline.train.order import Order
 from pipeline.train.policy_gradient import PolicyGradient
-from pipeline.train.replay import Derived, Replay
-from pipeline.train.reward import Rewards, check_answers
+from pipeline.train.replay import Derived, Replay, behaviour
+from pipeline.train.reward import Rewards, check_answers, check_comparable
 from pipeline.train.selection import Selection
 
 Learnt = Objective | CrossEntropy | PolicyGradient
@@ -151,11 +150,8 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
     if recipe.reward.coefficient:
         tokenizer, checker = models.load_tokenizer(recipe.student), Checker.of(recipe.eval)
         derived.append(Rewards(round_, tokenizer, checker, recipe.reward).columns)
-    if train.residual_baseline and isinstance(learnt, Objective):
-        names = list(learnt.teachers.scores)
-        if len(names) > 1:
-            raise ConfigError(f"train.residual_baseline: expected one teacher, got {', '.join(names)}")
-        derived.append(Baseline.of(round_, names[0]).columns)
+    if train.behaviour_correction:
+        derived.append(behaviour)
     return Replay(round_, learnt.arrays, order, selection=selection, taught=taught, derived=derived)
 
 
@@ -227,6 +223,7 @@ def check_replay(recipe: Recipe, round_: cs.Round) -> None:
     elif recipe.reward.coefficient:
         check_sampling(recipe, round_, "a reward's policy gradient")
     if recipe.reward.coefficient:
+        check_comparable(round_)
         check_answers(round_, recipe.reward)
     if recipe.train.behaviour_correction:
         check_behaviour(round_)

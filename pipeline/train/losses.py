@@ -223,7 +223,8 @@ def importance_sampling(
 
                 -min(r A_t, clip(r, 1 - epsilon, 1 + epsilon) A_t)
 
-            so a token that has moved further than that the right way has no gradient. With `behaviour_logprobs_T`
+            so a token that has moved further than that the right way has no gradient. `truncation` then bounds the
+            ratios that are left: it never takes a token back inside the clip. With `behaviour_logprobs_T`
             the two roles of the old student come apart (decoupled objective, Hilton et al. 2021, arXiv:2110.00641):
             r = p_S / p_old is clipped, and the whole weighted by p_old / b, without gradient and also
             truncated at c.
@@ -237,13 +238,14 @@ def importance_sampling(
             old_logprobs_T = behaviour_logprobs_T
         else:
             weight_T = _ratio(old_logprobs_T - behaviour_logprobs_T, truncation)
-    ratio_T = _ratio(logprobs_T - old_logprobs_T, truncation)
-    gain_T = ratio_T * advantage_T
+    log_ratio_T = logprobs_T - old_logprobs_T
+    measured_T = _ratio(log_ratio_T.detach(), truncation)
     if ppo_clip is not None:
-        gain_T = torch.minimum(gain_T, ratio_T.clamp(1 - ppo_clip, 1 + ppo_clip) * advantage_T)
+        log_ratio_T = _clipped(log_ratio_T, advantage_T, ppo_clip)
+    gain_T = _ratio(log_ratio_T, truncation) * advantage_T
     if weight_T is not None:
         gain_T = weight_T * gain_T
-    return -gain_T, {"importance_ratio": ratio_T.detach(), "advantage": advantage_T}
+    return -gain_T, {"importance_ratio": measured_T, "advantage": advantage_T}
 
 
 def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> Tensor:
@@ -273,6 +275,13 @@ def _kl_terms(p: Tensor, q: Tensor, ignored: Tensor) -> Tensor:
     # Masked before the arithmetic as well: 0 * inf in the branch not taken would still be a NaN gradient.
     p, q = p.masked_fill(ignored, 0.0), q.masked_fill(ignored, 0.0)
     return (p.exp() * (p - q)).masked_fill(ignored, 0.0)
+
+
+def _clipped(log_ratio_T: Tensor, advantage_T: Tensor, epsilon: float) -> Tensor:
+    """log r, a constant at the bound where r is past it on the side that the advantage pushes to."""
+    low, high = math.log1p(-epsilon), math.log1p(epsilon)
+    is_past_T = torch.where(advantage_T > 0, log_ratio_T > high, (advantage_T < 0) & (log_ratio_T < low))
+    return torch.where(is_past_T, log_ratio_T.detach().clamp(low, high), log_ratio_T)
 
 
 def _ratio(log_ratio_T: Tensor, truncation: float | None) -> Tensor:

@@ -23,10 +23,9 @@ import cache_schema as cs
 from pipeline.config import RewardConfig, TrainConfig
 from pipeline.logprobs import HeadLoss
 from pipeline.train import losses
-from pipeline.train.baseline import RESIDUAL
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums
 from pipeline.train.mixture import Teachers
-from pipeline.train.replay import MicroBatch
+from pipeline.train.replay import BEHAVIOUR, MicroBatch
 from pipeline.train.reward import ADVANTAGE
 
 
@@ -40,7 +39,6 @@ class Targets:
         old_T, teacher_T: log-probs of the sampled token by the student that sampled it and by the teacher.
         behaviour_T: its log-prob under the distribution that it was really sampled from, if that is corrected for.
         reward_T: the task reward's advantage, times its coefficient; None without one.
-        residual_T: the residual baseline; None without it.
         log_draws_TC: see `log_draw_weights`; None where candidates are no draws.
         weights_T: what each token counts for, all copies of its rollout together.
         copies_T: how many those are.
@@ -53,7 +51,6 @@ class Targets:
     teacher_T: Tensor
     behaviour_T: Tensor | None
     reward_T: Tensor | None
-    residual_T: Tensor | None
     log_draws_TC: Tensor | None
     weights_T: Tensor
     copies_T: Tensor
@@ -144,13 +141,11 @@ class Objective:
             # NaN (not scored) times a weight of 0 would still be a NaN gradient; columns without an id are not read.
             return values_T.masked_fill(ignored_T.view(-1, *[1] * (values_T.ndim - 1)), 0.0)
 
-        behaviour_T = reward_T = residual_T = log_draws_TC = None
-        if self.train.residual_baseline:
-            residual_T = column(RESIDUAL)
+        behaviour_T = reward_T = log_draws_TC = None
         if self.reward.coefficient:
             reward_T = self.reward.coefficient * column(ADVANTAGE)
         if self.train.behaviour_correction:
-            behaviour_T = finite(torch.from_numpy(micro_batch.rollout_logprobs).to(device))
+            behaviour_T = finite(column(BEHAVIOUR))
         if self._over_draws:
             log_draws_TC = log_draw_weights(candidates, column(f"{cs.STUDENT}/candidate_logprobs"))
             log_draws_TC = F.pad(log_draws_TC, (0, told.ids_TC.shape[1] - candidates.shape[1]), value=-torch.inf)
@@ -163,7 +158,6 @@ class Objective:
             teacher_T=teacher_TC[:, 0],
             behaviour_T=behaviour_T,
             reward_T=reward_T,
-            residual_T=residual_T,
             log_draws_TC=log_draws_TC,
             weights_T=weights_T,
             copies_T=torch.from_numpy(micro_batch.copies_T).to(device),
@@ -179,8 +173,6 @@ class Objective:
         )
         if self.train.loss == "importance_sampling":
             reference_n = old_n if self.train.advantage == "cached" else sampled_n
-            if targets.residual_T is not None:
-                teacher_n = teacher_n - targets.residual_T[rows]
             advantage_n = teacher_weight * losses.advantage(reference_n, teacher_n, self.train.advantage_clip)
             if reward_n is not None:
                 advantage_n = advantage_n + reward_n

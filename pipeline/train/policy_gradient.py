@@ -19,7 +19,7 @@ from pipeline.logprobs import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_sums
 from pipeline.train.objective import Sums, surrogate, weighted_total
-from pipeline.train.replay import MicroBatch
+from pipeline.train.replay import BEHAVIOUR, MicroBatch
 from pipeline.train.reward import ADVANTAGE
 
 
@@ -52,7 +52,7 @@ class PolicyGradient:
 
         behaviour_T = None
         if self.train.behaviour_correction:
-            behaviour_T = torch.from_numpy(micro_batch.rollout_logprobs).to(device).nan_to_num()
+            behaviour_T = on_device(BEHAVIOUR)
         return Sampled(
             ids_TC=torch.from_numpy(micro_batch.token_ids).long()[:, None].to(device),
             old_T=on_device(f"{cs.STUDENT}/logprobs"),

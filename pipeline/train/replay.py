@@ -29,13 +29,22 @@ from pipeline.train.selection import Selection, Weights
 Array = npt.NDArray[Any]
 Derived = Callable[[cs.RolloutBlock], Mapping[str, Array]]
 
+#: Column of a loaded block: f4 [T], of each token under the distribution that it was sampled from.
+BEHAVIOUR = "rollouts/rollout_logprobs"
+
+
+def behaviour(rollouts: cs.RolloutBlock) -> Mapping[str, Array]:
+    """`BEHAVIOUR` of a block."""
+    return {BEHAVIOUR: rollouts.rollout_logprobs}
+
 
 @dataclass(frozen=True)
 class LoadedBlock:
     """A block's rollouts with the columns that training needs, all [T, ...] over the block's response tokens.
 
     Attributes:
-        columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`.
+        columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`; everything that a loss takes from a row,
+            beside its tokens and weights.
         weights: f4 [T], what a token counts for in the loss: 1 if it is `trained`, scored and selected, else 0.
     """
 
@@ -98,12 +107,13 @@ class Rollout:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """Equal for rollouts that teach the same: prompt, response, weights, candidates (which may be drawn), and
-        which of them a teacher told.
+        """Equal for rollouts with equal gradients: the same tokens and weights, and the same bytes in every column.
+
+        All that a loss takes from a row, beside tokens and weights, is a column. So nothing else can differ: not the
+        reward of what follows the last token that counts, nor log-probs of another forward pass.
         """
-        ids = [self.column(name).tobytes() for name in self.block.columns if name.endswith("_ids")]
-        ids += [np.isnan(self.column(n)).tobytes() for n in self.block.columns if n.endswith("/candidate_logprobs")]
-        return (self.prompt_index, self.token_ids.tobytes(), self.weights.tobytes(), *ids)
+        columns = [self.column(name).tobytes() for name in sorted(self.block.columns)]
+        return (self.prompt_index, self.token_ids.tobytes(), self.weights.tobytes(), *columns)
 
     def column(self, name: str) -> Array:
         """[T, ...] of one of the block's columns."""
@@ -130,11 +140,6 @@ class MicroBatch:
     @property
     def _lengths(self) -> list[int]:
         return [rollout.response.stop - rollout.response.start for rollout in self.rollouts]
-
-    @property
-    def rollout_logprobs(self) -> Weights:
-        """f4 [T]: of each token under the distribution that it was sampled from."""
-        return np.concatenate([r.block.rollouts.rollout_logprobs[r.response] for r in self.rollouts])
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
@@ -174,7 +179,7 @@ class Batch:
     def distinct(self) -> tuple[tuple[Rollout, int], ...]:
         """Each different rollout with the number of its copies, in order of first occurrence; none without weight.
 
-        A student that is sure of itself answers alike most of the time, and equal rollouts have equal gradients.
+        A student that is sure of itself answers alike most of the time. See `Rollout.content` for what is equal.
         """
         copies: dict[tuple[object, ...], list[Rollout]] = {}
         for rollout in self.rollouts:

@@ -6,7 +6,8 @@ A rollout's reward r is 1 or 0. Its tokens' advantage compares it with the other
     mean    r - mean                      without the bias towards easy and hard prompts, Liu et al. 2025,
                                           "Understanding R1-Zero-Like Training" (Dr. GRPO), arXiv:2503.20783
 
-and is 0 where all of them are alike. Shapes: T response positions of a block.
+and is 0 where all of them are alike. `std` is the population's: squares are divided by the number n of rollouts, not
+by n - 1, which would make every advantage smaller by sqrt((n - 1) / n). Shapes: T response positions of a block.
 """
 
 from __future__ import annotations
@@ -89,6 +90,21 @@ def mean_reward(batch: Batch) -> float | None:
         return None
     values = np.array([rollout.column(VALUE)[0] for rollout in batch.rollouts])
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def check_comparable(round_: cs.Round) -> None:
+    """An advantage compares different rollouts of a prompt. Raises `ConfigError`."""
+    sampled, where = round_.manifest, f"reward.coefficient: round {round_.index} of the cache"
+    if sampled.rollouts_per_prompt == 1:
+        raise ConfigError(
+            f"{where} has 1 rollout of each prompt, and an advantage is over the others of a prompt; sample a round "
+            "with rollouts.rollouts_per_prompt of 2 or more, or set it to 0"
+        )
+    if sampled.temperature == 0:
+        raise ConfigError(
+            f"{where} was decoded greedily, so all rollouts of a prompt earn the same; sample a round at a "
+            "temperature, or set it to 0"
+        )
 
 
 def check_answers(round_: cs.Round, settings: RewardConfig) -> None:

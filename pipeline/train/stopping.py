@@ -30,7 +30,9 @@ class Memory:
 
 
 def badness(train: TrainConfig, value: float) -> float:
-    """A value of `train.heldout_metric` such that less is better."""
+    """A value of `train.heldout_metric` such that less is better; NaN is worse than any."""
+    if math.isnan(value):
+        return math.inf
     return value if train.heldout_metric == "reverse_kl" else -value
 
 
