@@ -31,6 +31,7 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, StudentConfig, TeacherConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
+from pipeline.finite import set_name
 from pipeline.model_files import (
     check_model_files,
     check_tokenizer_files,
@@ -228,6 +229,12 @@ def model_facts(cfg: ModelConfig) -> ModelFacts:
     )
 
 
+def architectures(cfg: ModelConfig) -> list[str]:
+    """The classes that a model's configuration names. Raises `ModelError`."""
+    found = read_config(model_directory(cfg, weights=False))
+    return found.architectures or [found.model_type or "its architecture"]
+
+
 def model_identity(cfg: ModelConfig) -> cs.ModelIdentity:
     """The model by digest; see `pipeline.provenance` for what it covers and costs. Raises `ModelError`."""
     directory, adapter = model_directory(cfg), adapter_directory(cfg)
@@ -382,7 +389,7 @@ def load_model(
     model.eval()
     if not trainable:
         model.requires_grad_(False)
-    name_model(model, cfg)
+    set_name(model, f"{setting(cfg, 'model')} = {cfg.model!r}")
     adapter = f" with adapter {cfg.adapter}" if cfg.adapter else ""
     quantised = f"{cfg.quantisation} and " if cfg.quantisation else ""
     say(
@@ -439,6 +446,7 @@ def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTr
             module, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
         model.initialize_weights()  # which on the meta device does nothing
+    set_name(model, f"{setting(cfg, 'model')} = {cfg.model!r}")
     return model.eval().requires_grad_(False)
 
 
@@ -501,11 +509,6 @@ def check_places(
                 "model would run than was saved; compare its config.json (architectures, num_hidden_layers, "
                 "attention_bias) with the checkpoint, or download it again"
             )
-
-
-def name_model(model: Any, cfg: ModelConfig) -> None:
-    """Let messages about a loaded model, or about its values, name it as the recipe does."""
-    model.redpen_name = f"{setting(cfg, 'model')} = {cfg.model!r}"
 
 
 def with_adapter(model: PreTrainedModel, cfg: ModelConfig, *, trainable: bool = False) -> Any:

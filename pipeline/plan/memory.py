@@ -163,7 +163,7 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
         memory.take(f"{SLOTS} layers", SLOTS * weights.largest_layer)
         tokens = min(recipe.score.tile_tokens, 4096)
         body, ids = decoder_body(model), torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), shadow.WithoutValues():
             noted = layered.note(partial(body, input_ids=ids, use_cache=False))
             with PeakBytes() as peak:
                 layered.step(0, noted)

@@ -118,7 +118,7 @@ class StreamedScorer:
                 steps = self._steps(sum(len(packed.target_ids) for packed in packs), len(wave))
                 hidden = self._layered.run(forwards, weights, steps.__next__)
                 for tile, packed, hidden_TD in zip(wave, packs, hidden, strict=True):
-                    parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options))
+                    parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options, self._model))
                 next(steps)
         return joined(parts)
 
