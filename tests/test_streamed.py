@@ -389,7 +389,7 @@ def truncated(model: Path) -> None:
         (without("lm_head.weight"), r"lm_head\.weight is missing"),
         (
             with_another("model.layers.1.mlp.extra.weight", 3),
-            r"holds model\.layers\.1\.mlp\.extra\.weight, which the model does not know; use score\.placement",
+            r"have no place in the model \(model\.layers\.1\.mlp\.extra\.weight\)",
         ),
         (with_another("model.layers.0.self_attn.q_proj.weight", 3, 5), r"expected \(32, 32\), got \(3, 5\)"),
         (quantised, r"student\.model = .*: cannot be streamed, its weights are quantised \(gptq\); use"),
@@ -407,6 +407,8 @@ def test_what_cannot_be_streamed_is_refused_in_one_line(
 
 def test_tensors_outside_the_layers_may_be_left_over(qwen3: Path) -> None:
     """Such as the layers that predict further tokens, behind the last one, of some checkpoints."""
+    settings = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 1}))
     expected = resident(config(qwen3), block())
     with_another("model.layers.3.mlp.extra.weight", 3)(qwen3)
     assert_same_bits(StreamedScorer(config(qwen3), OPTIONS).compute_logprobs(block()), expected)
