@@ -97,7 +97,9 @@ def resolve_path(model: str) -> str:
     try:
         return str(asset_path(model.removeprefix("toy:")))
     except (OSError, ValueError):  # also a name that no file system takes
-        raise ModelError(f"model {_shown(model)}: expected one of {', '.join(asset_names()[:2])} after toy:") from None
+        raise ModelError(
+            f"model {_shown(model)}: expected one of {', '.join(asset_names()[:2])} after toy:"
+        ) from None
 
 
 def base_name(cfg: ModelConfig) -> str:

@@ -123,7 +123,9 @@ def weight_files(directory: Path) -> list[Path]:
     files = [directory / name for name in sorted(set(index.weight_map.values()))]
     for file in files:
         if not file.is_file():
-            raise ModelError(f"{file}: named by model.safetensors.index.json, but not there; download or copy the model again")
+            raise ModelError(
+                f"{file}: named by model.safetensors.index.json, but not there; download or copy the model again"
+            )
     return files
 
 

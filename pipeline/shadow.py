@@ -42,9 +42,13 @@ class WithoutValues(TorchDispatchMode):
     def __enter__(self) -> Any:
         autocast: Any = torch.autocast
         self._autocast = autocast
-        setattr(torch, "autocast", lambda device_type, *args, **kwargs: (  # noqa: B010  mypy knows it as a class
-            contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-        ))
+        setattr(
+            torch,
+            "autocast",
+            lambda device_type, *args, **kwargs: (  # noqa: B010  mypy knows it as a class
+                contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+            ),
+        )
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
