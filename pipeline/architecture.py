@@ -1,7 +1,7 @@
 """What an architecture cannot do is found from its configuration, before hours are spent on rollouts.
 
-The model is run on torch's meta device, without weights: packed rollouts must meet in attention alone, in every layer,
-through transformers' attention interface. What a layer carries from token to token besides (a convolution, a recurrent
+The model is run on torch's meta device, without weights: packed rollouts must meet in attention alone, in every
+layer, through transformers' attention interface. What a layer carries from token to token besides (a convolution, a recurrent
 state) would leak from one rollout into the next.
 """
 
@@ -55,8 +55,8 @@ def check_architecture(cfg: ModelConfig) -> None:
 
 def _refusal(label: str, name: str, reason: str) -> ModelError:
     return ModelError(
-        f"{label}: {name} cannot be used for packed rollouts, which scoring and training need: {reason}; choose another "
-        "model"
+        f"{label}: {name} cannot be used for packed rollouts, which scoring and training need: {reason}; choose "
+        "another model"
     )
 
 

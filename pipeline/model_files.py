@@ -1,7 +1,7 @@
 """The files that come with a model, checked before transformers, tokenizers or peft see them.
 
-Each kind of file has one model here, which says what redpen and the libraries take for granted; all other settings are
-kept as they are. Files of a Hub snapshot are links to blobs, so links are followed.
+Each kind of file has one model here, which says what redpen and the libraries take for granted; all other settings
+are kept as they are. Files of a Hub snapshot are links to blobs, so links are followed.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def check_model_files(directory: Path) -> None:
     read_index(directory)
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
-            f"{directory}: expected a model or an adapter, found config.json and adapter_config.json, which transformers "
-            "would apply unseen; move the adapter's files to a directory of their own"
+            f"{directory}: expected a model or an adapter, found config.json and adapter_config.json, which "
+            "transformers would apply unseen; move the adapter's files to a directory of their own"
         )
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -538,8 +538,8 @@ def with_adapter(model: PreTrainedModel, cfg: ModelConfig, *, trainable: bool = 
             ) from error
     if unexpected := loaded.unexpected_keys:
         raise ModelError(
-            f"{label}: {len(unexpected)} of its tensors have no place in {cfg.model} ({named(unexpected)}); choose the "
-            "model that it was trained on"
+            f"{label}: {len(unexpected)} of its tensors have no place in {cfg.model} ({named(unexpected)}); choose "
+            "the model that it was trained on"
         )
     for warning in caught:
         if "missing adapter keys" in str(warning.message):

@@ -275,8 +275,8 @@ def decoder_body(model: nn.Module) -> nn.Module:
     """The decoder without its head, also inside a PEFT wrapper; `Head` maps its output to logits.
 
     Raises:
-        ModelError: the adapter adds positions of its own (prompt or prefix tuning), which packing cannot place; or the
-            model has no decoder apart from its head.
+        ModelError: the adapter adds positions of its own (prompt or prefix tuning), which packing cannot place; or
+            the model has no decoder apart from its head.
     """
     adapters: Any = getattr(model, "peft_config", {})
     if any(adapter.is_prompt_learning for adapter in adapters.values()):
@@ -300,7 +300,7 @@ def packed_hidden(model: nn.Module, packed: PackedTokens) -> Tensor:
     if not 0 <= packed.lowest_id <= packed.highest_id < rows:
         raise ModelError(
             f"{name_of(model)}: its vocabulary has the ids 0..{rows - 1}, a rollout holds "
-            f"{packed.lowest_id if packed.lowest_id < 0 else packed.highest_id}; the rollouts were sampled with another "
+            f"{packed.lowest_id if packed.lowest_id < 0 else packed.highest_id}; they were sampled with another "
             "vocabulary, or with more padding of it"
         )
     if body.config._attn_implementation != ATTENTION:
@@ -364,7 +364,8 @@ def check_packing(
     if not worst <= tolerance:
         raise ModelError(
             f"packing: expected packed log-probs within {tolerance:g} of each rollout's own, got a difference of "
-            f"{worst:.3g}; {name_of(model)} ({type(base).__name__}) does something that redpen's packed attention or head does not know"
+            f"{worst:.3g}; {name_of(model)} ({type(base).__name__}) does something that "
+            "redpen's packed attention or head does not know"
         )
     return worst
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 
 from pipeline import models
@@ -23,6 +23,7 @@ from pipeline.logprobs import unwrapped
 from pipeline.packing import decoder_body
 from pipeline.peak import PeakBytes, bytes_of
 
+_DispatchMode: Any = _python_dispatch.TorchDispatchMode  # has no types
 _META = torch.device("meta")
 # Known to transformers as attention and not as a mask, so no mask is made.
 _ATTENTION = "redpen_shadow"
@@ -33,26 +34,23 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
-class WithoutValues(TorchDispatchMode):
+class WithoutValues(_DispatchMode):  # type: ignore[misc]
     """Answers what a forward on the meta device asks of values that are not there: every number is 0, every condition
     false, nothing is found. Products by group, which torch has no meta kernel for but in bf16, have their shape, and
     autocast, which peft switches off on any device, is no error.
     """
 
     def __enter__(self) -> Any:
-        autocast: Any = torch.autocast
-        self._autocast = autocast
-        setattr(
-            torch,
-            "autocast",
-            lambda device_type, *args, **kwargs: (  # noqa: B010  mypy knows it as a class
-                contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-            ),
-        )
+        self._autocast: Any = torch.autocast
+
+        def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return contextlib.nullcontext() if device_type == "meta" else self._autocast(device_type, *args, **kwargs)
+
+        torch.autocast = autocast  # type: ignore[assignment, misc]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        setattr(torch, "autocast", self._autocast)  # noqa: B010
+        torch.autocast = self._autocast  # type: ignore[misc]
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

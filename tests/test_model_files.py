@@ -269,10 +269,7 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
 
     damage(tiny)
     model = models.load_model(config(tiny), attention="sdpa")
-    sampling = Sampling(
-        temperature=temperature, top_p=0.9, max_response_tokens=3, rollouts_per_prompt=2, stop_token_ids=(256,), seed=0,
-
-    )  # fmt: skip
+    sampling = Sampling(temperature, 0.9, (256,), rollouts_per_prompt=2, max_response_tokens=3, seed=0)
     block = PromptBlock(0, [(0, np.array([5, 6, 7], np.int32))])
     with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite") as error:
         TransformersSampler(model, sampling).sample_block(block)

@@ -473,7 +473,7 @@ def test_a_leak_between_packed_rollouts_is_noticed(qwen3: Path, monkeypatch: pyt
     sequences = [np.concatenate([block().prompt(row), block().response(row)]) for row in (0, 1, 5)]
     one_sequence = PackPlan.of([sum(map(len, sequences))], "cpu")
     monkeypatch.setattr(PackPlan, "of", lambda *_: one_sequence)
-    with pytest.raises(ModelError, match=r"packing: expected .* Qwen3ForCausalLM"):
+    with pytest.raises(ModelError, match=r"packing: expected .* \(Qwen3ForCausalLM\)"):
         scorer.check_packing(sequences, [4, 4, 4])
 
 

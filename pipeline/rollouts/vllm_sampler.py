@@ -153,8 +153,9 @@ class VllmSampler:
         logprobs = np.array(response.logprobs.logprobs, np.float32)
         if not np.isfinite(logprobs).all():
             raise ModelError(
-                "student.model in vLLM: its logits are not finite while sampling; most likely its values overflow its "
-                'dtype, or its weights are damaged; use student.dtype = "bfloat16" or "float32", or download it again'
+                "student.model in vLLM: its logits are not finite while sampling; most likely its values overflow "
+                'its dtype, or its weights are damaged; use student.dtype = "bfloat16" or "float32", or download it '
+                "again"
             )
         return cs.RolloutRow(
             prompt=request.prompt,

@@ -145,8 +145,8 @@ def refuse_nan(logprobs: npt.ArrayLike) -> None:
     """Refuse log-probs of a model that computes no numbers. Raises `ModelError`."""
     if np.isnan(np.asarray(logprobs, np.float64)).any():
         raise ModelError(
-            "told log-probs that are not numbers, since its logits are not finite; most likely its values overflow its "
-            "dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
+            "told log-probs that are not numbers, since its logits are not finite; most likely its values overflow "
+            "its dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
         )
 
 

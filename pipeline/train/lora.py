@@ -20,6 +20,7 @@ from pipeline.console import warn
 from pipeline.errors import ModelError
 from pipeline.files import atomic_directory
 from pipeline.finite import name_of
+from pipeline.logprobs import unwrapped
 from pipeline.packing import decoder_body
 
 _NAME = "default"
@@ -51,9 +52,10 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
 
 
 def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
-    """Freeze `model` and put a fresh LoRA on the linear layers of its decoder, the head excluded; its weights are fp32.
+    """Freeze `model` and put a fresh LoRA on the linear layers of its decoder; its weights are fp32.
 
-    What is beside the decoder (a vision tower) has none, nor have routers, which return more than a product.
+    The head and what is beside the decoder (a vision tower) have none, nor have routers, which return more
+    than a product.
 
     A = Kaiming uniform from `train.seed`, B = 0, so the first forward is the student's own. A model that came with an
     adapter (`student.adapter`) goes on training that one, whose rank and alpha must be the recipe's.
@@ -88,12 +90,13 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 def _excluded(model: nn.Module) -> str | None:
     """A pattern of the linear layers that no LoRA goes on, None if there are none."""
     decoder = {id(module) for module in decoder_body(model).modules()}
+    head = unwrapped(model).get_output_embeddings()  # which peft leaves out
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and (id(module) not in decoder or _is_router(module))
-        and module is not model.get_output_embeddings()  # type: ignore[operator]  peft leaves it out
+        and module is not head
     ]
     # By what they have in common in all layers, since the pattern is kept with the adapter.
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
@@ -113,8 +116,8 @@ def _warn_of_experts(adapted: nn.Module) -> None:
     if count and not adapted_experts:
         share = count / sum(p.numel() for _, p in weights)
         warn(
-            f'train.lora_targets = "all-linear": the experts of {name_of(adapted)} ({share:.0%} of its weights) are no '
-            "linear layers and get no LoRA; the other layers are trained"
+            f'train.lora_targets = "all-linear": the experts of {name_of(adapted)} ({share:.0%} of its weights) are '
+            "no linear layers and get no LoRA; the other layers are trained"
         )
 
 
@@ -127,7 +130,8 @@ def training_mode(model: nn.Module) -> None:
     """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in
     eval mode: a base model's own dropout would make the student another one than the cache was sampled from.
 
-    A layer checkpoints its gradients only in training mode, but may also drop out by it: its forward runs in eval mode.
+    A layer checkpoints its gradients in training mode only, but may also drop out by it: its forward runs in eval
+    mode.
     """
     for name, module in model.named_modules():
         module.training = "lora_dropout" in name
