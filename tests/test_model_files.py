@@ -16,10 +16,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PhimoeConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MambaConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+)
 
 import pipeline.models as models
-from pipeline.config import ModelConfig, RolloutsConfig
+from pipeline.architecture import check_architecture, check_checkpoint
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
 from pipeline.model_files import ConfigFile, without_place
 from pipeline.score.streamed import StreamedScorer
@@ -73,7 +81,8 @@ def use(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "load", [models.load_model, StreamedScorer, functools.partial(models.load_model, attention="sdpa")]
+    "load",
+    [models.load_model, functools.partial(models.load_model, attention="sdpa"), StreamedScorer, check_checkpoint],
 )
 @pytest.mark.parametrize(
     ("changes", "named"),
@@ -236,8 +245,6 @@ def _changed(value: Any, rng: random.Random, values: tuple[Any, ...]) -> Any:
 def test_an_architecture_that_cannot_be_packed_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
     import transformers
 
-    from pipeline.architecture import check_architecture
-
     made: PreTrainedConfig = getattr(transformers, f"{family}Config")(
         **SHAPE, eos_token_id=2, bos_token_id=1, pad_token_id=0
     )
@@ -253,10 +260,22 @@ def test_an_architecture_that_cannot_be_packed_is_refused_by_its_configuration(f
     "made", [LlamaConfig(**SHAPE), PhimoeConfig(**SHAPE), DeepseekV3Config(**SHAPE, n_routed_experts=8)]
 )
 def test_an_architecture_that_can_be_packed_is_not(made: PreTrainedConfig, tmp_path: Path) -> None:
-    from pipeline.architecture import check_architecture
-
     made.save_pretrained(tmp_path)
     check_architecture(config(tmp_path))
+
+
+def test_a_teacher_that_cannot_be_packed_is_refused_before_anything_is_sampled(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    from pipeline.rollouts.stage import run
+
+    save(
+        AutoModelForCausalLM.from_config(MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1)),
+        tmp_path / "m",
+    )
+    with pytest.raises(ModelError, match=r"teacher\.model = .*MambaForCausalLM"):
+        run(recipe(f"teacher.model={tmp_path / 'm'}"), str(tmp_path / "cache.zarr"))
+    assert not (tmp_path / "cache.zarr").exists()
 
 
 # -- logits --------------------------------------------------------------------------------------------------
@@ -298,6 +317,29 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
         with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 300") as error:
             scorer.compute_logprobs(rollouts(sequences))
         one_line(error)
+
+
+def test_an_engine_that_tells_no_numbers_is_refused() -> None:
+    from pipeline.score.prompt_logprobs import Question, Told
+
+    with pytest.raises(ModelError, match="not finite"):
+        Told.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
+    Told.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
+    with pytest.raises(ModelError, match="not finite"):
+        Told.positions([None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None))
+
+
+def test_training_stops_where_logits_are_not_finite(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.train.likelihood import CrossEntropy
+    from pipeline.train.objective import Sums
+    from pipeline.train.trainer import Trainer
+
+    train = TrainConfig(method="full")
+    trainer = Trainer(models.load_model(config(tiny)).requires_grad_(True), CrossEntropy(), train)
+    totals = torch.tensor([torch.nan, 1, 0, 0, torch.nan], dtype=torch.float64)
+    monkeypatch.setattr(trainer, "gradient", lambda batch: Sums.of(totals))
+    with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite"):
+        trainer.update(None)  # type: ignore[arg-type]
 
 
 def damage(model: Path) -> None:

@@ -128,9 +128,11 @@ def _check_architectures(recipe: Recipe) -> None:
     """Refuse models that could not read what is about to be sampled. A teacher that cannot be had now is left to
     `redpen score`.
     """
-    from pipeline.architecture import check_architecture
+    from pipeline.architecture import check_architecture, check_checkpoint
 
     check_architecture(recipe.student)
+    if recipe.rollouts.engine == "vllm":
+        check_checkpoint(recipe.student)
     for teacher in recipe.teacher:
         if recipe.placement(teacher) in ("resident", "streamed"):
             with contextlib.suppress(ModelNotFoundError):

@@ -147,11 +147,8 @@ class StreamedScorer:
         """Load what is outside the layers; returns what is in them. Refuses a checkpoint of an unknown layout."""
         checkpoint, layer_of = transfer.checkpoint, self._layered.layer_of
         places = locate(skeleton, checkpoint)
-        ties = [pair for pair in skeleton.all_tied_weights_keys.items() if not places.missing.issuperset(pair)]
-        missing = {
-            name for name in places.missing if layer_of(name) is not None or not any(name in pair for pair in ties)
-        }
-        models.check_places(self._cfg, missing, places.unexpected)
+        in_layers = {name for name in places.missing if layer_of(name) is not None}
+        models.check_places(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
         layers, others = Group.partition(places, layer_of, self._device)
         # An adapter belongs to the device, and may be on the embedding.
         aside = self._layered.embedding_alone() if self._device.type == "cuda" and not self._cfg.adapter else None

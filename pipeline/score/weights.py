@@ -228,6 +228,11 @@ class Places:
     missing: set[str]
     unexpected: set[str]
 
+    def lacking(self, model: PreTrainedModel) -> set[str]:
+        """Those of the missing that are not tied to a weight which is there."""
+        ties = [pair for pair in model.all_tied_weights_keys.items() if not self.missing.issuperset(pair)]
+        return {name for name in self.missing if not any(name in pair for pair in ties)}
+
 
 def locate(model: PreTrainedModel, checkpoint: Checkpoint) -> Places:
     """Find every weight of a model (on the meta device) in a checkpoint, by the rules of `from_pretrained`.
