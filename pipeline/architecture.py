@@ -1,8 +1,8 @@
 """What an architecture cannot do is found from its configuration, before hours are spent on rollouts.
 
 The model is run on torch's meta device, without weights: packed rollouts must meet in attention alone, in every
-layer, through transformers' attention interface. What a layer carries from token to token besides (a convolution, a recurrent
-state) would leak from one rollout into the next.
+layer, through transformers' attention interface. What a layer carries from token to token besides (a
+convolution, a recurrent state) would leak from one rollout into the next.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def test_an_architecture_that_cannot_be_packed_is_refused_by_its_configuration(f
     import transformers
 
     made: PreTrainedConfig = getattr(transformers, f"{family}Config")(
-        **SHAPE, eos_token_id=2, bos_token_id=1, pad_token_id=0
+        **SHAPE, num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=0
     )
     made.save_pretrained(tmp_path)
     with pytest.raises(ModelError) as error:
