@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 from pipeline import models
 from pipeline.config import ModelConfig
@@ -27,6 +28,8 @@ _DispatchMode: Any = _python_dispatch.TorchDispatchMode  # has no types
 _META = torch.device("meta")
 # Known to transformers as attention and not as a mask, so no mask is made.
 _ATTENTION = "redpen_shadow"
+#: Layers that are quantised: GPT-2 has linear layers of its own.
+LINEAR = (nn.Linear, Conv1D)
 # How architectures call the number of experts in a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Bytes of a weight in NF4, its scales quantised too: 4 bits, a byte for 64 weights, an fp32 for 256 of those
@@ -104,7 +107,7 @@ class Weights:
         in_bits = {
             id(module.weight)
             for module in model.modules()
-            if quantisation and isinstance(module, nn.Linear) and module.weight is not head
+            if quantisation and isinstance(module, LINEAR) and module.weight is not head
         }
 
         def nbytes(parameter: Tensor) -> float:

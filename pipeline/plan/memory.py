@@ -261,8 +261,8 @@ def _state_bytes(train: TrainConfig, parameter: torch.Tensor) -> float:
 
 def _largest_matrix(model: Any) -> float:
     head = model.get_output_embeddings().weight
-    linear = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head)
-    return float(max(weight.nbytes for weight in linear))
+    linear = (m.weight for m in model.modules() if isinstance(m, shadow.LINEAR) and m.weight is not head)
+    return float(max((weight.nbytes for weight in linear), default=0))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
