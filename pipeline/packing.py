@@ -288,6 +288,20 @@ def decoder_body(model: nn.Module) -> nn.Module:
     return body
 
 
+def check_token_ids(model: nn.Module, lowest: int, highest: int) -> None:
+    """Refuse tokens that the embedding has no row for, which a GPU would answer by ending the process. Raises
+    `ModelError`.
+    """
+    embedding = unwrapped(model).get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", highest + 1)
+    if lowest < 0 or highest >= rows:
+        found = lowest if lowest < 0 else highest
+        raise ModelError(
+            f"{name_of(model)}: its vocabulary has the ids 0..{rows - 1}, found {found}; the tokens were made with "
+            "another vocabulary, or with more padding of it"
+        )
+
+
 def packed_hidden(model: nn.Module, packed: PackedTokens) -> Tensor:
     """Hidden rows [T, D] after the final norm, at the rows that predict response tokens. Differentiable.
 
@@ -296,13 +310,7 @@ def packed_hidden(model: nn.Module, packed: PackedTokens) -> Tensor:
             outside its vocabulary.
     """
     body: Any = decoder_body(model)
-    rows = getattr(body.get_input_embeddings(), "num_embeddings", None) or packed.highest_id + 1
-    if not 0 <= packed.lowest_id <= packed.highest_id < rows:
-        raise ModelError(
-            f"{name_of(model)}: its vocabulary has the ids 0..{rows - 1}, a rollout holds "
-            f"{packed.lowest_id if packed.lowest_id < 0 else packed.highest_id}; they were sampled with another "
-            "vocabulary, or with more padding of it"
-        )
+    check_token_ids(model, packed.lowest_id, packed.highest_id)
     if body.config._attn_implementation != ATTENTION:
         raise ModelError(
             f"attention: expected a model with attn_implementation={ATTENTION!r}, got "

@@ -310,8 +310,16 @@ def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
 
 
 def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
+    from pipeline.rollouts import PromptBlock, Sampling
+    from pipeline.rollouts.transformers_sampler import TransformersSampler
     from pipeline.score.resident import ResidentScorer
 
+    sampler = TransformersSampler(
+        models.load_model(config(tiny), attention="sdpa"),
+        Sampling(1.0, 1.0, (256,), rollouts_per_prompt=1, max_response_tokens=3, seed=0),
+    )
+    with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 259"):
+        sampler.sample_block(PromptBlock(0, [(0, np.array([259], np.int32))]))
     sequences = [np.array([5, 6, 300, 7], np.int32)]
     for scorer in (ResidentScorer(models.load_model(config(tiny))), StreamedScorer(config(tiny))):
         with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 300") as error:

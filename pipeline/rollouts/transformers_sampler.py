@@ -29,7 +29,7 @@ from transformers import (
 import cache_schema as cs
 from pipeline.finite import not_finite
 from pipeline.logprobs import Head, logits
-from pipeline.packing import decoder_body
+from pipeline.packing import check_token_ids, decoder_body
 from pipeline.rollouts import PromptBlock, Sampling
 
 # Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
@@ -162,6 +162,7 @@ class TransformersSampler:
         for row, ids in enumerate(sequences):
             ids_PS[row, longest - len(ids) :] = ids
             mask_PS[row, longest - len(ids) :] = 1
+        check_token_ids(self._model, int(ids_PS.min()), int(ids_PS.max()))
         mask = torch.from_numpy(mask_PS).to(self._device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden_PD = self._forward(torch.from_numpy(ids_PS).to(self._device), mask, positions, cache)
