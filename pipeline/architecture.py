@@ -17,7 +17,6 @@ from pipeline import models, packing
 from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.logprobs import Head, unwrapped
-from pipeline.model_files import check_model_files
 from pipeline.shadow import WithoutValues
 
 _META = torch.device("meta")
@@ -52,21 +51,6 @@ def check_architecture(cfg: ModelConfig) -> None:
         reason = f"its forward does not take them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if reason:
         raise _refusal(label, name, reason)
-
-
-def check_checkpoint(cfg: ModelConfig) -> None:
-    """Refuse weights that are not the whole model, or more than it, for an engine that would not say so. Reads names
-    and shapes alone; what is quantised is left to that engine. Raises `ModelError`.
-    """
-    from pipeline.score.weights import Checkpoint, locate
-
-    if models.model_facts(cfg).quantisation is not None:
-        return
-    directory = models.model_directory(cfg)
-    check_model_files(directory)
-    model = models.load_skeleton(cfg, _META)
-    places = locate(model, Checkpoint(directory))
-    models.check_places(cfg, places.lacking(model), places.unexpected)
 
 
 def _refusal(label: str, name: str, reason: str) -> ModelError:

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 import pipeline.models as models
-from pipeline.architecture import check_architecture, check_checkpoint
+from pipeline.architecture import check_architecture
 from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
 from pipeline.model_files import ConfigFile, without_place
+from pipeline.rollouts.checkpoint import check_checkpoint
 from pipeline.score.streamed import StreamedScorer
 from pipeline.toy import asset_path
 

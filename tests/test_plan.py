@@ -347,14 +347,16 @@ def test_any_decoder_that_can_be_trained_can_be_planned(
 ) -> None:
     """Mixtures with LoRA, layers of GPT-2's own, frequencies that depend on a length."""
     config.save_pretrained(tmp_path)
-    wanted = [f"student.model={tmp_path}", f"teacher.model={tmp_path}", 'score.placement="streamed"']
+    wanted = [f"student.model={tmp_path}", f"teacher.model={tmp_path}"]
     if quantised:
-        wanted += ['student.quantisation="nf4"']
+        wanted.append('student.quantisation="nf4"')
+    else:
+        wanted.append('score.placement="streamed"')
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
         plan.run(load_recipe("toy", wanted), Device(), as_json=True)
     steps = {need["step"]: need["total"] for need in json.loads(capsys.readouterr().out)["memory"]}
-    assert steps["training"] > 0 and steps["scoring, teacher, streamed"] > 0
+    assert steps["training"] > 0 and any(step.startswith("scoring, teacher") and steps[step] > 0 for step in steps)
 
 
 def test_command_tells_all_parts(capsys: pytest.CaptureFixture[str]) -> None:

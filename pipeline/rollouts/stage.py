@@ -128,10 +128,12 @@ def _check_architectures(recipe: Recipe) -> None:
     """Refuse models that could not read what is about to be sampled. A teacher that cannot be had now is left to
     `redpen score`.
     """
-    from pipeline.architecture import check_architecture, check_checkpoint
+    from pipeline.architecture import check_architecture
 
     check_architecture(recipe.student)
     if recipe.rollouts.engine == "vllm":
+        from pipeline.rollouts.checkpoint import check_checkpoint
+
         check_checkpoint(recipe.student)
     for teacher in recipe.teacher:
         if recipe.placement(teacher) in ("resident", "streamed"):
