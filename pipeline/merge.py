@@ -20,7 +20,7 @@ from pipeline.console import warn
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
 from pipeline.files import atomic_directory
 from pipeline.logprobs import unwrapped
-from pipeline.provenance import read_json
+from pipeline.model_files import read_adapter_config
 from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
 
 
@@ -113,12 +113,11 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
     else:
         directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
         assert directory is not None
-        told = read_json(directory / "adapter_config.json")
-        if not (base or told.get("base_model_name_or_path")):
+        settings = read_adapter_config(directory)
+        name = base or settings.base_model_name_or_path
+        if not name:
             raise ModelError(f"{target}: its adapter_config.json names no base model; give it with --base")
-        cfg = ModelConfig(
-            model=base or told["base_model_name_or_path"], revision=told.get("revision"), adapter=target
-        )
+        cfg = ModelConfig(model=name, revision=settings.revision, adapter=target)
     if base is not None:
         cfg = cfg.model_copy(update={"model": base, "revision": None})
     return cfg.model_copy(update={"dtype": "auto", "device": "cpu"})

@@ -9,14 +9,13 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -32,6 +31,16 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, StudentConfig, TeacherConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
+from pipeline.finite import set_name
+from pipeline.model_files import (
+    check_model_files,
+    check_tokenizer_files,
+    named,
+    read_adapter_config,
+    read_config,
+    read_generation_config,
+    without_place,
+)
 from pipeline.provenance import (
     adapter_digest,
     hub_commit,
@@ -40,7 +49,7 @@ from pipeline.provenance import (
     tokenizer_digest,
     weight_files,
 )
-from pipeline.toy import asset_path
+from pipeline.toy import asset_names, asset_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +57,8 @@ if TYPE_CHECKING:
 Attention = Literal["redpen_packed", "sdpa"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What transformers, safetensors and peft raise for a checkpoint that is damaged or unknown to them.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError)
+# What a path or a Hub id may hold in letters, and how many of them a message repeats.
+_LONGEST_NAME, _SHOWN = 4096, 120
 # What lies beside a model's weights and belongs to it: tokenizer, chat template, generation settings.
 _COMPANIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # What a model needs from its Hub repository, without the same weights in other layouts.
@@ -87,8 +96,10 @@ def resolve_path(model: str) -> str:
         return model
     try:
         return str(asset_path(model.removeprefix("toy:")))
-    except FileNotFoundError as error:
-        raise ModelError(f"model {model!r}: {error}") from None
+    except (OSError, ValueError):  # also a name that no file system takes
+        raise ModelError(
+            f"model {_shown(model)}: expected one of {', '.join(asset_names()[:2])} after toy:"
+        ) from None
 
 
 def base_name(cfg: ModelConfig) -> str:
@@ -157,8 +168,11 @@ def setting(cfg: ModelConfig, field: str) -> str:
 
 @functools.cache
 def _directory(model: str, revision: str | None, with_code: bool, label: str, weights: bool) -> Path:
+    if len(model) > _LONGEST_NAME or "\0" in model or "://" in model:
+        found = "this is a URL" if "://" in model else "this is no path"
+        raise ModelNotFoundError(f"{label} = {_shown(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if _is_directory(path):
         return path
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         found = "this is a file" if path.exists() else "there is no such directory"
@@ -177,13 +191,28 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str, we
         ) from error
 
 
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a part of it is longer than the file system takes
+        return False
+
+
+def _shown(name: str) -> str:
+    return repr(name) if len(name) <= _SHOWN else f"{name[:_SHOWN]!r}... ({len(name):,} letters)"
+
+
 # -- who -----------------------------------------------------------------------------------------------------
 
 
 def model_facts(cfg: ModelConfig) -> ModelFacts:
     """Read the model's configuration. Raises `ModelError`, also for one that would be quantised twice."""
     config = _load_config(cfg)
-    text = config.get_text_config()
+    with _loading(cfg, "its config.json cannot be used"):
+        text = config.get_text_config()
+        size, context = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ValueError(f"dtype: expected one of torch's, found {config.dtype!r}")
     checkpoint = getattr(config, "quantization_config", None)
     if checkpoint is not None and not isinstance(checkpoint, dict):
         checkpoint = checkpoint.to_dict()
@@ -195,11 +224,17 @@ def model_facts(cfg: ModelConfig) -> ModelFacts:
         )
     dtype = _DTYPES.get(cfg.dtype) or config.dtype or torch.float32
     return ModelFacts(
-        vocab_size=text.vocab_size,
-        context=getattr(text, "max_position_embeddings", None),
+        vocab_size=size,
+        context=context,
         dtype=str(dtype).removeprefix("torch."),
         quantisation=quantisation,
     )
+
+
+def architectures(cfg: ModelConfig) -> list[str]:
+    """The classes that a model's configuration names. Raises `ModelError`."""
+    found = read_config(model_directory(cfg, weights=False))
+    return found.architectures or [found.model_type or "its architecture"]
 
 
 def model_identity(cfg: ModelConfig) -> cs.ModelIdentity:
@@ -254,13 +289,22 @@ def stop_token_ids(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, rollout
     """
     if rollouts.stop_token_ids is not None:
         return tuple(sorted(set(rollouts.stop_token_ids)))
-    directory = model_directory(cfg)
-    named: list[Any] = [tokenizer.eos_token_id, _load_config(cfg).get_text_config().eos_token_id]
-    if (directory / "generation_config.json").is_file():
-        named.append(GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id)
+    directory = model_directory(cfg, weights=False)
+    size = model_facts(cfg).vocab_size
+    named_by = {
+        "its tokenizer": tokenizer.eos_token_id,
+        "its config.json": _load_config(cfg).get_text_config().eos_token_id,
+        "its generation_config.json": read_generation_config(directory).eos_token_id,
+    }
     ids: set[int] = set()
-    for value in named:
-        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    for file, value in named_by.items():
+        found = set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+        if wrong := sorted(token for token in found if not 0 <= token < size):
+            raise ModelError(
+                f"{setting(cfg, 'model')} = {cfg.model!r}: {file} names {wrong[0]} as an EOS token, expected an id "
+                f"below {size}; correct it, or set rollouts.stop_token_ids"
+            )
+        ids |= found
     if not ids:
         raise ModelError(
             f"{setting(cfg, 'model')} = {cfg.model!r}: neither the model nor its tokenizer names an EOS "
@@ -284,17 +328,16 @@ def pick_device(cfg: ModelConfig) -> torch.device:
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises `ModelError`."""
     directory = model_directory(cfg, weights=False)
-    try:
+    check_tokenizer_files(directory)
+    remedy = "save it beside the model with tokenizer.save_pretrained()"
+    with _loading(cfg, "its tokenizer cannot be loaded", remedy):
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
             raise ValueError("it has no vocabulary")  # what transformers makes of a model without tokenizer files
-    except _LOAD_ERRORS as error:
-        raise ModelError(
-            f"{setting(cfg, 'model')} = {cfg.model!r}: its tokenizer cannot be loaded ({_one_line(error)}); "
-            "save it beside the model with tokenizer.save_pretrained()"
-        ) from error
+        if min(tokenizer.get_vocab().values()) < 0:
+            raise ValueError("it has ids below 0")
     return tokenizer
 
 
@@ -320,6 +363,7 @@ def load_model(
 
         register_packed_attention()
     directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
+    check_model_files(directory)
     dtype = getattr(torch, facts.dtype)
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
     with _loading(cfg):
@@ -340,14 +384,14 @@ def load_model(
             # computes in bf16 whatever the dtype, and has no gradient.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        if missing := sorted(loaded["missing_keys"]):
-            # transformers would go on with random numbers in their place
-            raise ValueError(f"{len(missing)} weights are missing from its files, the first is {missing[0]}")
+        # transformers would go on without some tensors, and with random numbers in the place of others
+        check_places(cfg, loaded["missing_keys"], loaded["unexpected_keys"], loaded["mismatched_keys"])
         if cfg.adapter is not None:
             model = with_adapter(model, cfg, trainable=trainable)
     model.eval()
     if not trainable:
         model.requires_grad_(False)
+    set_name(model, f"{setting(cfg, 'model')} = {cfg.model!r}")
     adapter = f" with adapter {cfg.adapter}" if cfg.adapter else ""
     quantised = f"{cfg.quantisation} and " if cfg.quantisation else ""
     say(
@@ -404,6 +448,7 @@ def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTr
             module, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
         model.initialize_weights()  # which on the meta device does nothing
+    set_name(model, f"{setting(cfg, 'model')} = {cfg.model!r}")
     return model.eval().requires_grad_(False)
 
 
@@ -421,52 +466,84 @@ def _nf4(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 @contextlib.contextmanager
-def _loading(cfg: ModelConfig) -> Iterator[None]:
-    """What libraries raise for a checkpoint that they cannot use becomes a `ModelError`."""
+def _loading(
+    cfg: ModelConfig, failed: str = "cannot be loaded as a causal language model", remedy: str = ""
+) -> Iterator[None]:
+    """Whatever libraries raise for files that they cannot use becomes a `ModelError`."""
     try:
         yield
     except (torch.OutOfMemoryError, RedpenError):
         raise
-    except _LOAD_ERRORS as error:
+    except BaseException as error:
+        # What tokenizers' Rust code raises where it gives up is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
-            f"{setting(cfg, 'model')} = {cfg.model!r}: cannot be loaded as a causal language model "
-            f"({_one_line(error)})"
+            f"{setting(cfg, 'model')} = {cfg.model!r}: {failed} ({_one_line(error)})" + (remedy and f"; {remedy}")
         ) from error
 
 
 def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
     directory = model_directory(cfg, weights=False)
-    try:
+    read_config(directory)
+    with _loading(cfg, "its config.json cannot be used"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True)
-    except _LOAD_ERRORS as error:
-        raise ModelError(
-            f"{setting(cfg, 'model')} = {cfg.model!r}: its config.json cannot be used ({_one_line(error)})"
-        ) from error
+
+
+def check_places(
+    cfg: ModelConfig, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any] = ()
+) -> None:
+    """Refuse a checkpoint that is not the whole model, or not this one. Raises `ModelError`.
+
+    Args:
+        missing: names of weights that no tensor gives; unexpected: tensors that no weight takes; mismatched: those of
+            another shape.
+    """
+    wrong = {
+        "are missing from its files": sorted(missing),
+        "of its files have no place in the model": without_place(unexpected, read_config(model_directory(cfg))),
+        "have another shape than its config.json says": sorted(str(key) for key in mismatched),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ModelError(
+                f"{setting(cfg, 'model')} = {cfg.model!r}: {len(names)} weights {what} ({named(names)}), so another "
+                "model would run than was saved; compare its config.json (architectures, num_hidden_layers, "
+                "attention_bias) with the checkpoint, or download it again"
+            )
 
 
 def with_adapter(model: PreTrainedModel, cfg: ModelConfig, *, trainable: bool = False) -> Any:
     """The model with its adapter, unmerged. Raises `ModelError`."""
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     directory = adapter_directory(cfg)
     assert directory is not None
+    label = f"{setting(cfg, 'adapter')} = {cfg.adapter!r}"
+    read_adapter_config(directory)
     if not (directory / "adapter_model.safetensors").is_file():
         raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
-        except _LOAD_ERRORS as error:
+            # Once more, since only this says which tensors found no place.
+            loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device="cpu"))
+        except (torch.OutOfMemoryError, RedpenError):
+            raise
+        except Exception as error:  # whatever peft, safetensors and torch raise
             raise ModelError(
-                f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: cannot be loaded as a PEFT adapter of {cfg.model} "
-                f"({_one_line(error)}); train or copy it again"
+                f"{label}: cannot be loaded as a PEFT adapter of {cfg.model} ({_one_line(error)}); train or copy it "
+                "again"
             ) from error
+    if unexpected := loaded.unexpected_keys:
+        raise ModelError(
+            f"{label}: {len(unexpected)} of its tensors have no place in {cfg.model} ({named(unexpected)}); choose "
+            "the model that it was trained on"
+        )
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
-            raise ModelError(
-                f"{setting(cfg, 'adapter')} = {cfg.adapter!r}: does not fit {cfg.model} "
-                f"({_one_line(warning.message)})"
-            )
+            raise ModelError(f"{label}: does not fit {cfg.model} ({_one_line(warning.message)})")
     return adapted
 
 

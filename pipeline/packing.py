@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
+from pipeline.finite import name_of, not_finite
 from pipeline.logprobs import Head, score_rows, unwrapped
 
 ATTENTION = "redpen_packed"
@@ -39,6 +40,7 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.2, torc
 # Padding, in tokens, that costs less than one more attention call; beyond it padding may only take up a share.
 _FREE_PADDING_TOKENS = 1024
 _PADDING_SHARE = 0.125
+_watchers: list[Callable[[], Any]] = []
 # Queries at a time where scores need a mask (sliding window) or soft-capping: [block, keys], never [L, L].
 _QUERY_BLOCK = 512
 
@@ -155,6 +157,7 @@ class PackedTokens:
         predict_rows: i64 [T], the row of S whose output predicts each response token, in packed order.
         target_ids: i64 [T], those response tokens.
         plan: for the attention.
+        lowest_id, highest_id: of `input_ids`, known without asking the device.
     """
 
     input_ids: Tensor
@@ -162,6 +165,8 @@ class PackedTokens:
     predict_rows: Tensor
     target_ids: Tensor
     plan: PackPlan
+    lowest_id: int
+    highest_id: int
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -240,12 +245,15 @@ def pack(
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
 
     targets = [sequence[response:] for sequence, response in zip(sequences, response_starts, strict=True)]
+    ids = np.concatenate(parts)
     return PackedTokens(
-        input_ids=on_device(np.concatenate(parts))[None],
+        input_ids=on_device(ids)[None],
         position_ids=on_device(np.concatenate(positions))[None],
         predict_rows=on_device(np.concatenate(predicting)),
         target_ids=on_device(np.concatenate(targets)),
         plan=PackPlan.of([len(part) for part in parts], device, prefixes),
+        lowest_id=int(ids.min(initial=0)),
+        highest_id=int(ids.max(initial=0)),
     )
 
 
@@ -267,22 +275,42 @@ def decoder_body(model: nn.Module) -> nn.Module:
     """The decoder without its head, also inside a PEFT wrapper; `Head` maps its output to logits.
 
     Raises:
-        ModelError: the adapter adds positions of its own (prompt or prefix tuning), which packing cannot place.
+        ModelError: the adapter adds positions of its own (prompt or prefix tuning), which packing cannot place; or
+            the model has no decoder apart from its head.
     """
     adapters: Any = getattr(model, "peft_config", {})
     if any(adapter.is_prompt_learning for adapter in adapters.values()):
         raise ModelError("adapter: expected one of weights (LoRA), got prompt learning, which cannot be packed")
-    body: nn.Module = unwrapped(model).get_decoder()
+    base = unwrapped(model)
+    body: nn.Module = base.get_decoder()
+    if body is base:
+        raise ModelError(f"{name_of(model)}: {type(base).__name__} does not tell its decoder from its head")
     return body
+
+
+def check_token_ids(model: nn.Module, lowest: int, highest: int) -> None:
+    """Refuse tokens that the embedding has no row for, which a GPU would answer by ending the process. Raises
+    `ModelError`.
+    """
+    embedding = unwrapped(model).get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", highest + 1)
+    if lowest < 0 or highest >= rows:
+        found = lowest if lowest < 0 else highest
+        raise ModelError(
+            f"{name_of(model)}: its vocabulary has the ids 0..{rows - 1}, found {found}; the tokens were made with "
+            "another vocabulary, or with more padding of it"
+        )
 
 
 def packed_hidden(model: nn.Module, packed: PackedTokens) -> Tensor:
     """Hidden rows [T, D] after the final norm, at the rows that predict response tokens. Differentiable.
 
     Raises:
-        ModelError: the model was not loaded with (or set to) `attn_implementation="redpen_packed"`.
+        ModelError: the model was not loaded with (or set to) `attn_implementation="redpen_packed"`, or a token is
+            outside its vocabulary.
     """
     body: Any = decoder_body(model)
+    check_token_ids(model, packed.lowest_id, packed.highest_id)
     if body.config._attn_implementation != ATTENTION:
         raise ModelError(
             f"attention: expected a model with attn_implementation={ATTENTION!r}, got "
@@ -337,12 +365,15 @@ def check_packing(
     finally:
         for module in training:
             module.training = True
+    if not all(bool(logprobs.isfinite().all()) for logprobs in theirs):
+        raise not_finite(model, "reading a rollout alone")
     worst = float((ours - torch.cat(theirs)).abs().max()) if len(ours) else 0.0
     tolerance = _TOLERANCE[head.weight_VD.dtype] if tolerance is None else tolerance
     if not worst <= tolerance:
         raise ModelError(
             f"packing: expected packed log-probs within {tolerance:g} of each rollout's own, got a difference of "
-            f"{worst:.3g}; {type(base).__name__} does something that redpen's packed attention or head does not know"
+            f"{worst:.3g}; {name_of(model)} ({type(base).__name__}) does something that "
+            "redpen's packed attention or head does not know"
         )
     return worst
 
@@ -357,6 +388,16 @@ def _own_attention(base: Any) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+@contextmanager
+def watched(seen: Callable[[], Any]) -> Iterator[None]:
+    """Calls `seen` whenever packed attention is asked for."""
+    _watchers.append(seen)
+    try:
+        yield
+    finally:
+        _watchers.remove(seen)
 
 
 def register_packed_attention() -> None:
@@ -433,8 +474,12 @@ def packed_attention(
         pack_plan = _plan_from(cu_seqlens, position_ids if attention_mask is None and len(query) == 1 else None)
     if pack_plan is None:
         return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
+    for watcher in _watchers:
+        watcher()
     if attention_mask is not None:
-        raise ModelError("attention_mask: expected none with packed rollouts, whose bounds cu_seqlens gives, got one")
+        raise ModelError(
+            f"{type(module).__name__} makes an attention mask of its own, by which rollouts would see one another"
+        )
     if _varlen_fits(query, settings):
         return _varlen(query, key, value, pack_plan, settings)[None], None
     packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [S, heads, size], as projected

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import cache_schema as cs
 
 from .errors import ModelError
+from .model_files import read_index, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ _INCIDENTAL_ADAPTER = frozenset(
 
 def model_digest(directory: Path) -> str:
     """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not one."""
-    config = _semantic(read_json(directory / "config.json"), _INCIDENTAL)
+    config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "weights": _contents(weight_files(directory))})
 
 
@@ -48,7 +49,7 @@ def served_digest(directory: Path, served_name: str) -> str:
     """Digest of what is known here of a model that a server runs: its configuration, and its name there. Raises
     `ModelError`.
     """
-    config = _semantic(read_json(directory / "config.json"), _INCIDENTAL)
+    config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "served_name": served_name})
 
 
@@ -56,7 +57,7 @@ def adapter_digest(directory: Path) -> str:
     """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not
     one.
     """
-    config = _semantic(read_json(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
+    config = _semantic(read_settings(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file():
         raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
@@ -111,31 +112,21 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that transformers reads, sorted by name. Raises `ModelError` where there are
     none.
     """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
     if single.is_file():
         return [single]
-    if not index.is_file():
+    if (index := read_index(directory)) is None:
         raise ModelError(
             f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither; "
             "only safetensors are read, convert other weights with save_pretrained()"
         )
-    files = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    files = [directory / name for name in sorted(set(index.weight_map.values()))]
     for file in files:
         if not file.is_file():
-            raise ModelError(f"{file}: named by {index.name}, but not there; download or copy the model again")
+            raise ModelError(
+                f"{file}: named by model.safetensors.index.json, but not there; download or copy the model again"
+            )
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ModelError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise ModelError(f"{path}: cannot be read: {reason}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _semantic(config: dict[str, Any], incidental: frozenset[str]) -> dict[str, Any]:

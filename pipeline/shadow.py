@@ -8,12 +8,15 @@ the architecture. The one stand-in is attention, which on CUDA is a flash kernel
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 
 from pipeline import models
 from pipeline.config import ModelConfig
@@ -21,14 +24,52 @@ from pipeline.logprobs import unwrapped
 from pipeline.packing import decoder_body
 from pipeline.peak import PeakBytes, bytes_of
 
+_DispatchMode: Any = _python_dispatch.TorchDispatchMode  # has no types
 _META = torch.device("meta")
 # Known to transformers as attention and not as a mask, so no mask is made.
 _ATTENTION = "redpen_shadow"
+#: Layers that are quantised: GPT-2 has linear layers of its own.
+LINEAR = (nn.Linear, Conv1D)
 # How architectures call the number of experts in a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Bytes of a weight in NF4, its scales quantised too: 4 bits, a byte for 64 weights, an fp32 for 256 of those
 # (Dettmers et al., "QLoRA", arXiv 2305.14314).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+class WithoutValues(_DispatchMode):  # type: ignore[misc]
+    """Answers what a forward on the meta device asks of values that are not there: every number is 0, every condition
+    false, nothing is found. Products by group, which torch has no meta kernel for but in bf16, have their shape, and
+    autocast, which peft switches off on any device, is no error.
+    """
+
+    def __enter__(self) -> Any:
+        self._autocast: Any = torch.autocast
+
+        def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+            return contextlib.nullcontext() if device_type == "meta" else self._autocast(device_type, *args, **kwargs)
+
+        torch.autocast = autocast  # type: ignore[assignment, misc]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.autocast = self._autocast  # type: ignore[misc]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].device == _META
+        if on_meta and func is torch.ops.aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if on_meta and func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)
+        if on_meta and func is torch.ops.aten._grouped_mm.default:
+            a, b = args[:2]
+            shape = [a.shape[-2], b.shape[-1]]
+            if a.ndim == b.ndim:  # both by group, or a sum over each group's rows
+                offsets = args[2] if len(args) > 2 else (kwargs or {})["offs"]
+                shape = [len(offsets) if a.ndim == 2 else len(a), *shape]
+            return a.new_empty(shape)
+        return func(*args, **(kwargs or {}))
 
 
 def shadow(cfg: ModelConfig) -> Any:
@@ -66,7 +107,7 @@ class Weights:
         in_bits = {
             id(module.weight)
             for module in model.modules()
-            if quantisation and isinstance(module, nn.Linear) and module.weight is not head
+            if quantisation and isinstance(module, LINEAR) and module.weight is not head
         }
 
         def nbytes(parameter: Tensor) -> float:
@@ -111,7 +152,7 @@ def training_bytes(model: nn.Module, tokens: int) -> Training:
     gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
     for parameter, gradient in gradients:
         parameter.grad = gradient
-    with PeakBytes() as peak:
+    with WithoutValues(), PeakBytes() as peak:
         hidden_SD = _hidden(model, tokens)
         forward, kept, peak.nbytes = peak.nbytes, peak.alive(), 0
         torch.autograd.backward(hidden_SD, torch.zeros_like(hidden_SD))
@@ -123,7 +164,7 @@ def training_bytes(model: nn.Module, tokens: int) -> Training:
 @torch.no_grad()
 def forward_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of activations at the highest while `tokens` tokens are only read, the head aside."""
-    with PeakBytes() as peak:
+    with WithoutValues(), PeakBytes() as peak:
         _hidden(model, tokens)
     nbytes: int = peak.nbytes
     return nbytes
@@ -133,7 +174,8 @@ def forward_bytes(model: nn.Module, tokens: int) -> int:
 def cache_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes that a sequence of `tokens` tokens keeps in memory while it is continued: keys and values, mostly."""
     body: Any = decoder_body(model)
-    out = body(input_ids=_ids(tokens), use_cache=True)
+    with WithoutValues():
+        out = body(input_ids=_ids(tokens), use_cache=True)
     return bytes_of([vars(layer) for layer in out.past_key_values.layers])
 
 

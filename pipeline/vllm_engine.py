@@ -13,7 +13,6 @@ log-probs are those of the distribution sampled from, and vLLM needs no tokenize
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, ModelError
+from pipeline.model_files import read_adapter_config
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -208,11 +208,10 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
     label = f"{models.setting(model, 'adapter')} = {model.adapter!r}"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{label}: expected adapter_model.safetensors, found none; only safetensors are read")
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{label}: its adapter_config.json is not that of a LoRA adapter ({error!r})") from error
+    config = read_adapter_config(adapter)
+    if config.r is None:
+        raise ModelError(f"{label}: its adapter_config.json is not that of a LoRA adapter (it has no r)")
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
     ranks: tuple[int, ...] = get_args(MaxLoRARanks)
     if rank > max(ranks):
         raise ModelError(f"{label}: its rank is {rank}, vLLM takes {max(ranks)} at most")

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange", "diagnose"}
 ENTRY_POINTS = {"cli", "__main__", "api", "distill", "merge", "plan", "sft", "continual"}
 #: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer; training may watch
-#: evaluation's accuracy.
-BORROWS = {"evaluate": {"rollouts", "score"}, "train": {"evaluate"}}
+#: evaluation's accuracy; sampling looks for a student's weights as streamed scoring does.
+BORROWS = {"evaluate": {"rollouts", "score"}, "train": {"evaluate"}, "rollouts": {"score"}}
 LIGHT = (
     "cache_schema",
     "pipeline",

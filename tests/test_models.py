@@ -189,7 +189,7 @@ def no_tokenizer(path: Path) -> None:
             "expected model.safetensors or model.safetensors.index.json, found neither; only safetensors",
         ),
         (truncated, "cannot be loaded as a causal language model"),
-        (headless, "1 weights are missing from its files, the first is lm_head.weight"),
+        (headless, r"1 weights are missing from its files \(lm_head\.weight\)"),
         (other_shape, "cannot be loaded as a causal language model"),
         (no_language_model, "student.model = "),
         (unknown_type, "config.json cannot be used .*frobnicator"),

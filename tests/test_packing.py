@@ -210,11 +210,13 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     chunked = Llama4TextConfig(
         **SMALL, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
     )
-    with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
+    with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         packed_hidden(random_model(chunked), packed)
+    with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
+        packing._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
     with pytest.raises(ModelError, match="bidirectional"):
         attend(random_qkv(10), lengths=(4, 6), is_causal=False)
-    with pytest.raises(ModelError, match="attention_mask: expected none"):
+    with pytest.raises(ModelError, match="attention mask of its own"):
         attend(random_qkv(10), lengths=(4, 6), attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool))
 
 

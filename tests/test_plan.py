@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,18 @@ import pytest
 import torch
 from conftest import small_recipe
 from test_packing import FAMILIES
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MixtralConfig,
+    Phi3Config,
+    PhimoeConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 import cache_schema as cs
-from pipeline import cli, flops, shadow
+from pipeline import cli, flops, plan, shadow
 from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
 from pipeline.logprobs import Head, chunked_head_loss
 from pipeline.models import load_model
@@ -41,6 +50,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": dict(num_hidden_layers=36, hidden_size=4096, intermediate_size=12_288, num_attention_heads=32),
     "32b": dict(num_hidden_layers=64, hidden_size=5120, intermediate_size=25_600, num_attention_heads=64),
 }
+TINY: dict[str, Any] = dict(
+    vocab_size=71,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 #: where depth does not matter
 SHALLOW = 2
 
@@ -307,6 +324,39 @@ def test_time_follows_from_the_device(planned: Planned) -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=71, n_embd=32, n_layer=2, n_head=4),
+        MixtralConfig(**TINY),
+        PhimoeConfig(**TINY),
+        Phi3Config(
+            **TINY,
+            pad_token_id=0,
+            original_max_position_embeddings=64,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_any_decoder_that_can_be_trained_can_be_planned(
+    config: PreTrainedConfig, quantised: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mixtures with LoRA, layers of GPT-2's own, frequencies that depend on a length."""
+    config.save_pretrained(tmp_path)
+    wanted = [f"student.model={tmp_path}", f"teacher.model={tmp_path}"]
+    if quantised:
+        wanted.append('student.quantisation="nf4"')
+    else:
+        wanted.append('score.placement="streamed"')
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        plan.run(load_recipe("toy", wanted), Device(), as_json=True)
+    steps = {need["step"]: need["total"] for need in json.loads(capsys.readouterr().out)["memory"]}
+    assert steps["training"] > 0 and any(step.startswith("scoring, teacher") and steps[step] > 0 for step in steps)
 
 
 def test_command_tells_all_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,7 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
         memory.take(f"{SLOTS} layers", SLOTS * weights.largest_layer)
         tokens = min(recipe.score.tile_tokens, 4096)
         body, ids = decoder_body(model), torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad():
+        with torch.no_grad(), shadow.WithoutValues():
             noted = layered.note(partial(body, input_ids=ids, use_cache=False))
             with PeakBytes() as peak:
                 layered.step(0, noted)
@@ -261,8 +261,8 @@ def _state_bytes(train: TrainConfig, parameter: torch.Tensor) -> float:
 
 def _largest_matrix(model: Any) -> float:
     head = model.get_output_embeddings().weight
-    linear = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head)
-    return float(max(weight.nbytes for weight in linear))
+    linear = (m.weight for m in model.modules() if isinstance(m, shadow.LINEAR) and m.weight is not head)
+    return float(max((weight.nbytes for weight in linear), default=0))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

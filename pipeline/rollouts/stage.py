@@ -18,6 +18,7 @@ recipe says.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -35,7 +36,7 @@ from pipeline.answers import Checker
 from pipeline.config import Recipe
 from pipeline.console import Bar, progress, say, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
 from pipeline.provenance import created_by
 from pipeline.rollouts import PromptBlock, Sampler, Sampling
@@ -85,6 +86,7 @@ def run(
 def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
     """What the round will be recorded as, its prompt records, and their token ids."""
     settings = recipe.rollouts
+    _check_architectures(recipe)
     tokenizer = models.load_tokenizer(recipe.student)
     facts = models.model_facts(recipe.student)
     records = load_prompts(recipe.prompts)
@@ -120,6 +122,23 @@ def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[
         if token >= facts.vocab_size:
             raise ConfigError(f"rollouts.stop_token_ids: expected ids below {facts.vocab_size}, got {token}")
     return manifest, records, prompts
+
+
+def _check_architectures(recipe: Recipe) -> None:
+    """Refuse models that could not read what is about to be sampled. A teacher that cannot be had now is left to
+    `redpen score`.
+    """
+    from pipeline.architecture import check_architecture
+
+    check_architecture(recipe.student)
+    if recipe.rollouts.engine == "vllm":
+        from pipeline.rollouts.checkpoint import check_checkpoint
+
+        check_checkpoint(recipe.student)
+    for teacher in recipe.teacher:
+        if recipe.placement(teacher) in ("resident", "streamed"):
+            with contextlib.suppress(ModelNotFoundError):
+                check_architecture(teacher)
 
 
 def _sampler_settings(recipe: Recipe) -> dict[str, Any]:

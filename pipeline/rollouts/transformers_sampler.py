@@ -27,8 +27,9 @@ from transformers import (
 )
 
 import cache_schema as cs
+from pipeline.finite import not_finite
 from pipeline.logprobs import Head, logits
-from pipeline.packing import decoder_body
+from pipeline.packing import check_token_ids, decoder_body
 from pipeline.rollouts import PromptBlock, Sampling
 
 # Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
@@ -67,7 +68,7 @@ class TransformersSampler:
         batch_size: int = 256,
         on_step: Callable[[int, int], None] = lambda rollouts, tokens: None,
     ):
-        self._config = model.config
+        self._model, self._config = model, model.config
         self._body, self._head = decoder_body(model), Head.of(model)
         self._device = self._head.weight_VD.device
         self._sampling, self._batch_size, self._on_step = sampling, batch_size, on_step
@@ -109,8 +110,11 @@ class TransformersSampler:
             token_B, logprob_B = self._draw(hidden_BD, uniform_B)
             ended = np.isin(drawn := token_B.cpu().numpy(), self._sampling.stop_token_ids)
             going = ~stopped[live]
+            drawn_logprobs = logprob_B.cpu().numpy()[going]
+            if not np.isfinite(drawn_logprobs).all():
+                raise not_finite(self._model, f"sampling token {step + 1} of a response")
             tokens[live[going], step] = drawn[going]
-            logprobs[live[going], step] = logprob_B.cpu().numpy()[going]
+            logprobs[live[going], step] = drawn_logprobs
             lengths[live[going]] += 1
             stopped[live] |= ended
             last = step + 1 == limit
@@ -158,6 +162,7 @@ class TransformersSampler:
         for row, ids in enumerate(sequences):
             ids_PS[row, longest - len(ids) :] = ids
             mask_PS[row, longest - len(ids) :] = 1
+        check_token_ids(self._model, int(ids_PS.min()), int(ids_PS.max()))
         mask = torch.from_numpy(mask_PS).to(self._device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden_PD = self._forward(torch.from_numpy(ids_PS).to(self._device), mask, positions, cache)
@@ -191,11 +196,11 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
 
     Returns the ids and their log-probs under that distribution, [B] each. Greedy decoding is a point mass:
     log-prob 0. A token of probability 0 is never drawn: `right=True` finds the first whose cumulative
-    probability exceeds u.
+    probability exceeds u. Where a row's logits are not finite its log-prob is NaN, and its token is any.
     """
     if sampling.temperature == 0:
-        token_B = logits_BV.argmax(1)
-        return token_B, torch.zeros_like(token_B, dtype=torch.float64)
+        highest_B, token_B = logits_BV.max(1)
+        return token_B, torch.where(highest_B.isfinite(), 0.0, torch.nan).double()
     warpers = LogitsProcessorList()
     if sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -204,4 +209,5 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
     logprobs_BV = warpers(None, logits_BV.double()).log_softmax(1)
     cumulative_BV = logprobs_BV.exp().cumsum(1)
     token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    token_B1.clamp_max_(logits_BV.shape[1] - 1)  # past the last, where the distribution is NaN
     return token_B1[:, 0], logprobs_BV.gather(1, token_B1)[:, 0]

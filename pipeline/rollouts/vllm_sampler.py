@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cache_schema as cs
+from pipeline.errors import ModelError
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.vllm_engine import Engine
 
@@ -150,6 +151,12 @@ class VllmSampler:
     def _row(self, request: _Request, output: RequestOutput) -> cs.RolloutRow:
         response = output.outputs[0]
         logprobs = np.array(response.logprobs.logprobs, np.float32)
+        if not np.isfinite(logprobs).all():
+            raise ModelError(
+                "student.model in vLLM: its logits are not finite while sampling; most likely its values overflow "
+                'its dtype, or its weights are damaged; use student.dtype = "bfloat16" or "float32", or download it '
+                "again"
+            )
         return cs.RolloutRow(
             prompt=request.prompt,
             sample_index=request.sample_index,

@@ -110,6 +110,7 @@ class Told:
         told = np.asarray(logprobs, np.float64)
         if told.shape != ids.shape:
             raise ModelError(f"told log-probs of shape {told.shape}, asked for {ids.shape}")
+        refuse_nan(told[ids >= 0])
         return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, told))
 
     @classmethod
@@ -131,12 +132,22 @@ class Told:
                 value = entry.get("logprob")
                 ids[row, column] = int(token)
                 if value is not None:
+                    refuse_nan(value)
                     logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
         return cls(ids, logprobs)
 
     def beside(self, other: Told) -> Told:
         """Both."""
         return Told(np.hstack([self.ids, other.ids]), np.hstack([self.logprobs, other.logprobs]))
+
+
+def refuse_nan(logprobs: npt.ArrayLike) -> None:
+    """Refuse log-probs of a model that computes no numbers. Raises `ModelError`."""
+    if np.isnan(np.asarray(logprobs, np.float64)).any():
+        raise ModelError(
+            "told log-probs that are not numbers, since its logits are not finite; most likely its values overflow "
+            "its dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
+        )
 
 
 def misaligned(position: int, sent: int, told: object) -> ModelError:

@@ -49,7 +49,7 @@ class ResidentScorer:
             self._on_tile(n_read)
             packed = tile.pack(self._head.weight_VD.device)
             hidden_TD = packed_hidden(self._model, packed)
-            parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options))
+            parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options, self._model))
             n_read = len(packed.target_ids)
         self._on_tile(n_read)
         return joined(parts)

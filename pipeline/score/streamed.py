@@ -27,6 +27,7 @@ from pipeline.console import say
 from pipeline.disk import readable
 from pipeline.errors import ModelError
 from pipeline.logprobs import Head
+from pipeline.model_files import check_model_files
 from pipeline.packing import check_packing, pack, packed_hidden, tiles
 from pipeline.peak import PeakBytes, bytes_of
 from pipeline.score import ScoreOptions, TokenBatch, as_batch
@@ -84,6 +85,7 @@ class StreamedScorer:
                 f"{models.setting(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
                 f'({method}); use score.placement = "resident" or "vllm"'
             )
+        check_model_files(models.model_directory(cfg))
         skeleton = models.load_skeleton(cfg)
         self._layered = LayeredModel(skeleton)
         transfer = Transfer(Checkpoint(models.model_directory(cfg)), self._device)
@@ -116,7 +118,7 @@ class StreamedScorer:
                 steps = self._steps(sum(len(packed.target_ids) for packed in packs), len(wave))
                 hidden = self._layered.run(forwards, weights, steps.__next__)
                 for tile, packed, hidden_TD in zip(wave, packs, hidden, strict=True):
-                    parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options))
+                    parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options, self._model))
                 next(steps)
         return joined(parts)
 
@@ -145,13 +147,8 @@ class StreamedScorer:
         """Load what is outside the layers; returns what is in them. Refuses a checkpoint of an unknown layout."""
         checkpoint, layer_of = transfer.checkpoint, self._layered.layer_of
         places = locate(skeleton, checkpoint)
-        ties = [pair for pair in skeleton.all_tied_weights_keys.items() if not places.missing.issuperset(pair)]
-        for name in sorted(places.missing):
-            if layer_of(name) is not None or not any(name in pair for pair in ties):
-                raise self._layered.refusal(f"{name} is missing from {checkpoint.directory}")
-        for name in sorted(places.unexpected):
-            if layer_of(name) is not None:
-                raise self._layered.refusal(f"{checkpoint.directory} holds {name}, which the model does not know")
+        in_layers = {name for name in places.missing if layer_of(name) is not None}
+        models.check_places(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
         layers, others = Group.partition(places, layer_of, self._device)
         # An adapter belongs to the device, and may be on the embedding.
         aside = self._layered.embedding_alone() if self._device.type == "cuda" and not self._cfg.adapter else None

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cache_schema as cs
+from pipeline.finite import check_scores
 from pipeline.logprobs import Head, score_rows
 from pipeline.packing import PackedTokens, pack, tiles
 from pipeline.score import ScoreOptions, TokenBatch, sequences
@@ -55,9 +56,12 @@ def tiles_of(batch: TokenBatch, tile_tokens: int) -> list[Tile]:
 
 
 def score_tile(
-    hidden_TD: Tensor, head: Head, packed: PackedTokens, tile: Tile, options: ScoreOptions
+    hidden_TD: Tensor, head: Head, packed: PackedTokens, tile: Tile, options: ScoreOptions, model: nn.Module
 ) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays of `ScoreBlock` for one tile, from the hidden rows that predict its response tokens."""
+    """The arrays of `ScoreBlock` for one tile, from the hidden rows that predict its response tokens.
+
+    Raises `ModelError` where the logits of `model` are not finite.
+    """
     given = tile.candidate_ids
     scores = score_rows(
         hidden_TD,
@@ -73,6 +77,7 @@ def score_tile(
         rows_per_chunk=options.rows_per_chunk,
         generator_key=tile.key,
     ).numpy()
+    check_scores(scores, model)
     if given is not None:
         scores["candidate_ids"] = None  # stored once, by whom they come from
     return {name: value for name, value in scores.items() if value is not None}

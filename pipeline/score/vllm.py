@@ -29,6 +29,7 @@ from pipeline.score.prompt_logprobs import (
     misaligned,
     partial_scores,
     questions,
+    refuse_nan,
 )
 from pipeline.vllm_engine import Engine
 
@@ -182,4 +183,6 @@ def _likeliest(told: FlatLogprobs, question: Question) -> Told:
     if len(wrong := np.flatnonzero(ids[:, 0] != question.response)):
         row = int(wrong[0])
         raise misaligned(question.start + row, int(question.response[row]), int(ids[row, 0]))
-    return Told(ids, np.array(told.logprobs, np.float64).reshape(shape)[first:])
+    logprobs = np.array(told.logprobs, np.float64).reshape(shape)[first:]
+    refuse_nan(logprobs)
+    return Told(ids, logprobs)

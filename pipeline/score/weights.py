@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import weakref
@@ -89,7 +90,7 @@ class Checkpoint:
             try:
                 self._files.append(os.open(path, os.O_RDONLY))
                 self.stored |= _header(self._files[number], number)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "no whole safetensors file"
                 raise ModelError(f"{path}: cannot be read: {reason}; download or copy the model again") from None
 
@@ -138,7 +139,9 @@ def _header(file: int, number: int) -> dict[str, Stored]:
     for name, entry in json.loads(os.pread(file, length, 8)).items():
         if name == "__metadata__":
             continue
-        start, end = entry["data_offsets"]
+        start, end = map(operator.index, entry["data_offsets"])
+        if any(not isinstance(size, int) or size < 0 for size in entry["shape"]):
+            raise ValueError(f"{name} has no shape")
         stored = Stored(name, number, 8 + length + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
         if stored.nbytes != end - start or not 0 <= start <= end <= os.fstat(file).st_size - 8 - length:
             raise ValueError(f"{name} is outside the file")
@@ -224,6 +227,11 @@ class Places:
     conversions: list[Conversion]
     missing: set[str]
     unexpected: set[str]
+
+    def lacking(self, model: PreTrainedModel) -> set[str]:
+        """Those of the missing that are not tied to a weight which is there."""
+        ties = [pair for pair in model.all_tied_weights_keys.items() if not self.missing.issuperset(pair)]
+        return {name for name in self.missing if not any(name in pair for pair in ties)}
 
 
 def locate(model: PreTrainedModel, checkpoint: Checkpoint) -> Places:

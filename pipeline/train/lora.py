@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from pipeline import models
 from pipeline.config import ModelConfig, TrainConfig
+from pipeline.console import warn
 from pipeline.errors import ModelError
 from pipeline.files import atomic_directory
+from pipeline.finite import name_of
+from pipeline.logprobs import unwrapped
+from pipeline.packing import decoder_body
 
 _NAME = "default"
 
@@ -46,7 +52,10 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
 
 
 def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
-    """Freeze `model` and put a fresh LoRA on its linear layers, the head excluded; its weights are fp32.
+    """Freeze `model` and put a fresh LoRA on the linear layers of its decoder; its weights are fp32.
+
+    The head and what is beside the decoder (a vision tower) have none, nor have routers, which return more
+    than a product.
 
     A = Kaiming uniform from `train.seed`, B = 0, so the first forward is the student's own. A model that came with an
     adapter (`student.adapter`) goes on training that one, whose rank and alpha must be the recipe's.
@@ -63,6 +72,7 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
         lora_alpha=train.lora_alpha,
         lora_dropout=train.lora_dropout,
         target_modules=train.lora_targets,
+        exclude_modules=_excluded(model),
         bias="none",
     )
     with torch.random.fork_rng(devices=_devices(model)):
@@ -72,7 +82,43 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
         except ValueError as error:
             raise ModelError(f"train.lora_targets: {' '.join(str(error).split())[:200]}") from error
     assert isinstance(adapted, PeftModel)
+    if train.lora_targets == "all-linear":
+        _warn_of_experts(adapted)
     return adapted
+
+
+def _excluded(model: nn.Module) -> str | None:
+    """A pattern of the linear layers that no LoRA goes on, None if there are none."""
+    decoder = {id(module) for module in decoder_body(model).modules()}
+    head = unwrapped(model).get_output_embeddings()  # which peft leaves out
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and (id(module) not in decoder or _is_router(module))
+        and module is not head
+    ]
+    # By what they have in common in all layers, since the pattern is kept with the adapter.
+    patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
+    return "|".join(patterns) or None
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer is one of an architecture, which may return something else than a product."""
+    return type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+
+
+def _warn_of_experts(adapted: nn.Module) -> None:
+    """Say that a mixture's experts keep their weights, where peft finds no way to adapt them."""
+    weights = list(adapted.named_parameters())
+    adapted_experts = any(".experts." in name and p.requires_grad for name, p in weights)
+    count = sum(p.numel() for name, p in weights if ".experts." in name)
+    if count and not adapted_experts:
+        share = count / sum(p.numel() for _, p in weights)
+        warn(
+            f'train.lora_targets = "all-linear": the experts of {name_of(adapted)} ({share:.0%} of its weights) are '
+            "no linear layers and get no LoRA; the other layers are trained"
+        )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,9 +128,27 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def training_mode(model: nn.Module) -> None:
     """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in
-    eval mode: a base model's own dropout would make the student another one than the cache was sampled from."""
+    eval mode: a base model's own dropout would make the student another one than the cache was sampled from.
+
+    A layer checkpoints its gradients in training mode only, but may also drop out by it: its forward runs in eval
+    mode.
+    """
     for name, module in model.named_modules():
-        module.training = "lora_dropout" in name or isinstance(module, GradientCheckpointingLayer)
+        module.training = "lora_dropout" in name
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            if _to_eval not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_to_eval, prepend=True)
+                module.register_forward_hook(_from_eval, always_call=True)
+
+
+def _to_eval(layer: nn.Module, args: Any) -> None:
+    layer._was_training = layer.training  # type: ignore[assignment]
+    layer.training = False
+
+
+def _from_eval(layer: nn.Module, args: Any, output: Any) -> None:
+    layer.training = bool(layer._was_training)
 
 
 def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, student: ModelConfig, card: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
 from pipeline.errors import ModelError, RedpenError
+from pipeline.finite import not_finite
 from pipeline.logprobs import Head, HeadLoss, chunked_head_loss, unwrapped
 from pipeline.packing import check_packing, pack, packed_hidden
 from pipeline.train.checkpoint import Checkpoint, Tensors
@@ -115,6 +116,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            if not self.step and not math.isfinite(metrics.get("entropy", 0.0)):
+                raise not_finite(self.model, "reading the first batch")
             raise RedpenError(
                 f"step {self.step + 1}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; lower "
                 "train.learning_rate, or run `redpen verify` on the cache (the last checkpoint is untouched)"

@@ -1,0 +1,367 @@
+"""Files that come with a model: what they may say, what is refused in one line, and no tensor is dropped unseen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MambaConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+)
+
+import pipeline.models as models
+from pipeline.architecture import check_architecture
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.errors import ModelError
+from pipeline.model_files import ConfigFile, without_place
+from pipeline.rollouts.checkpoint import check_checkpoint
+from pipeline.score.streamed import StreamedScorer
+from pipeline.toy import asset_path
+
+SHAPE: dict[str, Any] = dict(
+    vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+)
+
+
+def config(path: Path, **settings: Any) -> ModelConfig:
+    return ModelConfig(model=str(path), dtype="float32", device="cpu", **settings)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A tiny model with biases in its attention, and the toy's tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, attention_bias=True, eos_token_id=256))
+    return save(model, tmp_path / "tiny")
+
+
+def save(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    for file in asset_path("student").glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 1500
+    return text
+
+
+def use(path: Path) -> None:
+    """All that a stage asks of a model."""
+    cfg = config(path)
+    tokenizer = models.load_tokenizer(cfg)
+    models.model_identity(cfg)
+    models.stop_token_ids(cfg, tokenizer, RolloutsConfig())
+    model = models.load_model(cfg)
+    assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+# -- tensors without a place ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "load",
+    [models.load_model, functools.partial(models.load_model, attention="sdpa"), StreamedScorer, check_checkpoint],
+)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"attention_bias": False}, "layers.0.self_attn.k_proj.bias"),
+        ({"num_hidden_layers": 1}, "layers.1."),
+        ({"num_hidden_layers": 3}, "layers.2."),
+        ({"hidden_size": 18}, ""),
+    ],
+)
+def test_a_checkpoint_that_is_not_this_model_is_refused(
+    tiny: Path, load: Callable[[ModelConfig], Any], changes: dict[str, Any], named: str
+) -> None:
+    edit(tiny / "config.json", **changes)
+    with pytest.raises(ModelError) as error:
+        load(config(tiny))
+    assert str(tiny) in one_line(error) and named in one_line(error)
+
+
+def test_tensors_that_no_model_needs_may_be_left_over(tiny: Path) -> None:
+    expected = models.load_model(config(tiny))(torch.arange(9)[None]).logits
+    weights = load_file(tiny / "model.safetensors")
+    extra = (
+        "mtp.layers.0.mlp.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.2.eh_proj.weight",
+    )
+    save_file(
+        weights | {name: torch.ones(2) for name in extra}, tiny / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ModelError, match=r"no place in the model \(model\.layers\.2\.eh_proj\.weight\)"):
+        models.load_model(config(tiny))
+    edit(tiny / "config.json", num_nextn_predict_layers=1)
+    assert torch.equal(models.load_model(config(tiny))(torch.arange(9)[None]).logits, expected)
+    StreamedScorer(config(tiny))
+
+
+def test_a_vision_tower_is_left_over_only_by_a_wrapper() -> None:
+    names = ["model.visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.bias"]
+    assert without_place(names, ConfigFile()) == sorted(names)
+    assert without_place(names, ConfigFile(vision_config={})) == names[1:]
+
+
+def test_an_adapter_with_tensors_for_other_layers_is_refused(tiny: Path, tmp_path: Path) -> None:
+    deeper = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | {"num_hidden_layers": 3}, attention_bias=True))
+    get_peft_model(deeper, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"student\.adapter.* have no place in .*layers\.2\.") as error:
+        models.load_model(config(tiny, adapter=str(tmp_path / "adapter")))
+    one_line(error)
+    with pytest.raises(ModelError, match=r"student\.adapter.* have no place"):
+        StreamedScorer(config(tiny, adapter=str(tmp_path / "adapter")))
+
+
+def test_an_adapter_beside_the_model_is_not_applied_unseen(tiny: Path) -> None:
+    (tiny / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        models.load_model(config(tiny))
+
+
+# -- settings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("generation_config.json", b"{", "generation_config.json: not valid JSON"),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "generation_config.json: eos_token_id"),
+        ("generation_config.json", b'{"eos_token_id": [[256]]}', "generation_config.json: eos_token_id"),
+        ("generation_config.json", b'{"eos_token_id": 99999}', "generation_config.json names 99999"),
+        ("generation_config.json", b"[]", "generation_config.json: expected a JSON object"),
+        ("tokenizer.json", b"[]", "tokenizer.json: expected a JSON object"),
+        ("tokenizer.json", b'{"model": 3}', "tokenizer.json: model"),
+        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: not valid JSON"),
+        ("tokenizer_config.json", b'{"tokenizer_class": 7}', "tokenizer_config.json: tokenizer_class"),
+        ("config.json", b'\xef\xbb\xbf{"model_type": "llama"}', "config.json: begins with a byte order mark"),
+        ("config.json", b'{"model_type": ["llama"]}', "config.json: model_type"),
+        ("config.json", b"[" * 100_000, "config.json: not valid JSON"),
+        ("config.json", b'{"model_type": "llama", "vocab_size": "259"}', "config.json: vocab_size"),
+        ("config.json", b'{"model_type": "llama", "num_hidden_layers": 2.5}', "config.json: num_hidden_layers"),
+        ("config.json", b'{"model_type": "llama", "transformers_weights": "x.safetensors"}', "transformers_weights"),
+    ],
+)
+def test_a_setting_of_another_kind_names_its_file(tiny: Path, file: str, content: bytes, named: str) -> None:
+    (tiny / file).write_bytes(content)
+    with pytest.raises(ModelError) as error:
+        use(tiny)
+    assert named in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [[], {}, {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}, {"a": "pytorch_model.bin"}]
+)
+def test_an_index_names_files_beside_it(tiny: Path, weight_map: object) -> None:
+    (tiny / "model.safetensors").rename(tiny.parent / "x.safetensors")
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: weight_map") as error:
+        models.model_identity(config(tiny))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 100_000, "/" + "x/" * 50_000, "toy:" + "x" * 100_000, "file://host/x", "a\0b"]
+)
+def test_a_name_that_is_none_is_not_repeated_in_full(name: str) -> None:
+    for cfg in (ModelConfig(model=name), ModelConfig(model="toy:student", adapter=name)):
+        with pytest.raises(ModelError) as error:
+            models.model_directory(cfg)
+            models.adapter_directory(cfg)
+        assert len(one_line(error)) < 500
+        assert not models.is_here(ModelConfig(model=name))
+
+
+def test_whatever_is_changed_there_is_one_line_or_a_model(tiny: Path, tmp_path: Path) -> None:
+    """Values of each JSON file are exchanged for others, and bytes for any, by one seed."""
+    rng = random.Random(0)
+    values = (None, -1, 0, 2**70, 1.5, "x", [], {}, [[1]], True, "../x", float("nan"), {"a": {}}, [None], "\0")
+    files = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
+    refused = 0
+    for trial in range(60):
+        copy = Path(shutil.copytree(tiny, tmp_path / f"copy{trial}"))
+        path = copy / files[trial % len(files)]
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            (n,) = struct.unpack("<Q", content[:8])
+            header = _changed(json.loads(content[8 : 8 + n]), rng, values)
+            encoded = json.dumps(header).encode()
+            path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + n :])
+        elif trial % 3:
+            path.write_text(json.dumps(_changed(json.loads(content), rng, values)))
+        else:
+            at = rng.randrange(len(content))
+            path.write_bytes(content[:at] + rng.randbytes(3) + content[at + 3 :])
+        for act in (use, lambda model: StreamedScorer(config(model))):
+            try:
+                act(copy)
+            except ModelError as error:
+                assert "\n" not in str(error), path
+                refused += 1
+        shutil.rmtree(copy)
+    assert 20 < refused < 120
+
+
+def _changed(value: Any, rng: random.Random, values: tuple[Any, ...]) -> Any:
+    """The JSON value with one of its parts exchanged."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        return value | {key: _changed(value[key], rng, values)}
+    if isinstance(value, list) and value and rng.random() < 0.5:
+        at = rng.randrange(len(value))
+        return [*value[:at], _changed(value[at], rng, values), *value[at + 1 :]]
+    return rng.choice(values)
+
+
+# -- what a model cannot do ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["Falcon", "Doge", "BioGpt", "Mamba", "MiniMax", "RecurrentGemma", "GptOss", "Llama4Text"]
+)
+def test_an_architecture_that_cannot_be_packed_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    made: PreTrainedConfig = getattr(transformers, f"{family}Config")(
+        **SHAPE, num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=0
+    )
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as error:
+        check_architecture(config(tmp_path))
+    text = one_line(error)
+    assert text.startswith(f"student.model = {str(tmp_path)!r}: ") and family[:5].lower() in text.lower()
+    assert "packed" in text
+
+
+@pytest.mark.parametrize(
+    "made", [LlamaConfig(**SHAPE), PhimoeConfig(**SHAPE), DeepseekV3Config(**SHAPE, n_routed_experts=8)]
+)
+def test_an_architecture_that_can_be_packed_is_not(made: PreTrainedConfig, tmp_path: Path) -> None:
+    made.save_pretrained(tmp_path)
+    check_architecture(config(tmp_path))
+
+
+def test_a_teacher_that_cannot_be_packed_is_refused_before_anything_is_sampled(
+    tmp_path: Path, recipe: Callable[..., Recipe]
+) -> None:
+    from pipeline.rollouts.stage import run
+
+    save(
+        AutoModelForCausalLM.from_config(MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1)),
+        tmp_path / "m",
+    )
+    with pytest.raises(ModelError, match=r"teacher\.model = .*MambaForCausalLM"):
+        run(recipe(f"teacher.model={tmp_path / 'm'}"), str(tmp_path / "cache.zarr"))
+    assert not (tmp_path / "cache.zarr").exists()
+
+
+# -- logits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: float) -> None:
+    from pipeline.rollouts import PromptBlock, Sampling
+    from pipeline.rollouts.transformers_sampler import TransformersSampler
+
+    damage(tiny)
+    model = models.load_model(config(tiny), attention="sdpa")
+    sampling = Sampling(temperature, 0.9, (256,), rollouts_per_prompt=2, max_response_tokens=3, seed=0)
+    block = PromptBlock(0, [(0, np.array([5, 6, 7], np.int32))])
+    with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite") as error:
+        TransformersSampler(model, sampling).sample_block(block)
+    one_line(error)
+
+
+def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
+    from pipeline.packing import check_packing
+    from pipeline.score.resident import ResidentScorer
+
+    damage(tiny)
+    model, sequences = models.load_model(config(tiny)), [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]
+    with pytest.raises(ModelError, match="its logits are not finite"):
+        check_packing(model, sequences, [1, 2])
+    for scorer in (ResidentScorer(model), StreamedScorer(config(tiny))):
+        with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite") as error:
+            scorer.compute_logprobs(rollouts(sequences))
+        one_line(error)
+
+
+def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
+    from pipeline.rollouts import PromptBlock, Sampling
+    from pipeline.rollouts.transformers_sampler import TransformersSampler
+    from pipeline.score.resident import ResidentScorer
+
+    sampler = TransformersSampler(
+        models.load_model(config(tiny), attention="sdpa"),
+        Sampling(1.0, 1.0, (256,), rollouts_per_prompt=1, max_response_tokens=3, seed=0),
+    )
+    with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 259"):
+        sampler.sample_block(PromptBlock(0, [(0, np.array([259], np.int32))]))
+    sequences = [np.array([5, 6, 300, 7], np.int32)]
+    for scorer in (ResidentScorer(models.load_model(config(tiny))), StreamedScorer(config(tiny))):
+        with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 300") as error:
+            scorer.compute_logprobs(rollouts(sequences))
+        one_line(error)
+
+
+def test_an_engine_that_tells_no_numbers_is_refused() -> None:
+    from pipeline.score.prompt_logprobs import Question, Told
+
+    with pytest.raises(ModelError, match="not finite"):
+        Told.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
+    Told.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
+    with pytest.raises(ModelError, match="not finite"):
+        Told.positions([None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None))
+
+
+def test_training_stops_where_logits_are_not_finite(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.train.likelihood import CrossEntropy
+    from pipeline.train.objective import Sums
+    from pipeline.train.trainer import Trainer
+
+    train = TrainConfig(method="full")
+    trainer = Trainer(models.load_model(config(tiny)).requires_grad_(True), CrossEntropy(), train)
+    totals = torch.tensor([torch.nan, 1, 0, 0, torch.nan], dtype=torch.float64)
+    monkeypatch.setattr(trainer, "gradient", lambda batch: Sums.of(totals))
+    with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite"):
+        trainer.update(None)  # type: ignore[arg-type]
+
+
+def damage(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][7, 3] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def rollouts(sequences: list[np.ndarray]) -> Any:
+    import cache_schema as cs
+
+    rows = [
+        cs.RolloutRow(i, 0, ids[1:], np.zeros(len(ids) - 1, np.float32), cs.FINISH_LENGTH)
+        for i, ids in enumerate(sequences)
+    ]
+    return cs.RolloutBlock.from_rows([(i, ids[:1]) for i, ids in enumerate(sequences)], rows)
