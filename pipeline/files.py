@@ -185,7 +185,9 @@ def read_bytes(
         RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
     """
     if not follow_links and path.is_symlink():
-        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
+        raise error(
+            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
+        )
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -212,8 +214,9 @@ def read_text(
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
-                    f"{problem.start}") from None
+        raise error(
+            f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at {problem.start}"
+        ) from None
 
 
 def read_json(

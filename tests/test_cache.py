@@ -231,7 +231,7 @@ def test_a_manifest_says_which_field_is_of_another_type(manifest: Any) -> None:
         for wrong in [["x"], *(["1"] if isinstance(value, int | float) else [])]:
             with pytest.raises(cs.CacheError, match=rf"^here: attribute redpen\.{name}.*expected"):
                 type(manifest).from_json(written | {name: wrong}, "here")
-    with pytest.raises(cs.CacheError, match=r"attribute redpen\.tokenizer\.vocab_size: expected int, got big"):
+    with pytest.raises(cs.CacheError, match=r"attribute redpen\.tokenizer\.vocab_size: expected int, found big"):
         type(manifest).from_json(written | {"tokenizer": written["tokenizer"] | {"vocab_size": "big"}}, "here")
 
 
