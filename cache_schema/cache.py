@@ -166,20 +166,17 @@ class Cache:
 
     def round(self, index: int | None = None) -> Round:
         """Round `index`, or the latest. Raises `CacheError` where there is none."""
-        if index is not None and index in self.round_numbers() and self._described(index) is not None:
-            return self._open_round(index)  # whatever may be wrong with the others
-        indices = self.round_indices()
-        if not indices:
+        numbers = self.round_numbers()
+        for number in reversed(numbers) if index is None else [index]:
+            if number in numbers and (group := self._described(number)) is not None:
+                return self._open_round(number, group)
+        if index is None or not self.round_indices():
             raise CacheError(
                 f"cache {self.url}: holds no rollouts yet; run `redpen rollouts RECIPE --cache {self.url}`"
             )
-        if index is not None:
-            raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(indices)}")
-        return self._open_round(indices[-1])
+        raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(self.round_indices())}")
 
-    def _open_round(self, index: int) -> Round:
-        group = self._described(index)
-        assert group is not None
+    def _open_round(self, index: int, group: zarr.Group) -> Round:
         found, where = group.attrs["redpen"], f"{self.url} {_round_path(index)}"
         slots = found.get("slots") if isinstance(found, dict) else None
         fields = {name: v for name, v in found.items() if name != "slots"} if isinstance(found, dict) else found

@@ -211,7 +211,7 @@ def decoding_errors() -> Iterator[None]:
 
 def _normal(value: dict[str, Any]) -> dict[str, Any]:
     """An array's metadata without what other writers may leave out or say otherwise."""
-    optional = {"storage_transformers": []}
+    optional: dict[str, Any] = {"storage_transformers": []}
     found = {
         name: item
         for name, item in (optional | value).items()
@@ -234,9 +234,9 @@ def _normal_codecs(codecs: Any, data_type: Any) -> Any:
             return codecs
         configuration, name = codec.get("configuration", {}), codec.get("name")
         if isinstance(configuration, dict):
-            if name == "zstd":  # how hard it was compressed is not for the reader
-                configuration = {}
-            elif name == "bytes" and data_type == "uint8":  # has no order of bytes
+            if name == "zstd" or (
+                name == "bytes" and data_type == "uint8"
+            ):  # how hard it was compressed is not for the reader
                 configuration = {}
             elif name == "sharding_indexed":
                 configuration = {"index_location": "end"} | configuration

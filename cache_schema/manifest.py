@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .arrays import (
     ROLLOUT_ARRAYS,
@@ -105,7 +105,7 @@ def parse(record: type[T], value: Any, where: str) -> T:
         raise CacheError(f"{where}: expected a field {missing[0]}, found none (missing fields: {len(missing)})")
     if unknown:
         raise CacheError(f"{where}: expected no field {shown(unknown[0])}; unknown fields: {len(unknown)}")
-    types, found = _types(record), {}
+    types, found = _types(cast(Any, record)), {}
     for name, item in value.items():
         if dataclasses.is_dataclass(types[name]):
             found[name] = parse(types[name], item, f"{where}.{name}")
@@ -120,7 +120,7 @@ def parse(record: type[T], value: Any, where: str) -> T:
 
 
 @functools.cache
-def _types(record: type) -> dict[str, Any]:
+def _types(record: Any) -> dict[str, Any]:
     return get_type_hints(record, include_extras=True)
 
 
@@ -149,9 +149,9 @@ def _unlike(value: Any, type_: Any) -> str | None:
     return names[origin]
 
 
-def _check(record: object, name: str) -> None:
+def _check(record: Any, name: str) -> None:
     """Raise `CacheError` where a field is out of its bounds."""
-    for field_, type_ in _types(type(record)).items():
+    for field_, type_ in _types(record.__class__).items():
         value = getattr(record, field_)
         if not dataclasses.is_dataclass(value) and (expected := _unlike(value, type_)) is not None:
             raise CacheError(f"{name} manifest: {field_}: expected {expected}, found {shown(value)}")
@@ -226,8 +226,8 @@ class RoundManifest(_Manifest):
         _check(self, "round")
         if self.n_blocks > MOST_BLOCKS:
             raise CacheError(
-                f"round manifest: prompts_per_block: {self.n_blocks:,} blocks of {self.prompts_per_block} prompts, at "
-                f"most {MOST_BLOCKS:,} are possible; raise rollouts.prompts_per_block"
+                f"round manifest: prompts_per_block: expected at most {MOST_BLOCKS:,} blocks, found "
+                f"{self.n_blocks:,} of {self.prompts_per_block} prompts; raise rollouts.prompts_per_block"
             )
         for name, size in self.slots().items():
             if size > _INT32:

@@ -14,7 +14,6 @@ from .errors import NotACacheError, StorageError
 from .local import LocalDirectory
 from .s3 import S3Store, open_s3
 
-
 #: Bytes of a name in a path, beside which a lock `.NAME.lock` must be possible; of a path, below which arrays lie.
 NAME_BYTES, PATH_BYTES = 255 - len("..lock"), 4096 - 512
 

@@ -30,11 +30,8 @@ class Finding:
     problem: str
 
     def __str__(self) -> str:
-        where = (
-            (f"round {self.round} " if self.round is not None else "")
-            + self.group
-            + ("" if self.block is None else f" block {self.block}")
-        )
+        where = self.group if self.round is None else f"round {self.round} {self.group}"
+        where += "" if self.block is None else f" block {self.block}"
         return f"{where}, array {self.array}: {self.problem}"
 
 

@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline.errors import RedpenError
 
@@ -76,12 +76,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises `RedpenError` if `path` is a symbolic link.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which replaces `path` once the body has succeeded and all of it is on disk.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
     refuse_link(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     partial, handle = _claim(path, is_directory=False)
     try:
         with open(handle, "wb", closefd=False) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
         os.fsync(handle)
         partial.replace(path)
     except BaseException:
@@ -185,9 +196,7 @@ def read_bytes(
         RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
     """
     if not follow_links and path.is_symlink():
-        raise error(
-            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
-        )
+        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -214,9 +223,8 @@ def read_text(
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(
-            f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at {problem.start}"
-        ) from None
+        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
+                    f"{problem.start}") from None
 
 
 def read_json(

@@ -38,6 +38,7 @@ NAMES = {
 }
 _WANTED = {*FIELDS, *(prefix + name for names in NAMES.values() for name in names for prefix in ("", "metadata."))}
 _BATCH_ROWS = 64  # megabytes, of long rollouts
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,15 @@ class Row:
         numbers = pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_null(array.type)
         if not numbers:
             raise self.fault(called, "a list of numbers", f"a list {_of(array)}", "null is for what is not known")
-        array = array.cast(pa.float64())
+        array = array.cast(pa.float64(), safe=False)  # whole numbers beyond 2**53 are no log-probs either way
         told = array.drop_null().to_numpy(zero_copy_only=False)
-        bad = told[~np.isfinite(told) | (told > LOGPROB_TOLERANCE)]
+        bad = told[~(np.abs(told) <= _LARGEST) | (told > LOGPROB_TOLERANCE)]  # as the cache will hold them
         if len(bad):
             raise self.fault(
-                called, "log-probs, finite and at most 0", f"{bad[0]:g}", "null is for what is not known"
+                called,
+                f"log-probs of at most 0, not below {-_LARGEST:g}",
+                f"{bad[0]:g}",
+                "null is for what is not known",
             )
         return np.asarray(array.to_numpy(zero_copy_only=False), np.float32)
 
@@ -141,10 +145,15 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, number = file.schema_arrow, 0
-            names = set(schema.names)
-            if "metadata" in names and pa.types.is_struct(schema.field("metadata").type):
-                names |= {f"metadata.{child.name}" for child in schema.field("metadata").type}
-            wanted = sorted(names & _WANTED)
+            every = list(schema.names)
+            if every.count("metadata") == 1 and pa.types.is_struct(schema.field("metadata").type):
+                every += [f"metadata.{child.name}" for child in schema.field("metadata").type]
+            wanted = sorted(set(every) & _WANTED)
+            for name in [*wanted, "metadata"]:
+                if every.count(name) > 1:
+                    raise RedpenError(
+                        f"{path}: column {name}: expected it once, got it {every.count(name)} times; remove the others"
+                    )
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 columns = {name: _column(batch, name) for name in wanted}
                 for row in range(batch.num_rows):
