@@ -334,10 +334,16 @@ class Round:
                 f"found {manifest.role}"
             )
         student = self.scores(STUDENT) if manifest.role == "teacher" and manifest.candidates else None
-        found = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+        for field in ("candidates", "candidate_kind") if student is not None else ():
+            expected, found = getattr(student.manifest, field), getattr(manifest, field)  # type: ignore[union-attr]
+            if expected != found:
+                raise CacheError(
+                    f"{where}: attribute redpen.{field}: expected {expected} as in the student's, found {found}"
+                )
         known = self._opened.get(name)
         if known is None or known.manifest != manifest or known._student is not student:  # made anew
-            self._opened[name] = known = found
+            known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+            self._opened[name] = known
         return known
 
     def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:

@@ -178,7 +178,15 @@ class BlockGroup:
         Raises `UncommittedError`, `CorruptBlockError`.
         """
         values = self.read_arrays(block, [spec.name for spec in self.specs], check=check)
-        return RolloutBlock(**values) if isinstance(self.manifest, RoundManifest) else ScoreBlock(**values)
+        if not isinstance(self.manifest, RoundManifest):
+            return ScoreBlock(**values)
+        record = RolloutBlock(**values)
+        if check:  # readers index by these values
+            try:
+                record.validate(self.manifest, block)
+            except InvalidBlockError as error:
+                raise CorruptBlockError(self._label, block, error.array, error.problem) from None
+        return record
 
     def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
         """The used part of some of the block's arrays; errors as `read`."""

@@ -150,10 +150,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 every += [f"metadata.{child.name}" for child in schema.field("metadata").type]
             wanted = sorted(set(every) & _WANTED)
             for name in [*wanted, "metadata"]:
-                if every.count(name) > 1:
-                    raise RedpenError(
-                        f"{path}: column {name}: expected it once, got it {every.count(name)} times; remove the others"
-                    )
+                if (n := every.count(name)) > 1:
+                    raise RedpenError(f"{path}: column {name}: expected it once, got it {n} times; remove the others")
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 columns = {name: _column(batch, name) for name in wanted}
                 for row in range(batch.num_rows):
