@@ -154,7 +154,9 @@ def _is_stale(group: BlockGroup, block: int) -> bool:
     """Whether the block scores what the cache no longer holds. Not where that cannot be known."""
     try:
         return not group.is_committed(block)
-    except CorruptBlockError:
+    except StorageError:
+        raise
+    except CacheError:
         return False
 
 

@@ -520,7 +520,7 @@ NODES = {
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cache to copy, damage and put back."""
     path = tmp_path_factory.mktemp("small") / "c"
-    factory.filled(path, n_prompts=5, topk=2)
+    factory.filled(path, n_prompts=2, topk=2)
     return path
 
 
@@ -581,7 +581,7 @@ WRONG = {
         "zarr_format": [True, 2, "3"],
     },
     "rounds/00000/rollouts/commit": {
-        "shape": [[2, 10**12], [10**12, 21], [2], "x", [True, 21]],
+        "shape": [[1, 10**12], [10**12, 21], [2], "x", [True, 21]],
         "chunk_grid.configuration.chunk_shape": [[1, 10**12], [0, 0]],
         "codecs": [[], None, [{"name": "bytes", "configuration": {"endian": "little"}}]],
         "attributes.fields": [[], None],

@@ -85,12 +85,9 @@ class Row:
         told = array.drop_null().to_numpy(zero_copy_only=False)
         bad = told[~(np.abs(told) <= _LARGEST) | (told > LOGPROB_TOLERANCE)]  # as the cache will hold them
         if len(bad):
-            raise self.fault(
-                called,
-                f"log-probs of at most 0, not below {-_LARGEST:g}",
-                f"{bad[0]:g}",
-                "null is for what is not known",
-            )
+            low = f", not below {-_LARGEST:g}" if -np.inf < bad[0] < 0 else ""
+            expected = f"log-probs, finite and at most 0{low}"
+            raise self.fault(called, expected, f"{bad[0]:g}", "null is for what is not known")
         return np.asarray(array.to_numpy(zero_copy_only=False), np.float32)
 
     def mask(self, name: str, length: int) -> UInt8:
