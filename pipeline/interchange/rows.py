@@ -6,6 +6,7 @@ object `metadata`, where Lightning-OPD keeps it. Lists of numbers are never Pyth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +124,10 @@ class Row:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Every row of a `.parquet` file or of one with a JSON object on each line. Raises `RedpenError`."""
-    if not path.is_file():
-        came = "a directory" if path.is_dir() else "no such file"
-        raise RedpenError(f"{path}: expected a Parquet or JSONL file of finished rollouts, got {came}")
+    if not os.path.isfile(path):  # False also for a name that cannot be
+        came = "a directory" if os.path.isdir(path) else "no such file"
+        shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+        raise RedpenError(f"{shown}: expected a Parquet or JSONL file of finished rollouts, got {came}")
     return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 
 
