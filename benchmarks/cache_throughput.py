@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 import zarr
 
 import cache_schema as cs
-from cache_schema.group import BlockGroup, create_arrays
+from cache_schema import layout
+from cache_schema.group import BlockGroup
 
 COLUMNS = ("token_ids", "rollout_logprobs", "logprobs")
 
@@ -81,7 +82,7 @@ def manifest(n_blocks: int, block_tokens: int) -> ThreeColumns:
 def write_cache(path: Path, blocks: list[dict[str, np.ndarray]], block_tokens: int) -> BlockGroup:
     m = manifest(len(blocks), block_tokens)
     group = zarr.create_group(path)
-    create_arrays(group, m, m)
+    layout.create(group, layout.block_layouts(m, m))
     out = BlockGroup(group, "rollouts", m, m, None, None)
     for i, block in enumerate(blocks):
         counts = {"rows": 256, "prompts": 64, "tokens": len(block["token_ids"]), "prompt_tokens": 0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -16,28 +15,27 @@ import numpy.typing as npt
 import zarr
 import zarr.errors
 from zarr.abc.store import Store
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from . import locks
-from .arrays import INNER_CHUNK
+from . import layout, locks
 from .errors import (
     CacheError,
     FormatVersionError,
     NotACacheError,
     ProvenanceError,
-    StorageError,
-    metadata_errors,
     storage_errors,
 )
-from .group import BlockGroup, create_arrays
-from .manifest import RoundManifest, ScoresManifest
+from .group import BlockGroup
+from .manifest import Header, RoundManifest, ScoresManifest, parse, shown
+from .nodes import damaged, open_group
 from .s3 import S3Store
-from .stores import entries, has_commits, is_empty, open_store
+from .stores import entries, holds_blocks, is_empty, open_store
 
 FORMAT = "redpen"
 VERSION = 1
 STUDENT = "student"
+#: The most that the prompts of a round may hold together, in bytes.
+MOST_PROMPT_BYTES = 2**36
 
 _M = TypeVar("_M", RoundManifest, ScoresManifest)
 
@@ -73,14 +71,22 @@ def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) ->
             raise NotACacheError(
                 f"cache {label}: nothing is there; `redpen rollouts RECIPE --cache {label}` makes one"
             )
-        root = _open_group(store, "", f"cache {label}", writable=writable)
+        try:
+            root = open_group(store, "")
+            lost = root is None and holds_blocks(store, "rounds")
+        except CacheError as error:
+            raise NotACacheError(f"cache {label}: {error}") from None
+    if lost:
+        raise NotACacheError(f"cache {label}: {damaged('', 'is missing, though there are rounds')}")
     header = root.attrs.get("redpen") if root is not None else None
     if root is None or not isinstance(header, dict) or header.get("format") != FORMAT:
         raise NotACacheError(f"cache {label}: this is not a redpen cache (no Zarr group with a redpen attribute)")
-    if not isinstance(header.get("version"), int) or header["version"] > VERSION:
+    version = header.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise FormatVersionError(
-            f"cache {label}: format version {header.get('version')}, this redpen reads up to {VERSION}; upgrade it"
+            f"cache {label}: format version {shown(version)}, this redpen reads up to {VERSION}; upgrade it"
         )
+    parse(Header, header, f"cache {label}: zarr.json: attribute redpen")
     return Cache(store, label, root, writable)
 
 
@@ -117,34 +123,68 @@ class Cache:
 
     def round_indices(self) -> list[int]:
         """Numbers of the rounds, ascending. A round whose creation was cut short is not there."""
-        with storage_errors(f"cache {self.url}"):
-            if _open_group(self._store, "rounds", f"cache {self.url}", writable=False) is None:
-                return []
-            return sorted(int(n) for n in _described(self._store, "rounds", f"cache {self.url}") if n.isdigit())
+        return [number for number in self.round_numbers() if self._described(number) is not None]
+
+    def round_numbers(self) -> list[int]:
+        """Numbers below `rounds`, ascending, whether or not what is there is a round."""
+        return [int(name) for name in self._names("rounds") if _is_number(name)]
 
     def lost_rounds(self) -> list[int]:
-        """Numbers of rounds that hold committed blocks but whose own metadata is gone: damage, not a beginning."""
-        known = self.round_indices()
+        """Numbers of rounds that hold blocks but whose own metadata are gone: damage, not a beginning."""
+        found = []
+        for number in self.round_numbers():
+            with suppress(CacheError):  # damaged, but there
+                if self._described(number) is None and self._holds_blocks(number):
+                    found.append(number)
+        return found
+
+    def _holds_blocks(self, number: int) -> bool:
         with storage_errors(f"cache {self.url}"):
-            return [
-                int(name)
-                for name in sorted(entries(self._store, "rounds"))
-                if name.isdigit() and int(name) not in known and has_commits(self._store, f"rounds/{name}/rollouts")
-            ]
+            return any(holds_blocks(self._store, f"{_round_path(number)}/{name}") for name in ("rollouts", "scores"))
+
+    def _names(self, path: str) -> list[str]:
+        """Names below the group at `path`, sorted. Raises `CacheError` where only its metadata are gone."""
+        with storage_errors(f"cache {self.url}"):
+            names = sorted(entries(self._store, path))
+            if open_group(self._store, path) is None:
+                if any(holds_blocks(self._store, f"{path}/{name}") for name in names):
+                    raise CacheError(
+                        f"cache {self.url}: {damaged(path, 'is missing, though there is data below it')}"
+                    )
+                return []
+        return names
+
+    def _described(self, number: int) -> zarr.Group | None:
+        """The group of a round, None where its attributes were never written."""
+        with storage_errors(f"cache {self.url}"):
+            group = open_group(self._store, _round_path(number))
+        return group if group is not None and "redpen" in group.attrs else None
+
+    def is_described(self, number: int) -> bool:
+        """Whether there is a round of this number, and not the remains of an interrupted creation."""
+        return self._described(number) is not None
 
     def round(self, index: int | None = None) -> Round:
         """Round `index`, or the latest. Raises `CacheError` where there is none."""
-        indices = self.round_indices()
-        if not indices:
+        numbers = self.round_numbers()
+        for number in reversed(numbers) if index is None else [index]:
+            if number in numbers and (group := self._described(number)) is not None:
+                return self._open_round(number, group)
+        if index is None or not self.round_indices():
             raise CacheError(
                 f"cache {self.url}: holds no rollouts yet; run `redpen rollouts RECIPE --cache {self.url}`"
             )
-        index = indices[-1] if index is None else index
-        if index not in indices:
-            raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(indices)}")
-        group = _open_group(self._store, _round_path(index), f"cache {self.url}", writable=self._writable)
-        assert group is not None
-        manifest = RoundManifest.from_json(_attributes(group), f"{self.url} {_round_path(index)}")
+        raise CacheError(f"cache {self.url}: there is no round {index}; it has {_listed(self.round_indices())}")
+
+    def _open_round(self, index: int, group: zarr.Group) -> Round:
+        found, where = group.attrs["redpen"], f"{self.url} {_round_path(index)}"
+        slots = found.get("slots") if isinstance(found, dict) else None
+        fields = {name: v for name, v in found.items() if name != "slots"} if isinstance(found, dict) else found
+        manifest = RoundManifest.from_json(fields, where)
+        if slots != manifest.slots():  # derived; stored for readers in other languages
+            raise CacheError(
+                f"{where}: attribute redpen.slots: expected {shown(manifest.slots(), 200)}, found {shown(slots)}"
+            )
         return Round(self, index, group, manifest)
 
     def start_round(
@@ -187,7 +227,7 @@ class Cache:
             # A round exists from the moment its attributes do, so they are written last.
             group = rounds.create_group(f"{index:05d}", overwrite=True)
             _write_prompts(group.create_group("prompts"), encode_prompts(prompts))
-            create_arrays(group.create_group("rollouts"), manifest, manifest)
+            layout.create(group.create_group("rollouts"), layout.block_layouts(manifest, manifest))
             group.create_group("scores")
             group.attrs.put({"redpen": manifest.to_json() | {"slots": manifest.slots()}})
         return self.round(index)
@@ -213,7 +253,7 @@ class Round:
         self.cache, self.index, self.manifest = cache, index, manifest
         self._group = group
         self._opened: dict[str, BlockGroup] = {}
-        self.prompts = PromptTable(group)
+        self.prompts = PromptTable(group, manifest)
         self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None)
 
     @property
@@ -235,11 +275,38 @@ class Round:
 
     def scorer_names(self) -> list[str]:
         """Names of the score groups, the student's first."""
+        return [name for name in self.scorer_entries() if self._scores_group(name) is not None]
+
+    def scorer_entries(self) -> list[str]:
+        """Names below `scores`, the student's first, whether or not what is there are scores."""
         self._child("scores")
-        path, label = f"{self._group.path}/scores", f"cache {self.cache.url}"
-        with storage_errors(label):
-            names = _described(self._group.store, path, label)
+        with storage_errors(f"cache {self.cache.url}"):
+            names = entries(self._group.store, f"{self._group.path}/scores")
         return sorted(names, key=lambda name: (name != STUDENT, name))
+
+    def is_described(self, name: str) -> bool:
+        """Whether there are scores of this name, and not the remains of an interrupted creation."""
+        return self._scores_group(name) is not None
+
+    def lost_scorers(self) -> list[str]:
+        """Names of scores that hold blocks but whose own metadata are gone: damage, not a beginning."""
+        found = []
+        for name in self.scorer_entries():
+            with suppress(CacheError):  # damaged, but there
+                if self._scores_group(name) is None and self._holds_scores(name):
+                    found.append(name)
+        return found
+
+    def _holds_scores(self, name: str) -> bool:
+        with storage_errors(f"cache {self.cache.url}"):
+            return holds_blocks(self._group.store, f"{self._group.path}/scores/{name}")
+
+    def _scores_group(self, name: str) -> zarr.Group | None:
+        """The group of a scorer, None where its attributes were never written."""
+        label = f"cache {self.cache.url}"
+        with storage_errors(label):
+            group = open_group(self._group.store, f"{self._group.path}/scores/{name}")
+        return group if group is not None and "redpen" in group.attrs else None
 
     def teacher_names(self) -> list[str]:
         return [name for name in self.scorer_names() if name != STUDENT]
@@ -256,18 +323,27 @@ class Round:
         return found
 
     def _scores(self, name: str) -> BlockGroup | None:
-        label = f"cache {self.cache.url}"
-        with storage_errors(label):
-            path = f"{self._group.path}/scores/{name}"
-            group = _open_group(self._group.store, path, label, writable=not self._group.store.read_only)
-        if group is None or "redpen" not in group.attrs:
+        group = self._scores_group(name)
+        if group is None:
             return None
-        manifest = ScoresManifest.from_json(_attributes(group), f"{self.cache.url} {path}")
+        where = f"{self.cache.url} {self._group.path}/scores/{name}"
+        manifest = ScoresManifest.from_json(group.attrs["redpen"], where)
+        if (name == STUDENT) != (manifest.role == "student"):
+            raise CacheError(
+                f"{where}: attribute redpen.role: expected {'student' if name == STUDENT else 'teacher'}, "
+                f"found {manifest.role}"
+            )
         student = self.scores(STUDENT) if manifest.role == "teacher" and manifest.candidates else None
-        found = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+        for field in ("candidates", "candidate_kind") if student is not None else ():
+            expected, found = getattr(student.manifest, field), getattr(manifest, field)  # type: ignore[union-attr]
+            if expected != found:
+                raise CacheError(
+                    f"{where}: attribute redpen.{field}: expected {expected} as in the student's, found {found}"
+                )
         known = self._opened.get(name)
         if known is None or known.manifest != manifest or known._student is not student:  # made anew
-            self._opened[name] = known = found
+            known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+            self._opened[name] = known
         return known
 
     def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
@@ -290,7 +366,7 @@ class Round:
 
     def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
         path = f"{self._group.path}/scores/{name}"
-        if self._scores(name) is None and has_commits(self._group.store, path):
+        if self._scores(name) is None and self._holds_scores(name):
             raise CacheError(
                 f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is gone; "
                 f"restore {path}/zarr.json from a copy, or name the scorer differently"
@@ -306,23 +382,27 @@ class Round:
                     )
         with storage_errors(f"cache {self.cache.url}"):
             group = self._child("scores").create_group(name, overwrite=True)
-            create_arrays(group, manifest, self.manifest)
+            layout.create(group, layout.block_layouts(manifest, self.manifest))
             group.attrs.put({"redpen": manifest.to_json()})
         return self.scores(name)
 
     def _child(self, name: str) -> zarr.Group:
-        label = f"cache {self.cache.url}, {self._group.path}/{name}"
-        with storage_errors(label), metadata_errors(label):
-            found = self._group[name]
-            assert isinstance(found, zarr.Group)
-            return found
+        path = f"{self._group.path}/{name}"
+        with storage_errors(f"cache {self.cache.url}, {path}"):
+            found = open_group(self._group.store, path)
+        if found is None:
+            raise CacheError(f"cache {self.cache.url}: {damaged(path, 'is missing')}")
+        return found
 
 
 class PromptTable:
-    """The round's prompt records, read on demand: `len(table)`, `table[i]`."""
+    """The round's prompt records, read on demand: `len(table)`, `table[i]`.
 
-    def __init__(self, round_group: zarr.Group):
-        self._group = round_group
+    Raises `CacheError` where they are not those that the round's `prompts_sha256` is of.
+    """
+
+    def __init__(self, round_group: zarr.Group, manifest: RoundManifest):
+        self._group, self._manifest = round_group, manifest
         self._loaded: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
@@ -332,78 +412,64 @@ class PromptTable:
         data, offsets = self._load()
         if not 0 <= index < len(offsets) - 1:
             raise IndexError(f"prompt {index}: there are {len(offsets) - 1}")
-        line = data[offsets[index] : offsets[index + 1]].tobytes().decode("utf-8", "surrogatepass")
-        record = json.loads(line)
-        assert isinstance(record, dict)
+        try:
+            record = json.loads(data[offsets[index] : offsets[index + 1]].tobytes().decode("utf-8", "surrogatepass"))
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise CacheError(f"{self._path}: prompt {index}: expected a JSON object, found something else")
         return record
 
-    def sha256(self) -> str:
-        """`prompts_sha256` of what is stored. Raises `CacheError` where it cannot be decoded."""
-        data, offsets = self._load()
-        digest = hashlib.sha256()
-        for start, end in itertools.pairwise(offsets):
-            digest.update(data[start:end].tobytes() + b"\n")
-        return digest.hexdigest()
+    def check(self) -> None:
+        """Raise `CacheError` where the prompts are not those that were written."""
+        self._load()
+
+    @property
+    def _path(self) -> str:
+        return f"{self._group.path}/prompts"
 
     def _load(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         if self._loaded is None:
-            label = f"{self._group.path}/prompts"
-            try:
-                with storage_errors(f"{label}: cannot be read"):
-                    self._loaded = (
-                        np.asarray(self._group["prompts/bytes"][:]),  # type: ignore[index]
-                        np.asarray(self._group["prompts/offsets"][:]),  # type: ignore[index]
-                    )
-            except StorageError:
-                raise
-            except (ValueError, KeyError) as error:
-                raise CacheError(f"{label}: cannot be decoded ({error}); restore the cache from a copy") from error
+            store, n_prompts = self._group.store, self._manifest.n_prompts
+            with storage_errors(f"{self._path}: cannot be read"):
+                if open_group(store, self._path) is None:
+                    raise damaged(self._path, "is missing")
+                offsets = self._read("offsets", layout.prompt_layouts(1, n_prompts)["offsets"]).astype(np.int64)
+                # The sizes are known from one another before anything is allocated.
+                if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] > MOST_PROMPT_BYTES:
+                    raise self._damage("offsets", "expected ascending numbers from 0, found others")
+                data = self._read("bytes", layout.prompt_layouts(int(offsets[-1]), n_prompts)["bytes"])
+            lines = np.insert(data, offsets[1:], ord("\n"))
+            if hashlib.sha256(lines.data).hexdigest() != self._manifest.prompts_sha256:
+                raise self._damage("bytes", "differs from prompts_sha256 in the round's attributes")
+            self._loaded = data, offsets
         return self._loaded
+
+    def _read(self, name: str, expected: layout.Layout) -> npt.NDArray[Any]:
+        array = layout.open_array(self._group.store, f"{self._path}/{name}", expected)
+        try:
+            with layout.decoding_errors():
+                return np.asarray(array[:])
+        except CacheError:
+            raise
+        except ValueError as error:
+            raise self._damage(name, f"cannot be decoded: {error}") from error
+
+    def _damage(self, name: str, problem: str) -> CacheError:
+        return CacheError(f"{self._path}/{name}: {problem}; restore the cache from a copy")
 
 
 def _write_prompts(group: zarr.Group, lines: list[bytes]) -> None:
     data = np.frombuffer(b"".join(lines), np.uint8)
     offsets = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
-    for name, value, dimension, meaning in (
-        ("bytes", data, "byte", "prompt records as canonical UTF-8 JSON, end to end"),
-        ("offsets", offsets, "prompt_boundary", "record i is bytes[offsets[i]:offsets[i + 1]]"),
-    ):
-        array = group.create_array(
-            name,
-            shape=value.shape,
-            chunks=(min(len(value), INNER_CHUNK * 16),),
-            dtype=value.dtype.newbyteorder("<"),
-            fill_value=0,
-            serializer=BytesCodec(endian="little"),
-            compressors=(ZstdCodec(level=1), Crc32cCodec()),
-            dimension_names=(dimension,),
-            attributes={"unit": "byte", "meaning": meaning},
-        )
-        array[:] = value
+    layouts = layout.prompt_layouts(len(data), len(lines))
+    layout.create(group, layouts)
+    for name, value in (("bytes", data), ("offsets", offsets)):
+        layout.open_array(group.store, f"{group.path}/{name}", layouts[name])[:] = value
 
 
-def _described(store: Store, path: str, label: str) -> list[str]:
-    """Names of the groups directly below `path` that exist, i.e. whose `redpen` attribute was written."""
-    groups = {name: _open_group(store, f"{path}/{name}", label, writable=False) for name in entries(store, path)}
-    return [name for name, group in groups.items() if group is not None and "redpen" in group.attrs]
-
-
-def _open_group(store: Store, path: str, label: str, *, writable: bool) -> zarr.Group | None:
-    try:
-        return zarr.open_group(store, path=path, mode="r+" if writable else "r", zarr_format=3)
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:  # zarr.json that is no JSON, or not Zarr's
-        where = f"{path}/zarr.json" if path else "zarr.json"
-        raise NotACacheError(
-            f"{label}: unreadable metadata in {where} ({error}); restore the cache from a copy, or start another"
-        ) from error
-
-
-def _attributes(group: zarr.Group) -> dict[str, Any]:
-    value = dict(group.attrs["redpen"])  # type: ignore[arg-type]
-    value.pop("slots", None)  # derived; stored for readers in other languages
-    return value
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and name == f"{int(name[:9]):05d}"
 
 
 def _require_same(existing: _M, wanted: _M, label: str, remedy: str) -> None:

@@ -71,17 +71,3 @@ def storage_errors(what: str) -> Iterator[None]:
         raise StorageError(
             f"{what}: {remedy}, then run the same command again (committed blocks are untouched)"
         ) from error
-
-
-@contextmanager
-def metadata_errors(where: str) -> Iterator[None]:
-    """Turn a zarr.json that is damaged or missing into one line."""
-    try:
-        yield
-    except CacheError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(
-            f"{where}: its metadata (zarr.json) cannot be read ({' '.join(str(error).split())[:120]}); "
-            "restore the cache from a copy, or start another"
-        ) from error

@@ -6,27 +6,21 @@ array, so a reader notices missing shards and two writers that mixed their shard
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.abc.store import ByteRequest, Store
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore, StorePath, WrapperStore
 
-from .arrays import COMMIT_FIELDS, ArraySpec, inner_chunk
+from .arrays import ArraySpec
 from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
-from .errors import CacheError, CorruptBlockError, UncommittedError, metadata_errors, storage_errors
+from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
+from .layout import block_layouts, commit_fields, decoding_errors, open_array, write_only
 from .manifest import RoundManifest, ScoresManifest
 from .stores import hang_up
 
@@ -74,7 +68,8 @@ class BlockGroup:
         self._round = round_manifest
         self._rollouts = rollouts
         self._student = student
-        self._dtype = _commit_dtype(self.specs)
+        self._layouts = block_layouts(manifest, round_manifest)
+        self._dtype = np.dtype([(name, "<u8") for name in commit_fields(self.specs)])
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @property
@@ -92,11 +87,47 @@ class BlockGroup:
             raise
         except ValueError:  # a record fails its checksum: find out which
             raw = np.stack([self._raw_commit(block) for block in range(self.n_blocks)])
-        return raw.view(self._dtype)[:, 0]
+        commits = raw.view(self._dtype)[:, 0]
+        for name, most in self._most().items():
+            over = np.flatnonzero(commits[name] > most)
+            if len(over):
+                self._require_counts(int(over[0]), commits[over[0]])
+        return commits
 
     def commit(self, block: int) -> Any:
         """One block's commit record."""
-        return self._raw_commit(block).view(self._dtype)[0]
+        commit = self._raw_commit(block).view(self._dtype)[0]
+        self._require_counts(block, commit)
+        return commit
+
+    def _most(self) -> dict[str, int]:
+        """What a block can hold of each of `_COUNTS`."""
+        slots = self._round.slots()
+        return {f"{name}s": slots[name] for name in ("row", "prompt", "token", "prompt_token")}
+
+    def _require_counts(self, block: int, commit: Any) -> None:
+        for name, most in self._most().items():
+            if commit[name] > most:
+                problem = f"{name}: expected at most {most}, found {commit[name]}"
+                raise CorruptBlockError(self._label, block, "commit", problem)
+
+    def check_metadata(self) -> Iterator[tuple[str, str]]:
+        """Pairs of an array whose metadata are missing or damaged, and what is wrong with them."""
+        for name in self._layouts:
+            try:
+                self._array(name)
+            except StorageError:
+                raise
+            except CacheError as error:
+                yield name, str(error)
+
+    def read_own(self, block: int) -> Any:
+        """`read`, whatever has become of what was scored; None where the block was not written."""
+        commit = self.commit(block)
+        if commit["rows"] == 0:
+            return None
+        values = self._read_committed(block, commit, {spec.name for spec in self.specs}, check=True)
+        return RolloutBlock(**values) if isinstance(self.manifest, RoundManifest) else ScoreBlock(**values)
 
     def committed(self) -> npt.NDArray[np.bool_]:
         """[n_blocks]: which blocks can be read.
@@ -147,7 +178,15 @@ class BlockGroup:
         Raises `UncommittedError`, `CorruptBlockError`.
         """
         values = self.read_arrays(block, [spec.name for spec in self.specs], check=check)
-        return RolloutBlock(**values) if isinstance(self.manifest, RoundManifest) else ScoreBlock(**values)
+        if not isinstance(self.manifest, RoundManifest):
+            return ScoreBlock(**values)
+        record = RolloutBlock(**values)
+        if check:  # readers index by these values
+            try:
+                record.validate(self.manifest, block)
+            except InvalidBlockError as error:
+                raise CorruptBlockError(self._label, block, error.array, error.problem) from None
+        return record
 
     def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
         """The used part of some of the block's arrays; errors as `read`."""
@@ -237,13 +276,13 @@ class BlockGroup:
         for spec, digest in zip(self.specs, digests, strict=True):
             commit[f"digest.{spec.name}"] = digest
         commit["digest"] = self._block_digest(commit)
-        commit["elapsed_us"] = round(elapsed_seconds * 1e6)
-        commit["committed_at_us"] = time.time_ns() // 1000
+        commit["elapsed_us"] = max(0, round(elapsed_seconds * 1e6))
+        commit["committed_at_us"] = max(0, time.time_ns() // 1000)  # a clock may stand before 1970
         self._store("commit", block, commit.reshape(1).view(np.uint64))
 
     def _write_array(self, block: int, spec: ArraySpec, value: npt.NDArray[Any]) -> int:
         """Write the whole slot; the digest of what it holds."""
-        slot = np.full(self._array(spec.name).shape[1:], spec.fill, np.dtype(spec.dtype))
+        slot = np.full(self._layouts[spec.name].shape[1:], spec.fill, np.dtype(spec.dtype))
         slot[: value.shape[0]] = value
         self._store(spec.name, block, slot)
         return array_digest(value)
@@ -298,79 +337,26 @@ class BlockGroup:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            with metadata_errors(f"{self._label}/{name}"):
-                found = self._group[name]
-                assert isinstance(found, zarr.Array)
-                self._arrays[name] = found
+            with storage_errors(f"{self._label}: cannot read {name}"):
+                self._arrays[name] = open_array(
+                    self._group.store, f"{self._group.path}/{name}".lstrip("/"), self._layouts[name]
+                )
         return self._arrays[name]
 
     def _load(self, name: str, where: Any) -> npt.NDArray[Any]:
-        with storage_errors(f"{self._label}: cannot read {name}"):
-            return np.ascontiguousarray(self._array(name)[where])
+        """Decoded values. Raises `CacheError` where the metadata are damaged, `ValueError` where the values are."""
+        array = self._array(name)
+        with storage_errors(f"{self._label}: cannot read {name}"), decoding_errors():
+            return np.ascontiguousarray(array[where])
 
     def _store(self, name: str, block: int, value: npt.NDArray[Any]) -> None:
         with storage_errors(f"{self._label}: cannot write block {block}, array {name}"):
-            array = self._array(name)
-            unread = StorePath(_Unread(array.store_path.store), array.store_path.path)
-            zarr.Array(dataclasses.replace(array.async_array, store_path=unread))[block] = value
-
-
-class _Unread(WrapperStore[Store]):
-    """Finds nothing in a store: zarr would read the shard that it replaces whole, and stop at a damaged one."""
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        return None
+            write_only(self._array(name))[block] = value
 
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="cache-arrays")
-
-
-def create_arrays(group: zarr.Group, manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest) -> None:
-    """Create a block group's arrays, empty, in `group`."""
-    slots = round_manifest.slots()
-    if isinstance(manifest, ScoresManifest):
-        slots |= {"candidate": manifest.candidates, "topk": manifest.topk}
-    n_blocks = round_manifest.n_blocks
-    files: dict[str, Buffer] = {}
-    draft = zarr.create_group(MemoryStore(files))  # with each array zarr would look at all of its parents
-    for spec in manifest.arrays():
-        shape = tuple(slots[dim] for dim in spec.dims)
-        draft.create_array(
-            spec.name,
-            shape=(n_blocks, *shape),
-            shards=(1, *shape),
-            chunks=(1, inner_chunk(spec, shape[0]), *shape[1:]),
-            dtype=np.dtype(spec.dtype).newbyteorder("<"),
-            fill_value=spec.fill,
-            serializer=BytesCodec(endian="little"),
-            compressors=(ZstdCodec(level=1), Crc32cCodec()),
-            dimension_names=spec.dimension_names,
-            attributes={"unit": spec.unit, "meaning": spec.meaning},
-        )
-
-    fields = list(_commit_dtype(manifest.arrays()).names or ())
-    draft.create_array(
-        "commit",
-        shape=(n_blocks, len(fields)),
-        chunks=(1, len(fields)),
-        dtype="<u8",
-        fill_value=0,
-        serializer=BytesCodec(endian="little"),
-        compressors=(Crc32cCodec(),),
-        dimension_names=("block", "field"),
-        attributes={"fields": fields, "meaning": "written last; rows == 0: the block is not there"},
-    )
-
-    async def write() -> None:
-        await asyncio.gather(*((group.store_path / key).set(file) for key, file in files.items() if "/" in key))
-
-    sync(write())
-
-
-def _commit_dtype(specs: Sequence[ArraySpec]) -> np.dtype[Any]:
-    return np.dtype([(name, "<u8") for name in (*COMMIT_FIELDS, *(f"digest.{spec.name}" for spec in specs))])
 
 
 def _is_fill(value: npt.NDArray[Any], spec: ArraySpec) -> bool:

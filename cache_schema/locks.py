@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from zarr.core.sync import sync
 
 from . import s3
-from .errors import CacheLockedError, storage_errors
+from .errors import CacheLockedError, StorageError, storage_errors
+from .manifest import shown
 
 if TYPE_CHECKING:
     import obstore
@@ -182,21 +185,21 @@ def _myself(command: str) -> dict[str, Any]:
 def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         holder = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
 def _name(holder: dict[str, Any]) -> str:
-    try:
-        return f"`{holder['command']}` (process {holder['pid']} on {holder['host']}, since {holder['since']})"
-    except KeyError:
+    known = {name: shown(holder[name]) for name in ("command", "pid", "host", "since") if name in holder}
+    if len(known) < 4:
         return "another process"
+    return f"`{known['command']}` (process {known['pid']} on {known['host']}, since {known['since']})"
 
 
 def _acquire(lock_path: Path, label: str) -> int:
     while True:
-        handle = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open(lock_path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,6 +215,22 @@ def _acquire(lock_path: Path, label: str) -> int:
         except FileNotFoundError:
             pass
         os.close(handle)
+
+
+def _open(lock_path: Path) -> int:
+    """The lock file, made if it is missing. Raises `StorageError` where something else is in its place."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(lock_path, flags, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise StorageError(f"{lock_path}: expected redpen's lock file, found something else; remove it") from None
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # its content would be replaced under all of its names
+        os.close(handle)
+        raise StorageError(f"{lock_path}: expected redpen's lock file, found something else; remove it")
+    return handle
 
 
 def _sweep_partial_writes(root: Path) -> None:

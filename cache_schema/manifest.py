@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
-from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .arrays import (
     ROLLOUT_ARRAYS,
@@ -17,6 +20,25 @@ from .arrays import (
 from .errors import CacheError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both included."""
+
+    low: float
+    high: float
+
+
+_INT32 = 2**31 - 1
+Text = Annotated[str, Between(0, 2**16)]  # characters
+Count = Annotated[int, Between(1, _INT32)]
+TokenId = Annotated[int, Between(0, _INT32)]
+Alternatives = Annotated[int, Between(0, 2**20)]  # tokens beside the sampled one
+Temperature = Annotated[float, Between(0, 1000)]
+
+#: The most that a round may declare. Arrays of these sizes fit the memory of the machines that redpen is for.
+MOST_PROMPTS, MOST_BLOCKS, MOST_SLOT_VALUES = 2**26, 2**22, 2**34
 
 #: Recorded for people, never compared: a new release may continue an old cache.
 _NOT_COMPARED = frozenset({"created_by"})
@@ -33,19 +55,28 @@ class ModelIdentity:
         adapter_digest: of the PEFT adapter on top, if any.
     """
 
-    name: str
-    revision: str | None
-    digest: str
-    adapter_digest: str | None = None
+    name: Text
+    revision: Text | None
+    digest: Text
+    adapter_digest: Text | None = None
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
     """A tokenizer by the digest of its token->id map and special tokens; `vocab_size` is the highest id plus one."""
 
-    name: str
-    digest: str
-    vocab_size: int
+    name: Text
+    digest: Text
+    vocab_size: Count
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the root group says: that this is a cache, and of which version."""
+
+    format: Text
+    version: Annotated[int, Between(1, 2**31 - 1)]
+    created_by: Text = ""
 
 
 class _Manifest:
@@ -54,46 +85,93 @@ class _Manifest:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
-        """Parse attributes read from a store. Raises `CacheError` naming the field that is missing, unknown or of
-        another type."""
-        return _parsed(cls, value, f"{where}: attribute redpen")
+        """Parse attributes read from a store. Raises `CacheError` naming the field that is missing, unknown, of
+        another type or out of bounds."""
+        return parse(cls, value, f"{where}: attribute redpen")
 
     def differences(self, other: Self) -> list[str]:
         """Fields in which `other` differs, as `field: cached X, now Y`; models compare by digest, not name."""
         return _differences(self.to_json(), other.to_json())
 
 
-def _parsed(record: type[T], value: Any, where: str) -> T:
-    """A record, and the records in it, from JSON."""
+def parse(record: type[T], value: Any, where: str) -> T:
+    """A record, and the records in it, from JSON. Raises `CacheError`, one line."""
     if not isinstance(value, dict):
-        raise CacheError(f"{where}: expected an object, got {_short(value)}")
+        raise CacheError(f"{where}: expected an object, found {shown(value)}")
     fields = dataclasses.fields(record)  # type: ignore[arg-type]
     unknown = sorted(set(value) - {f.name for f in fields})
-    missing = sorted({f.name for f in fields if f.default is dataclasses.MISSING} - set(value))
-    if unknown or missing:
-        raise CacheError(f"{where} has missing fields {missing}, unknown fields {unknown}")
-    types, found = get_type_hints(record), {}
-    for name, told in value.items():
+    missing = sorted({f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING} - set(value))
+    if missing:
+        raise CacheError(f"{where}: expected a field {missing[0]}, found none (missing fields: {len(missing)})")
+    if unknown:
+        raise CacheError(f"{where}: expected no field {shown(unknown[0])}; unknown fields: {len(unknown)}")
+    types, found = _types(cast(Any, record)), {}
+    for name, item in value.items():
         if dataclasses.is_dataclass(types[name]):
-            found[name] = _parsed(types[name], told, f"{where}.{name}")
-        elif _is_a(told, types[name]):
-            found[name] = tuple(told) if isinstance(told, list) else told
+            found[name] = parse(types[name], item, f"{where}.{name}")
+        elif (expected := _unlike(item, types[name])) is not None:
+            raise CacheError(f"{where}.{name}: expected {expected}, found {shown(item)}")
         else:
-            named = getattr(types[name], "__name__", str(types[name]))
-            raise CacheError(f"{where}.{name}: expected {named}, got {_short(told)}")
-    return record(**found)
+            found[name] = tuple(item) if isinstance(item, list) else item
+    try:
+        return record(**found)
+    except CacheError as error:  # fields that contradict one another
+        raise CacheError(f"{where}: {error}") from None
 
 
-def _is_a(value: Any, type_: Any) -> bool:
-    """Whether JSON's `value` is of a field's type; 1 is a float too."""
-    if isinstance(type_, UnionType):
-        return any(_is_a(value, member) for member in get_args(type_))
+@functools.cache
+def _types(record: Any) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
+
+
+def _unlike(value: Any, type_: Any) -> str | None:
+    """What a field of this type expects, where JSON's `value` is something else; 1 is a float too."""
     origin = get_origin(type_) or type_
+    if origin is Annotated:
+        plain, bounds = get_args(type_)
+        if (expected := _unlike(value, plain)) is not None:
+            return expected
+        if isinstance(value, str):
+            return None if len(value) <= bounds.high else f"at most {bounds.high} characters"
+        return None if bounds.low <= value <= bounds.high else f"a number from {bounds.low} to {bounds.high}"
+    if origin in (Union, UnionType):
+        problems = [_unlike(value, member) for member in get_args(type_)]
+        return None if None in problems else " or ".join(str(problem) for problem in problems)
     if origin is tuple:
-        return isinstance(value, list) and all(_is_a(item, get_args(type_)[0]) for item in value)
-    if isinstance(value, bool) or origin is bool:
-        return isinstance(value, bool) and origin is bool
-    return isinstance(value, int | float if origin is float else origin)
+        if not isinstance(value, list | tuple):
+            return "a list"
+        problems = [_unlike(item, get_args(type_)[0]) for item in value]
+        return next((f"each to be {problem}" for problem in problems if problem is not None), None)
+    names = {int: "int", float: "a number", str: "text", bool: "true or false", dict: "an object", type(None): "null"}
+    is_one = isinstance(value, int | float if origin is float else origin)
+    if is_one and isinstance(value, bool) == (origin is bool):
+        return None
+    return names[origin]
+
+
+def _check(record: Any, name: str) -> None:
+    """Raise `CacheError` where a field is out of its bounds."""
+    for field_, type_ in _types(record.__class__).items():
+        value = getattr(record, field_)
+        if not dataclasses.is_dataclass(value) and (expected := _unlike(value, type_)) is not None:
+            raise CacheError(f"{name} manifest: {field_}: expected {expected}, found {shown(value)}")
+
+
+def shown(value: Any, at_most: int = 60) -> str:
+    """JSON as part of a message: one line, clipped."""
+    text = value if isinstance(value, str) and value.isprintable() else _json(value, 4 * at_most)
+    return text if len(text) <= at_most else f"{text[: at_most - 3]}..."
+
+
+def _json(value: Any, at_most: int) -> str:
+    """JSON text, of which only so much is made as is shown."""
+    parts: Iterator[str] = json.JSONEncoder(default=str).iterencode(value)
+    text = ""
+    for part in parts:
+        text += part[:at_most]
+        if len(text) > at_most:
+            break
+    return text
 
 
 def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -110,13 +188,8 @@ def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") 
                 inner.append(f"{label}.name: cached {a.get('name')}, now {b.get('name')}")
             found += inner
         elif a != b and not (isinstance(a, tuple | list) and isinstance(b, tuple | list) and list(a) == list(b)):
-            found.append(f"{label}: cached {_short(a)}, now {_short(b)}")
+            found.append(f"{label}: cached {shown(a)}, now {shown(b)}")
     return found
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)
@@ -133,37 +206,35 @@ class RoundManifest(_Manifest):
     student: ModelIdentity
     tokenizer: TokenizerIdentity
     template: dict[str, Any]
-    stop_token_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    rollouts_per_prompt: int
-    max_prompt_tokens: int
-    max_response_tokens: int
-    prompts_per_block: int
-    seed: int
-    engine: str
-    prompts_sha256: str
-    n_prompts: int
-    vocab_size: int
-    dtype: str = "float32"
+    stop_token_ids: tuple[TokenId, ...]
+    temperature: Temperature
+    top_p: Annotated[float, Between(0, 1)]
+    rollouts_per_prompt: Count
+    max_prompt_tokens: Count
+    max_response_tokens: Count
+    prompts_per_block: Count
+    seed: Annotated[int, Between(-(2**63), 2**64)]
+    engine: Text
+    prompts_sha256: Text
+    n_prompts: Annotated[int, Between(1, MOST_PROMPTS)]
+    vocab_size: Count
+    dtype: Text = "float32"
     sampler_settings: dict[str, Any] = field(default_factory=dict)
-    created_by: str = ""
+    created_by: Text = ""
 
     def __post_init__(self) -> None:
-        for name in (
-            "rollouts_per_prompt",
-            "max_prompt_tokens",
-            "max_response_tokens",
-            "prompts_per_block",
-            "n_prompts",
-        ):
-            if getattr(self, name) < 1:
-                raise CacheError(f"round manifest: {name} must be at least 1, got {getattr(self, name)}")
-        if self.slots()["token"] > 2**31 - 1:
+        _check(self, "round")
+        if self.n_blocks > MOST_BLOCKS:
             raise CacheError(
-                f"round manifest: a block would hold {self.slots()['token']} token slots, more than 2**31 - 1; "
-                "lower rollouts.prompts_per_block"
+                f"round manifest: prompts_per_block: expected at most {MOST_BLOCKS:,} blocks, found "
+                f"{self.n_blocks:,} of {self.prompts_per_block} prompts; raise rollouts.prompts_per_block"
             )
+        for name, size in self.slots().items():
+            if size > _INT32:
+                raise CacheError(
+                    f"round manifest: a block would hold {size} {name} slots, more than 2**31 - 1; "
+                    "lower rollouts.prompts_per_block"
+                )
 
     @property
     def n_blocks(self) -> int:
@@ -204,24 +275,25 @@ class ScoresManifest(_Manifest):
             which then belong to the rest.
     """
 
-    role: str
+    role: Text
     model: ModelIdentity
     tokenizer: TokenizerIdentity
     template: dict[str, Any]
-    dtype: str
-    quantisation: str | None
-    engine: str
-    tile_tokens: int
-    vocab_size: int
-    candidate_kind: str
-    candidates: int
-    sampling_temperature: float | None
-    topk: int = 0
+    dtype: Text
+    quantisation: Text | None
+    engine: Text
+    tile_tokens: Annotated[int, Between(0, 2**40)]
+    vocab_size: Count
+    candidate_kind: Text
+    candidates: Alternatives
+    sampling_temperature: Temperature | None
+    topk: Alternatives = 0
     entropy: bool = True
     partial: bool = False
-    created_by: str = ""
+    created_by: Text = ""
 
     def __post_init__(self) -> None:
+        _check(self, "scores")
         if self.role not in ("student", "teacher"):
             raise CacheError(f"scores manifest: role must be student or teacher, got {self.role!r}")
         if self.candidate_kind not in ("topk", "sampled"):

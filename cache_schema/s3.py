@@ -28,6 +28,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from .errors import CacheLockedError, StorageError
+from .local import METADATA_BYTES
 
 if TYPE_CHECKING:
     import obstore
@@ -264,7 +265,10 @@ class S3Store(ObjectStore["obstore.store.S3Store"]):
             options["range"] = {"offset": byte_range.offset}
         elif isinstance(byte_range, SuffixByteRequest):
             options["range"] = {"suffix": byte_range.suffix}
-        return await (await obstore.get_async(self.store, key, options=options)).bytes_async()
+        found = await obstore.get_async(self.store, key, options=options)
+        if key.endswith("zarr.json") and (size := found.meta["size"]) > METADATA_BYTES:
+            raise ValueError(f"expected at most {METADATA_BYTES:,} bytes, found {size:,}")
+        return await found.bytes_async()
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

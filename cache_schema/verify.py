@@ -10,7 +10,7 @@ from .blocks import InvalidBlockError, RolloutBlock
 from .cache import Cache, Round
 from .errors import CacheError, CorruptBlockError, StorageError
 from .group import BlockGroup
-from .manifest import RoundManifest, ScoresManifest
+from .manifest import ScoresManifest
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,20 @@ class Finding:
     """One thing wrong with a cache.
 
     Attributes:
-        group: "rollouts", "scores/<name>" or "prompts".
+        round: None where it is about what lies above the rounds.
+        group: "rollouts", "scores/<name>", "prompts", "scores", "round" or "rounds".
         block: the bad block, or None where the whole group is concerned; only blocks can be repaired.
     """
 
-    round: int
+    round: int | None
     group: str
     block: int | None
     array: str
     problem: str
 
     def __str__(self) -> str:
-        where = f"round {self.round} {self.group}" + ("" if self.block is None else f" block {self.block}")
+        where = self.group if self.round is None else f"round {self.round} {self.group}"
+        where += "" if self.block is None else f" block {self.block}"
         return f"{where}, array {self.array}: {self.problem}"
 
 
@@ -41,27 +43,43 @@ def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: Non
 
     Blocks that are not committed are not findings: the stage that writes them has not finished.
     """
-    for index in cache.lost_rounds():
-        yield Finding(index, "round", None, "attributes", "holds blocks, but its metadata (zarr.json) is gone")
-    for index in cache.round_indices():
+    try:
+        numbers, lost = cache.round_numbers(), cache.lost_rounds()
+    except StorageError:
+        raise
+    except CacheError as error:
+        yield Finding(None, "rounds", None, "attributes", str(error))
+        return
+    for index in numbers:
+        if index in lost:
+            yield Finding(index, "round", None, "attributes", "holds blocks, but its metadata (zarr.json) is gone")
+            continue
         try:
-            round_ = cache.round(index)
+            round_ = cache.round(index) if cache.is_described(index) else None
         except StorageError:
             raise
         except CacheError as error:
             yield Finding(index, "round", None, "attributes", str(error))
         else:
-            yield from _verify_round(round_, progress)
+            if round_ is not None:
+                yield from _verify_round(round_, progress)
+    gaps = sorted(set(range(min(len(numbers), max(numbers, default=0)))) - set(numbers))
+    for index in gaps:
+        yield Finding(index, "round", None, "attributes", "is missing, though there are later rounds")
 
 
 def block_groups(cache: Cache) -> list[BlockGroup]:
     """Every group of blocks whose metadata can be read, over all rounds."""
     groups: list[BlockGroup] = []
-    for index in cache.round_indices():
-        with contextlib.suppress(CacheError):  # what cannot be read is a finding of `verify`
-            round_ = cache.round(index)
-            groups.append(round_.rollouts)
-            groups += [round_.scores(name) for name in round_.scorer_names()]
+    with contextlib.suppress(CacheError):  # what cannot be read is a finding of `verify`
+        for index in cache.round_numbers():
+            with contextlib.suppress(CacheError):
+                if cache.is_described(index):
+                    round_ = cache.round(index)
+                    groups.append(round_.rollouts)
+                    for name in round_.scorer_entries():
+                        with contextlib.suppress(CacheError):
+                            groups.append(round_.scores(name))
     return groups
 
 
@@ -71,7 +89,7 @@ def repair(cache: Cache, findings: Sequence[Finding]) -> int:
     Scores of a repaired rollouts block need no repair: they read as uncommitted once the block is sampled again
     differently, and stay good where it is sampled again the same.
     """
-    blocks = {(f.round, f.group, f.block) for f in findings if f.block is not None}
+    blocks = {(f.round, f.group, f.block) for f in findings if f.round is not None and f.block is not None}
     for index, name, block in sorted(blocks):
         round_ = cache.round(index)
         group = round_.rollouts if name == "rollouts" else round_.scores(name.removeprefix("scores/"))
@@ -81,68 +99,69 @@ def repair(cache: Cache, findings: Sequence[Finding]) -> int:
 
 def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Finding]:
     try:
-        if round_.prompts.sha256() != round_.manifest.prompts_sha256:
-            yield Finding(
-                round_.index,
-                "prompts",
-                None,
-                "bytes",
-                "differs from prompts_sha256 in the round's attributes",
-            )
+        round_.prompts.check()
+    except StorageError:
+        raise
     except CacheError as error:
         yield Finding(round_.index, "prompts", None, "bytes", str(error))
     groups: list[BlockGroup] = [round_.rollouts]
     try:
-        names = round_.scorer_names()
+        names, lost = round_.scorer_entries(), round_.lost_scorers()
+    except StorageError:
+        raise
     except CacheError as error:
         yield Finding(round_.index, "scores", None, "attributes", str(error))
-        names = []
+        names, lost = [], []
     for name in names:
+        if name in lost:
+            problem = "holds blocks, but its metadata (zarr.json) is gone"
+            yield Finding(round_.index, f"scores/{name}", None, "attributes", problem)
+            continue
         try:
-            groups.append(round_.scores(name))
+            if round_.is_described(name):
+                groups.append(round_.scores(name))
+        except StorageError:
+            raise
         except CacheError as error:
             yield Finding(round_.index, f"scores/{name}", None, "attributes", str(error))
-    unreadable: set[str] = set()
+    readable = []
+    for group in groups:
+        problems = list(group.check_metadata())
+        for array, problem in problems:
+            yield Finding(round_.index, group.name, None, array, problem)
+        readable += [group] * (not problems)
     for block in range(round_.n_blocks):
         rollouts: RolloutBlock | None = None
-        for group in groups:
+        for group in readable:
             try:
-                # A bad block of one group makes the check of what hangs on it impossible, not wrong.
                 if group is round_.rollouts:
-                    rollouts = _checked_rollouts(group, block)
-                elif rollouts is not None:
+                    rollouts = group.read_own(block)
+                    if rollouts is not None:
+                        rollouts.validate(round_.manifest, block)
+                elif not _is_stale(group, block):
+                    # Bad rollouts make it impossible to check what scores mean, not whether they are whole.
                     _check_scores(group, block, rollouts)
-                else:
-                    group.commit(block)
-            except StorageError:
-                raise
             except CorruptBlockError as error:
-                yield _finding(round_, group, error)
-            except InvalidBlockError as error:
                 yield Finding(round_.index, group.name, block, error.array, error.problem)
-            except CacheError as error:  # an array's metadata: every block would say the same
-                if str(error) not in unreadable:
-                    unreadable.add(str(error))
-                    yield Finding(round_.index, group.name, None, "metadata", str(error))
+            except InvalidBlockError as error:
+                rollouts = None if group is round_.rollouts else rollouts
+                yield Finding(round_.index, group.name, block, error.array, error.problem)
             progress(1)
+    progress(round_.n_blocks * (len(groups) - len(readable)))
 
 
-def _finding(round_: Round, group: BlockGroup, error: CorruptBlockError) -> Finding:
-    # The error may come from a group that `group` depends on; it names its own.
-    name = error.group.split("/", 2)[-1] if error.group.startswith("rounds/") else group.name
-    return Finding(round_.index, name, error.block, error.array, error.problem)
+def _is_stale(group: BlockGroup, block: int) -> bool:
+    """Whether the block scores what the cache no longer holds. Not where that cannot be known."""
+    try:
+        return not group.is_committed(block)
+    except StorageError:
+        raise
+    except CacheError:
+        return False
 
 
-def _checked_rollouts(group: BlockGroup, block: int) -> RolloutBlock | None:
-    if not group.is_committed(block):
-        return None
-    record = group.read(block)
-    assert isinstance(record, RolloutBlock) and isinstance(group.manifest, RoundManifest)
-    record.validate(group.manifest, block)
-    return record
-
-
-def _check_scores(group: BlockGroup, block: int, rollouts: RolloutBlock) -> None:
-    if group.is_committed(block):
+def _check_scores(group: BlockGroup, block: int, rollouts: RolloutBlock | None) -> None:
+    scores = group.read_own(block)
+    if scores is not None and rollouts is not None:
         assert isinstance(group.manifest, ScoresManifest)
-        group.read(block).validate(group.manifest, rollouts)
+        scores.validate(group.manifest, rollouts)

@@ -439,28 +439,28 @@ def verify(cache_url: str, repair: bool) -> int:
     import contextlib
 
     import cache_schema as cs
-    from pipeline.console import escape_control, progress
+    from pipeline.console import progress, show
 
     cache = cs.open(cache_url, writable=repair)
     with cache.lock("redpen verify --repair") if repair else contextlib.nullcontext():
         groups = cs.block_groups(cache)
         with progress("verify", sum(group.n_blocks for group in groups)) as bar:
             findings = list(cs.verify(cache, progress=bar.advance))
+        for finding in findings:
+            show(str(finding))
         repaired = cs.repair(cache, findings) if repair else 0
-    for finding in findings:
-        click.echo(escape_control(str(finding)))
     if not findings:
         total = sum(group.n_blocks for group in groups)
         committed = sum(int(group.committed().sum()) for group in groups)
-        click.echo(f"{cache_url}: {committed} of {total} blocks are committed, nothing wrong with them")
+        show(f"{cache_url}: {committed} of {total} blocks are committed, nothing wrong with them")
         return 0
     beyond = sum(finding.block is None for finding in findings)
     if repair:
-        click.echo(f"taken back: {repaired} of the blocks; run the same stages again to write them")
+        show(f"taken back: {repaired} of the blocks; run the same stages again to write them")
         if beyond:
-            click.echo(f"beyond repair: {beyond} of the findings; restore the cache from a copy, or make another")
+            show(f"beyond repair: {beyond} of the findings; restore the cache from a copy, or make another")
     else:
-        click.echo(f"findings: {len(findings)}; `redpen verify {cache_url} --repair` takes the bad blocks back")
+        show(f"findings: {len(findings)}; `redpen verify {cache_url} --repair` takes the bad blocks back")
     return 1 if beyond or not repair else 0
 
 

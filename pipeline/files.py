@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline.errors import RedpenError
 
@@ -76,12 +76,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises `RedpenError` if `path` is a symbolic link.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write to, which replaces `path` once the body has succeeded and all of it is on disk.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
     refuse_link(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     partial, handle = _claim(path, is_directory=False)
     try:
         with open(handle, "wb", closefd=False) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
         os.fsync(handle)
         partial.replace(path)
     except BaseException:

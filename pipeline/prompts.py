@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIELDS = ("prompt", "messages", "answer", "source", "id")
+#: The most that a line of JSON may hold, in bytes: a million tokens with all that can be said of them.
+LINE_BYTES = 2**26
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -90,7 +92,13 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """Pairs of place (`name:line`) and the JSON value of each line that is not blank. Raises `PromptError`."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(lambda: file.readline(LINE_BYTES + 1), b"")
+            for number, line in enumerate(lines, 1):
+                if len(line) > LINE_BYTES:
+                    raise PromptError(
+                        f"{name}:{number}: expected a line of at most {LINE_BYTES:,} bytes, found a longer one; is "
+                        "this one JSON object on each line?"
+                    )
                 if line.strip():
                     yield f"{name}:{number}", _parse(line.removeprefix(b"\xef\xbb\xbf"), f"{name}:{number}")
     except FileNotFoundError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ import cache_factory as factory
 import numpy as np
 import pytest
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from zarr.storage import LocalStore, MemoryStore
 
@@ -231,7 +233,7 @@ def test_a_manifest_says_which_field_is_of_another_type(manifest: Any) -> None:
         for wrong in [["x"], *(["1"] if isinstance(value, int | float) else [])]:
             with pytest.raises(cs.CacheError, match=rf"^here: attribute redpen\.{name}.*expected"):
                 type(manifest).from_json(written | {name: wrong}, "here")
-    with pytest.raises(cs.CacheError, match=r"attribute redpen\.tokenizer\.vocab_size: expected int, got big"):
+    with pytest.raises(cs.CacheError, match=r"attribute redpen\.tokenizer\.vocab_size: expected int, found big"):
         type(manifest).from_json(written | {"tokenizer": written["tokenizer"] | {"vocab_size": "big"}}, "here")
 
 
@@ -486,3 +488,293 @@ def test_read_only_disk_is_one_clear_line(small_disk: Path) -> None:
     with pytest.raises(cs.StorageError, match="read-only"), round_.cache.lock("redpen score"):
         pass
     assert cs.open(small_disk / "c").round().rollouts.committed().all()
+
+
+# ------------------------------------------------------------------------------------------------ hostile and damaged
+
+
+def findings_of(path: Path) -> set[tuple[int | None, str, int | None]]:
+    found = list(cs.verify(cs.open(path)))
+    assert all("\n" not in str(finding) and len(str(finding)) < 1000 for finding in found)
+    return {(finding.round, finding.group, finding.block) for finding in found}
+
+
+NODES = {
+    "rounds": (None, "rounds"),
+    "rounds/00000": (0, "round"),
+    "rounds/00000/prompts": (0, "prompts"),
+    "rounds/00000/prompts/bytes": (0, "prompts"),
+    "rounds/00000/prompts/offsets": (0, "prompts"),
+    "rounds/00000/rollouts": (0, "round"),
+    "rounds/00000/rollouts/commit": (0, "rollouts"),
+    "rounds/00000/rollouts/trained": (0, "rollouts"),
+    "rounds/00000/scores": (0, "scores"),
+    "rounds/00000/scores/student": (0, "scores/student"),
+    "rounds/00000/scores/teacher": (0, "scores/teacher"),
+    "rounds/00000/scores/teacher/commit": (0, "scores/teacher"),
+    "rounds/00000/scores/teacher/logprobs": (0, "scores/teacher"),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache to copy, damage and put back."""
+    path = tmp_path_factory.mktemp("small") / "c"
+    factory.filled(path, n_prompts=2, topk=2)
+    return path
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_whatever_node_is_gone_is_a_finding(small: Path, node: str, tmp_path: Path) -> None:
+    path = small / node / "zarr.json"
+    kept = path.read_bytes()
+    try:
+        path.unlink()
+        assert (*NODES[node], None) in findings_of(small)
+    finally:
+        path.write_bytes(kept)
+
+
+def test_a_cache_whose_own_metadata_are_gone_is_named_as_one(tmp_path: Path) -> None:
+    factory.filled(tmp_path / "c", n_prompts=1)
+    (tmp_path / "c/zarr.json").unlink()
+    with pytest.raises(cs.NotACacheError, match=r"zarr\.json.*missing"):
+        cs.create(tmp_path / "c")
+
+
+def test_a_round_that_is_gone_among_others_is_a_finding(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    records = factory.prompts(2)
+    cache.start_round(factory.round_manifest(records), records, index=1)
+    shutil.rmtree(tmp_path / "c/rounds/00000")
+    assert findings_of(tmp_path / "c") == {(0, "round", None)}
+
+
+@pytest.mark.parametrize("array", ["commit", "token_ids"])
+def test_one_repair_takes_back_all_that_is_bad_in_a_block(tmp_path: Path, array: str) -> None:
+    cache = factory.filled(tmp_path / "c")
+    original = cache.round().rollouts.read(1)
+    for name in (f"rollouts/{array}", "scores/student/candidate_ids", "scores/teacher/entropy"):
+        path = shard(cache, name, 1)
+        path.write_bytes(path.read_bytes()[:-1] + b"\0\1")
+    findings = list(cs.verify(cache))
+    assert {(f.group, f.block) for f in findings} == {
+        (g, 1) for g in ("rollouts", "scores/student", "scores/teacher")
+    }
+    assert cs.repair(cache, findings) == 3
+    cache.round().rollouts.write(1, original)  # the same tokens: what of their scores is left would count again
+    assert list(cs.verify(cache)) == []
+    assert not cache.round().scores("teacher").committed()[1]
+
+
+WRONG = {
+    "rounds/00000": {
+        "attributes.redpen.prompts_per_block": [True, "4", 0, 1, 10**18, None, 4.0],
+        "attributes.redpen.temperature": [float("nan"), 10**400, -1, "1", [1]],
+        "attributes.redpen.n_prompts": [10**15, 6, -1],
+        "attributes.redpen.vocab_size": [10**15, 0],
+        "attributes.redpen.slots": [{}, None],
+        "attributes.redpen.student.digest": [5, "x" * 10**6],
+        "attributes.redpen": [None, [], {}],
+        "attributes": [[], "x"],
+        "node_type": ["array", 3],
+        "zarr_format": [True, 2, "3"],
+    },
+    "rounds/00000/rollouts/commit": {
+        "shape": [[1, 10**12], [10**12, 21], [2], "x", [True, 21]],
+        "chunk_grid.configuration.chunk_shape": [[1, 10**12], [0, 0]],
+        "codecs": [[], None, [{"name": "bytes", "configuration": {"endian": "little"}}]],
+        "attributes.fields": [[], None],
+        "data_type": ["uint32", {"name": "struct"}],
+        "fill_value": [1, "NaN"],
+    },
+    "rounds/00000/scores/teacher": {
+        "attributes.redpen.candidates": [5, 10**9, -1],
+        "attributes.redpen.role": ["student", "x"],
+        "attributes.redpen.candidate_kind": ["sampled"],
+    },
+    "rounds/00000/prompts/bytes": {"shape": [[10**15], [1]], "codecs": [[{"name": "crc32c"}]]},
+}
+
+
+def replaced(document: Any, field: str, value: Any) -> Any:
+    first, _, rest = field.partition(".")
+    return document | {first: replaced(document[first], rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("node", WRONG)
+def test_wrong_metadata_are_a_finding_that_names_node_and_field(small: Path, node: str) -> None:
+    path = small / node / "zarr.json"
+    kept = path.read_bytes()
+    try:
+        for field, values in WRONG[node].items():
+            for value in values:
+                path.write_text(json.dumps(replaced(json.loads(kept), field, value)))
+                found = [str(finding) for finding in cs.verify(cs.open(small))]
+                assert found and all("\n" not in line and len(line) < 1000 for line in found), (field, value)
+                if value != 1 or field.endswith("temperature"):  # a size that is possible contradicts another file
+                    name = field.rpartition(".")[2]
+                    assert any(name in line for line in found) or "redpen" in field, (field, value, found)
+    finally:
+        path.write_bytes(kept)
+
+
+def read_all(path: Path) -> list[Any]:
+    """Everything that a reader looks at."""
+    cache = cs.open(path)
+    found: list[Any] = []
+    for index in cache.round_indices():
+        round_ = cache.round(index)
+        found += [round_.prompts[i] for i in range(len(round_.prompts))]
+        for group in (round_.rollouts, *(round_.scores(name) for name in round_.scorer_names())):
+            found += [group.read(block) for block in np.flatnonzero(group.committed()).tolist()]
+    return found
+
+
+read_once = functools.cache(read_all)
+
+SCALARS = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2, 10**12, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x", "x" * 10**5]
+)
+VALUES = st.one_of(
+    SCALARS, st.lists(SCALARS, max_size=3), st.just({}), st.dictionaries(st.sampled_from("ab"), SCALARS, max_size=2)
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=10_000,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+@given(data=st.data())
+def test_mutated_metadata_never_pass_for_other_data(small: Path, data: st.DataObject) -> None:
+    """Any value of any metadata file replaced, removed or nested: the same data, or one line."""
+    read_once(small)
+    files = sorted(small.rglob("zarr.json"))
+    path = data.draw(st.sampled_from(files))
+    kept = path.read_bytes()
+    document = json.loads(kept)
+    places: list[tuple[Any, Any]] = []
+    pending: list[Any] = [document]
+    while pending:
+        inner = pending.pop()
+        keys = list(inner) if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ()
+        places += [(inner, key) for key in keys]
+        pending += [inner[key] for key in keys]
+    inner, key = data.draw(st.sampled_from(places))
+    kind = data.draw(st.sampled_from(["replace", "remove", "nest", "deep"]))
+    if kind == "replace":
+        inner[key] = data.draw(VALUES)
+    elif kind == "remove":
+        del inner[key]
+    else:
+        inner[key] = [inner[key]] if kind == "nest" else "DEEP"
+    text = json.dumps(document).replace('"DEEP"', "[" * 5000 + "]" * 5000)
+    expected = read_once(small)
+    try:
+        path.write_text(text)
+        try:
+            found = read_all(small)
+        except cs.CacheError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        else:
+            assert len(found) == len(expected) or findings_of(small)  # scores without a manifest are not scored
+            for ours, theirs in zip(found, expected, strict=False):
+                assert_same_record(ours, theirs) if dataclasses.is_dataclass(ours) else None
+        with contextlib.suppress(cs.CacheError):
+            findings_of(small)
+    finally:
+        path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "rounds/00000/zarr.json", "rounds/00000/rollouts/token_ids/c/0/0"])
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, name: str) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    path = tmp_path / "c" / name
+
+    def sparse() -> None:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+
+    for make in (
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to(path),
+        sparse,
+    ):
+        path.unlink()
+        make()
+        with pytest.raises(cs.CacheError) as caught:
+            cs.open(tmp_path / "c").round().rollouts.read(0)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    if name.endswith("0"):
+        assert cs.repair(cache, list(cs.verify(cache))) == 1
+
+
+def test_a_chunk_that_would_decompress_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    from numcodecs import CRC32C, Zstd
+
+    from cache_schema.layout import _content_size
+
+    bomb = bytes(Zstd(level=1).encode(bytes(2**26)))
+    assert _content_size(bomb[:18]) == 2**26 and _content_size(b"x" * 18) is None
+    assert [_content_size(bytes(Zstd(level=1).encode(bytes(n)))[:18]) for n in (1, 255, 256, 300, 70_000)] == [
+        *(1, 255, 256, 300, 70_000),
+    ]
+    factory.filled(tmp_path / "c", n_prompts=1)
+    path = tmp_path / "c/rounds/00000/prompts/bytes/c/0"
+    path.write_bytes(bytes(CRC32C(location="end").encode(bomb)))
+    with pytest.raises(cs.CacheError, match="prompts/bytes"):
+        cs.open(tmp_path / "c").round().prompts[0]
+
+
+@pytest.mark.parametrize("name", ["bytes", "offsets"])
+def test_prompts_whose_chunks_are_gone_are_one_line(tmp_path: Path, name: str) -> None:
+    factory.filled(tmp_path / "c", n_prompts=3)
+    (tmp_path / f"c/rounds/00000/prompts/{name}/c/0").unlink()
+    with pytest.raises(cs.CacheError, match=f"prompts/{name}"):
+        cs.open(tmp_path / "c").round().prompts[0]
+    assert findings_of(tmp_path / "c") == {(0, "prompts", None)}
+
+
+def test_no_write_leaves_the_cache_through_a_link(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    outside, inside = tmp_path / "outside", tmp_path / "c/rounds/00000/rollouts/commit/c"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    with pytest.raises(cs.StorageError, match="symbolic link"):
+        cache.round().rollouts.uncommit(0)
+    assert before == {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "second name"])
+def test_a_lock_that_is_not_ours_is_refused(tmp_path: Path, kind: str) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    lock, other = tmp_path / ".c.lock", tmp_path / "other"
+    other.write_text("mine")
+    make = {"link": lambda: lock.symlink_to(other), "pipe": lambda: os.mkfifo(lock)}
+    make.get(kind, lambda: os.link(other, lock))()
+    with pytest.raises(cs.StorageError, match=r"\.c\.lock"), cache.lock("redpen score"):
+        pass
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b", "n" * 300, "p/" * 50_000 + "c", "file://host/c", "s3://bucket/" + "n" * 300]
+)
+def test_a_name_that_cannot_be_is_one_short_line(tmp_path: Path, name: str) -> None:
+    for do in (cs.open, cs.create):
+        with pytest.raises(cs.StorageError) as caught:
+            do(name)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_clock_before_1970_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: -(10**15))
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    with cache.lock("redpen score"):
+        assert cache.round().scores("teacher").committed().all()

@@ -313,3 +313,19 @@ def test_inspect_says_when_the_tokenizer_is_another(tmp_path: Path, capsys: pyte
     cache_factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("toy:student", "t" * 16, 259))
     assert cli.main(["inspect", str(tmp_path / "c.zarr"), "--rollout", "0"]) == 0
     assert "is not the one that the cache was made with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["prompts/bytes/c/0", "scores/teacher/logprobs/zarr.json", "rollouts/zarr.json"])
+@pytest.mark.parametrize("command", [["inspect"], ["inspect", "--rollout", "0"], ["verify"], ["export-cache"]])
+def test_a_damaged_cache_is_one_line(
+    damage: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy_cache(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr/rounds/00000" / damage).unlink()
+    if command == ["inspect"] and "prompts" in damage:
+        return  # a summary shows none
+    options = ["-o", str(tmp_path / "x.parquet")] if command == ["export-cache"] else []
+    assert cli.main([command[0], str(tmp_path / "c.zarr"), *command[1:], *options]) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in (captured.out + captured.err).splitlines() if damage.partition("/c/")[0] in line]
+    assert len(lines) == 1 and not (tmp_path / "x.parquet").exists()

@@ -265,6 +265,8 @@ BAD = {
     ),
     "NaN": (rollout(teacher_log_probs=[-0.1, math.nan, -1.0]), "finite and at most 0, got nan; null is for"),
     "infinity": (rollout(rollout_logprobs=[-0.1, -math.inf, -1.0]), "finite and at most 0, got -inf"),
+    "beyond float32": (rollout(rollout_logprobs=[-0.1, -1e39, -1.0]), "rollout_logprobs: expected log-probs, finite"),
+    "whole numbers": (rollout(teacher_log_probs=[-1, 2**60, -1]), "finite and at most 0, got 1.15292e+18"),
     "text logprobs": (rollout(rollout_logprobs=["a", "b", "c"]), "expected a list of numbers, got a list of string"),
     "mask": (rollout(loss_mask=[0, 1, 2]), "loss_mask: expected a list of 0 and 1"),
     "finish": (rollout(finish_reason=7), "finish_reason: expected stop, length or other text, got int"),
@@ -307,6 +309,26 @@ def test_a_bad_row_refuses_the_file(name: str, suffix: str, tmp_path: Path) -> N
 )
 def test_a_bad_file_is_refused(rows: list[Any], message: str, tmp_path: Path) -> None:
     assert message in refused(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "c")
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.prompts.LINE_BYTES", 1000)
+    (tmp_path / "x.jsonl").write_text(json.dumps(rollout()) + "\n" + "[" * 1001)
+    assert "x.jsonl:2: expected a line of at most 1,000 bytes" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["prompt", "response_tokens", "metadata"])
+def test_a_column_that_is_there_twice_is_refused(name: str, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([rollout(metadata={"source": "a"})])
+    parquet.write_table(table.append_column(name, table[name]), tmp_path / "x.parquet")
+    assert f"column {name}: expected it once" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
+
+
+def test_whole_numbers_are_log_probs_too(tmp_path: Path) -> None:
+    values = [-(2**60), -1, 0]
+    file = as_parquet(tmp_path / "x.parquet", [rollout(rollout_logprobs=values, teacher_log_probs=None)])
+    found = imported(file, tmp_path / "c").rollouts.read(0).rollout_logprobs
+    assert found.tolist() == [float(np.float32(value)) for value in values]
 
 
 def test_whose_log_probs(tmp_path: Path) -> None:
@@ -421,6 +443,9 @@ def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
     assert file.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"c", "x.parquet"}
     with pytest.raises(RedpenError, match="or a directory, got a file"):
         exporting.run(str(tmp_path / "c"), __file__)
+    (tmp_path / "link.parquet").symlink_to(file)
+    with pytest.raises(RedpenError, match=r"link\.parquet.*symbolic link"):
+        exporting.run(str(tmp_path / "c"), str(tmp_path / "link.parquet"))
     records = cache_factory.prompts(4)
     cs.create(tmp_path / "empty").start_round(cache_factory.round_manifest(records), records)
     with pytest.raises(cs.CacheError, match="no block of rollouts is finished, nothing to export"):

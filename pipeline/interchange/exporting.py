@@ -18,7 +18,6 @@ import` reads the rollouts back.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import cache_schema as cs
 from pipeline.console import progress, warn
 from pipeline.disk import readable
 from pipeline.errors import RedpenError
+from pipeline.files import atomic_file
 
 _TEXTS = ("prompt", "answer", "source", "id")
 _FINISH = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
@@ -56,21 +56,16 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     path = Path(output) if output.endswith(".parquet") else Path(output, f"round-{round_.index:05d}.parquet")
     if path.parent.is_file():
         raise RedpenError(f"-o {output}: expected a name ending in .parquet or a directory, got a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     exporter = _Exporter(round_)
-    try:
-        with (
-            parquet.ParquetWriter(partial, exporter.schema, compression="zstd") as writer,
-            progress("export", len(blocks)) as bar,
-        ):
-            for block in blocks:
-                table = exporter.table(block)
-                writer.write_table(table, row_group_size=table.num_rows)
-                bar.advance()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_file(path) as file,
+        parquet.ParquetWriter(file, exporter.schema, compression="zstd") as writer,
+        progress("export", len(blocks)) as bar,
+    ):
+        for block in blocks:
+            table = exporter.table(block)
+            writer.write_table(table, row_group_size=table.num_rows)
+            bar.advance()
     for name, group in (("rollouts", round_.rollouts), *exporter.scorers.items()):
         if n_missing := round_.n_blocks - int(group.committed().sum()):
             left = "left out" if name == "rollouts" else "null"
@@ -129,7 +124,16 @@ class _Exporter:
             for spec in group.specs:
                 value = None if scores is None else _lists(bounds, getattr(scores, spec.name))
                 columns[_column(name, spec)] = [None] * rollouts.n_rows if value is None else value
-        return pa.table([pa.array(columns[field.name], field.type) for field in self.schema], schema=self.schema)
+        arrays = []
+        for field in self.schema:
+            try:
+                arrays.append(pa.array(columns[field.name], field.type))
+            except (pa.ArrowException, OverflowError) as error:  # a prompt record with a field of another type
+                raise cs.CacheError(
+                    f"cache {self._round.cache.url} round {self._round.index} block {block}: {field.name}: expected "
+                    f"{field.type}, found something else ({' '.join(str(error).split())[:100]})"
+                ) from None
+        return pa.table(arrays, schema=self.schema)
 
 
 def _column(scorer: str, spec: cs.ArraySpec) -> str:

@@ -6,6 +6,7 @@ object `metadata`, where Lightning-OPD keeps it. Lists of numbers are never Pyth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ NAMES = {
 }
 _WANTED = {*FIELDS, *(prefix + name for names in NAMES.values() for name in names for prefix in ("", "metadata."))}
 _BATCH_ROWS = 64  # megabytes, of long rollouts
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,13 @@ class Row:
         numbers = pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_null(array.type)
         if not numbers:
             raise self.fault(called, "a list of numbers", f"a list {_of(array)}", "null is for what is not known")
-        array = array.cast(pa.float64())
+        array = array.cast(pa.float64(), safe=False)  # whole numbers beyond 2**53 are no log-probs either way
         told = array.drop_null().to_numpy(zero_copy_only=False)
-        bad = told[~np.isfinite(told) | (told > LOGPROB_TOLERANCE)]
+        bad = told[~(np.abs(told) <= _LARGEST) | (told > LOGPROB_TOLERANCE)]  # as the cache will hold them
         if len(bad):
-            raise self.fault(
-                called, "log-probs, finite and at most 0", f"{bad[0]:g}", "null is for what is not known"
-            )
+            low = f", not below {-_LARGEST:g}" if -np.inf < bad[0] < 0 else ""
+            expected = f"log-probs, finite and at most 0{low}"
+            raise self.fault(called, expected, f"{bad[0]:g}", "null is for what is not known")
         return np.asarray(array.to_numpy(zero_copy_only=False), np.float32)
 
     def mask(self, name: str, length: int) -> UInt8:
@@ -122,9 +124,10 @@ class Row:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Every row of a `.parquet` file or of one with a JSON object on each line. Raises `RedpenError`."""
-    if not path.is_file():
-        came = "a directory" if path.is_dir() else "no such file"
-        raise RedpenError(f"{path}: expected a Parquet or JSONL file of finished rollouts, got {came}")
+    if not os.path.isfile(path):  # False also for a name that cannot be
+        came = "a directory" if os.path.isdir(path) else "no such file"
+        shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
+        raise RedpenError(f"{shown}: expected a Parquet or JSONL file of finished rollouts, got {came}")
     return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 
 
@@ -141,10 +144,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, number = file.schema_arrow, 0
-            names = set(schema.names)
-            if "metadata" in names and pa.types.is_struct(schema.field("metadata").type):
-                names |= {f"metadata.{child.name}" for child in schema.field("metadata").type}
-            wanted = sorted(names & _WANTED)
+            every = list(schema.names)
+            if every.count("metadata") == 1 and pa.types.is_struct(schema.field("metadata").type):
+                every += [f"metadata.{child.name}" for child in schema.field("metadata").type]
+            wanted = sorted(set(every) & _WANTED)
+            for name in [*wanted, "metadata"]:
+                if (n := every.count(name)) > 1:
+                    raise RedpenError(f"{path}: column {name}: expected it once, got it {n} times; remove the others")
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 columns = {name: _column(batch, name) for name in wanted}
                 for row in range(batch.num_rows):

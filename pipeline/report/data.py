@@ -6,6 +6,7 @@ A rollout's number in its round is `prompt number * rollouts_per_prompt + sample
 from __future__ import annotations
 
 import contextlib
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def _bytes_below(path: Path) -> int:
     total = 0
     for file in path.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # of a block that is being written
-            total += file.stat().st_size if file.is_file() else 0
+            found = file.lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
 
 

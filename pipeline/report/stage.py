@@ -155,7 +155,7 @@ def _sources(targets: Sequence[str], round_index: int | None) -> tuple[_Sources,
 
 
 def _is_run(target: str) -> bool:
-    return any((Path(target) / name).is_file() for name in _RUN_FILES)
+    return any(os.path.isfile(os.path.join(target, name)) for name in _RUN_FILES)  # False for a name that cannot be
 
 
 def _same(url: str | None, target: str) -> bool:
