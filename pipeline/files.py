@@ -1,8 +1,8 @@
 """Reading and writing files, for everything outside the Zarr stores.
 
 Writes are atomic: after a kill there is the old content or the new one. Temporary names are new, exclusive and
-unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache from
-somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
+unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache
+from somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
 
 Everything in `pipeline` that opens a file goes through here; tests/test_files.py walks the code for exceptions.
 """
@@ -35,7 +35,7 @@ AT_MOST = 2**26
 _SHOWN = 200
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def read_bytes(
@@ -185,7 +185,9 @@ def read_bytes(
         RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
     """
     if not follow_links and path.is_symlink():
-        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
+        raise error(
+            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
+        )
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -212,8 +214,9 @@ def read_text(
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
-                    f"{problem.start}") from None
+        raise error(
+            f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at {problem.start}"
+        ) from None
 
 
 def read_json(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from pipeline import models
 from pipeline.config import ModelConfig, load_recipe
-from pipeline.console import warn
+from pipeline.console import show, warn
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
 from pipeline.files import atomic_directory
 from pipeline.logprobs import unwrapped
@@ -64,7 +64,7 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
-    print(f"model: {to}")
+    show(f"model: {to}")
     return 0
 
 

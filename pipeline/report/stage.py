@@ -16,7 +16,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.answers import Checker
 from pipeline.config import load_recipe
-from pipeline.console import escape_control, say, warn
+from pipeline.console import say, show, warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import write_atomically
 from pipeline.provenance import created_by
@@ -89,7 +89,7 @@ def run(
             write_atomically(path.resolve(), text)
     except OSError as error:
         raise RedpenError(f"-o {output}: cannot be written ({error.strerror}); choose another file") from error
-    print(f"{escape_control(os.fspath(output))}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    show(f"{os.fspath(output)}: {len(text) / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
