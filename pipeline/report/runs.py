@@ -12,12 +12,13 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
+from pipeline.credentials import masked
 from pipeline.errors import RedpenError
 from pipeline.report.charts import thin
 
@@ -66,7 +67,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     recipe = _recipe(directory / "recipe.toml")
     lines = list(_metrics(directory / "metrics.jsonl"))
     ledger = _json(directory / "ledger.json")
-    return {
+    record = {
         "name": os.fspath(path).rstrip("/"),
         "sentence": result.get("sentence"),
         "exit_code": result.get("exit_code"),
@@ -79,6 +80,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "card": _card(recipe, cache),
         "differs": [],
     }
+    return cast(dict[str, Any], masked(record))
 
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import cache_schema as cs
 from pipeline.answers import Checker
 from pipeline.config import load_recipe
 from pipeline.console import say, show, warn
+from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import write_atomically
 from pipeline.provenance import created_by
@@ -112,12 +113,12 @@ def assemble(
         sets += _held_out(sources, run, recipe, rollouts, int(PAGE_BYTES * share))
     names = [*([sources.cache.url.rstrip("/").rpartition("/")[2]] if sources.cache else []), *sources.runs]
     return {
-        "title": ", ".join(names),
+        "title": mask(", ".join(names)),
         "created_by": created_by(),
         "sets": [found for found in sets if found is not None],
         "runs": records,
-        "cache": None if sources.cache is None else data.summary(sources.cache, reverse_kl=False),
-        "notes": sources.notes,
+        "cache": None if sources.cache is None else masked(data.summary(sources.cache, reverse_kl=False)),
+        "notes": masked(sources.notes),
     }
 
 
