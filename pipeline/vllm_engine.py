@@ -13,7 +13,6 @@ log-probs are those of the distribution sampled from, and vLLM needs no tokenize
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, ModelError
+from pipeline.files import read_json
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -209,9 +209,11 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{label}: expected adapter_model.safetensors, found none; only safetensors are read")
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(adapter / "adapter_config.json", error=ModelError)
         rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    except (ValueError, KeyError, TypeError) as error:
+    except ModelError as error:
+        raise ModelError(f"{label}: {error}") from None
+    except (FileNotFoundError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{label}: its adapter_config.json is not that of a LoRA adapter ({error!r})") from error
     ranks: tuple[int, ...] = get_args(MaxLoRARanks)
     if rank > max(ranks):

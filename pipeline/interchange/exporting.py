@@ -18,7 +18,6 @@ import` reads the rollouts back.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import cache_schema as cs
 from pipeline.console import progress, show, warn
 from pipeline.disk import readable
 from pipeline.errors import RedpenError
+from pipeline.files import atomic_file
 
 _TEXTS = ("prompt", "answer", "source", "id")
 _FINISH = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
@@ -57,20 +57,16 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     if path.parent.is_file():
         raise RedpenError(f"-o {output}: expected a name ending in .parquet or a directory, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     exporter = _Exporter(round_)
-    try:
-        with (
-            parquet.ParquetWriter(partial, exporter.schema, compression="zstd") as writer,
-            progress("export", len(blocks)) as bar,
-        ):
-            for block in blocks:
-                table = exporter.table(block)
-                writer.write_table(table, row_group_size=table.num_rows)
-                bar.advance()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_file(path) as file,
+        parquet.ParquetWriter(file, exporter.schema, compression="zstd") as writer,
+        progress("export", len(blocks)) as bar,
+    ):
+        for block in blocks:
+            table = exporter.table(block)
+            writer.write_table(table, row_group_size=table.num_rows)
+            bar.advance()
     for name, group in (("rollouts", round_.rollouts), *exporter.scorers.items()):
         if n_missing := round_.n_blocks - int(group.committed().sum()):
             left = "left out" if name == "rollouts" else "null"

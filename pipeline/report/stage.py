@@ -19,7 +19,7 @@ from pipeline.config import load_recipe
 from pipeline.console import say, show, warn
 from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.files import write_atomically
+from pipeline.files import check_output, write_output
 from pipeline.provenance import created_by
 from pipeline.report import data, page, runs
 from pipeline.report.collect import collect
@@ -79,15 +79,13 @@ def run(
         raise ConfigError(f"-o {output}: expected a file such as {path / 'report.html'}, got a directory")
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; make it, or choose another file")
+    check_output(path)
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:
         runs.compare(document["runs"])
     text = page.render(document).encode("utf-8")
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(text)  # a pipe or a device takes the page, and stays what it is
-        else:
-            write_atomically(path.resolve(), text)
+        write_output(path, text)
     except OSError as error:
         raise RedpenError(f"-o {output}: cannot be written ({error.strerror}); choose another file") from error
     show(f"{os.fspath(output)}: {len(text) / 1e6:.1f} MB; open it in a browser")
