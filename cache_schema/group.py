@@ -238,7 +238,7 @@ class BlockGroup:
             commit[f"digest.{spec.name}"] = digest
         commit["digest"] = self._block_digest(commit)
         commit["elapsed_us"] = round(elapsed_seconds * 1e6)
-        commit["committed_at_us"] = time.time_ns() // 1000
+        commit["committed_at_us"] = max(time.time_ns(), 0) // 1000  # a clock may be before 1970
         self._store("commit", block, commit.reshape(1).view(np.uint64))
 
     def _write_array(self, block: int, spec: ArraySpec, value: npt.NDArray[Any]) -> int:

@@ -117,7 +117,8 @@ def in_arguments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             setting, _, value = value.partition("=")
             option = f"--set {setting.strip()}"
         if contains(value, option) or contains(arg):
-            yield (option if option and not contains(option) else "an argument"), arg
+            is_name = re.fullmatch(r"--?[A-Za-z][\w-]*( [\w.-]+)?", option)
+            yield (option if is_name and not contains(option) else "an argument"), arg
 
 
 def _variable(text: str, name: str) -> str:
