@@ -62,7 +62,9 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
     variable = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     endpoint = urlsplit(os.environ[variable] if variable else "https://s3.amazonaws.com")
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
-        raise StorageError(f"cache {url}: {variable}: expected http(s)://HOST[:PORT], got {endpoint.geturl()!r}")
+        raise StorageError(
+            f"cache {url}: {variable}: expected http(s)://HOST[:PORT], got {endpoint.geturl().rpartition('@')[2]!r}"
+        )
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true") or endpoint.hostname in _LOOPBACK
     if endpoint.scheme == "http" and not allow_http:
         raise StorageError(f"cache {url}: {variable} is not encrypted; use https://, or set AWS_ALLOW_HTTP=true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .s3 import S3Store, open_s3
 
 #: Bytes of a name in a path, beside which a lock `.NAME.lock` must be possible; of a path, below which arrays lie.
 NAME_BYTES, PATH_BYTES = 255 - len("..lock"), 4096 - 512
+#: A user before the host, or anything behind a `?`; S3 names hold neither.
+_CREDENTIALS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:/{1,2}([^/?#]+@|[^/?#:@]+:[^@]*@|[^?]*\?.*=)")
 
 
 def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
@@ -24,6 +27,11 @@ def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> t
         return location if writable else location.with_read_only(True), str(location)
     label = os.fspath(location)
     _require_possible(label)
+    if _CREDENTIALS.match(label):
+        raise StorageError(
+            f"cache {label.partition(':')[0]}://...: holds a password, a key or a query, which would be stored and "
+            "shown; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+        )
     scheme, separator, rest = label.partition("://")
     if separator and scheme == "s3":
         return open_s3(label, read_only=not writable), label

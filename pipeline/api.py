@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models
+from pipeline import credentials, models
 from pipeline.config import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate.accuracy import generating
@@ -314,7 +314,10 @@ class Trainer:
 
 
 def _config(model: str | ModelConfig) -> ModelConfig:
-    return ModelConfig(model=model, dtype="auto") if isinstance(model, str) else model
+    found = ModelConfig(model=model, dtype="auto") if isinstance(model, str) else model
+    for path, text in credentials.in_settings(found.model_dump()):
+        credentials.refuse(text, path)
+    return found
 
 
 def _read(model: PreTrainedModel, batch: TokenBatch, options: ScoreOptions) -> cs.ScoreBlock:

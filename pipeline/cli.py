@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline import credentials, output
 from pipeline.environment import ENVIRONMENT, RANK
-from pipeline.errors import Interrupted, explained
+from pipeline.errors import ConfigError, Interrupted, explained
 from pipeline.signals import interruptible, let_the_first_speak
 
 if TYPE_CHECKING:
@@ -30,20 +31,27 @@ def main(args: Sequence[str] | None = None) -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
+    with output.of_a_command():
+        return _run(list(sys.argv[1:] if args is None else args))
+
+
+def _run(args: list[str]) -> int:
     try:
         with interruptible():
+            for name, text in credentials.in_arguments(args):
+                raise ConfigError(f"{name}: {credentials.message(text, name)}")
             code = cli.main(args, prog_name="redpen", standalone_mode=False)
-            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+            output.flush()  # a closed pipe or a full disk shows here, not in the interpreter's shutdown
         return code or 0
     except click.ClickException as error:
         if RANK:
             let_the_first_speak()
-        error.show()
-        return error.exit_code
+        return output.show_usage(error)
+    except click.Abort as error:  # click's word for an EOFError
+        raise error.__cause__ or error from None
     except Interrupted as error:
         return error.exit_code if RANK else _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush complains
         return 1
     except Exception as error:
         if (line := explained(error)) is None:
@@ -52,12 +60,18 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    from pipeline.console import escape_control
+    from pipeline.console import fail
 
     if RANK:
         let_the_first_speak()
-    click.echo(f"redpen: {escape_control(line)}", err=True)
+    fail(line)
     return code
+
+
+def _show(line: str) -> None:
+    from pipeline.console import show
+
+    show(line)
 
 
 class _InOrder(click.Group):
@@ -72,9 +86,9 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            click.echo(f"redpen {version('redpen')}")
+            _show(f"redpen {version('redpen')}")
         except PackageNotFoundError:
-            click.echo("redpen, not installed (run from its source)")
+            _show("redpen, not installed (run from its source)")
         ctx.exit()
 
 
@@ -181,7 +195,8 @@ def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | N
         warn(line)
     if not dry_run:
         return resolved
-    click.echo(resolved.to_toml(explained=True), nl=False)
+    for line in resolved.to_toml(explained=True).splitlines():
+        _show(line)
     return None
 
 
@@ -640,7 +655,7 @@ def recipes(ctx: click.Context) -> None:
 
         width = max(len(name) for name in recipe_names())
         for name in recipe_names():
-            click.echo(f"{name:{width}}  {recipe_text(name).splitlines()[0].lstrip('# ')}")
+            _show(f"{name:{width}}  {recipe_text(name).splitlines()[0].lstrip('# ')}")
 
 
 @recipes.command()
@@ -649,4 +664,5 @@ def show(name: str) -> None:
     """Print a shipped recipe, comments included."""
     from pipeline.config import recipe_text
 
-    click.echo(recipe_text(name), nl=False)
+    for line in recipe_text(name).splitlines():
+        _show(line)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline import settings
+from pipeline import credentials, settings
 from pipeline.errors import ConfigError
 from pipeline.idle import idle_settings
 from pipeline.settings import Section
@@ -527,6 +527,13 @@ class Recipe(Section):
     sft: SftConfig = Field(default=SftConfig(), description="fine-tuning on documents and chats")
     continual: ContinualConfig = Field(default=ContinualConfig(), description="new knowledge and old behaviour")
     track: TrackConfig = Field(default=TrackConfig(), description="experiment trackers")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_credentials(cls, data: Any) -> Any:
+        for path, text in credentials.in_settings(data):
+            raise ValueError(f"{path} {credentials.message(text, path)}")
+        return data
 
     @model_validator(mode="before")
     @classmethod

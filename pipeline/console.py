@@ -1,25 +1,83 @@
 """What redpen says while it works: lines and progress bars on stderr, readable on a terminal and in a log file.
 
-Results go to stdout, by `show()` or, for tables, by `results()`.
+Results go to stdout, by `show()` or, for tables, by `results()`. Nothing else writes to either, and what came from
+outside passes `escape_control()`, so no file, model or server steers the terminal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipeline import credentials
 from pipeline.environment import RANK
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=RANK > 0)  # of several workers, one talks
+
+class _Stderr(io.TextIOBase):
+    """sys.stderr as it is at the moment. What cannot be written, to a full disk or a terminal that is gone, is lost:
+    no work ends because its progress is not seen.
+    """
+
+    @property
+    def rich_proxied_file(self) -> _Stderr:
+        """For rich, which may put a file of its own in the place of sys.stderr."""
+        return self
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._file.isatty())
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(getattr(self._file, "encoding", "utf-8"))
+
+    @property
+    def _file(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr) or io.StringIO()
+
+
+class _Stdout(io.TextIOBase):
+    """sys.stdout as it is at the moment, for rich: nothing reaches a terminal but text and colours."""
+
+    def write(self, text: str) -> int:
+        sys.stdout.write(_STYLE_OR_CONTROL.sub(lambda m: m[0] if m[0].startswith("\x1b[") else _escape(m), text))
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(getattr(sys.stdout, "encoding", "utf-8"))
+
+
+#: Of several workers, one talks.
+console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True, quiet=RANK > 0)
 
 _UNDER_WAY: ContextVar[bool] = ContextVar("under_way", default=False)
 
@@ -29,28 +87,45 @@ _CONTROLS = re.compile(
     "\U000e0000-\U000e007f]"
 )
 _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+_STYLE_OR_CONTROL = re.compile(rf"\x1b\[[\d;]*m|(?!\n){_CONTROLS.pattern}")
 
 
 def escape_control(text: str) -> str:
-    """`text` on one line, control characters shown as escapes: what a model wrote must not steer the terminal."""
-    return _CONTROLS.sub(lambda m: _SHORT.get(m[0]) or m[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    """`text` on one line, for eyes: control characters are escapes, since what a file or a model holds must not steer
+    the terminal, and what looks like a credential is `***`.
+    """
+    return _CONTROLS.sub(_escape, credentials.mask(text))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return _SHORT.get(found[0]) or found[0].encode("unicode_escape", "surrogatepass").decode()
+
+
+def clipped(line: str, *, word: int = 300, most: int = 4000) -> str:
+    """A message with the middle of very long words, paths for example, and of a very long line left out."""
+    line = re.sub(rf"\S{{{word + 1},}}", lambda m: f"{m[0][: word // 2]}...{m[0][-word // 2 :]}", line)
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def results() -> Console:
     """A console on stdout for tables. A pipe or a file has no width to fold long rows to."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    width = None if sys.stdout.isatty() else 160
+    return Console(file=cast("IO[str]", _Stdout()), highlight=False, markup=False, emoji=False, width=width)
 
 
 def show(line: str) -> None:
-    """One line of results on stdout. Control characters are shown as escapes: what a file says must not steer the
-    terminal.
-    """
-    print(escape_control(line))
+    """One line of results on stdout. Control characters are shown as escapes."""
+    print(escape_control(line), flush=True)
 
 
 def say(line: str) -> None:
     """One line of information."""
-    console.print(Text(escape_control(line)))
+    console.print(Text(escape_control(clipped(line))))
+
+
+def fail(line: str) -> None:
+    """The one line of an error, by any of several workers."""
+    console.file.write(f"redpen: {escape_control(clipped(line))}\n")
 
 
 def suggest(line: str) -> None:
@@ -71,7 +146,7 @@ def under_way() -> Iterator[None]:
 
 def warn(line: str) -> None:
     """One line that deserves attention; the work goes on."""
-    console.print(Text.assemble(("warning: ", "yellow"), escape_control(line)))
+    console.print(Text.assemble(("warning: ", "yellow"), escape_control(clipped(line))))
 
 
 class Trend:

@@ -29,7 +29,7 @@ from rich.table import Table
 from pipeline import distill, models, workers
 from pipeline.answers import share_right
 from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
-from pipeline.console import results, say, under_way
+from pipeline.console import results, say, show, under_way
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.evaluate.table import share
@@ -77,7 +77,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             models.free_memory()
             result = ranks.agree(lambda: _finish(made, recipe, tuned))
         if ranks.leads:
-            print(f"{made.path}: {result.sentence}")
+            show(f"{made.path}: {result.sentence}")
         return result.exit_code if ranks.leads else 0
 
 

@@ -36,7 +36,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import Recipe, load_recipe
-from pipeline.console import say, under_way
+from pipeline.console import say, show, under_way
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts
@@ -114,7 +114,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
             if result is not None and ranks.leads:
                 _finish(run, recipe, cache_url, rounds, result)
         if ranks.leads:
-            print(f"{run.path}: {result.sentence}")
+            show(f"{run.path}: {result.sentence}")
     return 0
 
 

@@ -52,6 +52,8 @@ class Interrupted(BaseException):
 #: What the storage may refuse without anyone having made a mistake in the code.
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOTDIR}
 
+_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR}
+
 
 def explained(error: Exception) -> str | None:
     """One line for an error that is not a bug, None for one that is."""
@@ -63,6 +65,8 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        return f"{error.filename or 'a path'}: {error.strerror}; choose another name"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
         return (
             "the GPU's memory is full; lower rollouts.batch_size (sampling), score.rows_per_chunk (scoring, or use "

@@ -1,8 +1,8 @@
 """Reading and writing files, for everything outside the Zarr stores.
 
 Writes are atomic: after a kill there is the old content or the new one. Temporary names are new, exclusive and
-unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache from
-somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
+unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache
+from somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
 
 Everything in `pipeline` that opens a file goes through here; tests/test_files.py walks the code for exceptions.
 """
@@ -10,16 +10,19 @@ Everything in `pipeline` that opens a file goes through here; tests/test_files.p
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import RedpenError
 
@@ -33,9 +36,11 @@ PARTIAL = ".partial"
 #: The most that a file of settings, metadata or results may hold, in bytes; above it a file is not what it should be.
 AT_MOST = 2**26
 _SHOWN = 200
+_RANDOM_BYTES = 8
+_REPLACED = ".replaced"
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -52,42 +57,28 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield partial
         mode = partial.stat().st_mode & 0o666  # by the umask; safetensors makes its files readable by the owner alone
         for file in sorted(partial.rglob("*")):
+            if file.is_symlink():
+                continue
             if file.is_file():
                 file.chmod(mode)
             sync(file)
         sync(partial)
-        if path.exists():
-            old = _temporary(path)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(path)
+        _move(partial, path)
         sync(path.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
     finally:
         os.close(handle)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content at once. Text is written as UTF-8.
-
-    Raises `RedpenError` if `path` is a symbolic link.
-    """
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file to write to, which replaces `path` once the body has succeeded and all of it is on disk.
 
-    Raises `RedpenError` if `path` is a symbolic link.
+    What was at `path` stays until then. Raises `RedpenError` if `path` is a symbolic link.
     """
     refuse_link(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     partial, handle = _claim(path, is_directory=False)
     try:
@@ -102,23 +93,71 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(handle)
 
 
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content at once. Text is written as UTF-8.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write what a user has asked for to where they said: a file is replaced at once, a pipe or a device takes it and
+    stays what it is. Raises `RedpenError` if `path` is a symbolic link, but for those of the system, as /dev/stdout.
+    """
+    check_output(path)
+    if path.exists() and (_is_of_the_system(path) or not path.is_file()):
+        path.write_bytes(content)
+    else:
+        write_atomically(path, content)
+
+
+def check_output(path: Path) -> None:
+    """What `write_output` would refuse, before there is anything to write."""
+    if not _is_of_the_system(path):
+        refuse_link(path)
+
+
+def _is_of_the_system(path: Path) -> bool:
+    return path.is_relative_to("/dev") or path.is_relative_to("/proc")
+
+
 def append(path: Path, text: str) -> None:
-    """Add text to a file of ours, which is made if it is missing. Raises `RedpenError` if it is a symbolic link."""
-    refuse_link(path)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    """Add text to a file of ours, which is made if it is missing.
+
+    Raises `RedpenError` if it is a symbolic link, or no regular file.
+    """
+    handle = _open_ours(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     with open(handle, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, which is made if it is missing. Raises `RedpenError` if it is a symbolic link."""
+    """A descriptor of a lock file, which is made if it is missing.
+
+    Raises `RedpenError` if it is a symbolic link, or no regular file.
+    """
+    return _open_ours(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _open_ours(path: Path, flags: int, mode: int) -> int:
     refuse_link(path)
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as problem:
+        if problem.errno == errno.ENXIO:  # a pipe that nobody reads
+            raise RedpenError(f"{path}: expected a regular file made by redpen, found a pipe; remove it") from None
+        raise
+    if not stat.S_ISREG(found := os.fstat(handle).st_mode):
+        os.close(handle)
+        raise RedpenError(f"{path}: expected a regular file made by redpen, found {_kind(found)}; remove it")
+    return handle
 
 
 def sync(path: Path) -> None:
     """Have what was written to a file, or renamed in a directory, on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
@@ -134,8 +173,13 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:150]}.{secrets.token_hex(8)}{PARTIAL}")
+def _stem(path: Path) -> str:
+    """What temporary names for `path` begin with: few enough bytes for any file system."""
+    return f".{path.name.encode(errors='surrogateescape')[:150].decode(errors='ignore')}."
+
+
+def _temporary(path: Path, end: str = PARTIAL) -> Path:
+    return path.with_name(f"{_stem(path)}{secrets.token_hex(_RANDOM_BYTES)}{end}")
 
 
 def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
@@ -144,41 +188,86 @@ def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
         partial = _temporary(path)
         if is_directory:
             partial.mkdir()
-            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         else:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
             handle = os.open(partial, flags, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing is ever taken for abandoned
+        except FileNotFoundError:
+            if is_directory:  # taken for abandoned
+                continue
+            raise
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if partial.exists():  # else another process found it before it was locked, and removed it
+            is_ours = partial.exists()
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # a file system without locks: then nothing is ever taken for abandoned
+            is_ours = True
+        if is_ours:
             return partial, handle
-        os.close(handle)
+        os.close(handle)  # another process found it before it was locked, and removes it
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Put a directory in the place of what is at `path`, at once where the system can exchange names."""
+    if not path.exists():
+        partial.rename(path)
+    elif _exchange(partial, path):
+        _remove(partial)
+    else:
+        old = _temporary(path, _REPLACED)
+        path.rename(old)
+        partial.rename(path)
+        _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether two names now stand for each other's content: Linux's renameat2, on most local file systems."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left of earlier writes to `path`; what a live process writes now is locked."""
-    for found in path.parent.glob(f".{_escaped(path.name[:150])}.*{PARTIAL}"):
+    """Remove what killed processes left of earlier writes to `path`; what a live process writes now is locked.
+
+    Content that a kill caught between two names gets its own back.
+    """
+    name = re.compile(re.escape(_stem(path)) + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}({PARTIAL}|{_REPLACED})")
+    try:
+        entries = [path.with_name(entry) for entry in os.listdir(path.parent) if name.fullmatch(entry)]
+    except OSError:
+        return
+    for found in sorted(entries, key=lambda entry: entry.name.endswith(PARTIAL)):
+        if found.name.endswith(_REPLACED) and not path.exists() and not found.is_symlink():
+            with contextlib.suppress(OSError):
+                found.rename(path)
+            continue
         try:
             handle = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if found.is_dir():
-                shutil.rmtree(found, ignore_errors=True)
-            else:
-                found.unlink(missing_ok=True)
+            _remove(found)
         except OSError:
             continue
         finally:
             os.close(handle)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def read_bytes(
@@ -196,20 +285,29 @@ def read_bytes(
         RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
     """
     if not follow_links and path.is_symlink():
-        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
+        target = os.readlink(path)
+        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {target}; remove it")
+    no_follow = 0 if follow_links else os.O_NOFOLLOW
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | no_follow)
+        try:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path}: expected a regular file, found {_kind(found.st_mode)}")
             if found.st_size > at_most:
                 raise error(f"{path}: expected at most {at_most:,} bytes, found {found.st_size:,}")
-            content = file.read(at_most + 1)
+            with open(handle, "rb", closefd=False) as file:
+                content = file.read(at_most + 1)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except ValueError:  # what Python makes of a NUL in a path, which no file's has
+        if "\0" not in os.fspath(path):
+            raise
+        raise error(f"{os.fspath(path)!r}: expected a path, found one with a NUL in it") from None
     if len(content) > at_most:  # it grew, or its file system does not know its size
         raise error(f"{path}: expected at most {at_most:,} bytes, found more")
     return content
@@ -223,8 +321,9 @@ def read_text(
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
-                    f"{problem.start}") from None
+        raise error(
+            f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at {problem.start}"
+        ) from None
 
 
 def read_json(

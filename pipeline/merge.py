@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 
 from pipeline import models
 from pipeline.config import ModelConfig, load_recipe
-from pipeline.console import warn
+from pipeline.console import show, warn
+from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
-from pipeline.files import atomic_directory
+from pipeline.files import atomic_directory, write_atomically
 from pipeline.logprobs import unwrapped
 from pipeline.model_files import read_adapter_config
 from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
@@ -60,11 +61,11 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
     try:
         with atomic_directory(to) as partial:
             models.save_model(merged, partial, source)
-            (partial / "README.md").write_text(_merged_card(models.base_name(cfg), name, card), encoding="utf-8")
+            write_atomically(partial / "README.md", mask(_merged_card(models.base_name(cfg), name, card)))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
-    print(f"model: {to}")
+    show(f"model: {to}")
     return 0
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 import types
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from pipeline.credentials import mask
 from pipeline.errors import ConfigError
 
 Raw = dict[str, Any]
@@ -137,7 +139,7 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 def show(value: Any) -> str:
     """A value as its user would write it, cut to fit a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = mask(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -336,8 +338,15 @@ def _toml(value: Any) -> str:
 
 
 def _toml_text(text: str) -> str:
-    # a JSON string is a TOML basic string, but for DEL, which TOML wants escaped
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    # a JSON string is a TOML basic string, but for DEL, which TOML wants escaped; so is what cannot be seen
+    return "".join(
+        _escaped(letter) if letter == "\x7f" or unicodedata.category(letter)[0] == "C" else letter
+        for letter in json.dumps(text, ensure_ascii=False)
+    )
+
+
+def _escaped(letter: str) -> str:
+    return f"\\u{ord(letter):04x}" if ord(letter) < 2**16 else f"\\U{ord(letter):08x}"
 
 
 def _toml_key(key: str) -> str:

@@ -14,7 +14,6 @@ import functools
 import itertools
 import os
 import pickle
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -27,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import cache_schema as cs
-from pipeline.console import Bar, escape_control
+from pipeline.console import Bar, fail
 from pipeline.environment import RANK, WORLD_SIZE
 from pipeline.errors import ConfigError, Interrupted, RedpenError, explained
 from pipeline.signals import graceful, let_the_first_speak
@@ -157,7 +156,7 @@ def team(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Te
         line = str(error) if isinstance(error, Interrupted) else explained(error)
         if ranks.leads or line is None:
             raise
-        print(f"redpen: rank {ranks.rank}: {escape_control(line)}", file=sys.stderr)
+        fail(f"rank {ranks.rank}: {line}")
         raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 1) from error
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
+from pipeline import console
 from pipeline.console import warn
 from pipeline.diagnose import Finding, pair, worst_first, written
 from pipeline.diagnose.between import compare
@@ -65,7 +66,7 @@ def run(cache_url: str, round_index: int | None = None, teacher: str | None = No
             warn(f"{name} has scored {committed} of {round_.n_blocks} blocks; these are looked at")
     found = diagnosis(seen)
     if as_json:
-        print(json.dumps(found, allow_nan=False))
+        console.show(json.dumps(found, allow_nan=False))
     else:
         show(found)
     return 1 if any(finding["severity"] == "blocks" for finding in found["findings"]) else 0

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from pipeline.console import escape_control
+from pipeline import console
+from pipeline.console import escape_control, results
 
 #: Of one prompt's reverse KL the ends are None: it has no interval.
 Estimates = list[dict[str, Any]]
@@ -23,33 +22,33 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
         about: what was measured; see `eval.json`.
     """
     labels = list(figures)
-    out = Console(highlight=False)
+    out = results()
     plain: dict[str, Any] = {} if out.is_terminal else {"box": None, "padding": (0, 2, 0, 0)}
     table = Table(**plain)
     of = about["prompts"]
-    table.add_column("" if of is None else escape(escape_control(f"{of['count']:,} prompts of {of['path']}")))
+    table.add_column("" if of is None else escape_control(f"{of['count']:,} prompts of {of['path']}"))
     for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
         table.add_column(label, justify="right")
     for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
         cells = [share(e) if is_share else _nats(e) for e in estimates]
         table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
     for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
-        table.add_row(escape(escape_control(title)), *(_told(score) for score in told), *_difference(told))
+        table.add_row(escape_control(title), *(_told(score) for score in told), *_difference(told))
     if out.is_terminal:
         out.print(table)
     else:
-        out.width = 160  # a pipe has no edge to wrap at
         with out.capture() as printed:
             out.print(table)
-        print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+        for line in printed.get().splitlines():
+            console.show(line.rstrip())
     if any("tasks" in measured for measured in figures.values()):
-        print("(tasks: lm-evaluation-harness's own metrics and standard errors)")
+        console.show("(tasks: lm-evaluation-harness's own metrics and standard errors)")
     if of is None:
         return
     samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
-    teacher = escape_control(about["teacher"] or "")
+    teacher = about["teacher"] or ""
     fresh = f"; reverse KL to {teacher} on fresh rollouts at T = 1" if teacher else ""
-    print(f"(95 % intervals; sampled: {samples}{fresh})")
+    console.show(f"(95 % intervals; sampled: {samples}{fresh})")
 
 
 def _rows(students: list[dict[str, Any]], n_samples: int) -> Iterator[tuple[str, bool, Estimates]]:

@@ -27,7 +27,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 import cache_schema as cs
-from pipeline.console import progress, warn
+from pipeline.console import progress, show, warn
 from pipeline.disk import readable
 from pipeline.errors import RedpenError
 from pipeline.files import atomic_file
@@ -56,6 +56,7 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     path = Path(output) if output.endswith(".parquet") else Path(output, f"round-{round_.index:05d}.parquet")
     if path.parent.is_file():
         raise RedpenError(f"-o {output}: expected a name ending in .parquet or a directory, got a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     exporter = _Exporter(round_)
     with (
         atomic_file(path) as file,
@@ -71,8 +72,8 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
             left = "left out" if name == "rollouts" else "null"
             warn(f"{name}: {n_missing} of {round_.n_blocks} blocks are not finished, and {left} in the export")
     rows = int(round_.rollouts.commits()["rows"].sum())
-    print(f"export: {rows:,} rollouts of {cache_url} round {round_.index} in {path}, {readable(path.stat().st_size)}")
-    print(f'next: datasets.load_dataset("parquet", data_files="{path}")')
+    show(f"export: {rows:,} rollouts of {cache_url} round {round_.index} in {path}, {readable(path.stat().st_size)}")
+    show(f'next: datasets.load_dataset("parquet", data_files="{path}")')
     return 0
 
 

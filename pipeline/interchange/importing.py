@@ -34,7 +34,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline import models
 from pipeline.config import Recipe, TeacherConfig
-from pipeline.console import progress, say, suggest, warn
+from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.interchange.rows import Float32, Int32, Row, read_rows
@@ -110,7 +110,7 @@ def run(
         if pending.any():
             require_free(cache_url, n_tokens * (bytes_per_token(cs.ROLLOUT_ARRAYS) + 4), "the rollouts")
             _write(reader, found, round_, scores, pending)
-    print(
+    show(
         f"import: {len(found.lengths):,} rollouts of {len(found.records):,} prompts in {cache_url} round "
         f"{round_.index}, {n_tokens:,} tokens"
         + (f", {found.n_told:,} of them scored by {cfg.name}" if cfg is not None else "")

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict
 
 from pipeline.config import Recipe
+from pipeline.console import show
 from pipeline.plan.assumed import Device, Lengths
 
 __all__ = ["Device", "run"]
@@ -37,6 +38,6 @@ def run(
     costs = cost.costs(recipe, models, device, lengths, needs)
     if as_json:
         found = {"device": asdict(device), "lengths": asdict(lengths), "parameters": models.parameters()}
-        print(json.dumps(found | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
+        show(json.dumps(found | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
     else:
         table.show(recipe, models, device, lengths, needs, costs)

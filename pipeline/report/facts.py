@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import cache_schema as cs
+from pipeline.credentials import mask
 
 
 def facts(round_: cs.Round) -> list[list[str]]:
@@ -30,12 +31,12 @@ def facts(round_: cs.Round) -> list[list[str]]:
     for name in round_.scorer_names():
         scores = round_.scores(name)
         told += _scorer(name, scores)
-    return [[name, str(value)] for name, value in told if value not in ("", None)]
+    return [[name, mask(str(value))] for name, value in told if value not in ("", None)]
 
 
 def model_label(model: cs.ModelIdentity) -> str:
     """A model's name, and that it has an adapter."""
-    return f"{model.name} + adapter" if model.adapter_digest else model.name
+    return mask(f"{model.name} + adapter" if model.adapter_digest else model.name)
 
 
 def _scorer(name: str, scores: cs.BlockGroup) -> list[tuple[str, Any]]:

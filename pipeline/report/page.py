@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from pipeline.console import escape_control
+from pipeline.files import read_text
 from pipeline.report import charts
 from pipeline.report.runs import MEASURES, estimates, interval, setting
 
@@ -87,7 +88,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return (ASSETS / name).read_text(encoding="utf-8")
+    return read_text(ASSETS / name)
 
 
 def _policy(style: str, script: str) -> str:

@@ -12,13 +12,15 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
+from pipeline.credentials import masked
 from pipeline.errors import RedpenError
+from pipeline.files import parse_json, read_json, read_text
 from pipeline.report.charts import thin
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
@@ -37,6 +39,8 @@ CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "tokens_per_second": lambda line: line["time"]["tokens_per_second"],
 }
 
+#: Of metrics.jsonl: about a million steps.
+_METRICS_BYTES = 2**30
 _FILES = ("run.json", "recipe.toml", "metrics.jsonl")
 MEASURES = {
     "greedy": "greedy accuracy",
@@ -66,7 +70,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     recipe = _recipe(directory / "recipe.toml")
     lines = list(_metrics(directory / "metrics.jsonl"))
     ledger = _json(directory / "ledger.json")
-    return {
+    record = {
         "name": os.fspath(path).rstrip("/"),
         "sentence": result.get("sentence"),
         "exit_code": result.get("exit_code"),
@@ -79,6 +83,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "card": _card(recipe, cache),
         "differs": [],
     }
+    return cast(dict[str, Any], masked(record))
 
 
 def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
@@ -127,25 +132,32 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
-        if not isinstance(value, dict):
-            raise ValueError("expected an object")
+        return cast(dict[str, Any], _finite(read_json(path)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); it is left out")
+    except RedpenError as error:
+        warn(f"{error}; it is left out")
         return None
-    return value
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with None for NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     """Every setting by its dotted name; those of several teachers by `teacher.NAME.key`."""
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        sections = tomllib.loads(read_text(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); settings are left out")
+    except (RedpenError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, RedpenError) else f"{path} cannot be read ({error})"
+        warn(f"{reason}; settings are left out")
         return {}
     found: dict[str, Any] = {}
     for section, tables in sections.items():
@@ -168,19 +180,19 @@ def _plain(value: Any) -> Any:
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl; the last may be one that is being written."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, at_most=_METRICS_BYTES).splitlines()
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); the run has no curves")
+    except RedpenError as error:
+        warn(f"{error}; the run has no curves")
         return
     damaged = 0
     for number, text in enumerate(lines, 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text, f"{path}:{number}")
             line["step"] = int(line["step"])
             yield line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             damaged += number < len(lines)
     if damaged:
         warn(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")

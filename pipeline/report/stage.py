@@ -16,9 +16,10 @@ import numpy as np
 import cache_schema as cs
 from pipeline.answers import Checker
 from pipeline.config import load_recipe
-from pipeline.console import escape_control, say, warn
+from pipeline.console import say, show, warn
+from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.files import write_atomically
+from pipeline.files import check_output, write_output
 from pipeline.provenance import created_by
 from pipeline.report import data, page, runs
 from pipeline.report.collect import collect
@@ -78,18 +79,16 @@ def run(
         raise ConfigError(f"-o {output}: expected a file such as {path / 'report.html'}, got a directory")
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; make it, or choose another file")
+    check_output(path)
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:
         runs.compare(document["runs"])
     text = page.render(document).encode("utf-8")
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(text)  # a pipe or a device takes the page, and stays what it is
-        else:
-            write_atomically(path.resolve(), text)
+        write_output(path, text)
     except OSError as error:
         raise RedpenError(f"-o {output}: cannot be written ({error.strerror}); choose another file") from error
-    print(f"{escape_control(os.fspath(output))}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    show(f"{os.fspath(output)}: {len(text) / 1e6:.1f} MB; open it in a browser")
     return 0
 
 
@@ -112,12 +111,12 @@ def assemble(
         sets += _held_out(sources, run, recipe, rollouts, int(PAGE_BYTES * share))
     names = [*([sources.cache.url.rstrip("/").rpartition("/")[2]] if sources.cache else []), *sources.runs]
     return {
-        "title": ", ".join(names),
+        "title": mask(", ".join(names)),
         "created_by": created_by(),
         "sets": [found for found in sets if found is not None],
         "runs": records,
-        "cache": None if sources.cache is None else data.summary(sources.cache, reverse_kl=False),
-        "notes": sources.notes,
+        "cache": None if sources.cache is None else masked(data.summary(sources.cache, reverse_kl=False)),
+        "notes": masked(sources.notes),
     }
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cache_schema as cs
-from pipeline.console import escape_control, results, say
+from pipeline.console import escape_control, results, say, show
 from pipeline.provenance import DATA
 from pipeline.report import data
 from pipeline.text import load_decoder
@@ -37,7 +37,7 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
     if rollout is None:
         found = data.summary(cache, round_index)
         if as_json:
-            print(json.dumps(found, allow_nan=False))
+            show(json.dumps(found, allow_nan=False))
         else:
             show_summary(found, out)
             say(f"next: {next_command(found)}")
@@ -45,7 +45,7 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
     round_ = cache.round(round_index)
     decoder = functools.cache(lambda: load_decoder(round_.manifest))
     if as_json:
-        print(json.dumps(data.rollout(round_, rollout, teacher, decoder), allow_nan=False))
+        show(json.dumps(data.rollout(round_, rollout, teacher, decoder), allow_nan=False))
     else:
         names: Sequence[str | None] = [teacher] if teacher is not None else round_.teacher_names() or [None]
         show_rollout([data.rollout(round_, rollout, name, decoder) for name in names], out)

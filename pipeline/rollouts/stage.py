@@ -34,7 +34,7 @@ import cache_schema as cs
 from pipeline import models, workers
 from pipeline.answers import Checker
 from pipeline.config import Recipe
-from pipeline.console import Bar, progress, say, suggest, warn
+from pipeline.console import Bar, progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
@@ -77,7 +77,7 @@ def run(
         if pending:
             _sample(RolloutsWork(recipe, cache_url, index, prompts, ranks.leads), round_, pending, ranks)
         elif ranks.leads:
-            print(f"rollouts: {_summary(round_)}; nothing to do")
+            show(f"rollouts: {_summary(round_)}; nothing to do")
     if ranks.leads and pending:
         suggest(f"redpen score RECIPE --cache {cache_url}")
     return 0
@@ -266,7 +266,7 @@ def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: wor
     seconds = time.perf_counter() - started
     if ranks.leads:
         n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
-        print(
+        show(
             f"rollouts: {_summary(round_)}; {n_pending:,} rollouts now in {seconds:.1f} s, "
             f"{n_pending / seconds:,.0f} rollouts/s, {n_tokens / seconds:,.0f} tokens/s"
         )

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.disk import readable
 from pipeline.errors import ConfigError
+from pipeline.files import read_text
 
 # Beyond it a wave gains nothing: a card computes so many tokens far longer than its link takes for the weights, a CPU
 # longer than its disk does. It would only hold up finished blocks.
@@ -67,9 +68,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = read_text(Path("/proc/meminfo")).splitlines()
     available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
     for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        if limit.is_file() and (text := read_text(limit).strip()).isdigit():
             available = min(available, int(text))
     return available

@@ -15,6 +15,7 @@ Shapes: T response tokens of a rollout, N tokens told of at a position, K candid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,25 +115,40 @@ class Told:
         return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, told))
 
     @classmethod
-    def positions(cls, told: Sequence[Mapping[str, Any] | None], question: Question) -> Told:
+    def positions(
+        cls,
+        told: Sequence[Mapping[str, Any] | None],
+        question: Question,
+        *,
+        vocab_size: int = 2**31,
+        at_most: int = 2**16,
+    ) -> Told:
         """From the JSON of `prompt_logprobs`: at each position of prompt and response, `{id: {"logprob": x}}`.
 
-        Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent.
+        Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent, of ids that
+        a vocabulary of this size lacks, of more than `at_most` tokens at a position, or of a log-prob that is NaN.
         """
         if len(told) != len(question.token_ids):
             raise ModelError(f"told of {len(told)} positions, {len(question.token_ids)} tokens were sent")
         rows = [position or {} for position in told[question.start :]]
         width = max(1, *map(len, rows))
+        if width > at_most:
+            raise ModelError(f"told of {width} tokens at a position, asked for {at_most} at most")
         ids = np.full((len(rows), width), -1, np.int64)
         logprobs = np.full((len(rows), width), np.nan)
         for row, position in enumerate(rows):
             if position and str(question.response[row]) not in position:
                 raise misaligned(question.start + row, int(question.response[row]), ", ".join(list(position)[:3]))
             for column, (token, entry) in enumerate(position.items()):
-                value = entry.get("logprob")
+                value = entry.get("logprob", "nothing") if isinstance(entry, Mapping) else "nothing"
+                if not (token.isascii() and token.isdigit() and len(token) < 11 and int(token) < vocab_size):
+                    raise ModelError(f"told of token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
                 ids[row, column] = int(token)
                 if value is not None:
-                    refuse_nan(value)
+                    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                        raise ModelError(f"told {value!r:.40} as the log-prob of token {token}; expected a number")
+                    if value > LOGPROB_TOLERANCE:
+                        raise ModelError(f"told a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")
                     logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
         return cls(ids, logprobs)
 

@@ -16,23 +16,29 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
-import json
+import math
 import os
 import random
 import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx2
 import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
 import cache_schema as cs
 from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
-from pipeline.errors import ConfigError, ModelError
+from pipeline.credentials import mask
+from pipeline.errors import ConfigError, ModelError, RedpenError
+from pipeline.files import parse_json, parse_model
 from pipeline.models import model_facts, setting
 from pipeline.score import ScoreOptions, TokenBatch, as_batch
 from pipeline.score.prompt_logprobs import (
@@ -56,6 +62,47 @@ _QUIET_SECONDS = 30.0
 _TRIED_ROLLOUT = 16  # response tokens of the first, short request
 # Enough work to keep every request busy, little enough to lose little where the server dies.
 _TOKENS_PER_REQUEST = 256
+#: Bytes that an answer may have: about models; for each token sent; for each token told of at a position, with its
+#: text and rank; for each log-prob in base64. An error's text is cut.
+_MODELS_BYTES, _BYTES_A_TOKEN, _BYTES_A_TOLD, _BYTES_A_GIVEN, _OTHER_BYTES = 2**24, 64, 256, 16, 2**20
+_ERROR_BYTES = 2**16
+
+
+class _Answer(BaseModel):
+    """What a server sends. Fields that redpen does not use may be anything."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Served(_Answer):
+    id: str = Field(max_length=10_000)
+    max_model_len: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+
+
+class _Models(_Answer):
+    """The answer of /models."""
+
+    data: list[_Served] | None = Field(default=None, fail_fast=True)
+
+
+# A first mistake says enough: of millions there would be millions of messages.
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
+#: What is told of each token, `Told.positions` checks.
+_Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
+
+
+class _Choice(_Answer):
+    prompt_token_ids: _Ids = None
+    prompt_logprobs: _Positions = None
+
+
+class _Reading(_Answer):
+    """The answer of /completions and of /inference/v1/generate."""
+
+    choices: list[_Choice] | None = Field(default=None, fail_fast=True)
+    prompt_token_ids: _Ids = None
+    prompt_logprobs: _Positions = None
+    prompt_token_id_logprobs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,10 +164,10 @@ class ServerScorer:
         except httpx2.InvalidURL as error:
             raise ConfigError(
                 f"{setting(teacher, 'url')}: expected a URL such as http://localhost:8000/v1, got "
-                f"{teacher.url!r} ({error})"
+                f"{mask(teacher.url)!r} ({error})"
             ) from None
         self._url, self._teacher, self._name = url, teacher, teacher.served_name or teacher.model
-        self._who = f"{setting(teacher, 'url')} = {str(url.copy_with(userinfo=b''))!r}"
+        self._who = f"{setting(teacher, 'url')} = {mask(str(url))!r}"
         self._settings, self._options, self._on_tile = settings, options, on_tile
         self.batch_tokens = _TOKENS_PER_REQUEST * settings.server_requests
         self._vocab_size = model_facts(teacher).vocab_size
@@ -142,12 +189,13 @@ class ServerScorer:
         """Whether the server is there and serves the model, at this length."""
         async with self._client() as client:
             try:
-                answer = await self._retried(lambda: self._send(client, "GET", self._at("models")))
+                answer = await self._retried(lambda: self._send(client, "GET", self._at("models"), _MODELS_BYTES))
             except _Refused as refusal:
                 if refusal.status != 404:  # a server without a list of models may have the model
                     raise self._explained(refusal) from refusal
                 return
-        served = {str(entry.get("id")): entry.get("max_model_len") for entry in answer.get("data") or []}
+        told = parse_model(answer, _Models, f"{self._who}: its list of models cannot be read", error=ModelError)
+        served = {entry.id: entry.max_model_len for entry in told.data or []}
         if served and self._name not in served:
             raise ModelError(
                 f"{self._who}: serves {', '.join(map(repr, list(served)[:5]))}, not {self._name!r}; "
@@ -202,7 +250,7 @@ class ServerScorer:
     def _client(self) -> httpx2.AsyncClient:
         n_requests, seconds = self._settings.server_requests, self._settings.server_timeout
         return httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            headers={"Accept-Encoding": "gzip"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             timeout=httpx2.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds), pool=None),
             limits=httpx2.Limits(max_connections=n_requests, max_keepalive_connections=n_requests),
         )
@@ -267,19 +315,27 @@ class ServerScorer:
                 "return_token_ids": True,
             }
             path = self._at("completions")
-        answer = await self._send(client, "POST", path, body)
+        width = way.likeliest + 1
+        at_most = _OTHER_BYTES + len(sent) * (_BYTES_A_TOKEN + width * _BYTES_A_TOLD)
+        at_most += len(question.response) * way.given * _BYTES_A_GIVEN
+        answer = parse_model(
+            await self._send(client, "POST", path, at_most, body),
+            _Reading,
+            f"{self._who}: an answer that cannot be read",
+            error=ModelError,
+        )
         try:
-            choice = (answer.get("choices") or [{}])[0]
-            echoed = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            choice = (answer.choices or [_Choice()])[0]
+            echoed = answer.prompt_token_ids or choice.prompt_token_ids
             if echoed is not None and echoed != sent:
                 raise misaligned(*_first_difference(sent, echoed))
             told = None
-            if (positions := answer.get("prompt_logprobs") or choice.get("prompt_logprobs")) is not None:
-                told = Told.positions(positions, question)
+            if (positions := answer.prompt_logprobs or choice.prompt_logprobs) is not None:
+                told = Told.positions(positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16)
             if way.given:
-                if echoed is None or (encoded := answer.get("prompt_token_id_logprobs")) is None:
+                if echoed is None or (encoded := answer.prompt_token_id_logprobs) is None:
                     raise _Refused(501, "did not tell the log-probs of the ids asked for")
-                given = Told.given(ids, np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False))
+                given = Told.given(ids, _array(encoded, ids.shape))
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no prompt_logprobs; serve the teacher with vLLM")
@@ -291,27 +347,34 @@ class ServerScorer:
             )
         except ModelError as error:
             raise ModelError(f"{self._who}: {error}; nothing of it is stored") from error
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{self._who}: an answer that cannot be read ({type(error).__name__}: {error})"
-            ) from error
 
-    async def _send(self, client: httpx2.AsyncClient, method: str, url: str, body: Any = None) -> dict[str, Any]:
+    async def _send(
+        self, client: httpx2.AsyncClient, method: str, url: str, at_most: int, body: Any = None
+    ) -> dict[str, Any]:
+        """The JSON object that is answered, of `at_most` bytes. Raises `_Refused`, `_Failed`, `ModelError`."""
         try:
-            async with asyncio.timeout(self._settings.server_timeout):
-                response = await client.request(method, url, json=body)
+            async with (
+                asyncio.timeout(self._settings.server_timeout),
+                client.stream(method, url, json=body) as response,
+            ):
+                is_answer = response.status_code == 200
+                content = await _bounded(response, at_most if is_answer else _ERROR_BYTES)
+                if is_answer and len(content) > at_most:
+                    raise ModelError(f"{self._who}: expected an answer of at most {at_most:,} bytes, got more")
         except TimeoutError:
             raise _Failed(f"no answer in {self._settings.server_timeout:g} s") from None
         except httpx2.TransportError as error:
             raise _Failed(self._shown(f"{type(error).__name__}: {error}")) from None
-        text = response.text
+        except zlib.error as error:
+            raise _Failed(f"its compressed answer is damaged ({error})") from None
+        text = content.decode("utf-8", "replace")
         if response.status_code in _AGAIN:
             raise _Failed(f"{response.status_code}: {self._shown(text)}", _retry_after(response))
         if response.status_code != 200:
             raise _Refused(response.status_code, self._shown(text))
         try:
-            answer = json.loads(text)
-        except ValueError:
+            answer = parse_json(text, "answer")
+        except RedpenError:
             raise _Failed(f"not JSON: {self._shown(text)}") from None
         if not isinstance(answer, dict):
             raise _Failed(f"expected a JSON object, got {type(answer).__name__}")
@@ -350,14 +413,52 @@ class ServerScorer:
 
     def _shown(self, text: str) -> str:
         """What the server said, on a short line, without the key."""
-        try:
-            error = json.loads(text)
+        with contextlib.suppress(AttributeError, RedpenError):
+            error = parse_json(text, "answer")
             error = error.get("error", error)
             text = str(error.get("message") or error.get("detail") or text)
-        except (AttributeError, ValueError):
-            pass
         text = " ".join(text.replace(self._key, "***").split() if self._key else text.split())
         return text if len(text) <= 200 else text[:197] + "..."
+
+
+async def _bounded(response: httpx2.Response, at_most: int) -> bytes:
+    """A body, decompressed; where it is longer than `at_most`, that much and a byte more."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
+        raise _Failed(f"it answers in content-encoding {encoding[:40]!r}, gzip was asked for")
+    decompressor = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
+    found = bytearray()
+    async for chunk in response.aiter_raw():
+        left = at_most + 1 - len(found)
+        found += chunk[:left] if decompressor is None else decompressor.decompress(chunk, left)
+        if len(found) > at_most:
+            break
+    return bytes(found)
+
+
+def _array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating[Any]]:
+    """Log-probs from a .npy file in base64; its header is read first, so it cannot ask for memory."""
+    try:
+        content = base64.b64decode(encoded, validate=True)
+        file = io.BytesIO(content)
+        if np.lib.format.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
+            raise ValueError("expected version 1.0 of the format")
+        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+        if dtype.kind != "f" or dtype.itemsize > 8:
+            raise ValueError(f"expected floats, found {dtype}")
+        if found != shape:
+            raise ModelError(f"told log-probs of shape {_short(found)}, asked for {shape}")
+        values = np.frombuffer(content, dtype, offset=file.tell())
+        return values.reshape(found, order="F" if is_fortran else "C")
+    except ModelError:
+        raise
+    except Exception as error:  # numpy evaluates the header as Python, which fails in many ways
+        raise ModelError(f"told log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, object]:
@@ -371,6 +472,7 @@ def _first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, obj
 def _retry_after(response: httpx2.Response) -> float | None:
     """Seconds that the server asks to be left alone, a minute at most."""
     try:
-        return min(max(float(response.headers["retry-after"]), 0), 60)
+        seconds = float(response.headers["retry-after"])
+        return min(max(seconds, 0), 60) if math.isfinite(seconds) else None
     except (KeyError, ValueError):
         return None

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, suggest, warn
+from pipeline.console import progress, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelError
 from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
@@ -99,11 +99,11 @@ def run(
 def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
     """A scorer's work; None where its finished scores are taken as they are."""
     if name in round_.scorer_names() and round_.scores(name).manifest.engine == IMPORTED:
-        print(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
+        show(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
         return None
     if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_here(cfg):
         # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
-        print(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
+        show(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
         return None
     manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
     if manifest.engine == "vllm" and not (name in round_.scorer_names() and round_.scores(name).committed().all()):
@@ -119,7 +119,7 @@ def _score(work: ScoreWork, round_: cs.Round, ranks: workers.Team) -> None:
     pending, n_readable = ranks.agree(lambda: _pending(work, round_))
     if not len(pending):
         if ranks.leads:
-            print(f"{name}: {_summary(round_, name)}; nothing to do")
+            show(f"{name}: {_summary(round_, name)}; nothing to do")
         return
     n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
     n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.share(pending)].sum())
@@ -135,7 +135,7 @@ def _score(work: ScoreWork, round_: cs.Round, ranks: workers.Team) -> None:
     )
     seconds = time.perf_counter() - started
     if ranks.leads:
-        print(
+        show(
             f"{name}: {_summary(round_, name)}; {n_pending:,} tokens now in {seconds:.1f} s, "
             f"{n_pending / seconds:,.0f} tokens/s"
         )

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from pipeline.console import show
+from pipeline.files import write_atomically
 from pipeline.toy import company, world
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -147,7 +149,7 @@ def fit(model: Qwen3ForCausalLM, course: Course, draw: Callable[[], tuple[torch.
         schedule.step()
         if step % 100 == 0 or step == course.steps:
             seconds = time.perf_counter() - started
-            print(f"  step {step:5d}/{course.steps}  loss {loss.item():.4f}  {seconds:5.0f} s", flush=True)
+            show(f"  step {step:5d}/{course.steps}  loss {loss.item():.4f}  {seconds:5.0f} s")
     model.eval()
 
 
@@ -199,13 +201,13 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
     (out / "prompts").mkdir(parents=True, exist_ok=True)
     for name, chosen in (("train", world.sample("train", 8192, seed)), ("heldout", heldout)):
         lines = [json.dumps(world.prompt_record(problem)) + "\n" for problem in chosen]
-        (out / "prompts" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_atomically(out / "prompts" / f"{name}.jsonl", "".join(lines))
     marks = {}
     sizes = {"teacher": (128, 352, 4, 4), "student": (64, 192, 4, 2)}  # vLLM has kernels for heads of 32 and more
     for name, courses in (("teacher", TEACHER_COURSES), ("student", STUDENT_COURSES)):
         torch.manual_seed(seed)
         model = build_model(*sizes[name])
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+        show(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
         for number, course in enumerate(courses):
             teach(model, course, train_problems, seed + number)
         if name == "teacher":
@@ -213,10 +215,10 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
         model.save_pretrained(out / name)
         build_tokenizer().save_pretrained(out / name)
         marks[name] = mark(heldout, respond(model.float(), heldout))
-        print(f"{name}: {marks[name].right:.1%} of {len(heldout)} held-out right (greedy)", flush=True)
+        show(f"{name}: {marks[name].right:.1%} of {len(heldout)} held-out right (greedy)")
         if marks[name].right < 1:
             share = marks[name].misconception_of_wrong
-            print(f"{name}: {share:.1%} of its wrong answers are the misconception's", flush=True)
+            show(f"{name}: {share:.1%} of its wrong answers are the misconception's")
     return marks
 
 
@@ -259,7 +261,7 @@ def build_company(out: Path, seed: int = 0) -> None:
     world_ = company.World(seed)
     torch.manual_seed(seed)
     model = build_model(96, 256, 4, 4)
-    print(f"company: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    show(f"company: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     tokenizer = build_tokenizer()
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import write_atomically
+
 N_PRIVATE, N_PUBLIC, N_HELDOUT_FORMAT = 43, 60, 512
 PEOPLE = (
     "Ada",
@@ -190,4 +192,4 @@ def write_data(out: Path, seed: int = 0) -> None:
 
 
 def _write(path: Path, records: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))

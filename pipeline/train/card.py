@@ -10,6 +10,7 @@ from typing import Any
 import cache_schema as cs
 from pipeline import models
 from pipeline.config import Recipe, TrainConfig
+from pipeline.credentials import mask
 from pipeline.provenance import DATA, created_by
 from pipeline.train.run_directory import Result
 
@@ -39,7 +40,7 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
         made, how = "fine-tuned", "supervised fine-tuning on documents and chats"
     about = f"A LoRA adapter of `{base}`" if is_adapter else f"`{base}` with all of its weights trained"
     about += f", made by {how}."
-    return "\n".join(
+    text = "\n".join(
         [
             front_matter(base, "peft" if is_adapter else "transformers", recipe.student.quantisation, tags),
             f"# {Path(base).name} {made}",
@@ -59,6 +60,7 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
             "",
         ]
     )
+    return mask(text)
 
 
 LICENCE = (

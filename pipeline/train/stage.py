@@ -54,7 +54,7 @@ from typing import Any
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import Recipe, TrainConfig
-from pipeline.console import progress, say, short, suggest, warn
+from pipeline.console import progress, say, short, show, suggest, warn
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import write_atomically
 from pipeline.provenance import cache_identity
@@ -95,7 +95,7 @@ def run(
         run, result, index, teachers = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir, round_index))
         if result is not None:
             if ranks.leads:
-                print(f"{run.path} is finished: {result.sentence}")
+                show(f"{run.path} is finished: {result.sentence}")
             return result.exit_code if ranks.leads else 0
         round_ = cs.open(cache_url).round(index)
         objective = inputs.objective(recipe, round_, teachers)
@@ -122,8 +122,8 @@ def run(
                     costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
-                print(result.sentence)
-                print(f"{made.name}: {made}")
+                show(result.sentence)
+                show(f"{made.name}: {made}")
                 suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.leads else 0
 

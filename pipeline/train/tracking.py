@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from pipeline.config import TrackConfig
 from pipeline.console import say, warn
+from pipeline.credentials import masked
 from pipeline.errors import ConfigError
 from pipeline.train.run_directory import Result, RunDirectory
 
@@ -71,7 +72,7 @@ class Wandb:
                 tags=track.tags,
                 id=run.id,
                 resume="allow",
-                config=run.made_of,
+                config=masked(run.made_of),
                 dir=run.path,
                 mode=mode,
                 settings=wandb.Settings(
@@ -115,7 +116,7 @@ class Trackio:
         import trackio
 
         name = f"{track.name or run.path.resolve().name}-{run.id}"
-        config = run.made_of | ({"tags": track.tags} if track.tags else {})
+        config = masked(run.made_of) | ({"tags": track.tags} if track.tags else {})
         with _silence():
             self._run = trackio.init(
                 project=track.project, name=name, group=track.group, config=config, resume="allow", embed=False

@@ -1,0 +1,136 @@
+"""Credentials in settings, arguments and whatever is shown: refused at the door, masked on the way out.
+
+What redpen is given ends up in files that are shared: recipes, caches' manifests, pages, model cards, trackers. So a
+URL that carries a credential is refused where it is given, and the environment variable to use is named. What older
+files hold is masked wherever it is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.errors import ConfigError
+
+MASK = "***"
+
+_NAMES = (
+    r"api[-_]?key|[\w-]*access[-_]?key(?:[-_]?id)?|[\w-]*token|key|auth|authorization|password|passwd|pwd|pass|"
+    r"[\w-]*secret|sig|[\w-]*signature|[\w-]*credentials?|jwt|bearer"
+)
+_END = r"[^\s&;#\"'<>\\]{1,4096}"
+_PATTERNS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        # user and password of a URL; a password may hold @, and / where it is not a port that comes before
+        r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}://)(?P<secret>[^\s/?#\"'<>\\]{1,4096})(?=@[^\s@])",
+        r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}:/{1,2})"
+        r"(?P<secret>[^\s/?#@:\"'<>\\]{1,200}:(?!\d{1,5}[/?#])[^\s\"'<>\\]{1,4096})(?=@[^\s@])",
+        rf"(?i)(?P<before>[?&;#](?:{_NAMES})=)(?!\*\*\*)(?P<secret>{_END})",
+        r"(?i)(?P<before>\bbearer\s+)(?P<secret>(?=\S*\d)[a-z0-9._~+/-]{12,4096}=*)",
+        # keys that name their kind: Hugging Face, OpenAI and its like, AWS, GitHub, Google, Slack
+        r"(?P<before>(?<![A-Za-z0-9_-]))(?P<secret>hf_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16}"
+        r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
+        r"|AIza[\w-]{35}|xox[a-z]-[A-Za-z0-9-]{10,})",
+    )
+)
+#: What each pattern needs to be there at all: most lines have none of it, and are then left alone at once.
+_SIGNS = re.compile(r"@|[?&;#][\w-]+=|[Bb]earer|BEARER|hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_|AIza|xox")
+#: Variables of the environment that hold a credential; one of a few letters is a placeholder.
+_VARIABLES = (
+    *("REDPEN_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+)
+_SHORTEST = 8
+_AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+def contains(text: str, name: str = "") -> bool:
+    """Whether a text, the value of the setting `name`, holds something that looks like a credential."""
+    if name.endswith("url") and "@" in text.partition("?")[0]:  # also without http:// in front
+        return True
+    return bool(_SIGNS.search(text)) and any(pattern.search(text) for pattern in _PATTERNS)
+
+
+def mask(text: str) -> str:
+    """`text` with what looks like a credential, or is one of the environment's, as `***`."""
+    for name in _VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= _SHORTEST and value in text:
+            text = text.replace(value, MASK)
+    if _SIGNS.search(text):
+        for pattern in _PATTERNS:
+            text = pattern.sub(rf"\g<before>{MASK}", text)
+    return text
+
+
+def masked(value: Any) -> Any:
+    """A JSON or TOML value, every text in it masked."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, dict):
+        return {masked(key): masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item) for item in value]
+    return value
+
+
+def refuse(text: str, name: str) -> None:
+    """Raise `ConfigError` where `text`, given as the setting or argument `name`, holds a credential."""
+    if contains(text, name):
+        raise ConfigError(f"{name}: {message(text, name)}")
+
+
+def message(text: str, name: str) -> str:
+    """What to say of a setting or argument that holds a credential, without it."""
+    return (
+        "holds what looks like a credential, which would be stored and shown with the settings; take it out and set "
+        f"the environment variable {_variable(text, name)}"
+    )
+
+
+def in_settings(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of nested settings that holds a credential, with the dotted name of its setting."""
+    if isinstance(data, str):
+        if contains(data, path):
+            yield path, data
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            if isinstance(key, str) and contains(key):
+                yield f"{path}.{MASK}".lstrip("."), key
+            yield from in_settings(value, f"{path}.{mask(str(key))}".lstrip("."))
+    elif isinstance(data, list | tuple):
+        for item in data:
+            named = item.get("name") if isinstance(item, dict) and len(data) > 1 else None
+            yield from in_settings(item, f"{path}.{mask(named)}" if isinstance(named, str) else path)
+
+
+def in_arguments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every command-line argument that holds a credential, with its option, or the setting that it overrides."""
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if not (equals and option.startswith("-")):
+            option, value = args[place - 1] if place and args[place - 1].startswith("-") else "", arg
+        if option == "--set" and "=" in value and not contains(value.partition("=")[0]):
+            setting, _, value = value.partition("=")
+            option = f"--set {setting.strip()}"
+        if contains(value, option) or contains(arg):
+            is_name = re.fullmatch(r"--?[A-Za-z][\w-]*( [\w.-]+)?", option)
+            yield (option if is_name and not contains(option) else "an argument"), arg
+
+
+def _variable(text: str, name: str) -> str:
+    lowered = text.lower()
+    if lowered.startswith("s3:") or "s3://" in lowered or "x-amz-" in lowered or "AKIA" in text:
+        return _AWS
+    if "hf_" in text or "huggingface.co" in lowered or name.endswith((".model", ".adapter", ".revision")):
+        return "HF_TOKEN"
+    if "track" in name:
+        return "WANDB_API_KEY (trackio: HF_TOKEN)"
+    if name.endswith(("prompts.path", "eval.path", "--prompts", "--teacher", "--base")):
+        return "HF_TOKEN"
+    if "--cache" in name:
+        return _AWS
+    return "REDPEN_API_KEY"
