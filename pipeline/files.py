@@ -10,6 +10,7 @@ Everything in `pipeline` that opens a file goes through here; tests/test_files.p
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -56,13 +57,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 file.chmod(mode)
             sync(file)
         sync(partial)
-        if path.exists():
-            old = _temporary(path)
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            partial.rename(path)
+        _put_in_place(partial, path)
         sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +71,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises `RedpenError` if `path` is a symbolic link.
     """
+    with atomic_file(path, content):
+        pass
+
+
+@contextmanager
+def atomic_file(path: Path, content: str | bytes) -> Iterator[None]:
+    """Write a file beside `path` now, and put it in its place once the body has succeeded.
+
+    Several of these, and of `atomic_directory`, on one `ExitStack` take up all the room that they need before the
+    first of them replaces anything. Raises `RedpenError` if `path` is a symbolic link.
+    """
     refuse_link(path)
     _remove_abandoned(path)
     partial, handle = _claim(path, is_directory=False)
@@ -83,12 +89,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with open(handle, "wb", closefd=False) as file:
             file.write(content.encode() if isinstance(content, str) else content)
         os.fsync(handle)
+        yield
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or directory of ours at once, and what killed processes left of earlier writes to it.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
+    refuse_link(path)
+    _remove_abandoned(path)
+    if path.is_dir():
+        old = _temporary(path)
+        path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append(path: Path, text: str) -> None:
@@ -121,6 +143,33 @@ def refuse_link(path: Path) -> None:
             f"{path}: expected a file or directory made by redpen, found a symbolic link to "
             f"{os.readlink(path)}; remove the link and run the same command again"
         )
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename a directory to `path` and remove what was there. A kill leaves either, where the system can swap."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = partial
+    if not _swap(partial, path):
+        old = _temporary(path)
+        path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where the C library, the kernel or the file system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _temporary(path: Path) -> Path:
@@ -185,7 +234,9 @@ def read_bytes(
         RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
     """
     if not follow_links and path.is_symlink():
-        raise error(f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it")
+        raise error(
+            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
+        )
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -212,8 +263,9 @@ def read_text(
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise error(f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at "
-                    f"{problem.start}") from None
+        raise error(
+            f"{path}: expected UTF-8 text, found byte {problem.object[problem.start]:#04x} at {problem.start}"
+        ) from None
 
 
 def read_json(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
 from pipeline.errors import RedpenError
+from pipeline.files import parse_model, read_text
 from pipeline.report.charts import thin
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
@@ -75,7 +77,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": _json(directory / "eval.json"),
+        "eval": _eval(directory / "eval.json"),
         "card": _card(recipe, cache),
         "differs": [],
     }
@@ -127,15 +129,44 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
+        value = json.loads(read_text(path), parse_constant=lambda _: None)  # NaN is no JSON
         if not isinstance(value, dict):
             raise ValueError("expected an object")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warn(f"{path} cannot be read ({error}); it is left out")
         return None
     return value
+
+
+class _Asked(BaseModel):
+    count: int
+    path: str
+
+
+class _Measured(BaseModel):
+    pass_at: dict[str, Any] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+
+
+class _Evaluation(BaseModel):
+    """What of eval.json is read beside the estimates, which are looked at one by one."""
+
+    prompts: _Asked | None = None
+    before: _Measured | None = None
+    after: _Measured | None = None
+
+
+def _eval(path: Path) -> dict[str, Any] | None:
+    """What `redpen eval` left; None without it, and with a warning where it is not of that form."""
+    found = _json(path)
+    try:
+        parse_model(found or {}, _Evaluation, str(path))
+    except RedpenError as error:
+        warn(f"{error}; it is left out, and `redpen eval {path.parent}` makes it again")
+        return None
+    return found
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -302,7 +333,9 @@ def _is_estimate(value: Any) -> bool:
     """Whether it is a value with an interval or a standard error, as `redpen eval` writes them."""
     if not isinstance(value, dict) or not isinstance(value.get("value"), int | float):
         return False
-    return "stderr" in value or all(isinstance(value.get(end), int | float) for end in ("low", "high"))
+    if "stderr" in value:
+        return value["stderr"] is None or isinstance(value["stderr"], int | float)
+    return all(isinstance(value.get(end), int | float) for end in ("low", "high"))
 
 
 def interval(measure: str, estimate: Mapping[str, Any]) -> str:

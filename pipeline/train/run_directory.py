@@ -14,12 +14,11 @@ wandb/             what Weights & Biases keeps here, where it was asked for
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.files import sync, write_atomically
+from pipeline.run_lock import hold_run
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "reward", "select")
@@ -193,18 +193,12 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
             storage refuses a write.
     """
     run = RunDirectory(Path(path), recipe, cache)
-    with run.writing():
-        run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RedpenError(f"run {run.path}: another process is training it; wait for it or stop it") from None
+    with ExitStack() as held:
+        with run.writing():
+            run.path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold_run(run.path, "trains"))
         run._require_same()
         yield run
-    finally:
-        os.close(handle)
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
