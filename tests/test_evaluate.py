@@ -24,6 +24,7 @@ from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts, render
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
+from pipeline.run_files import read_record, write_record
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
@@ -304,8 +305,9 @@ def test_a_cache_that_cannot_be_read_again(
 ) -> None:
     kept, cache = shutil.copytree(run_dir, tmp_path / "run"), shutil.copytree(toy_cache, tmp_path / "cache.zarr")
     (kept / "reread.safetensors").write_bytes(b"old")
-    record = json.loads((kept / "run.json").read_text())
-    (kept / "run.json").write_text(json.dumps(record | {"cache": record["cache"] | {"url": str(cache)}}))
+    record = read_record(kept)
+    assert record is not None
+    write_record(kept, record.model_copy(update={"cache": record.cache | {"url": str(cache)}}))
     spoil(cache)
     recipe = recipes_student(kept, "after")
     reread(kept, models.load_model(recipe.student), recipe)
