@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -290,6 +291,24 @@ def read_model(
     """The JSON object in a file as a pydantic model. Arguments and errors as for `read_bytes`."""
     found = read_json(path, at_most=at_most, error=error, follow_links=follow_links)
     return parse_model(found, model, str(path), error=error)
+
+
+def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
+    """blake2b of a file of ours, of any size, as 32 hexadecimal digits. No link; errors as for `read_bytes`."""
+    if path.is_symlink():
+        raise error(
+            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
+        )
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise error(f"{path}: expected a regular file, found {_kind(mode)}")
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
 
 
 def parse_json(text: str | bytes, name: str, *, error: type[RedpenError] = RedpenError) -> Any:

@@ -18,21 +18,21 @@ _LOCK = ".lock"
 
 
 @contextmanager
-def hold_run(path: Path, doing: str) -> Iterator[None]:
-    """Hold a run against every other process that works in it; the kernel frees it when this one ends.
+def locked(run: str | os.PathLike[str], doing: str = "works in") -> Iterator[None]:
+    """Hold a run against other processes that write to it; the kernel frees it when this one ends.
 
     Args:
-        doing: what others are told of this process, such as "trains".
+        doing: what others are told of this process, such as "trains", of the run.
 
     Raises:
         RedpenError: another process holds it; the message names that one. OSError: the storage refuses the lock.
     """
-    handle = open_lock(path / _LOCK)
+    handle = open_lock(Path(run) / _LOCK)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RedpenError(f"run {path}: {_holder(handle)}; wait for it or stop it") from None
+            raise RedpenError(f"run {run}: {_holder(handle)}; wait for it or stop it") from None
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(handle, 0)
             mine = {"pid": os.getpid(), "host": socket.gethostname(), "doing": doing}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -457,7 +456,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
     run.mkdir()
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RedpenError, match=f"process {os.getpid()} trains it"):
+        with pytest.raises(RedpenError, match="another process works in it"):
             stage.run(small_recipe(), str(toy_cache), run)
 
 

@@ -27,7 +27,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ from pipeline.evaluate.accuracy import (
     right_answers,
     texts_of,
 )
-from pipeline.evaluate.job import AFTER, Job, job_of, kept_in
+from pipeline.evaluate.job import AFTER, FIGURES, Job, job_of, kept_in
 from pipeline.evaluate.kept import EVAL_CACHE, Keeper
 from pipeline.evaluate.reread import REREAD, reread
 from pipeline.evaluate.table import show
@@ -59,7 +59,8 @@ from pipeline.metrics import scores_reverse_kl
 from pipeline.prompts import prompts_sha256
 from pipeline.rollouts import PromptBlock, Sampling, require_room
 from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.run_lock import hold_run, replacing_results
+from pipeline.run_files import replacing
+from pipeline.run_lock import locked, replacing_results
 from pipeline.score import ScoreOptions, Scorer, TokenBatch
 from pipeline.score.alignment import View, view_on
 from pipeline.score.resident import ResidentScorer
@@ -129,7 +130,7 @@ def run(
         overrides = [*overrides, f"eval.tasks={json.dumps(list(tasks))}"]
     with ExitStack() as held:
         if (in_run := kept_in(target, out)) is not None:
-            held.enter_context(hold_run(in_run, "evaluates"))
+            held.enter_context(locked(in_run, "evaluates"))
         job = job_of(target, prompts, teacher, overrides, recipe, out)
         _measure(job, started, teacher_required=teacher is not None)
     return 0
@@ -190,7 +191,7 @@ def _keep(job: Job, figures: str, read_again: bytes | None, results: ExitStack) 
         results.enter_context(atomic_file(job.run / REREAD, read_again))
     else:
         old.append(job.run / REREAD)
-    with replacing_results(job.run), graceful():
+    with replacing_results(job.run), graceful(), replacing(job.run, FIGURES, EVAL_CACHE, REREAD):
         for path in old:
             remove(path)
         results.close()
@@ -205,7 +206,8 @@ def _keep_part(job: Job, given: Prompts | None, figures: dict[str, Figures], sta
     if job.out.exists() or (job.run is not None and (job.run / EVAL_CACHE).exists()):
         warn(f"{job.out} is still that of an earlier evaluation; what was measured now is above")
     else:
-        write_atomically(job.out, _as_json(about, figures))
+        with replacing(job.run, FIGURES) if job.run is not None else nullcontext():
+            write_atomically(job.out, _as_json(about, figures))
 
 
 def _as_json(about: dict[str, Any], figures: dict[str, Figures]) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.provenance import cache_identity
+from pipeline.run_files import fault
 
 REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.
@@ -37,6 +38,8 @@ class Reread:
         path = Path(run) / REREAD
         if not path.is_file():
             return None
+        if (line := fault(run, REREAD)) is not None:
+            return f"{line}; the trained student's reading is left out"
         try:
             with safe_open(path, "numpy") as file:
                 told = file.metadata() or {}

@@ -22,6 +22,7 @@ from pipeline.console import escape_control, results, warn
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model, read_text
 from pipeline.report.charts import thin
+from pipeline.run_files import fault
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
 CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -160,9 +161,13 @@ class _Evaluation(BaseModel):
 
 def _eval(path: Path) -> dict[str, Any] | None:
     """What `redpen eval` left; None without it, and with a warning where it is not of that form."""
-    found = _json(path)
+    if (found := _json(path)) is None:
+        return None
+    if (line := fault(path.parent, path.name)) is not None:
+        warn(f"{line}; its figures are left out")
+        return None
     try:
-        parse_model(found or {}, _Evaluation, str(path))
+        parse_model(found, _Evaluation, str(path))
     except RedpenError as error:
         warn(f"{error}; it is left out, and `redpen eval {path.parent}` makes it again")
         return None

@@ -26,6 +26,7 @@ from pipeline.report.judge import answer_judge
 from pipeline.report.reread import Reread
 from pipeline.report.scan import Int64, Judge
 from pipeline.report.shown import Request
+from pipeline.run_files import fault
 from pipeline.run_lock import reading_results
 from pipeline.text import Decoder, Ids, load_decoder
 
@@ -234,6 +235,9 @@ def _judge(round_: cs.Round, checker: Checker | None) -> Judge | None:
 
 def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, room: int) -> list[dict[str, Any]]:
     """Fresh rollouts before and after training, of the same prompts: what is worst before or after, in both."""
+    if (line := fault(run, _EVAL_CACHE)) is not None:
+        sources.note(f"held-out rollouts of {run} are not shown: {line}")
+        return []
     try:
         cache = cs.open(Path(run) / _EVAL_CACHE)
         rounds = [cache.round(index) for index in cache.round_indices()[: len(_PHASES)]]
