@@ -301,7 +301,7 @@ def test_a_kill_between_any_two_writes(
     monkeypatch.setattr(stage, "_keep", keep)
     assert stage.run(str(run), overrides=[*SMALL, "eval.limit=2"]) == 0
     later = kept_digests(run)
-    assert len(states) > 10 and states[0] == earlier and not list(run.glob(".*.partial"))
+    assert len(states) >= 8 and states[0] == earlier and not list(run.glob(".*.partial"))
     assert all(later[name] != earlier[name] for name in ("eval.json", "eval.zarr"))
     for state in states:
         assert all(state[name] in (earlier[name], later[name]) for name in state)

@@ -38,7 +38,7 @@ Scores = dict[str, dict[str, dict[str, float | None]]]
 _FEWSHOT_SEED = 1234
 
 
-def load_tasks(settings: EvalConfig, context: int | None) -> dict[str, Any]:
+def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, Any]:
     """`eval.tasks` with their data sets, as the harness takes them.
 
     Args:
