@@ -35,7 +35,7 @@ from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate.accuracy import generating
 from pipeline.packing import check_packing
 from pipeline.prompts import check_record, render_all
-from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.rollouts import PromptBlock, Sampling, require_room
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 from pipeline.score import ScoreOptions, TokenBatch, sequences
 from pipeline.score.alignment import View, align
@@ -144,12 +144,7 @@ class Student:
         records = [check_record({"prompt": prompt}, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
         context = self._facts.context
         ids = render_all(records, self.tokenizer, self._prompts, settings.max_prompt_tokens, context)
-        longest = max(len(i) for i in ids)
-        if context is not None and longest + settings.max_response_tokens > context:
-            raise ConfigError(
-                f"rollouts.max_response_tokens: expected at most {context - longest} (the student's context less "
-                f"the longest prompt), got {settings.max_response_tokens}"
-            )
+        require_room(ids, settings.max_response_tokens, context, "rollouts.max_response_tokens")
         sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,

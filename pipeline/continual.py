@@ -65,6 +65,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
         made = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
         result = ranks.agree(lambda: made.result)
         if result is None:
+            ranks.agree(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
             if ranks.leads:
                 made.start()
             if models.made_student(recipe.student, made.path / "sft") is None:
@@ -117,10 +118,7 @@ def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
 
 def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
     """Greedy responses of every student to every gate's prompts."""
-    asked = {}
-    for gate in recipe.continual.gate:
-        of_gate = recipe.eval.model_copy(update={"path": gate.path, "limit": gate.limit})
-        asked[gate.name] = HeldOutPrompts.load(recipe.model_copy(update={"eval": of_gate}), gate.metric, gate.limit)
+    asked = _asked(recipe)
     found: Measured = {name: {} for name in asked}
     for label, cfg in students.items():
         model = models.load_model(cfg)
@@ -131,6 +129,16 @@ def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
             say(f"{label}: {name} {found[name][label]['value']:.1%} of {len(right)}")
         del model
         models.free_memory()
+    return found
+
+
+def _asked(recipe: Recipe) -> dict[str, HeldOutPrompts]:
+    """The prompts of every gate. Raises `RedpenError` where they cannot be used."""
+    found = {}
+    for gate in recipe.continual.gate:
+        of_gate = recipe.eval.model_copy(update={"path": gate.path, "limit": gate.limit})
+        asking, setting = recipe.model_copy(update={"eval": of_gate}), f"continual.gate.{gate.name}.path"
+        found[gate.name] = HeldOutPrompts.load(asking, gate.metric, gate.limit, setting)
     return found
 
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -100,6 +101,35 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def staged_file(path: Path, content: str | bytes) -> Iterator[None]:
+    """Write a file beside `path` now, and put it in its place once the body has succeeded.
+
+    Several of these, and of `atomic_directory`, on one `ExitStack` take up all the room that they need before the
+    first of them replaces anything. Raises `RedpenError` if `path` is a symbolic link.
+    """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file or directory of ours at once, and what killed processes left of earlier writes to it.
+
+    Raises `RedpenError` if `path` is a symbolic link.
+    """
+    refuse_link(path)
+    _remove_abandoned(path)
+    if path.is_dir():
+        old = _temporary(path)
+        path.rename(old)
+        _remove(old)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -348,6 +378,24 @@ def read_model(
     """The JSON object in a file as a pydantic model. Arguments and errors as for `read_bytes`."""
     found = read_json(path, at_most=at_most, error=error, follow_links=follow_links)
     return parse_model(found, model, str(path), error=error)
+
+
+def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
+    """blake2b of a file of ours, of any size, as 32 hexadecimal digits. No link; errors as for `read_bytes`."""
+    if path.is_symlink():
+        raise error(
+            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
+        )
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise error(f"{path}: expected a regular file, found {_kind(mode)}")
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
 
 
 def parse_json(text: str | bytes, name: str, *, error: type[RedpenError] = RedpenError) -> Any:

@@ -49,6 +49,7 @@ from pipeline.provenance import (
     tokenizer_digest,
     weight_files,
 )
+from pipeline.run_files import MADE, check, check_made, read_record
 from pipeline.toy import asset_names, asset_path
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str, we
         raise ModelNotFoundError(f"{label} = {_shown(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
     if _is_directory(path):
+        check_made(path)
         return path
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         found = "this is a file" if path.exists() else "there is no such directory"
@@ -267,11 +269,22 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.Toke
 
 
 def made_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
-    """The student that the run in `directory` has made of this one; None while it has not."""
-    if (directory / "adapter").is_dir():
-        return student.model_copy(update={"adapter": str(directory / "adapter")})
-    if (directory / "model").is_dir():
-        return student.model_copy(update={"model": str(directory / "model"), "revision": None, "adapter": None})
+    """The student that the run in `directory` has made of this one, which is this one where training gained nothing;
+    None while the run has not ended, or where what it made has been removed.
+
+    Raises `DamagedRunError` where it is not what the run ended with.
+    """
+    record = read_record(directory)
+    if record is None or record.result is None:
+        return None
+    if record.result.step == 0:
+        return student
+    for name in MADE:
+        if (directory / name).is_dir():
+            check(directory, name, record=record)
+            made = str(directory / name)
+            changed = {"adapter": made} if name == "adapter" else {"model": made, "revision": None, "adapter": None}
+            return student.model_copy(update=changed)
     return None
 
 

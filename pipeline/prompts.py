@@ -1,8 +1,8 @@
 """Prompts: from files to checked records, from records to token ids.
 
 A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
-optionally `answer`, `source` and `id`. Other fields of a line are left out; nulls count as absent. Each error is one
-line with the file, the line, what was expected and what came.
+optionally `answer`, `source` and `id`. Other fields of a line are left out; nulls and NaN count as absent. Each error
+is one line with the file, the line, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +34,12 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_prompts(cfg: PromptsConfig) -> list[dict[str, Any]]:
-    """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`. Raises `PromptError` naming
-    file and line."""
-    rows = (check_record(value, place) for place, value in raw_rows(cfg))
+def load_prompts(cfg: PromptsConfig, setting: str = "prompts.path") -> list[dict[str, Any]]:
+    """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`.
+
+    Raises `PromptError` naming file and line, or the `setting` that the path is from.
+    """
+    rows = (check_record(value, place) for place, value in raw_rows(cfg, setting=setting))
     records = list(itertools.islice(rows, cfg.skip, None if cfg.limit is None else cfg.skip + cfg.limit))
     if not records and cfg.skip:
         raise PromptError(f"{cfg.path}: expected more than prompts.skip = {cfg.skip} prompts, the file holds fewer")
@@ -54,41 +58,43 @@ def prompts_sha256(records: Sequence[dict[str, Any]]) -> str:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def raw_rows(cfg: PromptsConfig, fields: Sequence[str] = FIELDS) -> Iterator[tuple[str, Any]]:
+def raw_rows(
+    cfg: PromptsConfig, fields: Sequence[str] = FIELDS, setting: str = "prompts.path"
+) -> Iterator[tuple[str, Any]]:
     """Pairs of place (`file:line`) and raw record of `cfg.path`; of Parquet only these fields are read. Raises
-    `PromptError`."""
+    `PromptError`, naming `setting` where the path is wrong."""
     if cfg.path.startswith("toy:"):
-        return json_lines(_toy_path(cfg.path), cfg.path)
+        return json_lines(_toy_path(cfg.path, setting), cfg.path)
     path = Path(cfg.path)
     try:
         exists = path.exists()
     except OSError as error:  # a name too long for the file system
         raise PromptError(f"{cfg.path}: cannot be read: {error.strerror}") from None
     if path.suffix in _JSON_SUFFIXES and not path.is_dir():
-        return json_lines(path, cfg.path)
+        return json_lines(path, cfg.path, setting)
     if path.suffix == ".parquet" and not path.is_dir():
-        return _parquet_rows(path, fields)
+        return _parquet_rows(path, fields, setting)
     if not exists and _HUB_ID.fullmatch(cfg.path):
         return _hub_rows(cfg)
     came = "a directory" if path.is_dir() else f"a file with suffix {path.suffix!r}" if exists else "no such file"
     raise PromptError(
         f"{cfg.path}: expected a .jsonl or .parquet file, a Hub dataset id, toy:train or toy:heldout, got {came}; "
-        "set prompts.path"
+        f"set {setting}"
     )
 
 
-def _toy_path(name: str) -> Path:
+def _toy_path(name: str, setting: str) -> Path:
     from pipeline import toy
 
     files = {asset.removeprefix("prompts/").removesuffix(".jsonl"): asset for asset in toy.asset_names()}
     asset = files.get(name.removeprefix("toy:"), "")
     if not asset.endswith(".jsonl"):
         known = ", ".join(f"toy:{file}" for file, path in files.items() if path.endswith(".jsonl"))
-        raise PromptError(f"{name}: expected {known}; set prompts.path")
+        raise PromptError(f"{name}: expected {known}; set {setting}")
     return toy.asset_path(asset)
 
 
-def json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, name: str, setting: str = "prompts.path") -> Iterator[tuple[str, Any]]:
     """Pairs of place (`name:line`) and the JSON value of each line that is not blank. Raises `PromptError`."""
     try:
         with path.open("rb") as file:
@@ -102,14 +108,24 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{name}:{number}", _parse(line.removeprefix(b"\xef\xbb\xbf"), f"{name}:{number}")
     except FileNotFoundError:
-        raise PromptError(f"{name}: no such file; set prompts.path to your prompts (JSONL or Parquet)") from None
+        raise PromptError(f"{name}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
     except OSError as error:
         raise PromptError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 def _parse(line: bytes, place: str) -> Any:
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PromptError(f"{place}: expected every key once, got {_show(twice)} more often; keep one")
+        return found
+
     try:
-        return json.loads(line.decode())
+        return json.loads(line.decode(), object_pairs_hook=checked)
+    except PromptError:
+        raise
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise PromptError(f"{place}: expected UTF-8, got byte 0x{byte:02x} in column {error.start + 1}") from None
@@ -122,7 +138,7 @@ def _parse(line: bytes, place: str) -> Any:
         raise PromptError(f"{place}: expected one JSON object on each line, got JSON that {error}") from None
 
 
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -133,12 +149,15 @@ def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]
             if not {"prompt", "messages", "text"} & set(columns):
                 raise PromptError(f"{path}: {_no_prompt(names, 'columns')}")
             number = 0
+            narrow = [n for n in columns if pyarrow.types.is_float32(file.schema_arrow.field(n).type)]
             for batch in file.iter_batches(columns=columns):
                 for value in batch.to_pylist():
                     number += 1
+                    for name in narrow:  # 0.1 and not 0.10000000149
+                        value[name] = None if value[name] is None else float(str(np.float32(value[name])))
                     yield f"{path}: row {number}", value
     except FileNotFoundError:
-        raise PromptError(f"{path}: no such file; set prompts.path to your prompts (JSONL or Parquet)") from None
+        raise PromptError(f"{path}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"{path}: expected a Parquet file: {_one_line(error)}") from None
 
@@ -164,7 +183,7 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
     """The prompt record of one line, with only the fields that redpen knows. Raises `PromptError` naming `place`."""
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
-    record = {name: value[name] for name in FIELDS if value.get(name) is not None}
+    record = {name: value[name] for name in FIELDS if not _is_missing(value.get(name))}
     if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
         record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
     if "prompt" in record and "messages" in record:
@@ -224,12 +243,29 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
+def _is_missing(value: Any) -> bool:
+    """Null, or NaN, which is how pandas writes a null among numbers."""
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
 def _check_label(value: Any, name: str, place: str) -> str:
-    """`answer`, `source` and `id` are text; a number is taken as written."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = json.dumps(value)
+    """`answer`, `source` and `id` are text; a number is written out, an integral one without decimals.
+
+    pandas makes 64.0 of an integer as soon as its column holds a null, and 64 is what a model answers.
+    """
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if not isinstance(value, int) and not math.isfinite(value):
+            raise PromptError(f"{place}: {name}: expected text or a finite number, got {value}")
+        value = _digits(value)
     check_text(value, name, place)
     return str(value)
+
+
+def _digits(value: float | Decimal) -> str:
+    if isinstance(value, Decimal):
+        return format(value if value % 1 else value.to_integral_value(), "f")
+    exact = isinstance(value, float) and abs(value) < 2**53 and value == int(value)
+    return str(int(value)) if exact else json.dumps(value)
 
 
 def check_text(value: Any, name: str, place: str) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from conftest import small_recipe, tree_digest
 from safetensors import safe_open
 
 import cache_schema as cs
-from pipeline import models
+from pipeline import cli, files, models
 from pipeline.config import PromptsConfig, Recipe
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
-from pipeline.evaluate.kept import Keeper
 from pipeline.evaluate.reread import reread
 from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts, render
+from pipeline.report.runs import read_run
 from pipeline.rollouts import PromptBlock, Sampling
 from pipeline.rollouts.transformers_sampler import TransformersSampler
+from pipeline.run_files import fault, read_record, write_record
+from pipeline.run_lock import locked
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
@@ -170,10 +175,12 @@ def test_what_was_measured_before_the_teacher_failed_is_kept(
     assert "greedy" in kept["after"] and "reverse_kl" not in kept["after"]
 
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    (copy / "eval.zarr").mkdir(exist_ok=True)  # of an earlier evaluation
+    (copy / "eval.json").write_text("{}")  # of an earlier evaluation
+    before = tree_digest(copy)
     with pytest.raises(ConfigError, match=r"score\.memory_gib"):
         stage.run(str(copy), overrides=(*SMALL, "score.placement=streamed", "score.memory_gib=1e-9"))
-    assert not list(copy.glob("eval.zarr*")) and "reverse_kl" not in (copy / "eval.json").read_text()
+    (copy / ".lock").write_bytes((run_dir / ".lock").read_bytes())
+    assert tree_digest(copy) == before and "eval.json is still that of" in capsys.readouterr().err
 
 
 def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +232,7 @@ def test_the_fresh_rollouts_are_kept_as_a_cache(
 def test_a_kill_leaves_the_old_rollouts(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = shutil.copytree(run_dir, tmp_path / "run")
     before = tree_digest(kept / "eval.zarr")
-    monkeypatch.setattr(Keeper, "finish", interrupt)
+    monkeypatch.setattr(stage, "_keep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         stage.run(str(kept), overrides=[*SMALL, "eval.limit=4"])
     assert tree_digest(kept / "eval.zarr") == before
@@ -237,6 +244,121 @@ def test_a_kill_leaves_the_old_rollouts(run_dir: Path, tmp_path: Path, monkeypat
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+KEPT = ("eval.json", "eval.zarr", "reread.safetensors")
+
+
+def kept_digests(run: Path) -> dict[str, str]:
+    return {name: tree_digest(path) if path.is_dir() else path.read_text("latin-1")
+            for name in KEPT if (path := run / name).exists()}  # fmt: skip
+
+
+def killed_after(n_writes: int, work: Callable[[], None]) -> bool:
+    """Do it in a fork that dies like a killed process before one of its writes; whether it came to that."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    left = n_writes
+
+    def counted(write: Callable[..., object]) -> Callable[..., object]:
+        def written(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os._exit(1)
+            return write(*args, **kwargs)
+
+        return written
+
+    for owner, name in ((files, "_claim"), (files, "_swap"), (files.shutil, "rmtree"), 
+                        (Path, "rename"), (Path, "replace"), (Path, "unlink")):  # fmt: skip
+        setattr(owner, name, counted(getattr(owner, name)))
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def test_a_kill_between_any_two_writes(
+    run_dir: Path, figures: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run then holds is of the one evaluation or of the other, and what belongs to none is not believed."""
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    earlier, real = kept_digests(run), stage._keep
+    states: list[dict[str, str]] = []
+
+    def keep(*args: object) -> None:
+        shutil.copytree(run, tmp_path / "template")
+        while killed_after(len(states), lambda: real(*args)):  # type: ignore[arg-type]
+            states.append({name: text for name, text in kept_digests(run).items() if fault(run, name) is None})
+            shutil.rmtree(run)
+            shutil.copytree(tmp_path / "template", run)
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "template", run)
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "_keep", keep)
+    assert stage.run(str(run), overrides=[*SMALL, "eval.limit=2"]) == 0
+    later = kept_digests(run)
+    assert len(states) >= 8 and states[0] == earlier and not list(run.glob(".*.partial"))
+    assert all(later[name] != earlier[name] for name in ("eval.json", "eval.zarr"))
+    for state in states:
+        assert all(state[name] in (earlier[name], later[name]) for name in state)
+        mixed = state.items() - earlier.items() and state.items() - later.items()
+        assert not mixed, "files of two evaluations are never believed together"
+    for name in KEPT:
+        assert fault(run, name) is None
+
+
+def test_a_full_disk_leaves_the_earlier_evaluation(
+    run_dir: Path, figures: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    earlier, real = kept_digests(run), stage.atomic_file
+
+    def full(path: Path, content: str | bytes) -> object:
+        if path.name == "reread.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, content)
+
+    monkeypatch.setattr(stage, "atomic_file", full)
+    assert cli.main(["eval", str(run), "--set", "eval.limit=2", *(f"--set={setting}" for setting in SMALL[1:])]) == 1
+    said = capsys.readouterr()
+    assert kept_digests(run) == earlier and not list(run.glob(".*.partial"))
+    assert said.err.splitlines()[-1].startswith("redpen: ") and "No space left" in said.err.splitlines()[-1]
+    assert "accuracy, greedy" in said.out, "what was measured is printed all the same"
+
+
+def test_two_evaluations_of_a_run(run_dir: Path, figures: dict[str, object], tmp_path: Path) -> None:
+    """One does it; the other says who does, in one line, and takes nothing from it."""
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    with (
+        locked(run, "evaluates"),
+        pytest.raises(RedpenError, match=f"process {os.getpid()} evaluates it"),
+    ):
+        stage.run(str(run), out=run / "../run/eval.json")
+    small = (*SMALL, "eval.limit=2", "eval.reread_rollouts=0", "rollouts.max_response_tokens=4")
+    settings = [f"--set={setting}" for setting in small]
+    pair = [preloaded.python("-m", "pipeline", "eval", str(run), *settings) for _ in range(2)]
+    ends = [(process.communicate(60), process.returncode) for process in pair]
+    assert sorted(code for _, code in ends) in ([0, 0], [0, 1])
+    for (_, err), code in ends:
+        if code:
+            (line,) = err.splitlines()
+            assert "evaluates it; wait for it or stop it" in line
+    assert cs.open(run / "eval.zarr").round(1).n_prompts == 2
+    assert [fault(run, name) for name in KEPT] == [None] * 3
+
+
+def test_figures_of_the_run_before_it_went_on_are_not_shown(
+    run_dir: Path, figures: dict[str, object], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    assert read_run(run)["eval"] is not None
+    (run / "eval.json").write_text((run / "eval.json").read_text().replace("0.", "1.", 1))
+    assert read_run(run)["eval"] is None
 
 
 @torch.inference_mode()
@@ -303,14 +425,14 @@ def test_a_cache_that_cannot_be_read_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept, cache = shutil.copytree(run_dir, tmp_path / "run"), shutil.copytree(toy_cache, tmp_path / "cache.zarr")
-    (kept / "reread.safetensors").write_bytes(b"old")
-    record = json.loads((kept / "run.json").read_text())
-    (kept / "run.json").write_text(json.dumps(record | {"cache": record["cache"] | {"url": str(cache)}}))
+    record = read_record(kept)
+    assert record is not None
+    write_record(kept, record.model_copy(update={"cache": record.cache | {"url": str(cache)}}))
     spoil(cache)
     recipe = recipes_student(kept, "after")
-    reread(kept, models.load_model(recipe.student), recipe)
+    assert reread(kept, models.load_model(recipe.student), recipe) is None
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "cached rollouts again" in line)
-    assert said in line and not (kept / "reread.safetensors").exists()
+    assert said in line
 
 
 def test_figures_elsewhere_leave_the_run_as_it_is(run_dir: Path, tmp_path: Path) -> None:
@@ -377,6 +499,59 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
         PromptError,
         "set rollouts.max_prompt_tokens to",
     ),
+    "prompts too long, by their own name": (
+        lambda run, _: run,
+        {"prompts": "toy:heldout", "overrides": ["rollouts.max_prompt_tokens=3", "prompts.path=toy:train"]},
+        PromptError,
+        "toy:heldout: prompt 1:",
+    ),
+    "no such prompts, by their setting": (
+        lambda run, _: run,
+        {"overrides": ["eval.path=nowhere.jsonl"]},
+        PromptError,
+        "set eval.path",
+    ),
+    "responses beyond the context": (
+        lambda run, _: run,
+        {"overrides": ["eval.max_response_tokens=512"]},
+        ConfigError,
+        "eval.max_response_tokens: expected at most",
+    ),
+    "responses beyond the context, by rollouts": (
+        lambda *_: "toy:student",
+        {"overrides": ["rollouts.max_response_tokens=512"]},
+        ConfigError,
+        "rollouts.max_response_tokens: expected at most",
+    ),
+    "responses beyond the teacher's context": (
+        lambda _, tmp: "toy:student",
+        {"teacher": "SHORT", "overrides": ["eval.max_response_tokens=100"]},
+        ConfigError,
+        "short's context of 64 tokens",
+    ),
+    "a teacher without prompts": (
+        lambda *_: models.resolve_path("toy:student"),
+        {"teacher": "toy:teacher", "tasks": ["ifeval"]},
+        ConfigError,
+        "--teacher toy:teacher: ",
+    ),
+    "an empty name": (lambda run, _: run, {"prompts": ""}, ConfigError, "--prompts: expected a file"),
+    "an empty place": (lambda run, _: run, {"out": ""}, ConfigError, "--out: expected a file"),
+    "a directory for the figures": (lambda run, _: run, {"out": "."}, ConfigError, "--out .: expected a file"),
+    "tasks said twice": (
+        lambda run, _: run,
+        {"tasks": ["a"], "overrides": ["eval.tasks=['b']"]},
+        ConfigError,
+        "--set eval.tasks and --tasks",
+    ),
+    "prompts said twice": (
+        lambda run, _: run,
+        {"prompts": "toy:heldout", "overrides": ["eval.path=toy:train"]},
+        ConfigError,
+        "--set eval.path and --prompts",
+    ),
+    "another student": (lambda run, _: run, {"overrides": ["student.model=x"]}, ConfigError, "--set student.model"),
+    "a setting of training": (lambda run, _: run, {"overrides": ["train.steps=9"]}, ConfigError, "--set train.steps"),
 }
 
 
@@ -389,6 +564,11 @@ def test_what_cannot_be_measured_is_one_line(
     run_dir: Path,
     tmp_path: Path,
 ) -> None:
+    if options.get("teacher") == "SHORT":
+        short = Path(shutil.copytree(models.resolve_path("toy:teacher"), tmp_path / "short"))
+        facts = json.loads((short / "config.json").read_text())
+        (short / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 64}))
+        options = options | {"teacher": str(short)}
     with pytest.raises(kind) as caught:
         stage.run(str(target(run_dir, tmp_path)), **options)  # type: ignore[arg-type]
     assert message in str(caught.value) and "\n" not in str(caught.value)

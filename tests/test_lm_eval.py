@@ -92,12 +92,30 @@ def test_before_and_after_beside_the_held_out_prompts(
     assert "it/s" not in said.err and "model: sums by lm-evaluation-harness" in said.err
 
 
-def test_a_task_that_fails_takes_nothing_from_what_was_measured(directory: Path, tmp_path: Path) -> None:
+def test_a_task_that_fails_takes_nothing_from_what_was_measured(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RedpenError("eval.tasks: the harness refuses")
+
+    monkeypatch.setattr(harness, "measure", refuse)
     out = tmp_path / "eval.json"
     settings = ["eval.limit=4", f"eval.task_path={directory}", "eval.task_limit=1"]
-    with pytest.raises(RedpenError, match="set eval"):
-        stage.run("toy:student", tasks=["sums"], overrides=[*settings, "eval.max_response_tokens=600"], out=out)
+    with pytest.raises(RedpenError, match="the harness refuses"):
+        stage.run("toy:student", tasks=["sums"], overrides=settings, out=out)
     assert "greedy" in json.loads(out.read_text())["model"]
+
+
+def test_a_task_whose_responses_do_not_fit_is_refused_first(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'sums'.*eval\.max_response_tokens is 600.*context of 512"):
+        harness.load_tasks(recipe_with(directory, "sums", more=("eval.max_response_tokens=600",)).eval, 512)
+
+
+def test_prompts_that_the_harness_shortens_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=508", "eval.task_limit=2"))
+    model, tokenizer = models.load_model(recipe.student), models.load_tokenizer(recipe.student)
+    harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval, 512))
+    assert "2 prompts lost their beginning" in capsys.readouterr().err
 
 
 def test_a_model_with_an_adapter_as_training_loads_it(directory: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoTokenizer
 
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.prompts import load_prompts, prompts_sha256, render, render_all, template_identity
+from pipeline.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity
 from pipeline.toy import asset_path
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -61,6 +63,9 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b'{"prompt": "\\ud800"}', "prompt: expected Unicode text, got half a surrogate pair at character 0"),
         (b'{"prompt": "a", "answer": [1]}', "answer: expected text, got a list"),
         (b'{"prompt": "a", "answer": true}', "answer: expected text, got true or false"),
+        (b'{"prompt": "a", "answer": -Infinity}', "answer: expected text or a finite number, got -inf"),
+        (b'{"prompt": "a", "answer": 1, "answer": 2}', 'expected every key once, got "answer" more often'),
+        (b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}', 'expected every key once, got "role"'),
         (b'{"prompt": "a", "source": {}}', "source: expected text, got an object"),
         (b'{"messages": []}', "messages: expected a list of {role, content} objects, got an empty list"),
         (b'{"messages": "a"}', "messages: expected a list of {role, content} objects, got text"),
@@ -248,3 +253,45 @@ def test_render_all_names_the_prompt_that_a_template_refuses(tokenizer: Any, mon
     monkeypatch.setattr(tokenizer, "chat_template", "{{ '' }}")
     with pytest.raises(PromptError, match="expected at least one token"):
         render_all(records[:1], tokenizer, config("p.jsonl"), 10)
+
+
+NUMBERS = [
+    (64, "64"),
+    (64.0, "64"),  # what pandas makes of 64 beside a null
+    (-0.0, "0"),
+    (0.1, "0.1"),
+    (2.0**53, "9007199254740992.0"),  # may have been another integer
+    (1e300, "1e+300"),
+    (10**30, str(10**30)),
+    (Decimal("64.00"), "64"),
+    (Decimal("1E+2"), "100"),
+    (Decimal("0.50"), "0.50"),
+    (math.nan, None),
+    (Decimal("NaN"), None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), NUMBERS, ids=str)
+def test_numbers_as_answers(value: object, text: str | None) -> None:
+    record = check_record({"prompt": "a", "answer": value, "id": value}, "here")
+    assert record == {"prompt": "a"} | ({} if text is None else {"answer": text, "id": text})
+
+
+def test_a_column_of_numbers_is_the_same_answers_in_every_type(tmp_path: Path) -> None:
+    expected = [{"prompt": "a", "answer": "64"}, {"prompt": "b"}, {"prompt": "c", "answer": "-7"}]
+    lines = '{"prompt": "a", "answer": 64.0}\n{"prompt": "b", "answer": NaN}\n{"prompt": "c", "answer": -7.0}\n'
+    (tmp_path / "p.jsonl").write_text(lines)
+    assert load_prompts(config(tmp_path / "p.jsonl")) == expected
+    prompts = ["a", "b", "c"]
+    for answers in (
+        pa.array([64, None, -7]),
+        pa.array([64.0, None, -7.0]),
+        pa.array([64.0, math.nan, -7.0]),
+        pa.array([64.0, None, -7.0], pa.float32()),
+        pa.array([Decimal("64"), None, Decimal("-7")], pa.decimal128(10, 2)),
+    ):
+        pq.write_table(pa.table({"prompt": prompts, "answer": answers}), tmp_path / "p.parquet")
+        assert load_prompts(config(tmp_path / "p.parquet")) == expected
+    pq.write_table(pa.table({"prompt": ["a"], "answer": pa.array([0.1], pa.float32())}), tmp_path / "p.parquet")
+    assert load_prompts(config(tmp_path / "p.parquet")) == [{"prompt": "a", "answer": "0.1"}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import cache_factory as factory
 import numpy as np
 import pytest
 from conftest import make_cache, small_recipe
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
 from pipeline import cli, metrics
@@ -21,6 +22,7 @@ from pipeline.errors import ConfigError, RedpenError
 from pipeline.provenance import cache_identity
 from pipeline.report import choose, collect, encode, judge, pieces, scan, stage
 from pipeline.report.shown import Request
+from pipeline.run_files import read_record, write_record
 from pipeline.text import load_decoder
 from pipeline.text import pieces as text_pieces
 from pipeline.toy.world import Problem, add_without_carry
@@ -332,7 +334,8 @@ def test_right_and_wrong_as_the_recipe_says(toy_cache: Path) -> None:
 def make_run(path: Path, cache: Path | None) -> Path:
     path.mkdir()
     (path / "recipe.toml").write_text(small_recipe().to_toml())
-    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": None}
+    ended = {"step": 5, "sentence": "done", "exit_code": 0}
+    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": ended}
     (path / "run.json").write_text(json.dumps(told))
     return path
 
@@ -359,16 +362,24 @@ def test_the_same_rollout_after_training(tmp_path: Path, cache: cs.Cache, capsys
     kl_of = write_reread(run, cache.round(), [2, 7])
     stale = make_run(tmp_path / "b", cache.path)
     write_reread(stale, cache.round(), [1], **{"student digest": "another"})
-    document = stage.assemble([str(run), str(stale)])
+    for name in "cd":
+        write_reread(make_run(tmp_path / name, cache.path), cache.round(), [1])
+    arrays = load_file(tmp_path / "c/reread.safetensors")
+    save_file(arrays | {"length": arrays["length"] + 1000}, tmp_path / "c/reread.safetensors")
+    record = read_record(tmp_path / "d")
+    assert record is not None
+    write_record(tmp_path / "d", record.model_copy(update={"files": {"reread.safetensors": "0" * 32}}))
+    document = stage.assemble([str(run), str(stale), *(str(tmp_path / name) for name in "cd")])
     (found,) = document["sets"]
     (after,) = found["after"]
-    assert after["run"] == str(run) and len(document["runs"]) == 2
+    assert after["run"] == str(run) and len(document["runs"]) == 4
     kl, expected = in_nats(after["kl"]["teacher"]), np.full(len(in_nats(after["logprob"])), np.nan)
     for number, span in tokens_of(found).items():
         if number in kl_of:
             expected[span] = kl_of[number]
     np.testing.assert_allclose(kl, expected, atol=0.0005001)
-    note, unknown = document["notes"]
+    note, beyond, damaged, unknown = document["notes"]
+    assert "beyond its tokens" in beyond and "digest differs" in damaged
     assert "tokenizer student was not on the machine" in unknown
     assert "reread.safetensors is left out" in note and "student digest" in note and str(stale) in note
 
@@ -390,6 +401,26 @@ def test_held_out_sets_belong_together(tmp_path: Path, monkeypatch: pytest.Monke
     numbers = [{row["number"] for row in found["rows"]} for found in (before, after_set)]
     assert numbers[0] == numbers[1] and 3 <= len(numbers[0]) <= 8
     assert "chosen of either student" in before["left_out"]
+    damage(run / "eval.zarr/rounds/00001/rollouts/token_ids/c")
+    document = stage.assemble([str(run)])
+    assert document["sets"] == [] and f"held-out rollouts of {run} are not shown" in document["notes"][-1]
+
+
+def damage(chunks: Path) -> None:
+    for file in chunks.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * 64)
+
+
+def test_what_cannot_be_written_or_shown_is_refused_first(
+    tmp_path: Path, cache: cs.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"-o .*cannot be written"):
+        stage.run([cache.url], tmp_path / "page.html")
+    run = make_run(tmp_path / "a", None)
+    with pytest.raises(ConfigError, match="--round 0: there is no cache"):
+        stage.assemble([str(run)], round_index=0)
 
 
 def test_targets(tmp_path: Path, cache: cs.Cache) -> None:

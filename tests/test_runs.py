@@ -113,6 +113,28 @@ def test_a_damaged_file_is_left_out_with_a_line(
     runs.compare([runs.read_run(path)])
 
 
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"before": 5},
+        {"after": {"pass_at": [1]}},
+        {"after": {"tasks": {"ifeval": 3}}},
+        {"prompts": {"count": "20", "path": 3}},
+        {"prompts": "toy:heldout"},
+    ],
+    ids=str,
+)
+def test_figures_of_another_form_are_left_out(
+    found: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "a")
+    (path / "eval.json").write_text(json.dumps(found))
+    run = runs.read_run(path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert run["eval"] is None and str(path / "eval.json") in line
+    runs.compare([run])
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RedpenError, match=r"expected a directory that `redpen train` made"):
         runs.read_run(tmp_path)
@@ -265,7 +287,7 @@ def test_any_values_make_a_chart(points: list[tuple[float, float]]) -> None:
 def test_what_json_and_toml_lack_does_not_stop_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"result": {"step": 1, "sentence": "done", "exit_code": 0}}')
     (run / "recipe.toml").write_text("[train]\nlearning_rate = inf\n")
     tasks = '{"ifeval": {"strict": {"value": 0.25, "stderr": 0.0625}, "lost": {"value": NaN, "stderr": null}}}'
     measured = f'{{"greedy": 5, "truncated": 0.125, "tasks": {tasks}}}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError
 from pipeline.logprobs import unwrapped
 from pipeline.prompts import load_prompts, render_all
-from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.rollouts import PromptBlock, Sampling, require_room
 from pipeline.rollouts.transformers_sampler import TransformersSampler
 
 # Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
@@ -32,10 +33,52 @@ def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedToken
         top_p=1.0,
         stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
         rollouts_per_prompt=1,
-        max_response_tokens=recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens,
+        max_response_tokens=max_response_tokens(recipe),
         seed=recipe.rollouts.seed,
         round_index=_EVALUATION,
     )
+
+
+def held_out_prompts(
+    recipe: Recipe,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: ModelConfig,
+    *,
+    metric: str | None = None,
+    setting: str = "eval.path",
+) -> tuple[list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
+    """The first `limit` prompts of `eval.path`, for the metric "accuracy" those with an answer, and their token ids.
+
+    Args:
+        setting: that the path is from, for messages.
+
+    Raises:
+        PromptError, ConfigError: they cannot be read, there are none, or one does not fit the student `cfg`, alone or
+            with the longest response.
+    """
+    assert recipe.eval.path is not None
+    wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "skip": 0, "limit": limit})
+    records = load_prompts(wanted, setting)
+    if metric == "accuracy":
+        records = [record for record in records if "answer" in record]
+        if not records:
+            raise ConfigError(f"{setting} = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
+    context = models.model_facts(cfg).context
+    ids = render_all(records, tokenizer, wanted, recipe.rollouts.max_prompt_tokens, context)
+    require_room(ids, max_response_tokens(recipe), context, response_setting(recipe))
+    return records, ids
+
+
+def max_response_tokens(recipe: Recipe) -> int:
+    """Of a response that is evaluated."""
+    return recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
+
+
+def response_setting(recipe: Recipe) -> str:
+    """The setting that `max_response_tokens` is from."""
+    section = "rollouts" if recipe.eval.max_response_tokens is None else "eval"
+    return f"{section}.max_response_tokens"
 
 
 def texts_of(rollouts: cs.RolloutBlock, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -90,14 +133,10 @@ class HeldOutPrompts:
     batch_size: int
 
     @classmethod
-    def load(cls, recipe: Recipe, metric: str, limit: int) -> HeldOutPrompts:
-        """The first `limit` prompts, for accuracy those with an answer. Raises `RedpenError` where there are none."""
-        wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "skip": 0, "limit": limit})
-        records = [record for record in load_prompts(wanted) if metric == "format" or "answer" in record]
-        if not records:
-            raise ConfigError(f"eval.path = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
-        tokenizer, facts = models.load_tokenizer(recipe.student), models.model_facts(recipe.student)
-        ids = render_all(records, tokenizer, recipe.prompts, recipe.rollouts.max_prompt_tokens, facts.context)
+    def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
+        """The first `limit` prompts, as `held_out_prompts` has them. Raises `RedpenError`."""
+        tokenizer = models.load_tokenizer(recipe.student)
+        records, ids = held_out_prompts(recipe, limit, tokenizer, recipe.student, metric=metric, setting=setting)
         return cls(
             metric,
             tuple((i, record.get("answer")) for i, record in zip(ids, records, strict=True)),

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline import models
 from pipeline.answers import END_OF_REASONING
 from pipeline.config import EvalConfig, Recipe
-from pipeline.console import console
+from pipeline.console import console, warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import generating
 from pipeline.logprobs import unwrapped
@@ -38,11 +38,15 @@ Scores = dict[str, dict[str, dict[str, float | None]]]
 _FEWSHOT_SEED = 1234
 
 
-def load_tasks(settings: EvalConfig) -> dict[str, Any]:
+def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, Any]:
     """`eval.tasks` with their data sets, as the harness takes them.
 
+    Args:
+        context: of the student, tokens.
+
     Raises:
-        ConfigError: there is no such task, or it needs another package. RedpenError: its data set cannot be had.
+        ConfigError: there is no such task, it needs another package, or its responses do not fit the context.
+        RedpenError: its data set cannot be had.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if settings.task_path is not None and not Path(settings.task_path).is_dir():
@@ -70,6 +74,14 @@ def load_tasks(settings: EvalConfig) -> dict[str, Any]:
             task.set_config("num_fewshot", 0)
         if settings.max_response_tokens is not None and task.get_config("output_type") == "generate_until":
             task.set_config("generation_kwargs", {"max_gen_toks": settings.max_response_tokens}, update=True)
+    for name, task in found["tasks"].items():
+        longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks")
+        if context is not None and isinstance(longest, int) and longest >= context:
+            asked = "eval.max_response_tokens" if settings.max_response_tokens is not None else "its own max_gen_toks"
+            raise ConfigError(
+                f"eval.tasks: {name!r}: {asked} is {longest}, and the student's context of {context} tokens has to "
+                f"hold the prompt too; set eval.max_response_tokens below {context}"
+            )
     return found
 
 
@@ -84,8 +96,9 @@ def measure(
     try:
         with generating(model), _stopping(model, recipe, tokenizer), _quiet():
             # simple_evaluate would do no more, but ask git and every tool of the machine who they are
+            student = _Student(model, tokenizer, recipe)
             found = lm_eval.evaluate(
-                _Student(model, tokenizer, recipe),
+                student,
                 task_dict=tasks,
                 limit=recipe.eval.task_limit,
                 apply_chat_template=chat,
@@ -98,6 +111,11 @@ def measure(
             f"eval.tasks: lm-evaluation-harness refuses ({_one_line(error)}); where a task's own length limit is too "
             "much, set eval.max_response_tokens"
         ) from error
+    if student.n_cut:
+        warn(
+            f"eval.tasks: {student.n_cut:,} prompts lost their beginning, since with the response they do not fit "
+            f"the student's context of {student.max_length} tokens; lower eval.max_response_tokens"
+        )
     return {name: _metrics(told) for name, told in found["results"].items()}
 
 
@@ -113,12 +131,21 @@ class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
             think_end_token=END_OF_REASONING if reasons else None,
             chat_template_args=recipe.prompts.template_args,
         )
+        self.n_cut = 0
         self._longest = recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
 
     @property
     def max_gen_toks(self) -> int:
         """Of a task that does not say."""
         return int(min(self._longest, self.max_length // 2))
+
+    def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
+        """The harness's, counting prompts whose beginning it cuts off: it only logs that."""
+        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
+        if limit := kwargs.get("left_truncate_len"):
+            whole = self.tokenizer(list(strings), add_special_tokens=False)["input_ids"]
+            self.n_cut += sum(len(row) > limit for row in whole)
+        return ids, mask
 
 
 @contextlib.contextmanager

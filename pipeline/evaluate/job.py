@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,17 @@ from pipeline import models
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
+from pipeline.files import read_json, refuse_link
 
 BEFORE, AFTER = "before", "after"
+#: The figures of a run's evaluation.
+FIGURES = "eval.json"
+_WANTED = {
+    "--prompts": "a file of prompts",
+    "--teacher": "a model's path or Hub id",
+    "--recipe": "a recipe",
+    "--out": "a file",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,13 @@ class Job:
     run: Path | None
 
 
+def kept_in(target: str, out: str | os.PathLike[str] | None) -> Path | None:
+    """The run that keeps what is measured; None for a bare model, and where the figures go elsewhere."""
+    run_dir = Path(target)
+    elsewhere = out is not None and Path(out).resolve() != (run_dir / FIGURES).resolve()
+    return run_dir if _is_run(run_dir) and not elsewhere else None
+
+
 def job_of(
     target: str,
     prompts: str | None,
@@ -43,8 +58,11 @@ def job_of(
     out: str | os.PathLike[str] | None,
 ) -> Job:
     """The job that the arguments of `stage.run` describe. Raises `RedpenError` where they do not fit together."""
-    run_dir = Path(target)
-    is_run = (run_dir / "recipe.toml").is_file()
+    run_dir, is_run = Path(target), _is_run(Path(target))
+    for option, given in (("--prompts", prompts), ("--teacher", teacher), ("--recipe", recipe_name), ("--out", out)):
+        if given is not None and not os.fspath(given):
+            raise ConfigError(f"{option}: expected {_WANTED[option]}, got an empty text")
+    _refuse_two_answers(overrides, prompts, is_run)
     if is_run:
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
@@ -63,20 +81,53 @@ def job_of(
         recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
         students = {"model": recipe.student}
         chosen = None
-    if teacher == "":
-        raise ConfigError("--teacher: expected a model's path or Hub id, got an empty text")
     if teacher is not None:
         known = (t for t in recipe.teacher if t.model == teacher)
         chosen = next(known, TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device))
     path = prompts or recipe.eval.path
     if path is None and not recipe.eval.tasks:
         raise ConfigError("eval.path is not set: give the prompts with --prompts FILE, or --tasks to measure")
-    if out is not None and not Path(out).parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no directory {Path(out).parent}")
-    kept_in = run_dir if is_run and out is None else None
-    written = kept_in / "eval.json" if kept_in else Path(out) if out else None
+    if path is None and teacher is not None:
+        raise ConfigError(
+            f"--teacher {teacher}: reverse KL is measured on responses to prompts, and eval.path is not set; give "
+            "the prompts with --prompts FILE, or leave --teacher out"
+        )
+    run = kept_in(target, out)
+    written = run / FIGURES if run else Path(out) if out is not None else None
+    if written is not None:
+        _require_writable(written, out)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"path": path})})
-    return Job(recipe, students, chosen, written, kept_in)
+    return Job(recipe, students, chosen, written, run)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "recipe.toml").is_file()
+
+
+def _refuse_two_answers(overrides: Sequence[str], prompts: str | None, is_run: bool) -> None:
+    """Raise `ConfigError` where --set says what an argument says too, or would have no effect on what is measured."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key == "eval.path" and prompts is not None:
+            raise ConfigError("--set eval.path and --prompts: expected one of them, got both")
+        if key in ("student.model", "student.adapter") and is_run:
+            raise ConfigError(f"--set {key}: a run is measured with the student it trained; evaluate MODEL instead")
+        if key == "student.model":
+            raise ConfigError("--set student.model: the model is the command's argument; leave the setting out")
+        if key.startswith("train.") and is_run:
+            raise ConfigError(f"--set {key}: the run has been trained, so the setting would change nothing")
+
+
+def _require_writable(path: Path, out: str | os.PathLike[str] | None) -> None:
+    """Raise `RedpenError` where the figures could not be written, hours before they are."""
+    name, directory = f"--out {out}" if out is not None else str(path), path.parent
+    if not directory.is_dir():
+        raise ConfigError(f"{name}: there is no directory {directory}")
+    if path.is_dir():
+        raise ConfigError(f"{name}: expected a file such as {path / FIGURES}, found a directory")
+    refuse_link(path)
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"{name}: {directory} cannot be written; choose another file with --out")
 
 
 def _recipe_for(
@@ -97,7 +148,7 @@ def _recipe_for(
 def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
     """The teacher that the run learned from."""
     try:
-        name = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["cache"]["teacher"]
+        name = read_json(run_dir / "run.json")["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
     found = next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])

@@ -6,7 +6,6 @@ ordinary cache, for `redpen inspect` and `redpen report`, and replaced as a whol
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,27 +25,19 @@ EVAL_CACHE = "eval.zarr"
 _SLOT_ELEMENTS = 2**26
 
 
-def forget(run: Path) -> None:
-    """Remove what an earlier evaluation kept, and what this one began to."""
-    for name in (EVAL_CACHE, f"{EVAL_CACHE}.partial"):
-        shutil.rmtree(run / name, ignore_errors=True)
-
-
 class Keeper:
-    """Writes the cache beside the old one, a round at a time; `finish` puts it in its place.
+    """Writes the cache, a round at a time.
 
     Args:
+        directory: an empty one, of `atomic_directory`.
         records: the prompts' records, as the rollouts number them.
     """
 
     def __init__(
-        self, run: Path, recipe: Recipe, teacher: TeacherConfig, records: Sequence[dict[str, Any]], view: View
+        self, directory: Path, recipe: Recipe, teacher: TeacherConfig, records: Sequence[dict[str, Any]], view: View
     ):
-        self._path, self._recipe, self._teacher, self._records = run / EVAL_CACHE, recipe, teacher, records
-        self._view = view
-        self._partial = run / f"{EVAL_CACHE}.partial"
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._cache = cs.create(self._partial, created_by=created_by())
+        self._recipe, self._teacher, self._records, self._view = recipe, teacher, records, view
+        self._cache = cs.create(directory, created_by=created_by())
 
     def add(
         self,
@@ -73,15 +64,6 @@ class Keeper:
             group = round_.start_scores(name, self._scores_manifest(name, model, manifest, n_candidates))
             for number, part in enumerate(batch.split(scores)):
                 group.write(number, part)
-
-    def finish(self) -> None:
-        """Put the new cache in the old one's place. A kill leaves either, or between two renames neither."""
-        old = self._path.with_name(f"{EVAL_CACHE}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self._path.exists():
-            self._path.rename(old)
-        self._partial.rename(self._path)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _manifest(self, cfg: ModelConfig, sampling: Sampling, n_candidates: int) -> cs.RoundManifest:
         recipe = self._recipe

@@ -11,7 +11,6 @@ Its metadata are what run.json says of the cache, as text: url, round, teacher, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import progress, warn
 from pipeline.errors import RedpenError
-from pipeline.files import write_atomically
+from pipeline.files import read_json
 from pipeline.marks import marked_blocks
 from pipeline.provenance import cache_identity
 from pipeline.score import ScoreOptions, TokenBatch
@@ -34,26 +33,25 @@ from pipeline.score.resident import ResidentScorer
 REREAD = "reread.safetensors"
 
 
-def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> None:
-    """Have the trained `model` read the cached rollouts; without them one line is said, and no file is left.
+def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> bytes | None:
+    """Have the trained `model` read the cached rollouts: the file's content; without them None, and one line.
 
     A run of several rounds has no such rollouts, since each of them taught another student, nor has fine-tuning.
     """
     try:
         if recipe.eval.reread_rollouts and (cached := _cached(run, recipe.eval.reread_rollouts)) is not None:
             arrays, made_of = _read(model, recipe, *cached)
-            write_atomically(run / REREAD, save(arrays, made_of))
-            return
+            return bytes(save(arrays, made_of))
     except (cs.CacheError, RedpenError) as error:
         warn(f"the student does not read its cached rollouts again: {error}")
-    (run / REREAD).unlink(missing_ok=True)
+    return None
 
 
 def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDArray[np.int64]] | None:
     """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending; None
     where that is no single round, or where no teacher marked it."""
     try:
-        known = json.loads((run / "run.json").read_text(encoding="utf-8"))["cache"]
+        known = read_json(run / "run.json")["cache"]
         if known.keys() <= {"url", "teacher"} or known["teacher"] == "":
             return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")

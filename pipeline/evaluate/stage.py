@@ -27,6 +27,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -39,21 +40,33 @@ from pipeline.answers import Checker, Estimate, pass_at, share_right
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, say, warn
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
-from pipeline.evaluate.accuracy import generating, greedy_sampling, legal_responses, right_answers, texts_of
-from pipeline.evaluate.job import AFTER, Job, job_of
-from pipeline.evaluate.kept import Keeper, forget
-from pipeline.evaluate.reread import reread
+from pipeline.evaluate.accuracy import (
+    generating,
+    greedy_sampling,
+    held_out_prompts,
+    legal_responses,
+    max_response_tokens,
+    response_setting,
+    right_answers,
+    texts_of,
+)
+from pipeline.evaluate.job import AFTER, FIGURES, Job, job_of, kept_in
+from pipeline.evaluate.kept import EVAL_CACHE, Keeper
+from pipeline.evaluate.reread import REREAD, reread
 from pipeline.evaluate.table import show
-from pipeline.files import write_atomically
+from pipeline.files import atomic_directory, remove, staged_file, write_atomically
 from pipeline.intervals import mean_per_token
 from pipeline.metrics import scores_reverse_kl
-from pipeline.prompts import load_prompts, prompts_sha256, render_all
-from pipeline.rollouts import PromptBlock, Sampling
+from pipeline.prompts import prompts_sha256
+from pipeline.rollouts import PromptBlock, Sampling, require_room
 from pipeline.rollouts.transformers_sampler import TransformersSampler
+from pipeline.run_files import replacing
+from pipeline.run_lock import locked, replacing_results
 from pipeline.score import ScoreOptions, Scorer, TokenBatch
 from pipeline.score.alignment import View, view_on
 from pipeline.score.resident import ResidentScorer
 from pipeline.score.spans import SpanView
+from pipeline.signals import graceful
 
 Figures = dict[str, Any]
 MakeScorer = Callable[..., Scorer]
@@ -113,50 +126,96 @@ def run(
     """
     started = time.perf_counter()
     if tasks:
+        if any(override.partition("=")[0].strip() == "eval.tasks" for override in overrides):
+            raise ConfigError("--set eval.tasks and --tasks: expected one of them, got both")
         overrides = [*overrides, f"eval.tasks={json.dumps(list(tasks))}"]
-    job = job_of(target, prompts, teacher, overrides, recipe, out)
-    settings, checker = job.recipe.eval, Checker.of(job.recipe.eval)
-    tokenizer = models.load_tokenizer(next(iter(job.students.values())))
-    job, given = _prompts(job, tokenizer, required=teacher is not None)
-    measure_tasks = _tasks(job.recipe, tokenizer)
-
-    responses: dict[str, Responses] = {}
-    figures: dict[str, Figures] = {}
-    try:
-        for label, cfg in job.students.items():
-            model = models.load_model(cfg)
-            if given is not None:
-                responses[label] = _respond(job, model, cfg, tokenizer, given.block, label)
-                figures[label] = _figures(responses[label], given.records, tokenizer, checker)
-            if settings.tasks:
-                say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
-                figures[label] = figures.get(label, {}) | {"tasks": measure_tasks(model)}
-            if job.run is not None and label == AFTER:
-                reread(job.run, model, job.recipe)
-            del model
-            models.free_memory()
-        if given is not None and job.teacher is not None:
-            for label, estimate in _reverse_kl(job, job.teacher, responses, given).items():
-                # one prompt has no interval, and JSON no NaN
-                figures[label]["reverse_kl"] = {
-                    end: None if np.isnan(bound) else bound for end, bound in asdict(estimate).items()
-                }
-    except Exception:  # a task that fails, a teacher that does not fit: what was measured before is told
-        if figures:
-            _tell(job, given, figures, started)
-        raise
-    _tell(job, given, figures, started)
+    with ExitStack() as held:
+        if (in_run := kept_in(target, out)) is not None:
+            held.enter_context(locked(in_run, "evaluates"))
+        job = job_of(target, prompts, teacher, overrides, recipe, out)
+        _measure(job, started, teacher_required=teacher is not None)
     return 0
 
 
-def _tell(job: Job, given: Prompts | None, figures: dict[str, Figures], started: float) -> None:
-    """Print the table and write the file. What an earlier evaluation of the run kept goes with its figures."""
+def _measure(job: Job, started: float, *, teacher_required: bool) -> None:
+    """Do the job, and keep what comes of it once all of it has succeeded."""
+    settings, checker = job.recipe.eval, Checker.of(job.recipe.eval)
+    tokenizer = models.load_tokenizer(next(iter(job.students.values())))
+    job, given = _prompts(job, tokenizer, required=teacher_required)
+    measure_tasks = _tasks(job, tokenizer)
+
+    responses: dict[str, Responses] = {}
+    figures: dict[str, Figures] = {}
+    read_again: bytes | None = None
+    with ExitStack() as results:
+        try:
+            for label, cfg in job.students.items():
+                model = models.load_model(cfg)
+                if given is not None:
+                    responses[label] = _respond(job, model, cfg, tokenizer, given.block, label)
+                    figures[label] = _figures(responses[label], given.records, tokenizer, checker)
+                if settings.tasks:
+                    say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
+                    figures[label] = figures.get(label, {}) | {"tasks": measure_tasks(model)}
+                if job.run is not None and label == AFTER:
+                    read_again = reread(job.run, model, job.recipe)
+                del model
+                models.free_memory()
+            if given is not None and job.teacher is not None:
+                for label, estimate in _reverse_kl(job, job.teacher, responses, given, results).items():
+                    # one prompt has no interval, and JSON no NaN
+                    figures[label]["reverse_kl"] = {
+                        end: None if np.isnan(bound) else bound for end, bound in asdict(estimate).items()
+                    }
+        except Exception:  # a task that fails, a teacher that does not fit: what was measured before is not lost
+            if figures:
+                _keep_part(job, given, figures, started)
+            raise
+        about = _about(job, given) | {"seconds": round(time.perf_counter() - started, 1)}
+        try:
+            _keep(job, _as_json(about, figures), read_again, results)
+        finally:
+            show(figures, about)
+
+
+def _keep(job: Job, figures: str, read_again: bytes | None, results: ExitStack) -> None:
+    """Replace what an earlier evaluation left, once all of this one is on disk.
+
+    Args:
+        results: puts what the run keeps of the rollouts in its place when it is closed.
+    """
+    if job.out is None:
+        return
+    results.enter_context(staged_file(job.out, figures))
+    if job.run is None:
+        results.close()
+        return
+    old = [] if job.teacher is not None else [job.run / EVAL_CACHE]
+    if read_again is not None:
+        results.enter_context(staged_file(job.run / REREAD, read_again))
+    else:
+        old.append(job.run / REREAD)
+    with replacing_results(job.run), graceful(), replacing(job.run, FIGURES, EVAL_CACHE, REREAD):
+        for path in old:
+            remove(path)
+        results.close()
+
+
+def _keep_part(job: Job, given: Prompts | None, figures: dict[str, Figures], started: float) -> None:
+    """Print what was measured before something failed, and write it where that replaces nothing."""
     about = _about(job, given) | {"seconds": round(time.perf_counter() - started, 1)}
     show(figures, about)
-    if job.out is not None:
-        write_atomically(job.out, json.dumps(about | figures, indent=1, allow_nan=False) + "\n")
-    if job.run is not None and not any("reverse_kl" in measured for measured in figures.values()):
-        forget(job.run)
+    if job.out is None:
+        return
+    if job.out.exists() or (job.run is not None and (job.run / EVAL_CACHE).exists()):
+        warn(f"{job.out} is still that of an earlier evaluation; what was measured now is above")
+    else:
+        with replacing(job.run, FIGURES) if job.run is not None else nullcontext():
+            write_atomically(job.out, _as_json(about, figures))
+
+
+def _as_json(about: dict[str, Any], figures: dict[str, Figures]) -> str:
+    return json.dumps(about | figures, indent=1, allow_nan=False) + "\n"
 
 
 def _about(job: Job, given: Prompts | None) -> dict[str, Any]:
@@ -182,9 +241,7 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
     settings, student = job.recipe.eval, next(iter(job.students.values()))
     if settings.path is None:
         return replace(job, teacher=None), None
-    records = load_prompts(
-        job.recipe.prompts.model_copy(update={"path": settings.path, "skip": 0, "limit": settings.limit})
-    )
+    records, ids = held_out_prompts(job.recipe, settings.limit, tokenizer, student)
     n_answers = sum("answer" in record for record in records)
     if not n_answers and job.teacher is None:
         raise ConfigError(
@@ -197,7 +254,9 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
         identity, facts = models.tokenizer_identity(tokenizer, student.model), models.model_facts(student)
         size, stops = max(identity.vocab_size, facts.vocab_size), greedy_sampling(job.recipe, student, tokenizer)
         try:
-            found = view_on(job.recipe, job.teacher, records, identity.digest, size, stops.stop_token_ids)
+            found = view_on(
+                job.recipe, job.teacher, records, identity.digest, size, stops.stop_token_ids, settings.path
+            )
             if isinstance(found, SpanView):
                 warn(f"{job.teacher.model} cuts text into other tokens, so reverse KL to it is left out")
                 job = replace(job, teacher=None)
@@ -209,20 +268,24 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
             # Training may outlive its teacher's files; accuracy needs none.
             warn(f"{error}; reverse KL is left out")
             job = replace(job, teacher=None)
-    limit, context = job.recipe.rollouts.max_prompt_tokens, models.model_facts(student).context
-    ids = render_all(records, tokenizer, job.recipe.prompts, limit, context)
+    if job.teacher is not None:
+        # what it reads is fresh: sampled after hours that would be lost
+        context, longest = models.model_facts(job.teacher).context, max_response_tokens(job.recipe)
+        whose = f"the teacher {job.teacher.model}'s"
+        require_room(view.prompts or ids, longest, context, response_setting(job.recipe), whose)
     return job, Prompts(records, PromptBlock(0, list(enumerate(ids))), view)
 
 
-def _tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], Figures]:
+def _tasks(job: Job, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], Figures]:
     """What measures `eval.tasks`; they are loaded now, before hours are spent."""
+    recipe = job.recipe
     if not recipe.eval.tasks:
         return lambda model: {}
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("eval.tasks needs lm-evaluation-harness: pip install 'redpen[eval]'")
     from pipeline.evaluate import harness
 
-    tasks = harness.load_tasks(recipe.eval)
+    tasks = harness.load_tasks(recipe.eval, models.model_facts(next(iter(job.students.values()))).context)
     return lambda model: harness.measure(model, tokenizer, recipe, tasks)
 
 
@@ -285,10 +348,15 @@ def _figures(
     return found
 
 
-def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses], given: Prompts) -> dict[str, Estimate]:
-    """KL(S || T) a token of each student's fresh rollouts, which are kept in the run with what both think of them."""
-    estimates = {}
-    keeper = None if job.run is None else Keeper(job.run, job.recipe, cfg, given.records, given.view)
+def _reverse_kl(
+    job: Job, cfg: TeacherConfig, responses: dict[str, Responses], given: Prompts, results: ExitStack
+) -> dict[str, Estimate]:
+    """KL(S || T) a token of each student's fresh rollouts, which the run keeps, once `results` is closed, with what
+    both think of them."""
+    estimates, keeper = {}, None
+    if job.run is not None:
+        directory = results.enter_context(atomic_directory(job.run / EVAL_CACHE))
+        keeper = Keeper(directory, job.recipe, cfg, given.records, given.view)
     read = _reader(job.recipe, cfg)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
@@ -307,8 +375,6 @@ def _reverse_kl(job: Job, cfg: TeacherConfig, responses: dict[str, Responses], g
         estimates[label] = replace(estimate, low=float(np.maximum(estimate.low, 0.0)))  # no divergence is below 0
         if keeper is not None:
             keeper.add(job.students[label], done.sampling, rollouts, student, teacher)
-    if keeper is not None:
-        keeper.finish()
     del read
     models.free_memory()
     return estimates

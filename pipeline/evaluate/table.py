@@ -47,7 +47,8 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
         return
     samples = f"{about['samples']} a prompt at T = {about['temperature']:g}"
     teacher = about["teacher"] or ""
-    fresh = f"; reverse KL to {teacher} on fresh rollouts at T = 1" if teacher else ""
+    measured = any("reverse_kl" in of_student for of_student in figures.values())
+    fresh = f"; reverse KL to {teacher} on fresh rollouts at T = 1" if measured else ""
     console.show(f"(95 % intervals; sampled: {samples}{fresh})")
 
 

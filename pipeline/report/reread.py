@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.provenance import cache_identity
+from pipeline.run_files import fault
 
 REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.
@@ -37,15 +38,14 @@ class Reread:
         path = Path(run) / REREAD
         if not path.is_file():
             return None
+        if (line := fault(run, REREAD)) is not None:
+            return f"{line}; the trained student's reading is left out"
         try:
             with safe_open(path, "numpy") as file:
                 told = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in (*_PLACES, *_SCORES)}
-            spans = {
-                int(number): slice(int(start), int(start + length))
-                for number, start, length in zip(arrays["numbers"], arrays["start"], arrays["length"], strict=True)
-            }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            spans = _spans(arrays)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             return f"{path} cannot be read ({error}), so the trained student's reading is left out"
         if cs.STUDENT not in round_.scorer_names():
             return f"{path} is left out: the student's scores that it belongs to are not there"
@@ -59,8 +59,21 @@ class Reread:
 
     def of(self, number: int, student: cs.ScoreBlock) -> cs.ScoreBlock | None:
         """The reading of a rollout, given the cached one; None where it was not read again."""
-        span = self._spans.get(number)
-        if span is None:
+        span, shape = self._spans.get(number), None if student.candidate_ids is None else student.candidate_ids.shape
+        if span is None or self._arrays["candidate_logprobs"][span].shape != shape:
             return None
         scores = {name: self._arrays[name][span] for name in _SCORES}
         return cs.ScoreBlock(candidate_ids=student.candidate_ids, **scores)
+
+
+def _spans(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, slice]:
+    """Where each rollout's tokens are. Raises `ValueError` where the arrays do not fit together."""
+    n_tokens = len(arrays["logprobs"])
+    if any(arrays[name].shape[:1] != (n_tokens,) or arrays[name].dtype.kind != "f" for name in _SCORES):
+        raise ValueError("its arrays do not fit together")
+    found = {}
+    for number, start, length in zip(*(arrays[name].tolist() for name in _PLACES), strict=True):
+        if not 0 <= start <= start + length <= n_tokens:
+            raise ValueError(f"rollout {number} is beyond its tokens")
+        found[int(number)] = slice(start, start + length)
+    return found

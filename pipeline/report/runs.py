@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
 from pipeline.credentials import masked
 from pipeline.errors import RedpenError
-from pipeline.files import parse_json, read_json, read_text
+from pipeline.files import parse_json, parse_model, read_json, read_text
 from pipeline.report.charts import thin
+from pipeline.run_files import fault
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
 CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -79,7 +81,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": _json(directory / "eval.json"),
+        "eval": _eval(directory / "eval.json"),
         "card": _card(recipe, cache),
         "differs": [],
     }
@@ -147,6 +149,39 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Asked(BaseModel):
+    count: int
+    path: str
+
+
+class _Measured(BaseModel):
+    pass_at: dict[str, Any] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+
+
+class _Evaluation(BaseModel):
+    """What of eval.json is read beside the estimates, which are looked at one by one."""
+
+    prompts: _Asked | None = None
+    before: _Measured | None = None
+    after: _Measured | None = None
+
+
+def _eval(path: Path) -> dict[str, Any] | None:
+    """What `redpen eval` left; None without it, and with a warning where it is not of that form."""
+    if (found := _json(path)) is None:
+        return None
+    if (line := fault(path.parent, path.name)) is not None:
+        warn(f"{line}; its figures are left out")
+        return None
+    try:
+        parse_model(found, _Evaluation, str(path))
+    except RedpenError as error:
+        warn(f"{error}; it is left out, and `redpen eval {path.parent}` makes it again")
+        return None
+    return found
 
 
 def _recipe(path: Path) -> dict[str, Any]:
@@ -314,7 +349,9 @@ def _is_estimate(value: Any) -> bool:
     """Whether it is a value with an interval or a standard error, as `redpen eval` writes them."""
     if not isinstance(value, dict) or not isinstance(value.get("value"), int | float):
         return False
-    return "stderr" in value or all(isinstance(value.get(end, ""), int | float | None) for end in ("low", "high"))
+    if "stderr" in value:
+        return value["stderr"] is None or isinstance(value["stderr"], int | float)
+    return all(isinstance(value.get(end, ""), int | float | None) for end in ("low", "high"))
 
 
 def interval(measure: str, estimate: Mapping[str, Any]) -> str:

@@ -27,6 +27,8 @@ from pipeline.report.judge import answer_judge
 from pipeline.report.reread import Reread
 from pipeline.report.scan import Int64, Judge
 from pipeline.report.shown import Request
+from pipeline.run_files import fault
+from pipeline.run_lock import reading_results
 from pipeline.text import Decoder, Ids, load_decoder
 
 #: Bytes of a page that its rollouts may fill, and the part of that of held-out rollouts where a run has them.
@@ -80,6 +82,8 @@ def run(
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; make it, or choose another file")
     check_output(path)
+    if not os.access(path if path.exists() and not path.is_file() else path.resolve().parent, os.W_OK):
+        raise ConfigError(f"-o {output}: cannot be written; choose another file")
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:
         runs.compare(document["runs"])
@@ -100,6 +104,11 @@ def assemble(
     title, created_by, sets (see `collect`), runs (see `runs.read_run`), cache (see `data.summary`; None without one),
     notes (sentences on what is missing).
     """
+    with reading_results(target for target in targets if _is_run(target)):
+        return _assembled(targets, round_index, recipe, rollouts)
+
+
+def _assembled(targets: Sequence[str], round_index: int | None, recipe: str | None, rollouts: int) -> dict[str, Any]:
     sources, records = _sources(targets, round_index)
     heldout = [run for run in sources.runs if (Path(run) / _EVAL_CACHE).is_dir()]
     share = (HELDOUT_SHARE if sources.round else 1.0) / max(len(heldout), 1)
@@ -140,6 +149,8 @@ def _sources(targets: Sequence[str], round_index: int | None) -> tuple[_Sources,
         index = next((round_ for round_ in learned if round_ is not None), None)
     else:
         index = _cache_of_runs(found, records)
+    if found.cache is None and round_index is not None:
+        raise ConfigError(f"--round {round_index}: there is no cache to show a round of; name one, or leave it out")
     if found.cache is not None:
         there, index = found.cache.round_indices(), index if round_index is None else round_index
         if not there:
@@ -223,15 +234,23 @@ def _judge(round_: cs.Round, checker: Checker | None) -> Judge | None:
 
 def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, room: int) -> list[dict[str, Any]]:
     """Fresh rollouts before and after training, of the same prompts: what is worst before or after, in both."""
+    if (line := fault(run, _EVAL_CACHE)) is not None:
+        sources.note(f"held-out rollouts of {run} are not shown: {line}")
+        return []
     try:
         cache = cs.open(Path(run) / _EVAL_CACHE)
         rounds = [cache.round(index) for index in cache.round_indices()[: len(_PHASES)]]
-    except cs.CacheError as error:
-        sources.note(f"held-out rollouts of {run} are not shown: {error}")
-        return []
-    if not rounds:
+        if rounds:
+            return _pair(sources, run, rounds, recipe, rollouts, room)
         sources.note(f"held-out rollouts of {run} are not shown: its {_EVAL_CACHE} holds none")
-        return []
+    except cs.CacheError as error:
+        sources.note(f"held-out rollouts of {run} are not shown: {error}; `redpen eval {run}` makes them again")
+    return []
+
+
+def _pair(
+    sources: _Sources, run: str, rounds: Sequence[cs.Round], recipe: str | None, rollouts: int, room: int
+) -> list[dict[str, Any]]:
     checker = _checker(sources, recipe, [run])
     requests = [
         Request(f"{run}, {phase}", "heldout", rollouts, room // len(rounds), _judge(round_, checker), run, phase)

@@ -9,7 +9,7 @@ A sampler has one method. It may give blocks back in any order, each as soon as 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
+from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,25 @@ class Sampler(Protocol):
     """Samples every rollout of the blocks it is given."""
 
     def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]: ...
+
+
+def require_room(
+    prompts: Sequence[npt.NDArray[np.int32]],
+    max_response_tokens: int,
+    context: int | None,
+    setting: str,
+    whose: str = "the student's",
+) -> None:
+    """Raise `ConfigError` naming `setting` where the longest prompt with the longest response does not fit a context.
+
+    Beyond it a model with rotary positions writes nonsense, and one with learned positions fails.
+
+    Args:
+        context: tokens, of a model that samples or scores; None where it does not say.
+    """
+    longest = max(map(len, prompts), default=0)
+    if context is not None and longest + max_response_tokens > context:
+        raise ConfigError(
+            f"{setting}: expected at most {context - longest} ({whose} context of {context} tokens less the longest "
+            f"prompt's {longest}), got {max_response_tokens}"
+        )

@@ -39,7 +39,7 @@ from pipeline.disk import bytes_per_token, require_free
 from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
 from pipeline.provenance import created_by
-from pipeline.rollouts import PromptBlock, Sampler, Sampling
+from pipeline.rollouts import PromptBlock, Sampler, Sampling, require_room
 from pipeline.rollouts.entry import check_entry
 
 #: Warn from this share of responses that the length limit cut.
@@ -91,13 +91,7 @@ def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[
     facts = models.model_facts(recipe.student)
     records = load_prompts(recipe.prompts)
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, facts.context)
-    longest = max(len(ids) for ids in prompts)
-    if facts.context is not None and longest + settings.max_response_tokens > facts.context:
-        raise ConfigError(
-            f"rollouts.max_response_tokens: expected at most {facts.context - longest} (the student's "
-            f"context of {facts.context} tokens less the longest prompt's {longest}), "
-            f"got {settings.max_response_tokens}"
-        )
+    require_room(prompts, settings.max_response_tokens, facts.context, "rollouts.max_response_tokens")
     manifest = cs.RoundManifest(
         student=models.model_identity(recipe.student),
         tokenizer=models.tokenizer_identity(tokenizer, recipe.student.model),

@@ -165,7 +165,8 @@ def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View | 
     size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
     every = teacher.renders or recipe.score.alignment == "spans"
     records = [round_.prompts[index] for index in range(round_.n_prompts)] if every else []
-    return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids)
+    name = f"cache {round_.cache.url} round {round_.index}"
+    return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids, name)
 
 
 def view_on(
@@ -175,6 +176,7 @@ def view_on(
     tokenizer_digest: str,
     vocab_size: int,
     stop_token_ids: Sequence[int],
+    source: str,
 ) -> View | SpanView:
     """What a teacher reads of responses to these prompts.
 
@@ -182,6 +184,7 @@ def view_on(
         records: the prompts.
         tokenizer_digest, vocab_size, stop_token_ids: of the student; the size is that of its head or of its
             tokenizer, whichever is larger.
+        source: where the prompts are from, for messages.
 
     Raises:
         ModelError: its tokenizer cuts text in another way than the student's, or lacks `stop_token`.
@@ -191,7 +194,7 @@ def view_on(
     same = models.tokenizer_identity(tokenizer, teacher.model).digest == tokenizer_digest
     student = tokenizer if same else models.load_tokenizer(recipe.student)
     if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
-        rendered = _prompts(recipe, teacher, tokenizer, facts, records)
+        rendered = _prompts(recipe, teacher, tokenizer, facts, records, source)
         stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
         return span_view(student, tokenizer, teacher.model, rendered, stop_token_ids, stop)
     alignment = align(student, tokenizer, (recipe.student.model, teacher.model), (vocab_size, facts.vocab_size))
@@ -200,7 +203,7 @@ def view_on(
         stop = _stop(teacher, tokenizer)
         eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
         alignment = alignment.exchanged(eos, stop)
-    prompts = _prompts(recipe, teacher, tokenizer, facts, records) if teacher.renders else None
+    prompts = _prompts(recipe, teacher, tokenizer, facts, records, source) if teacher.renders else None
     return View(prompts, None if alignment.is_identity(student) else alignment, None if shared.all() else shared)
 
 
@@ -221,11 +224,13 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
     facts: models.ModelFacts,
     records: Sequence[dict[str, Any]],
+    source: str,
 ) -> list[Int32]:
     """The prompts as the teacher's own tokenizer and template make them."""
     seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
     longest = facts.context or np.iinfo(np.int32).max
-    return render_all(seen, tokenizer, _rendering(recipe, teacher), longest, facts.context)
+    rendering = _rendering(recipe, teacher).model_copy(update={"path": source})
+    return render_all(seen, tokenizer, rendering, longest, facts.context)
 
 
 def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:

@@ -98,7 +98,7 @@ def _source(text: str) -> dict[str, Any]:
 def _write_round(recipe: Recipe, url: str) -> None:
     """The round of examples, written whole or completed; nothing is tokenised where it is there already."""
     settings = recipe.sft.model_dump(exclude={"learning_rate"}) | {"seed": recipe.train.seed}
-    lines = [list(raw_rows(_reading(source), FIELDS)) for source in recipe.sft.data]
+    lines = [list(raw_rows(_reading(source), FIELDS, "sft.data")) for source in recipe.sft.data]
     digest = hashlib.sha256()
     for source in lines:
         digest.update(cs.prompts_sha256([{"line": value} for _, value in source]).encode())

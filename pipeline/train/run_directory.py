@@ -14,21 +14,38 @@ wandb/             what Weights & Biases keeps here, where it was asked for
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from pipeline.config import Recipe, load_recipe
+from pipeline.console import say
 from pipeline.errors import RedpenError
-from pipeline.files import sync, write_atomically
+from pipeline.files import PARTIAL, append, parse_json, parse_model, read_bytes, sync, write_atomically
+from pipeline.run_files import (
+    LEDGER,
+    MADE,
+    METRICS,
+    RECIPE,
+    Record,
+    Result,
+    check,
+    digests,
+    locked,
+    read_record,
+    refuse_links,
+    write_record,
+)
+
+__all__ = ["Result", "RunDirectory", "Step", "open_run", "read_steps"]
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "reward", "select")
@@ -44,17 +61,20 @@ _OPERATIONAL = frozenset(
         "device",
     }
 )
-# What a kill may leave of a run that had not started.
-_BEFORE_START = frozenset({".lock", "recipe.toml", "recipe.toml.partial", "run.json.partial", "data.zarr"})
+#: What a run ends with, as far as it has it.
+_RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *MADE)
+# What a kill may leave of a run that had not started, beside temporary files.
+_BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
+#: Bytes of metrics.jsonl at most: a million steps have less.
+_METRICS_AT_MOST = 2**31
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: the step, one sentence, and the exit code."""
+class Step(BaseModel):
+    """A line of metrics.jsonl: the step, and whatever was measured."""
 
-    step: int
-    sentence: str
-    exit_code: int
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=1, le=2**53)
 
 
 class RunDirectory:
@@ -62,28 +82,40 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
         self.path, self._now, self._cache = path, recipe, cache
-        self.recipe = path / "recipe.toml"
-        self.metrics = path / "metrics.jsonl"
+        self.recipe = path / RECIPE
+        self.metrics = path / METRICS
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
-        self.model = path / "model"
-        self.ledger = path / "ledger.json"
+        self.adapter, self.model = (path / name for name in MADE)
+        self.ledger = path / LEDGER
         self.track = recipe.track
-        self._run = path / "run.json"
+
+    @property
+    def made(self) -> Path:
+        """Where the result goes: the adapter, or the whole model."""
+        return self.adapter if self._now.train.method == "lora" else self.model
 
     @property
     def result(self) -> Result | None:
-        """How the run ended, None while it has not, or where the recipe asks for more steps than it had then."""
-        result = self._read_run().get("result")
-        if result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
+        """How the run ended. None while it has not, where the recipe asks for more steps than it had then, and where
+        a part of the result has been removed since, which is then to be made again.
+
+        Raises `DamagedRunError` where a part is not what the run ended with.
+        """
+        record = self._record()
+        if record.result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
             return None
-        return Result(**result)
+        wanted = [self.made] if record.result.step else []  # else the result is the student as it was
+        if gone := [path for path in (*wanted, self.ledger) if not path.exists()]:
+            say(f"run {self.path}: {gone[0].name} is no longer there; it is made again")
+            return None
+        check(self.path, *_RESULT, record=record)
+        return record.result
 
     @property
     def id(self) -> str:
         """The same for as long as training goes on from what is here: trackers know the run by it."""
-        return str(self._read_run()["id"])
+        return self._record().id
 
     @property
     def made_of(self) -> dict[str, Any]:
@@ -91,9 +123,10 @@ class RunDirectory:
         return self._now.model_dump(mode="json", exclude={"track"}) | {"cache": self._cache}
 
     def finish(self, result: Result) -> None:
-        """Record how the run ended: its last write."""
+        """Record how the run ended, and digests of what it ended with: its last write."""
         with self.writing():
-            self._write_run(self._read_run() | {"result": asdict(result)})
+            files = digests(self.path, _RESULT)
+            write_record(self.path, self._record().model_copy(update={"result": result, "files": files}))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -109,14 +142,12 @@ class RunDirectory:
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Add a step's line."""
-        with self.writing(), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        with self.writing():
+            append(self.metrics, json.dumps(metrics) + "\n")
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """The lines so far, each as it was added."""
-        if self.metrics.exists():
-            with self.metrics.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
+        return read_steps(self.path)
 
     def sync_metrics(self) -> None:
         """Have the lines so far on the disk itself: a checkpoint must not outlive them."""
@@ -125,12 +156,11 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> None:
         """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
         kept = []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        for line in lines:
+        for number, line in enumerate(_lines(self.path), 1):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
+                if _step(line, self.path, number).step <= step:
+                    kept.append(line + b"\n")
+            except RedpenError:
                 break  # cut off by a kill
         if len(kept) != step:
             raise RedpenError(
@@ -139,42 +169,34 @@ class RunDirectory:
             )
         if self.metrics.exists():  # else nothing was logged, and a run that fails before its start leaves nothing
             with self.writing():
-                write_atomically(self.metrics, "".join(kept))
+                write_atomically(self.metrics, b"".join(kept))
 
-    def _read_run(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self._run.read_text(encoding="utf-8"))
-            return dict(value)
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError) as error:
-            raise RedpenError(f"run {self.path}: run.json cannot be read ({error}); start another --run") from None
-
-    def _write_run(self, value: dict[str, Any]) -> None:
-        write_atomically(self._run, json.dumps(value, indent=1) + "\n")
+    def _record(self) -> Record:
+        return read_record(self.path) or Record()
 
     def start(self) -> None:
         """Record what the run is made of, once everything that could be wrong with it has been found right."""
-        known = self._read_run().get("id") if self.checkpoints.exists() else None
+        known = self._record().id if self.checkpoints.exists() else None
         with self.writing():
             # In this order: a run that goes on for more steps is then never taken for finished.
-            self._write_run({"cache": self._cache, "id": known or secrets.token_hex(4), "result": None})
+            write_record(self.path, Record(cache=self._cache, id=known or secrets.token_hex(4)))
             write_atomically(self.recipe, self._now.to_toml())
 
     def _require_same(self) -> None:
         """Raise `RedpenError` where the directory holds something else, or the steps of another recipe or cache."""
-        run = self._read_run()
-        if not run:
-            if found := sorted(p.name for p in self.path.iterdir() if p.name not in _BEFORE_START):
+        run = read_record(self.path)
+        if run is None:
+            names = (path.name for path in self.path.iterdir() if path.name not in _BEFORE_START)
+            if found := sorted(name for name in names if not name.endswith(PARTIAL)):
                 raise RedpenError(
                     f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; "
                     "choose another --run"
                 )
-        elif run.get("result") is not None or self.checkpoints.exists():  # else there is nothing to protect yet
+        elif run.result is not None or self.checkpoints.exists():  # else there is nothing to protect yet
             differing = _recipe_differences(load_recipe(str(self.recipe)), self._now)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
-                for key, was in run.get("cache", {}).items()
+                for key, was in run.cache.items()
                 if key != "url" and was != self._cache.get(key)
             ]
             if differing:
@@ -195,16 +217,32 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
     run = RunDirectory(Path(path), recipe, cache)
     with run.writing():
         run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RedpenError(f"run {run.path}: another process is training it; wait for it or stop it") from None
+    refuse_links(run.path)
+    with contextlib.ExitStack() as held:
+        with run.writing():
+            held.enter_context(locked(run.path, "trains"))
         run._require_same()
         yield run
-    finally:
-        os.close(handle)
+
+
+def read_steps(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
+    a step's.
+    """
+    for number, line in enumerate(_lines(run), 1):
+        yield _step(line, run, number).model_dump()
+
+
+def _lines(run: Path) -> list[bytes]:
+    try:
+        return read_bytes(run / METRICS, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _step(line: bytes, run: Path, number: int) -> Step:
+    name = f"{run / METRICS}, line {number}"
+    return parse_model(parse_json(line, name), Step, name)
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
