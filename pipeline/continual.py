@@ -29,12 +29,13 @@ from rich.table import Table
 from pipeline import distill, models, workers
 from pipeline.answers import share_right
 from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
-from pipeline.console import results, say, under_way
+from pipeline.console import results, say, show, under_way
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.sft import stage as sft
+from pipeline.train import ledger
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 EXIT_GATE = 4
@@ -77,7 +78,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             models.free_memory()
             result = ranks.agree(lambda: _finish(made, recipe, tuned))
         if ranks.leads:
-            print(f"{made.path}: {result.sentence}")
+            show(f"{made.path}: {result.sentence}")
         return result.exit_code if ranks.leads else 0
 
 
@@ -99,7 +100,7 @@ def _open(
 def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
     after = models.made_student(tuned, made.path / "distill") or tuned
-    kept, source = (made.adapter, after.adapter) if recipe.train.method == "lora" else (made.model, after.model)
+    kept, source = made.made, after.adapter if recipe.train.method == "lora" else after.model
     with made.writing(), atomic_directory(kept) as partial:
         assert source is not None
         shutil.copytree(source, partial, dirs_exist_ok=True)
@@ -152,10 +153,8 @@ def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | N
 
 def _ledger(path: Path) -> dict[str, Any]:
     """What both parts cost."""
-    parts = {
-        name: json.loads((path / name / "ledger.json").read_text(encoding="utf-8")) for name in ("sft", "distill")
-    }
-    return {"sft": parts["sft"]["train"], **parts["distill"]}
+    (tuning,) = ledger.read(path / "sft").values()  # documents and chats cost nothing
+    return ledger.table({"sft": tuning, **ledger.read(path / "distill")})
 
 
 def _show(measured: Measured) -> None:

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from pipeline import models
 from pipeline.config import ModelConfig, load_recipe
-from pipeline.console import warn
+from pipeline.console import show, warn
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
-from pipeline.files import atomic_directory
+from pipeline.files import atomic_directory, parse_model
 from pipeline.logprobs import unwrapped
 from pipeline.provenance import read_json
 from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
+
+
+class _AdapterConfig(BaseModel):
+    """What adapter_config.json says of the base model."""
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 def run(target: str, output: str, *, base: str | None = None, dtype: str | None = None) -> int:
@@ -64,7 +72,7 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
-    print(f"model: {to}")
+    show(f"model: {to}")
     return 0
 
 
@@ -107,18 +115,21 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
             raise RedpenError(
                 f"{target}: all weights were trained, {run / 'model'} is a whole model, nothing to merge"
             )
-        if not (run / "adapter").is_dir():
-            raise RedpenError(f"run {target}: has no adapter yet; finish it with the same `redpen train` command")
-        cfg: ModelConfig = recipe.student.model_copy(update={"adapter": str(run / "adapter"), "quantisation": None})
+        made = models.made_student(recipe.student, run)
+        if made is None:
+            raise RedpenError(f"run {target}: has no adapter yet; finish it with the command that began it")
+        if made == recipe.student:
+            raise RedpenError(f"run {target}: its result is the student as it was, so there is nothing to merge")
+        cfg: ModelConfig = made.model_copy(update={"quantisation": None})
     else:
         directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
         assert directory is not None
-        told = read_json(directory / "adapter_config.json")
-        if not (base or told.get("base_model_name_or_path")):
+        file = directory / "adapter_config.json"
+        config = parse_model(read_json(file), _AdapterConfig, str(file), error=ModelError)
+        model = base or config.base_model_name_or_path
+        if not model:
             raise ModelError(f"{target}: its adapter_config.json names no base model; give it with --base")
-        cfg = ModelConfig(
-            model=base or told["base_model_name_or_path"], revision=told.get("revision"), adapter=target
-        )
+        cfg = ModelConfig(model=model, revision=config.revision, adapter=target)
     if base is not None:
         cfg = cfg.model_copy(update={"model": base, "revision": None})
     return cfg.model_copy(update={"dtype": "auto", "device": "cpu"})

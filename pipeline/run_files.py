@@ -91,8 +91,7 @@ def read_record(run: Path) -> Record | None:
         found = read_json(path, error=DamagedRunError, follow_links=False)
     except FileNotFoundError:
         return None
-    digest = found.pop("digest", None)
-    if (digest is not None or "files" in found) and digest != _digest_of(found):
+    if ("digest" in found or "files" in found) and found.get("digest") != digest_of(found):
         raise DamagedRunError(f"{path}: is not what redpen wrote (its digest differs); restore it from a copy")
     return parse_model(found, Record, str(path), error=DamagedRunError)
 
@@ -100,12 +99,14 @@ def read_record(run: Path) -> Record | None:
 def write_record(run: Path, record: Record) -> None:
     """Replace run.json."""
     value = record.model_dump(exclude={"result"}) | {"result": asdict(record.result) if record.result else None}
-    write_atomically(run / RUN, json.dumps(value | {"digest": _digest_of(value)}, indent=1) + "\n")
+    write_atomically(run / RUN, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
 
 
-def _digest_of(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def digest_of(value: dict[str, Any]) -> str:
+    """Digest of a JSON object but for its own `digest`, 32 hexadecimal digits."""
+    rest = {key: item for key, item in value.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ digests

@@ -6,20 +6,27 @@ trains, and after something has happened to it: a file that cannot be read is le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, Field
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
 from pipeline.errors import RedpenError
+from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
+from pipeline.run_files import LEDGER, MARKS, METRICS, RECIPE, Record, check, is_run, read_record
+from pipeline.train.run_directory import parse_step, read_lines
+
+_T = TypeVar("_T")
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
 CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -37,7 +44,6 @@ CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "tokens_per_second": lambda line: line["time"]["tokens_per_second"],
 }
 
-_FILES = ("run.json", "recipe.toml", "metrics.jsonl")
 MEASURES = {
     "greedy": "greedy accuracy",
     "sampled": "sampled accuracy",
@@ -52,32 +58,33 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     name, sentence and exit_code (None while it has not ended), recipe by dotted setting, curves by name as
     [[step, value], ...] of 400 points at most, figures (see `_figures`), ledger and eval as they are on disk, card
-    (pairs of text), differs (see `differing`; empty for a run alone).
+    (pairs of text), differs (see `differing`; empty for a run alone), notes (sentences on what was left out).
 
     Raises `RedpenError` where `path` is no run.
     """
     directory = Path(path)
-    if not any((directory / name).is_file() for name in _FILES):
+    if not is_run(directory):
         raise RedpenError(
-            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(_FILES)}"
+            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKS)}"
         )
-    told = _json(directory / "run.json") or {}
-    result, cache = (told.get(key) or {} for key in ("result", "cache"))
-    recipe = _recipe(directory / "recipe.toml")
-    lines = list(_metrics(directory / "metrics.jsonl"))
-    ledger = _json(directory / "ledger.json")
+    files = _Files(directory)
+    result, cache = files.record.result, files.record.cache
+    recipe = files.read(RECIPE, _recipe) or {}
+    lines = list(files.read(METRICS, files.metrics) or ())
+    ledger = files.read(LEDGER, _object)
     return {
         "name": os.fspath(path).rstrip("/"),
-        "sentence": result.get("sentence"),
-        "exit_code": result.get("exit_code"),
+        "sentence": None if result is None else result.sentence,
+        "exit_code": None if result is None else result.exit_code,
         "recipe": recipe,
         "cache": cache,
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": _json(directory / "eval.json"),
+        "eval": files.read("eval.json", _evaluation),
         "card": _card(recipe, cache),
         "differs": [],
+        "notes": files.notes,
     }
 
 
@@ -124,32 +131,99 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
-        if not isinstance(value, dict):
-            raise ValueError("expected an object")
-    except FileNotFoundError:
+class _Files:
+    """A run's files, each checked before it is read. What is wrong with one is a warning and a note, and it is left
+    out.
+    """
+
+    def __init__(self, run: Path):
+        self._run, self.record = run, Record()
+        self.notes: list[str] = []
+        with self._noted():
+            self.record = read_record(run) or self.record
+
+    def read(self, name: str, parse: Callable[[Path], _T]) -> _T | None:
+        """What `parse` makes of a file; None where it is not there or left out."""
+        with contextlib.suppress(FileNotFoundError), self._noted():
+            check(self._run, name, record=self.record)
+            return parse(self._run / name)
         return None
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); it is left out")
-        return None
+
+    def metrics(self, path: Path) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole; the last may be one that is being written."""
+        lines = read_lines(path)
+        found, damaged = [], 0
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(parse_step(line, ""))
+            except RedpenError:
+                damaged += number < len(lines)
+        if damaged:
+            self._note(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")
+        return found
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except RedpenError as error:
+            self._note(f"left out: {error}")
+
+    def _note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        warn(sentence)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, null for what JSON lacks: infinities, NaN."""
+    value = _finite(read_json(path, follow_links=False))
+    assert isinstance(value, dict)
     return value
+
+
+class _Prompts(BaseModel):
+    path: str
+    count: int = Field(ge=0)
+
+
+class _Measured(BaseModel):
+    pass_at: dict[str, Any] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+
+
+class _Evaluation(BaseModel):
+    """As much of eval.json as has to be of one shape; of the rest, what is no figure is not shown."""
+
+    prompts: _Prompts | None = None
+    before: _Measured | None = None
+    after: _Measured | None = None
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    parse_model(found, _Evaluation, str(path))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     """Every setting by its dotted name; those of several teachers by `teacher.NAME.key`."""
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); settings are left out")
-        return {}
+        sections = tomllib.loads(read_text(path, follow_links=False))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, RedpenError) else RedpenError(f"{path}: not valid TOML ({error})") from None
     found: dict[str, Any] = {}
     for section, tables in sections.items():
         for table in tables if isinstance(tables, list) else [tables]:
+            if not isinstance(table, dict):
+                raise RedpenError(f"{path}: {section}: expected a table of settings")
             name = f"{section}.{table.get('name')}" if isinstance(tables, list) else section
             found |= {f"{name}.{key}": _plain(value) for key, value in table.items()}
     return found
@@ -165,27 +239,6 @@ def _plain(value: Any) -> Any:
     return value if finite or isinstance(value, str | int) else str(value)
 
 
-def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; the last may be one that is being written."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        warn(f"{path} cannot be read ({error}); the run has no curves")
-        return
-    damaged = 0
-    for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
-            yield line
-        except (ValueError, KeyError, TypeError):
-            damaged += number < len(lines)
-    if damaged:
-        warn(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")
-
-
 # ----------------------------------------------------------------------------------------------------------- records
 
 
@@ -198,7 +251,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
 def _value(of: Callable[[Mapping[str, Any]], Any], line: Mapping[str, Any]) -> float | None:
     try:
         value = float(of(line))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         return None
     return value if math.isfinite(value) else None
 
@@ -224,10 +277,9 @@ def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | Non
     tokens = [_value(lambda line: line["tokens_read"], line) or 0.0 for line in lines]
     if sum(seconds):
         found |= {"seconds": sum(seconds), "tokens_per_second": sum(tokens) / sum(seconds)}
-    stages = [stage for stage in (ledger or {}).values() if isinstance(stage, dict)]
-    flops = [stage.get("flops") for stage in stages]
-    found["train_flops"] = ((ledger or {}).get("train") or {}).get("flops")
-    found["flops"] = sum(flops) if flops and None not in flops else None
+    flops = {name: _value(lambda line: line["flops"], stage) for name, stage in (ledger or {}).items()}
+    found["train_flops"] = flops.get("train")
+    found["flops"] = None if None in flops.values() or not flops else sum(filter(None, flops.values()))
     return {name: value for name, value in found.items() if value is not None}
 
 

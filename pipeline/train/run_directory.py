@@ -113,6 +113,11 @@ class RunDirectory:
         return record.result
 
     @property
+    def has_ended(self) -> bool:
+        """Whether the record says so, even where there is something left to do."""
+        return self._record().result is not None
+
+    @property
     def id(self) -> str:
         """The same for as long as training goes on from what is here: trackers know the run by it."""
         return self._record().id
@@ -156,9 +161,9 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> None:
         """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
         kept = []
-        for number, line in enumerate(_lines(self.path), 1):
+        for line in read_lines(self.metrics):
             try:
-                if _step(line, self.path, number).step <= step:
+                if parse_step(line, METRICS)["step"] <= step:
                     kept.append(line + b"\n")
             except RedpenError:
                 break  # cut off by a kill
@@ -193,6 +198,7 @@ class RunDirectory:
                     "choose another --run"
                 )
         elif run.result is not None or self.checkpoints.exists():  # else there is nothing to protect yet
+            check(self.path, RECIPE, METRICS, record=run)
             differing = _recipe_differences(load_recipe(str(self.recipe)), self._now)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
@@ -229,20 +235,22 @@ def read_steps(run: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
     a step's.
     """
-    for number, line in enumerate(_lines(run), 1):
-        yield _step(line, run, number).model_dump()
+    path = run / METRICS
+    for number, line in enumerate(read_lines(path), 1):
+        yield parse_step(line, f"{path}, line {number}")
 
 
-def _lines(run: Path) -> list[bytes]:
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a metrics.jsonl as they are; none where there is no such file."""
     try:
-        return read_bytes(run / METRICS, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
+        return read_bytes(path, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
     except FileNotFoundError:
         return []
 
 
-def _step(line: bytes, run: Path, number: int) -> Step:
-    name = f"{run / METRICS}, line {number}"
-    return parse_model(parse_json(line, name), Step, name)
+def parse_step(line: bytes, name: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises `RedpenError` that names its place `name` where it is not a step's."""
+    return parse_model(parse_json(line, name), Step, name).model_dump()
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
