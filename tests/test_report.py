@@ -332,7 +332,8 @@ def test_right_and_wrong_as_the_recipe_says(toy_cache: Path) -> None:
 def make_run(path: Path, cache: Path | None) -> Path:
     path.mkdir()
     (path / "recipe.toml").write_text(small_recipe().to_toml())
-    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": None}
+    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}}
+    told["result"] = {"step": 5, "sentence": "done", "exit_code": 0}
     (path / "run.json").write_text(json.dumps(told))
     return path
 

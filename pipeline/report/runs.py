@@ -137,15 +137,17 @@ class _Files:
     """
 
     def __init__(self, run: Path):
-        self._run, self.record = run, Record()
+        self._run, self.record, self._is_known = run, Record(), False
         self.notes: list[str] = []
         with self._noted():
-            self.record = read_record(run) or self.record
+            found = read_record(run)
+            self.record, self._is_known = found or self.record, found is not None
 
     def read(self, name: str, parse: Callable[[Path], _T]) -> _T | None:
         """What `parse` makes of a file; None where it is not there or left out."""
         with contextlib.suppress(FileNotFoundError), self._noted():
-            check(self._run, name, record=self.record)
+            if self._is_known:
+                check(self._run, name, record=self.record)
             return parse(self._run / name)
         return None
 
