@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import preloaded
@@ -18,23 +19,24 @@ _ONCE = (
 )
 
 
-def before_each(writes: Sequence[str], *command: str) -> None:
-    """`redpen COMMAND` once for every path in `writes`, killed when it is about to put that file or directory in
-    place, and once more to its end. Raises `AssertionError` where it lives on, or does not end with 0.
+def before_each(writes: Sequence[tuple[str, int]], *command: str, code: int = 0) -> None:
+    """`redpen COMMAND` once for every (path, n) in `writes`, killed when it is about to put a file or directory that
+    ends with `path` in place for the n-th time, and once more to its end. Raises `AssertionError` where it lives on,
+    or does not end with `code`.
     """
     process = preloaded.Process(_main, list(writes), *command)
     _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
 
 
-def _main(writes: Sequence[str], *command: str) -> None:
+def _main(writes: Sequence[tuple[str, int]], *command: str) -> None:
     for module in _ONCE:
         importlib.import_module(module)
     from pipeline.cli import main
 
-    for path in writes:
+    for path, n in writes:
         if not (child := os.fork()):
-            os.replace, os.rename = _deadly(os.replace, path), _deadly(os.rename, path)
+            os.replace, os.rename = (_deadly(move, path, itertools.count(1), n) for move in (os.replace, os.rename))
             os._exit(main(command))
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
@@ -42,9 +44,9 @@ def _main(writes: Sequence[str], *command: str) -> None:
     sys.exit(main(command))
 
 
-def _deadly(move: Callable[..., Any], path: str) -> Callable[..., Any]:
+def _deadly(move: Callable[..., Any], path: str, count: Iterator[int], n: int) -> Callable[..., Any]:
     def moved(source: Any, target: Any, **kwargs: Any) -> Any:
-        if os.fspath(target).endswith(path):
+        if os.fspath(target).endswith(path) and next(count) == n:
             os.kill(os.getpid(), signal.SIGKILL)
         return move(source, target, **kwargs)
 
