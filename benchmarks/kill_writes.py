@@ -2,7 +2,7 @@
 
     python benchmarks/kill_writes.py [--command train distill continual] [--every 1]
 
-A write is a file or directory that is put in place within the run. For each command: one undisturbed run, which counts
+A write is a file or directory that is put in place within the run. For each command: one undisturbed run, to count
 them; then for every n a new directory, killed by SIGKILL before the n-th write, and the same command once more.
 Compared are the curve (timings aside) and the bytes of adapter and recipe, and `redpen verify` must find nothing.
 Prints a line a command; exits 1 where anything differs.
@@ -109,7 +109,7 @@ def main() -> None:
         "pipeline.score.resident",
         "torch._dynamo",
     )
-    for module in once:
+    for module in (*once, "torch._dynamo"):
         importlib.import_module(module)
     root = Path(tempfile.mkdtemp(prefix="redpen-writes-"))
     failures = 0

@@ -41,11 +41,11 @@ from pipeline.files import atomic_directory, write_atomically
 from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts
 from pipeline.rollouts import stage as rollouts
-from pipeline.run_files import METRICS, check, read_record
+from pipeline.run_files import METRICS, check, read_record, read_steps
 from pipeline.score import stage as score
 from pipeline.train import inputs, ledger
 from pipeline.train import stage as train
-from pipeline.train.run_directory import Result, RunDirectory, open_run, read_steps
+from pipeline.train.run_directory import Result, RunDirectory, open_run
 from pipeline.train.stopping import badness
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.

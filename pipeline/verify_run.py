@@ -10,8 +10,18 @@ from pipeline.config import load_recipe
 from pipeline.console import progress, show
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
-from pipeline.run_files import LEDGER, METRICS, RECIPE, Record, check, is_run, read_record, refuse_links
-from pipeline.train.run_directory import parse_step, read_lines
+from pipeline.run_files import (
+    LEDGER,
+    METRICS,
+    RECIPE,
+    Record,
+    check,
+    is_run,
+    parse_step,
+    read_lines,
+    read_record,
+    refuse_links,
+)
 
 #: What belongs to a result, so that a file that is there without a digest is of another one.
 _OF_RESULT = (LEDGER, "gate.json", "adapter", "model", "eval.json", "eval.zarr", "reread.safetensors")

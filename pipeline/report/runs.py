@@ -23,8 +23,18 @@ from pipeline.console import escape_control, results, warn
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
-from pipeline.run_files import LEDGER, MARKS, METRICS, RECIPE, Record, check, is_run, read_record
-from pipeline.train.run_directory import parse_step, read_lines
+from pipeline.run_files import (
+    LEDGER,
+    MARKS,
+    METRICS,
+    RECIPE,
+    Record,
+    check,
+    is_run,
+    parse_step,
+    read_lines,
+    read_record,
+)
 
 _T = TypeVar("_T")
 

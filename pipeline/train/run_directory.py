@@ -23,13 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.console import say
 from pipeline.errors import RedpenError
-from pipeline.files import PARTIAL, append, parse_json, parse_model, read_bytes, sync, write_atomically
+from pipeline.files import PARTIAL, append, sync, write_atomically
 from pipeline.run_files import (
     LEDGER,
     MADE,
@@ -40,12 +39,15 @@ from pipeline.run_files import (
     check,
     digests,
     locked,
+    parse_step,
+    read_lines,
     read_record,
+    read_steps,
     refuse_links,
     write_record,
 )
 
-__all__ = ["Result", "RunDirectory", "Step", "open_run", "read_steps"]
+__all__ = ["Result", "RunDirectory", "open_run"]
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "reward", "select")
@@ -65,16 +67,6 @@ _OPERATIONAL = frozenset(
 _RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *MADE)
 # What a kill may leave of a run that had not started, beside temporary files.
 _BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
-#: Bytes of metrics.jsonl at most: a million steps have less.
-_METRICS_AT_MOST = 2**31
-
-
-class Step(BaseModel):
-    """A line of metrics.jsonl: the step, and whatever was measured."""
-
-    model_config = ConfigDict(extra="allow")
-
-    step: int = Field(ge=1, le=2**53)
 
 
 class RunDirectory:
@@ -229,28 +221,6 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
             held.enter_context(locked(run.path))
         run._require_same()
         yield run
-
-
-def read_steps(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
-    a step's.
-    """
-    path = run / METRICS
-    for number, line in enumerate(read_lines(path), 1):
-        yield parse_step(line, f"{path}, line {number}")
-
-
-def read_lines(path: Path) -> list[bytes]:
-    """The lines of a metrics.jsonl as they are; none where there is no such file."""
-    try:
-        return read_bytes(path, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def parse_step(line: bytes, name: str) -> dict[str, Any]:
-    """A line of metrics.jsonl. Raises `RedpenError` that names its place `name` where it is not a step's."""
-    return parse_model(parse_json(line, name), Step, name).model_dump()
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
