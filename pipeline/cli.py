@@ -440,13 +440,13 @@ def merge(target: str, output: str, base: str | None, dtype: str | None) -> int:
 
 
 @cli.command()
-@click.argument("cache_url", metavar="CACHE")
-@click.option("--repair", is_flag=True, help="Take back the bad blocks, and only those.")
+@click.argument("cache_url", metavar="CACHE_OR_RUN")
+@click.option("--repair", is_flag=True, help="Take back the bad blocks of a cache, and only those.")
 def verify(cache_url: str, repair: bool) -> int:
-    """Recompute every checksum of a cache.
+    """Recompute every checksum of a cache or of a run.
 
     Also checks that the values mean something. Exits with 1 if something is wrong. A repaired block is written again
-    by the next run of its stage.
+    by the next run of its stage. Of a run it checks what it ended with, its checkpoints, and the runs within it.
 
     \b
     redpen verify toy.zarr --repair
@@ -455,7 +455,14 @@ def verify(cache_url: str, repair: bool) -> int:
 
     import cache_schema as cs
     from pipeline.console import progress, show
+    from pipeline.run_files import is_run
 
+    if is_run(cache_url):
+        if repair:
+            raise click.UsageError(f"--repair is for caches, and {cache_url} is a run: see what `redpen verify` says")
+        from pipeline import verify_run
+
+        return verify_run.run(cache_url)
     cache = cs.open(cache_url, writable=repair)
     with cache.lock("redpen verify --repair") if repair else contextlib.nullcontext():
         groups = cs.block_groups(cache)

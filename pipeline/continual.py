@@ -35,6 +35,7 @@ from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.sft import stage as sft
+from pipeline.train import ledger
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 EXIT_GATE = 4
@@ -100,7 +101,7 @@ def _open(
 def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
     after = models.made_student(tuned, made.path / "distill") or tuned
-    kept, source = (made.adapter, after.adapter) if recipe.train.method == "lora" else (made.model, after.model)
+    kept, source = made.made, after.adapter if recipe.train.method == "lora" else after.model
     with made.writing(), atomic_directory(kept) as partial:
         assert source is not None
         shutil.copytree(source, partial, dirs_exist_ok=True)
@@ -160,10 +161,8 @@ def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | N
 
 def _ledger(path: Path) -> dict[str, Any]:
     """What both parts cost."""
-    parts = {
-        name: json.loads((path / name / "ledger.json").read_text(encoding="utf-8")) for name in ("sft", "distill")
-    }
-    return {"sft": parts["sft"]["train"], **parts["distill"]}
+    (tuning,) = ledger.read(path / "sft").values()  # documents and chats cost nothing
+    return ledger.table({"sft": tuning, **ledger.read(path / "distill")})
 
 
 def _show(measured: Measured) -> None:

@@ -41,10 +41,10 @@ from pipeline.files import atomic_directory, write_atomically
 from pipeline.marks import marked_blocks
 from pipeline.prompts import load_prompts
 from pipeline.rollouts import stage as rollouts
+from pipeline.run_files import METRICS, check, read_record, read_steps
 from pipeline.score import stage as score
-from pipeline.train import inputs
+from pipeline.train import inputs, ledger
 from pipeline.train import stage as train
-from pipeline.train.ledger import stage_one, table
 from pipeline.train.run_directory import Result, RunDirectory, open_run
 from pipeline.train.stopping import badness
 
@@ -98,7 +98,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
         while result is None:
             index = len(rounds)
             now, directory = _of_round(recipe, run, index, n_slices), _directory(run, index)
-            if not (directory / "run.json").exists():  # else training has begun, and its rollouts are scored
+            if ranks.agree(functools.partial(_has_to_train, directory)):
                 if ranks.leads:
                     say(f"round {index} of {recipe.distill.rounds} at most")
                 _stage(rollouts.run, now, cache_url, index)
@@ -151,7 +151,9 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
     best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
     as_good = [index for index, found in by_student.items() if index >= best and not found.is_worse(by_student[best])]
     kept = max(as_good, default=student) if last.steps is None else best
-    told = f"; the result is the student of round {kept - 1}" if kept < student else ""
+    told = ""
+    if kept < student:
+        told = f"; the result is the student {f'of round {kept - 1}' if kept else 'as it was'}"
     if student - best >= distill.patience:
         return Result(
             kept, f"plateau after {_rounds(student)}: no better {named} in the last {student - best}{told}", 0
@@ -203,6 +205,12 @@ def _open(
     return run, None, n_slices
 
 
+def _has_to_train(directory: Path) -> bool:
+    """Whether a round's training has not ended: then its rollouts and scores are brought up to date first."""
+    record = read_record(directory)
+    return record is None or record.result is None
+
+
 def _directory(run: RunDirectory, index: int) -> Path:
     return run.path / "rounds" / f"{index:05d}"
 
@@ -215,14 +223,14 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
         made = models.made_student(student, _directory(run, index - 1))
-        assert made is not None, "the round before has ended"
+        assert made is not None, "the round before has ended, and its training puts back what was removed"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
 
 
 def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
     """The round with what its run tells: how many steps it took, and the held-out metric of its result."""
-    steps = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = list(read_steps(directory))
     measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
     best = min(measured, key=functools.partial(badness, recipe.train), default=None)
     return replace(found, steps=len(steps), heldout=best)
@@ -234,24 +242,22 @@ def _finish(run: RunDirectory, recipe: Recipe, cache_url: str, rounds: Sequence[
     lines: list[str] = []
     costs = []
     for index, directory in enumerate(made):
-        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            lines.append(json.dumps({"round": index} | json.loads(line) | {"step": len(lines) + 1}) + "\n")
-        costs.append(json.loads((directory / "ledger.json").read_text(encoding="utf-8")))
+        check(directory, METRICS)
+        for line in read_steps(directory):
+            lines.append(json.dumps({"round": index} | line | {"step": len(lines) + 1}) + "\n")
+        costs.append(ledger.read(directory))
     if len(made) < len(rounds):  # the last was sampled and scored, and told that nothing is left to learn
-        costs.append(table(stage_one(recipe, cs.open(cache_url).round(len(made)))))
-    ledger: dict[str, dict[str, Any]] = {}
-    for of_round in costs:
-        for name, cost in of_round.items():
-            total = ledger.setdefault(name, dict.fromkeys(cost, 0))
-            for key, value in cost.items():
-                total[key] = None if value is None or total[key] is None else total[key] + value
+        costs.append(ledger.stage_one(recipe, cs.open(cache_url).round(len(made))))
     with run.writing():
         write_atomically(run.metrics, "".join(lines))
-        write_atomically(run.ledger, json.dumps(ledger, indent=1) + "\n")
-        for path in (run.adapter, run.model):
-            if result.step and (source := made[result.step - 1] / path.name).is_dir():
-                with atomic_directory(path) as partial:
-                    shutil.copytree(source, partial, dirs_exist_ok=True)
+        write_atomically(run.ledger, json.dumps(ledger.table(ledger.total(costs)), indent=1) + "\n")
+        if result.step:
+            source = made[result.step - 1]
+            check(source, run.made.name)
+            with atomic_directory(run.made) as partial:
+                shutil.copytree(source / run.made.name, partial, dirs_exist_ok=True)
+        elif run.made.exists():  # of an earlier result, when there were fewer rounds
+            shutil.rmtree(run.made)
     run.finish(result)
 
 

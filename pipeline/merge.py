@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from pipeline import models
@@ -23,6 +24,13 @@ from pipeline.files import atomic_directory, write_atomically
 from pipeline.logprobs import unwrapped
 from pipeline.model_files import read_adapter_config
 from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
+
+
+class _AdapterConfig(BaseModel):
+    """What adapter_config.json says of the base model."""
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 def run(target: str, output: str, *, base: str | None = None, dtype: str | None = None) -> int:
@@ -108,9 +116,12 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
             raise RedpenError(
                 f"{target}: all weights were trained, {run / 'model'} is a whole model, nothing to merge"
             )
-        if not (run / "adapter").is_dir():
-            raise RedpenError(f"run {target}: has no adapter yet; finish it with the same `redpen train` command")
-        cfg: ModelConfig = recipe.student.model_copy(update={"adapter": str(run / "adapter"), "quantisation": None})
+        made = models.made_student(recipe.student, run)
+        if made is None:
+            raise RedpenError(f"run {target}: has no adapter yet; finish it with the command that began it")
+        if made == recipe.student:
+            raise RedpenError(f"run {target}: its result is the student as it was, so there is nothing to merge")
+        cfg: ModelConfig = made.model_copy(update={"quantisation": None})
     else:
         directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
         assert directory is not None

@@ -29,7 +29,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import RedpenError
-from pipeline.files import file_digest, parse_model, read_json, refuse_link, write_atomically
+from pipeline.files import (
+    file_digest,
+    parse_json,
+    parse_model,
+    read_bytes,
+    read_json,
+    refuse_link,
+    write_atomically,
+)
 from pipeline.run_lock import locked as locked
 
 RUN, RECIPE, METRICS, LEDGER = "run.json", "recipe.toml", "metrics.jsonl", "ledger.json"
@@ -40,6 +48,8 @@ MARKS = (RUN, RECIPE, METRICS)
 #: These are there before a run has ended too.
 _EARLY = frozenset({RUN, RECIPE, METRICS})
 _EDITABLE = "README.md"
+#: Bytes of metrics.jsonl at most: a million steps have less.
+_METRICS_AT_MOST = 2**31
 
 
 class DamagedRunError(RedpenError):
@@ -59,6 +69,14 @@ class Result:
     step: Annotated[int, Field(ge=0, le=2**53)]
     sentence: Annotated[str, Field(max_length=100_000)]
     exit_code: Annotated[int, Field(ge=0, le=255)]
+
+
+class Step(BaseModel):
+    """A line of metrics.jsonl: the step, and whatever was measured."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=1, le=2**53)
 
 
 class Record(BaseModel):
@@ -91,8 +109,7 @@ def read_record(run: Path) -> Record | None:
         found = read_json(path, error=DamagedRunError, follow_links=False)
     except FileNotFoundError:
         return None
-    digest = found.pop("digest", None)
-    if (digest is not None or "files" in found) and digest != _digest_of(found):
+    if ("digest" in found or "files" in found) and found.get("digest") != digest_of(found):
         raise DamagedRunError(f"{path}: is not what redpen wrote (its digest differs); restore it from a copy")
     return parse_model(found, Record, str(path), error=DamagedRunError)
 
@@ -100,12 +117,36 @@ def read_record(run: Path) -> Record | None:
 def write_record(run: Path, record: Record) -> None:
     """Replace run.json."""
     value = record.model_dump(exclude={"result"}) | {"result": asdict(record.result) if record.result else None}
-    write_atomically(run / RUN, json.dumps(value | {"digest": _digest_of(value)}, indent=1) + "\n")
+    write_atomically(run / RUN, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
 
 
-def _digest_of(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def read_steps(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
+    a step's.
+    """
+    path = run / METRICS
+    for number, line in enumerate(read_lines(path), 1):
+        yield parse_step(line, f"{path}, line {number}")
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a metrics.jsonl as they are; none where there is no such file."""
+    try:
+        return read_bytes(path, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def parse_step(line: bytes, name: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises `RedpenError` that names its place `name` where it is not a step's."""
+    return parse_model(parse_json(line, name), Step, name).model_dump()
+
+
+def digest_of(value: dict[str, Any]) -> str:
+    """Digest of a JSON object but for its own `digest`, 32 hexadecimal digits."""
+    rest = {key: item for key, item in value.items() if key != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ digests

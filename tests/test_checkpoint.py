@@ -87,7 +87,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         assert not list(tmp_path.glob("step-*1"))
         threading.Timer(0.1, go.set).start()
         saving.save(2, tensors(2), {}, None)
-        assert writing[:3] == ["before", "step-00000001.partial", "step-00000001.partial"]
+        assert [name[:14] for name in writing[:3]] == ["before", ".step-00000001", ".step-00000001"]
         saving.wait()
     for step in (1, 2):
         found = checkpoint.load(tmp_path / f"step-0000000{step}").tensors["adapter"]["a.lora_A"]
@@ -126,6 +126,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def edit(checkpoint: Path, **changes: object) -> None:
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | changes))
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated tensors": lambda c: truncate(c / "optimizer.safetensors"),
     "a flipped bit": lambda c: flip(c / "adapter.safetensors"),
@@ -136,6 +141,11 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "empty state": lambda c: (c / "state.json").write_text(""),
     "state of another kind": lambda c: (c / "state.json").write_text("[1, 2]"),
     "state without digests": lambda c: (c / "state.json").write_text(json.dumps({"step": 2, "state": {}})),
+    "another step's state": lambda c: shutil.copy(c.parent / "step-00000001/state.json", c),
+    "an edited step": lambda c: edit(c, step=1),
+    "an edited state": lambda c: edit(c, state={"n": 3}),
+    "a step without bounds": lambda c: edit(c, step=10**30, digest=None),
+    "files elsewhere": lambda c: edit(c, digests={"../step-00000001/adapter": "0"}, digest=None),
     "an empty directory": lambda c: [p.unlink() for p in c.iterdir()] and None,
 }
 
@@ -149,6 +159,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage: Callable[[Pa
     assert found is not None and found.step == 1
     assert len(said) == 1 and str(newest) in said[0] and "\n" not in said[0]
     with pytest.raises(DamagedCheckpointError):
+        checkpoint.load(newest)
+
+
+def test_a_step_is_its_directorys(tmp_path: Path) -> None:
+    """Also where state.json has no digest, as in checkpoints of earlier versions."""
+    newest = save(tmp_path, 2)
+    edit(newest, digest=None)
+    assert checkpoint.load(newest).step == 2
+    edit(newest, step=3, digest=None)
+    with pytest.raises(DamagedCheckpointError, match="step 3"):
         checkpoint.load(newest)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import preloaded
+import killing
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -144,13 +142,8 @@ def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
         return ["continual", "company", *where, *settings]
 
     run = tmp_path / "killed"
-    for reached in (run / "sft/checkpoints", run / "distill/rounds/00000/checkpoints"):
-        process = preloaded.python("-m", "pipeline", *command("killed"))
-        while not reached.exists() and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert main(command("killed")) == continual.EXIT_GATE
+    writes = [("/sft/ledger.json", 1), ("/distill/adapter", 1), ("/killed/ledger.json", 1)]
+    killing.before_each(writes, *command("killed"), code=continual.EXIT_GATE)
     assert main(command("undisturbed")) == continual.EXIT_GATE
     for name in ("adapter/adapter_model.safetensors", "gate.json"):
         assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()

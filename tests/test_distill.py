@@ -224,7 +224,8 @@ def test_when_rounds_end(
 
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("format", 0.9), ("reverse_kl", 0.2)])
 def test_of_a_rounds_measurements_the_best_counts(metric: str, best: float, recipe: Make, tmp_path: Path) -> None:
-    lines = [json.dumps({f"heldout_{metric}": value}) + "\n" for value in (0.2, 0.9, 0.5)]
+    values = enumerate((0.2, 0.9, 0.5), 1)
+    lines = [json.dumps({"step": step, f"heldout_{metric}": value}) + "\n" for step, value in values]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     told = distill._trained(Round(Estimate(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path)
     assert (told.steps, told.heldout) == (3, best)

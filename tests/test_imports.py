@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange", "diagnose"}
-ENTRY_POINTS = {"cli", "__main__", "api", "distill", "merge", "plan", "sft", "continual"}
+ENTRY_POINTS = {"cli", "verify_run", "__main__", "api", "distill", "merge", "plan", "sft", "continual"}
 #: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer; training may watch
 #: evaluation's accuracy; sampling looks for a student's weights as streamed scoring does.
 BORROWS = {"evaluate": {"rollouts", "score"}, "train": {"evaluate"}, "rollouts": {"score"}}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.provenance import cache_identity
-from pipeline.run_files import fault
+from pipeline.run_files import DamagedRunError, check
 
 REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.
@@ -38,13 +38,14 @@ class Reread:
         path = Path(run) / REREAD
         if not path.is_file():
             return None
-        if (line := fault(run, REREAD)) is not None:
-            return f"{line}; the trained student's reading is left out"
         try:
+            check(run, REREAD)
             with safe_open(path, "numpy") as file:
                 told = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in (*_PLACES, *_SCORES)}
             spans = _spans(arrays)
+        except DamagedRunError as error:
+            return f"the trained student's reading is left out: {error}"
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             return f"{path} cannot be read ({error}), so the trained student's reading is left out"
         if cs.STUDENT not in round_.scorer_names():

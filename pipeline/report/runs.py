@@ -6,24 +6,38 @@ trains, and after something has happened to it: a file that cannot be read is le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.console import escape_control, results, warn
 from pipeline.credentials import masked
 from pipeline.errors import RedpenError
-from pipeline.files import parse_json, parse_model, read_json, read_text
+from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
-from pipeline.run_files import fault
+from pipeline.run_files import (
+    LEDGER,
+    MARKS,
+    METRICS,
+    RECIPE,
+    Record,
+    check,
+    is_run,
+    parse_step,
+    read_lines,
+    read_record,
+)
+
+_T = TypeVar("_T")
 
 #: Curves by name: a step's value from its line in metrics.jsonl. A step that has none is left out.
 CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -41,9 +55,6 @@ CURVES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "tokens_per_second": lambda line: line["time"]["tokens_per_second"],
 }
 
-#: Of metrics.jsonl: about a million steps.
-_METRICS_BYTES = 2**30
-_FILES = ("run.json", "recipe.toml", "metrics.jsonl")
 MEASURES = {
     "greedy": "greedy accuracy",
     "sampled": "sampled accuracy",
@@ -58,32 +69,33 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     name, sentence and exit_code (None while it has not ended), recipe by dotted setting, curves by name as
     [[step, value], ...] of 400 points at most, figures (see `_figures`), ledger and eval as they are on disk, card
-    (pairs of text), differs (see `differing`; empty for a run alone).
+    (pairs of text), differs (see `differing`; empty for a run alone), notes (sentences on what was left out).
 
     Raises `RedpenError` where `path` is no run.
     """
     directory = Path(path)
-    if not any((directory / name).is_file() for name in _FILES):
+    if not is_run(directory):
         raise RedpenError(
-            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(_FILES)}"
+            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKS)}"
         )
-    told = _json(directory / "run.json") or {}
-    result, cache = (told.get(key) or {} for key in ("result", "cache"))
-    recipe = _recipe(directory / "recipe.toml")
-    lines = list(_metrics(directory / "metrics.jsonl"))
-    ledger = _json(directory / "ledger.json")
+    files = _Files(directory)
+    result, cache = files.record.result, files.record.cache
+    recipe = files.read(RECIPE, _recipe) or {}
+    lines = list(files.read(METRICS, files.metrics) or ())
+    ledger = files.read(LEDGER, _object)
     record = {
         "name": os.fspath(path).rstrip("/"),
-        "sentence": result.get("sentence"),
-        "exit_code": result.get("exit_code"),
+        "sentence": None if result is None else result.sentence,
+        "exit_code": None if result is None else result.exit_code,
         "recipe": recipe,
         "cache": cache,
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": _eval(directory / "eval.json"),
+        "eval": files.read("eval.json", _evaluation),
         "card": _card(recipe, cache),
         "differs": [],
+        "notes": files.notes,
     }
     return cast(dict[str, Any], masked(record))
 
@@ -131,29 +143,61 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no such file, and with a warning where it cannot be read."""
-    try:
-        return cast(dict[str, Any], _finite(read_json(path)))
-    except FileNotFoundError:
+class _Files:
+    """A run's files, each checked before it is read. What is wrong with one is a warning and a note, and it is left
+    out.
+    """
+
+    def __init__(self, run: Path):
+        self._run, self.record, self._is_known = run, Record(), False
+        self.notes: list[str] = []
+        with self._noted():
+            found = read_record(run)
+            self.record, self._is_known = found or self.record, found is not None
+
+    def read(self, name: str, parse: Callable[[Path], _T]) -> _T | None:
+        """What `parse` makes of a file; None where it is not there or left out."""
+        with contextlib.suppress(FileNotFoundError), self._noted():
+            if self._is_known:
+                check(self._run, name, record=self.record)
+            return parse(self._run / name)
         return None
-    except RedpenError as error:
-        warn(f"{error}; it is left out")
-        return None
+
+    def metrics(self, path: Path) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole; the last may be one that is being written."""
+        lines = read_lines(path)
+        found, damaged = [], 0
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(parse_step(line, ""))
+            except RedpenError:
+                damaged += number < len(lines)
+        if damaged:
+            self._note(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")
+        return found
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except RedpenError as error:
+            self._note(f"left out: {error}")
+
+    def _note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        warn(sentence)
 
 
-def _finite(value: Any) -> Any:
-    """A JSON value with None for NaN and infinities, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, null for what JSON lacks: infinities, NaN."""
+    value = _finite(read_json(path, follow_links=False))
+    assert isinstance(value, dict)
+    return value
 
 
-class _Asked(BaseModel):
-    count: int
+class _Prompts(BaseModel):
     path: str
+    count: int = Field(ge=0)
 
 
 class _Measured(BaseModel):
@@ -162,41 +206,38 @@ class _Measured(BaseModel):
 
 
 class _Evaluation(BaseModel):
-    """What of eval.json is read beside the estimates, which are looked at one by one."""
+    """As much of eval.json as has to be of one shape; of the rest, what is no figure is not shown."""
 
-    prompts: _Asked | None = None
+    prompts: _Prompts | None = None
     before: _Measured | None = None
     after: _Measured | None = None
 
 
-def _eval(path: Path) -> dict[str, Any] | None:
-    """What `redpen eval` left; None without it, and with a warning where it is not of that form."""
-    if (found := _json(path)) is None:
-        return None
-    if (line := fault(path.parent, path.name)) is not None:
-        warn(f"{line}; its figures are left out")
-        return None
-    try:
-        parse_model(found, _Evaluation, str(path))
-    except RedpenError as error:
-        warn(f"{error}; it is left out, and `redpen eval {path.parent}` makes it again")
-        return None
+def _evaluation(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    parse_model(found, _Evaluation, str(path))
     return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     """Every setting by its dotted name; those of several teachers by `teacher.NAME.key`."""
     try:
-        sections = tomllib.loads(read_text(path))
-    except FileNotFoundError:
-        return {}
-    except (RedpenError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, RedpenError) else f"{path} cannot be read ({error})"
-        warn(f"{reason}; settings are left out")
-        return {}
+        sections = tomllib.loads(read_text(path, follow_links=False))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, RedpenError) else RedpenError(f"{path}: not valid TOML ({error})") from None
     found: dict[str, Any] = {}
     for section, tables in sections.items():
         for table in tables if isinstance(tables, list) else [tables]:
+            if not isinstance(table, dict):
+                raise RedpenError(f"{path}: {section}: expected a table of settings")
             name = f"{section}.{table.get('name')}" if isinstance(tables, list) else section
             found |= {f"{name}.{key}": _plain(value) for key, value in table.items()}
     return found
@@ -212,27 +253,6 @@ def _plain(value: Any) -> Any:
     return value if finite or isinstance(value, str | int) else str(value)
 
 
-def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; the last may be one that is being written."""
-    try:
-        lines = read_text(path, at_most=_METRICS_BYTES).splitlines()
-    except FileNotFoundError:
-        return
-    except RedpenError as error:
-        warn(f"{error}; the run has no curves")
-        return
-    damaged = 0
-    for number, text in enumerate(lines, 1):
-        try:
-            line = parse_json(text, f"{path}:{number}")
-            line["step"] = int(line["step"])
-            yield line
-        except (ValueError, KeyError, TypeError, OverflowError):
-            damaged += number < len(lines)
-    if damaged:
-        warn(f"{path}: {damaged} of {len(lines)} lines cannot be read; they are left out")
-
-
 # ----------------------------------------------------------------------------------------------------------- records
 
 
@@ -245,7 +265,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
 def _value(of: Callable[[Mapping[str, Any]], Any], line: Mapping[str, Any]) -> float | None:
     try:
         value = float(of(line))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
         return None
     return value if math.isfinite(value) else None
 
@@ -271,10 +291,9 @@ def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | Non
     tokens = [_value(lambda line: line["tokens_read"], line) or 0.0 for line in lines]
     if sum(seconds):
         found |= {"seconds": sum(seconds), "tokens_per_second": sum(tokens) / sum(seconds)}
-    stages = [stage for stage in (ledger or {}).values() if isinstance(stage, dict)]
-    flops = [stage.get("flops") for stage in stages]
-    found["train_flops"] = ((ledger or {}).get("train") or {}).get("flops")
-    found["flops"] = sum(flops) if flops and None not in flops else None
+    flops = {name: _value(lambda line: line["flops"], stage) for name, stage in (ledger or {}).items()}
+    found["train_flops"] = flops.get("train")
+    found["flops"] = None if None in flops.values() or not flops else sum(filter(None, flops.values()))
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -360,8 +379,6 @@ def interval(measure: str, estimate: Mapping[str, Any]) -> str:
         error = "" if estimate["stderr"] is None else f" \u00b1 {estimate['stderr']:.4f}"
         return f"{estimate['value']:.4f}{error}"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    if low is None or high is None:  # of one prompt
-        return f"{value:.4f}"
     if measure == "reverse_kl":
         return f"{value:.4f} ({low:.3f} to {high:.3f})"
     return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"

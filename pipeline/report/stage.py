@@ -27,14 +27,13 @@ from pipeline.report.judge import answer_judge
 from pipeline.report.reread import Reread
 from pipeline.report.scan import Int64, Judge
 from pipeline.report.shown import Request
-from pipeline.run_files import fault
+from pipeline.run_files import check, is_run
 from pipeline.run_lock import reading_results
 from pipeline.text import Decoder, Ids, load_decoder
 
 #: Bytes of a page that its rollouts may fill, and the part of that of held-out rollouts where a run has them.
 PAGE_BYTES, HELDOUT_SHARE = 32_000_000, 0.3
-#: What `redpen train` and `redpen eval` leave in a run.
-_RUN_FILES = ("run.json", "recipe.toml", "metrics.jsonl")
+#: What `redpen eval` leaves in a run.
 _EVAL_CACHE = "eval.zarr"
 _PHASES = ("before", "after")
 
@@ -144,6 +143,9 @@ def _sources(targets: Sequence[str], round_index: int | None) -> tuple[_Sources,
     if len(caches) > 1:
         raise ConfigError(f"report: expected one cache at most, got {' and '.join(caches)}; make a page of each")
     records = runs.read_runs(found.runs)
+    for run in records:
+        for sentence in run["notes"]:
+            found.note(f"{run['name']}: {sentence}", said=True)
     if caches:
         learned = [run["cache"].get("round") for run in records if _same(run["cache"].get("url"), caches[0])]
         index = next((round_ for round_ in learned if round_ is not None), None)
@@ -165,7 +167,7 @@ def _sources(targets: Sequence[str], round_index: int | None) -> tuple[_Sources,
 
 
 def _is_run(target: str) -> bool:
-    return any(os.path.isfile(os.path.join(target, name)) for name in _RUN_FILES)  # False for a name that cannot be
+    return is_run(target)
 
 
 def _same(url: str | None, target: str) -> bool:
@@ -234,16 +236,14 @@ def _judge(round_: cs.Round, checker: Checker | None) -> Judge | None:
 
 def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, room: int) -> list[dict[str, Any]]:
     """Fresh rollouts before and after training, of the same prompts: what is worst before or after, in both."""
-    if (line := fault(run, _EVAL_CACHE)) is not None:
-        sources.note(f"held-out rollouts of {run} are not shown: {line}")
-        return []
     try:
+        check(run, _EVAL_CACHE)
         cache = cs.open(Path(run) / _EVAL_CACHE)
         rounds = [cache.round(index) for index in cache.round_indices()[: len(_PHASES)]]
         if rounds:
             return _pair(sources, run, rounds, recipe, rollouts, room)
         sources.note(f"held-out rollouts of {run} are not shown: its {_EVAL_CACHE} holds none")
-    except cs.CacheError as error:
+    except (cs.CacheError, RedpenError) as error:
         sources.note(f"held-out rollouts of {run} are not shown: {error}; `redpen eval {run}` makes them again")
     return []
 

@@ -3,25 +3,27 @@ place. Training goes on meanwhile (`Checkpoints`).
 
 checkpoints/step-00000040/
     weights.safetensors, optimizer.safetensors, ...      one file a group of tensors
-    state.json                                           {step, state, digests of those files}; written last
+    state.json                                           {step, state, digests of those files, digest of all this}
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.files import PARTIAL, atomic_directory
+from pipeline.errors import RedpenError
+from pipeline.files import PARTIAL, atomic_directory, file_digest, parse_model, read_json
+from pipeline.run_files import digest_of
 
 Tensors = dict[str, Tensor]
 
@@ -29,8 +31,19 @@ _STATE = "state.json"
 _PREFIX = "step-"
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(RedpenError):
     """A checkpoint is not what was saved."""
+
+
+class _Record(BaseModel):
+    """What state.json holds. Checkpoints that were saved before it had one lack its own digest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = Field(ge=0, le=2**53)
+    digests: dict[Annotated[str, Field(pattern=r"^\w{1,100}$")], str]
+    state: dict[str, Any]
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,9 @@ def save(
             save_file(
                 {name: value.detach().cpu().contiguous() for name, value in values.items()}, _file(partial, group)
             )
-        digests = {group: _digest(_file(partial, group)) for group in tensors}
+        digests = {group: file_digest(_file(partial, group)) for group in tensors}
         record = {"step": step, "digests": digests, "state": dict(state)}
+        record |= {"digest": digest_of(record)}
         (partial / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
     # Later steps are those of a damaged checkpoint that training went back from: they must not outlive the good ones.
     paths = _paths(directory)
@@ -130,18 +144,38 @@ def latest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """Read and check one checkpoint. Raises `DamagedCheckpointError`."""
+    record = _check(path)
     try:
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        tensors = {}
-        for group, digest in record["digests"].items():
-            if _digest(_file(path, group)) != digest:
-                raise DamagedCheckpointError(f"{group}.safetensors is not what was saved")
-            tensors[group] = load_file(_file(path, group))
-        return Checkpoint(int(record["step"]), tensors, dict(record["state"]))
-    except DamagedCheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        tensors = {group: load_file(_file(path, group)) for group in record.digests}
+    except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpointError(" ".join(str(error).split()) or type(error).__name__) from error
+    return Checkpoint(record.step, tensors, record.state)
+
+
+def check_all(directory: Path) -> Iterator[tuple[Path, str | None]]:
+    """Every checkpoint under `directory` with what is wrong with it, without keeping its tensors."""
+    for path in _paths(directory):
+        try:
+            _check(path)
+            yield path, None
+        except DamagedCheckpointError as error:
+            yield path, str(error)
+
+
+def _check(path: Path) -> _Record:
+    try:
+        found = read_json(path / _STATE, error=DamagedCheckpointError, follow_links=False)
+        record = parse_model(found, _Record, _STATE, error=DamagedCheckpointError)
+        if record.digest is not None and record.digest != digest_of(found):
+            raise DamagedCheckpointError(f"{_STATE} is not what was saved")
+        if path.name != path_of(path.parent, record.step).name:
+            raise DamagedCheckpointError(f"{_STATE} is that of step {record.step}")
+        for group, digest in record.digests.items():
+            if file_digest(_file(path, group), error=DamagedCheckpointError) != digest:
+                raise DamagedCheckpointError(f"{group}.safetensors is not what was saved")
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{Path(error.filename).name} is missing") from None
+    return record
 
 
 def _paths(directory: Path) -> list[Path]:
@@ -156,8 +190,3 @@ def path_of(directory: Path, step: int) -> Path:
 
 def _file(directory: Path, group: str) -> Path:
     return directory / f"{group}.safetensors"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

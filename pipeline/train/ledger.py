@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 import cache_schema as cs
-from pipeline import flops, shadow
+from pipeline import flops, run_files, shadow
 from pipeline.config import ModelConfig, Recipe
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, RedpenError
+from pipeline.files import parse_model, read_json
 from pipeline.models import resolve_path
 from pipeline.provenance import DATA, IMPORTED
+
+_Number = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Cost:
     """One stage. `flops` is None where the model's config is not known here, or the work was done elsewhere."""
 
-    seconds: float
-    tokens: int
-    flops: float | None
+    seconds: _Number
+    tokens: Annotated[int, Field(ge=0)]
+    flops: _Number | None
+
+
+class _Ledger(BaseModel):
+    stages: dict[str, Cost]
 
 
 def stage_one(recipe: Recipe, round_: cs.Round) -> dict[str, Cost]:
@@ -51,6 +61,28 @@ def table(costs: dict[str, Cost]) -> dict[str, Any]:
         name: {"seconds": round(cost.seconds, 3), "tokens": cost.tokens, "flops": cost.flops}
         for name, cost in costs.items()
     }
+
+
+def read(run: Path) -> dict[str, Cost]:
+    """A finished run's costs by stage. Raises `RedpenError` where its ledger.json is not what it ended with."""
+    run_files.check(run, run_files.LEDGER)
+    path = run / run_files.LEDGER
+    try:
+        found = read_json(path, follow_links=False)
+    except FileNotFoundError:
+        raise RedpenError(f"{path}: is missing; the command that made the run makes it again") from None
+    return parse_model({"stages": found}, _Ledger, str(path)).stages
+
+
+def total(ledgers: Iterable[Mapping[str, Cost]]) -> dict[str, Cost]:
+    """Costs of several runs by stage; FLOPs are None where one of them does not know its own."""
+    found: dict[str, Cost] = {}
+    for ledger in ledgers:
+        for name, cost in ledger.items():
+            so_far = found.get(name, Cost(0.0, 0, 0.0))
+            work = None if so_far.flops is None or cost.flops is None else so_far.flops + cost.flops
+            found[name] = Cost(so_far.seconds + cost.seconds, so_far.tokens + cost.tokens, work)
+    return found
 
 
 def parameters(cfg: ModelConfig | None) -> int | None:

@@ -23,13 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.console import say
 from pipeline.errors import RedpenError
-from pipeline.files import PARTIAL, append, parse_json, parse_model, read_bytes, sync, write_atomically
+from pipeline.files import PARTIAL, append, sync, write_atomically
 from pipeline.run_files import (
     LEDGER,
     MADE,
@@ -40,12 +39,15 @@ from pipeline.run_files import (
     check,
     digests,
     locked,
+    parse_step,
+    read_lines,
     read_record,
+    read_steps,
     refuse_links,
     write_record,
 )
 
-__all__ = ["Result", "RunDirectory", "Step", "open_run", "read_steps"]
+__all__ = ["Result", "RunDirectory", "open_run"]
 
 # Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "reward", "select")
@@ -65,16 +67,6 @@ _OPERATIONAL = frozenset(
 _RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *MADE)
 # What a kill may leave of a run that had not started, beside temporary files.
 _BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
-#: Bytes of metrics.jsonl at most: a million steps have less.
-_METRICS_AT_MOST = 2**31
-
-
-class Step(BaseModel):
-    """A line of metrics.jsonl: the step, and whatever was measured."""
-
-    model_config = ConfigDict(extra="allow")
-
-    step: int = Field(ge=1, le=2**53)
 
 
 class RunDirectory:
@@ -111,6 +103,11 @@ class RunDirectory:
             return None
         check(self.path, *_RESULT, record=record)
         return record.result
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the record says so, even where there is something left to do."""
+        return self._record().result is not None
 
     @property
     def id(self) -> str:
@@ -156,9 +153,9 @@ class RunDirectory:
     def rewind_metrics(self, step: int) -> None:
         """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
         kept = []
-        for number, line in enumerate(_lines(self.path), 1):
+        for line in read_lines(self.metrics):
             try:
-                if _step(line, self.path, number).step <= step:
+                if parse_step(line, METRICS)["step"] <= step:
                     kept.append(line + b"\n")
             except RedpenError:
                 break  # cut off by a kill
@@ -193,6 +190,7 @@ class RunDirectory:
                     "choose another --run"
                 )
         elif run.result is not None or self.checkpoints.exists():  # else there is nothing to protect yet
+            check(self.path, RECIPE, METRICS, record=run)
             differing = _recipe_differences(load_recipe(str(self.recipe)), self._now)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
@@ -223,26 +221,6 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
             held.enter_context(locked(run.path, "trains"))
         run._require_same()
         yield run
-
-
-def read_steps(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
-    a step's.
-    """
-    for number, line in enumerate(_lines(run), 1):
-        yield _step(line, run, number).model_dump()
-
-
-def _lines(run: Path) -> list[bytes]:
-    try:
-        return read_bytes(run / METRICS, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _step(line: bytes, run: Path, number: int) -> Step:
-    name = f"{run / METRICS}, line {number}"
-    return parse_model(parse_json(line, name), Step, name)
 
 
 def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:

@@ -51,12 +51,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 import cache_schema as cs
 from pipeline import models, workers
 from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
 from pipeline.errors import Interrupted, RedpenError
-from pipeline.files import write_atomically
+from pipeline.files import parse_model, write_atomically
 from pipeline.provenance import cache_identity
 from pipeline.signals import graceful
 from pipeline.train import checkpoint, distributed, inputs, ledger, lora, tracking
@@ -114,16 +116,15 @@ def run(
             _return_to_best(run, trainer, best_step(train, memory))
             weights = trainer.weights()
             if layout.leads:
-                made = run.adapter if train.method == "lora" else run.model
                 with run.writing():
-                    lora.save(model, weights, made, recipe.student, run_card(recipe, round_, teachers, result))
+                    lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
                     costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 show(result.sentence)
-                show(f"{made.name}: {made}")
+                show(f"{run.made.name}: {run.made}")
                 suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.leads else 0
 
@@ -143,6 +144,11 @@ def _open(
     inputs.check_replay(recipe, round_)
     run = held.enter_context(open_run(run_dir, recipe, cache_identity(cache_url, round_, teachers)))
     result = run.result
+    if result is None and run.has_ended and checkpoint.latest(run.checkpoints, warn) is None:
+        raise RedpenError(
+            f"run {run.path}: it has ended, and there is no whole checkpoint in {run.checkpoints} to go on from; "
+            f"restore the run from a copy, or choose another --run"
+        )
     if result is None:
         inputs.check_teachers(recipe, round_, teachers)
         inputs.check_student(recipe, round_, cache_url)
@@ -210,7 +216,7 @@ def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
     if trainer.layout.leads:
         run.rewind_metrics(trainer.step)
-    return Memory(**found.state) if found is not None else Memory()
+    return _memory(run.checkpoints, found) if found is not None else Memory()
 
 
 def _final(checkpoints: Path, train: TrainConfig) -> checkpoint.Checkpoint:
@@ -218,8 +224,17 @@ def _final(checkpoints: Path, train: TrainConfig) -> checkpoint.Checkpoint:
     last = checkpoint.latest(checkpoints, warn)
     if last is None:
         raise RedpenError(f"{checkpoints}: expected the checkpoints of a finished run, found none that is whole")
-    best = best_step(train, Memory(**last.state))
+    best = best_step(train, _memory(checkpoints, last))
     return last if best in (None, last.step) else checkpoint.load(checkpoint.path_of(checkpoints, best))
+
+
+class _State(BaseModel):
+    memory: Memory
+
+
+def _memory(checkpoints: Path, found: checkpoint.Checkpoint) -> Memory:
+    name = f"{checkpoint.path_of(checkpoints, found.step)}: state"
+    return parse_model({"memory": found.state}, _State, name).memory
 
 
 def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> None:

@@ -1,0 +1,53 @@
+"""redpen killed by SIGKILL just before chosen writes, one after another, and then run to its end."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import preloaded
+
+# What takes long to import, or is imported late; the children have it from their parent.
+_ONCE = (
+    *("pipeline.distill", "pipeline.rollouts.transformers_sampler", "pipeline.score.resident"),
+    *("torch._dynamo", "torch.utils.tensorboard"),
+)
+
+
+def before_each(writes: Sequence[tuple[str, int]], *command: str, code: int = 0) -> None:
+    """`redpen COMMAND` once for every (path, n) in `writes`, killed when it is about to put a file or directory that
+    ends with `path` in place for the n-th time, and once more to its end. Raises `AssertionError` where it lives on,
+    or does not end with `code`.
+    """
+    process = preloaded.Process(_main, list(writes), *command)
+    _, errors = process.communicate()
+    assert process.returncode == code, errors
+
+
+def _main(writes: Sequence[tuple[str, int]], *command: str) -> None:
+    for module in _ONCE:
+        importlib.import_module(module)
+    from pipeline.cli import main
+
+    for path, n in writes:
+        if not (child := os.fork()):
+            os.replace, os.rename = (_deadly(move, path, itertools.count(1), n) for move in (os.replace, os.rename))
+            os._exit(main(command))
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            sys.exit(f"before {path}: expected a death, got {os.waitstatus_to_exitcode(status)}")
+    sys.exit(main(command))
+
+
+def _deadly(move: Callable[..., Any], path: str, count: Iterator[int], n: int) -> Callable[..., Any]:
+    def moved(source: Any, target: Any, **kwargs: Any) -> Any:
+        if os.fspath(target).endswith(path) and next(count) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return move(source, target, **kwargs)
+
+    return moved
