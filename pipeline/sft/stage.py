@@ -105,6 +105,7 @@ def _write_round(recipe: Recipe, url: str) -> None:
     longest = min(recipe.sft.max_tokens, facts.context or recipe.sft.max_tokens)
     reader = Reader(tokenizer, recipe.prompts, stop_ids, longest)
     sources = [_read(reader, source.path, found) for source, found in zip(recipe.sft.data, lines, strict=True)]
+    reader.warn_without_effect(example for found in sources for example in found)
     shares = [source.share for source in recipe.sft.data]
     weights = [_n_learnt(examples) if s is None else s for examples, s in zip(sources, shares, strict=True)]
     count = recipe.sft.steps * recipe.sft.examples_per_step
