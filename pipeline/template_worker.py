@@ -1,8 +1,8 @@
 """The process in which `pipeline.chat_template` renders chat templates: a line of JSON in, a line out.
 
 A template is a program by a model's author. Jinja's sandbox keeps it from files and code, not from looping for ever
-or filling the memory: one `"%1000000000d" % 1` is a single step of C. Here the kernel ends what takes more than argv[1]
-seconds of CPU time, and refuses memory. The environment is that of transformers' `apply_chat_template`.
+or filling the memory: one `"%1000000000d" % 1` is a single step of C. Here the kernel ends what takes more than
+argv[1] seconds of CPU time, and refuses memory. The environment is that of transformers' `apply_chat_template`.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """How many tokens a text has at least, before it is tokenised.
 
-A token of l bytes holds bytes none of which is in a token longer than L(b) >= l. So the sum of 1 / L(b) over its
-bytes is at most 1, and the sum over all bytes of a text at most the number of its tokens. This holds where a tokenizer
-covers every byte (byte-level BPE, or byte fallback) and drops none; of others nothing is known beforehand.
+Let L(b) be the length of the longest token with the byte b. In a token of l bytes every L(b) is l or more, so the sum
+of 1 / L(b) over its bytes is at most 1, and the sum over a whole text at most the number of its tokens. This holds
+where a tokenizer covers every byte (byte-level BPE, or byte fallback) and drops none; of others nothing is known
+beforehand.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
         return 0
     if lengths.strips:
         text = "".join(text.split())
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
