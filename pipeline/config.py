@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -19,10 +18,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline import credentials, settings
+from pipeline import credentials, files, settings
 from pipeline.errors import ConfigError
 from pipeline.idle import idle_settings
 from pipeline.settings import Section
+
+#: The most of anything that is counted, of tokens that are read together, and the largest weight: what numpy, torch
+#: and files still hold after these were multiplied with one another.
+MANY, CONTEXT, LARGE = 2**31 - 1, 2**24, 10**6
+#: Characters of a path (as Linux has it) or a Hub id, and of a name that becomes part of a file's.
+PATH, NAME = 4095, 64
+
+#: Bytes of a recipe.
+_AT_MOST = 2**20
 
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Placement = Literal["resident", "streamed", "vllm", "server"]
@@ -33,12 +41,44 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 
+#: What `apply_chat_template` takes beside the template's variables, or redpen itself gives the template.
+_NO_VARIABLES = {"messages", "add_generation_prompt", "continue_final_message", "chat_template", "conversation"}
+_NO_VARIABLES |= {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+_NO_VARIABLES |= {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+
+
+def _template_args(args: dict[str, Any]) -> dict[str, Any]:
+    try:  # dates, and whatever else JSON cannot hold, cannot be recorded as provenance
+        json.dumps(args, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("must hold only text, numbers, true/false, lists and tables") from None
+    if reserved := sorted(_NO_VARIABLES & args.keys()):
+        raise ValueError(f"must hold variables of the template; {reserved[0]} is not the recipe's to set")
+    return args
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression: {error}") from None
+    except (OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"must be a regular expression that fits: {error}") from None
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
 class ModelConfig(Section):
     """A model by Hub id or path, and how to load it."""
 
-    model: str = Field(min_length=1, description="Hub id, local path, or toy:student / toy:teacher")
-    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
-    adapter: str | None = Field(default=None, description="PEFT adapter (directory or Hub id) applied on top")
+    model: str = Field(min_length=1, max_length=PATH, description="Hub id, local path, or toy:student / toy:teacher")
+    revision: str | None = Field(default=None, max_length=PATH, description="Hub branch, tag or commit")
+    adapter: str | None = Field(
+        default=None, max_length=PATH, description="PEFT adapter (directory or Hub id) applied on top"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="type of the weights; auto: as the checkpoint says"
     )
@@ -62,12 +102,16 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(ModelConfig):
     """A teacher: a model and the name of its scores in the cache."""
 
-    name: str = Field(default="teacher", description="name of this teacher's scores in the cache")
+    name: str = Field(default="teacher", max_length=NAME, description="name of this teacher's scores in the cache")
     placement: Placement | None = Field(default=None, description="default: score.placement")
     url: str | None = Field(
-        default=None, description="placement server: base URL of its API, e.g. http://localhost:8000/v1"
+        default=None,
+        max_length=PATH,
+        description="placement server: base URL of its API, e.g. http://localhost:8000/v1",
     )
-    served_name: str | None = Field(default=None, description="placement server: its name there; default: model")
+    served_name: str | None = Field(
+        default=None, max_length=PATH, description="placement server: its name there; default: model"
+    )
     template: Literal["auto", "chat", "none"] | None = Field(
         default=None, description="how it reads prompts, as prompts.template; default: the student's token ids"
     )
@@ -90,6 +134,11 @@ class TeacherConfig(ModelConfig):
         own = (self.template, self.template_args, self.system, self.prompt_prefix)
         return any(value is not None for value in own)
 
+    @field_validator("template_args")
+    @classmethod
+    def _plain_values(cls, args: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if args is None else _template_args(args)
+
     @field_validator("name")
     @classmethod
     def _usable_in_a_path(cls, name: str) -> str:
@@ -101,10 +150,12 @@ class TeacherConfig(ModelConfig):
 class PromptsConfig(Section):
     """Where prompts come from and how they become tokens."""
 
-    path: str = Field(min_length=1, description="JSONL or Parquet file, Hub dataset id, or toy:train")
-    split: str = Field(default="train", description="split of a Hub dataset")
-    skip: int = Field(default=0, ge=0, description="leave out the first so many prompts")
-    limit: int | None = Field(default=None, ge=1, description="use only so many prompts")
+    path: str = Field(
+        min_length=1, max_length=PATH, description="JSONL or Parquet file, Hub dataset id, or toy:train"
+    )
+    split: str = Field(default="train", max_length=PATH, description="split of a Hub dataset")
+    skip: int = Field(default=0, ge=0, le=MANY, description="leave out the first so many prompts")
+    limit: int | None = Field(default=None, ge=1, le=MANY, description="use only so many prompts")
     template: Literal["auto", "chat", "none"] = Field(
         default="auto",
         description="auto: the tokenizer's chat template if it has one; chat: require it; none: prompt text as it is",
@@ -117,11 +168,7 @@ class PromptsConfig(Section):
     @field_validator("template_args")
     @classmethod
     def _plain_values(cls, args: dict[str, Any]) -> dict[str, Any]:
-        try:  # dates, and whatever else JSON cannot hold, cannot be recorded as provenance
-            json.dumps(args, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("must hold only text, numbers, true/false, lists and tables") from None
-        return args
+        return _template_args(args)
 
 
 class RolloutsConfig(Section):
@@ -133,20 +180,25 @@ class RolloutsConfig(Section):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="nucleus sampling; below 1 rules out importance sampling"
     )
-    max_prompt_tokens: int = Field(default=1024, ge=1, description="longest prompt accepted")
-    max_response_tokens: int = Field(default=2048, ge=1, description="a response that reaches it is cut there")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+    max_prompt_tokens: int = Field(default=1024, ge=1, le=CONTEXT, description="longest prompt accepted")
+    max_response_tokens: int = Field(
+        default=2048, ge=1, le=CONTEXT, description="a response that reaches it is cut there"
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MANY)]] | None = Field(
         default=None, description="ids that end a response; default: the model's own EOS ids"
     )
     seed: int = Field(
         default=0, ge=0, le=2**31 - 1, description="with round, prompt and sample number it fixes each rollout"
     )
     prompts_per_block: int = Field(
-        default=64, ge=1, description="prompts in a block, the unit of writing and resuming"
+        default=64, ge=1, le=2**16, description="prompts in a block, the unit of writing and resuming"
     )
-    batch_size: int = Field(default=256, ge=1, description="rollouts decoded together")
+    batch_size: int = Field(default=256, ge=1, le=2**20, description="rollouts decoded together")
     entry_prompts: int = Field(
-        default=32, ge=0, description="responses looked at before the round starts, where eval.format is set; 0: none"
+        default=32,
+        ge=0,
+        le=MANY,
+        description="responses looked at before the round starts, where eval.format is set; 0: none",
     )
     entry_share: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
 
@@ -160,9 +212,14 @@ class ScoreConfig(Section):
         "vllm, server: teachers read by vLLM, here or behind teacher.url (the student then stays resident)",
     )
     memory_gib: float | None = Field(
-        default=None, gt=0, description="device memory that a streamed scorer may use; default: most of what is free"
+        default=None,
+        gt=0,
+        le=2**20,
+        description="device memory that a streamed scorer may use; default: most of what is free",
     )
-    tile_tokens: int = Field(default=8192, ge=1, description="tokens (prompts included) packed into one forward")
+    tile_tokens: int = Field(
+        default=8192, ge=1, le=CONTEXT, description="tokens (prompts included) packed into one forward"
+    )
     candidates: int = Field(
         default=8, ge=1, le=4096, description="alternatives kept at every position, the sampled token included"
     )
@@ -172,21 +229,25 @@ class ScoreConfig(Section):
     teacher_topk: int = Field(
         default=0, ge=0, le=4096, description="the teacher's own likeliest tokens, stored beside; 0: none"
     )
-    rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+    rows_per_chunk: int = Field(
+        default=1024, ge=1, le=CONTEXT, description="positions whose logits exist at the same time"
+    )
     alignment: Literal["tokens", "spans"] = Field(
         default="tokens",
         description="tokens: a teacher cuts text into the student's tokens; spans: where it does not, the pieces "
         "of text that both share are compared (placement resident or streamed)",
     )
     server_requests: int = Field(default=32, ge=1, le=1024, description="requests in flight to a served teacher")
-    server_timeout: float = Field(default=300.0, gt=0, description="seconds that one request to it may take")
+    server_timeout: float = Field(
+        default=300.0, gt=0, le=86400, description="seconds that one request to it may take"
+    )
     server_retries: int = Field(default=8, ge=0, le=100, description="times a failed request to it is sent again")
 
 
 class VllmConfig(Section):
     """The vLLM engine, as sampler (rollouts.engine) or scorer (score.placement)."""
 
-    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one model")
+    tensor_parallel_size: int = Field(default=1, ge=1, le=2**16, description="GPUs that share one model")
     gpu_memory_utilization: float | None = Field(
         default=None, gt=0, le=1, description="share of the device's memory; default: 0.9 on a GPU, 0.2 without one"
     )
@@ -215,10 +276,11 @@ class TrainConfig(Section):
         default="current",
         description="importance sampling: advantage by the current student, or as cached (one pass only)",
     )
-    advantage_clip: float = Field(default=10.0, gt=0, description="bound on the absolute advantage, nats")
+    advantage_clip: float = Field(default=10.0, gt=0, le=LARGE, description="bound on the absolute advantage, nats")
     ratio_truncation: float | None = Field(
         default=None,
         ge=1,
+        le=LARGE,
         description="importance sampling: larger ratios count as this, where ppo_clip has not stopped the token; "
         "default: as they are",
     )
@@ -232,36 +294,41 @@ class TrainConfig(Section):
         default=False,
         description="importance sampling: ratios against the distribution really sampled from (rollout_logprobs)",
     )
-    steps: int = Field(default=150, ge=1, description="optimizer steps at most")
+    steps: int = Field(default=150, ge=1, le=MANY, description="optimizer steps at most")
     prompts_per_step: int = Field(
-        default=64, ge=1, description="prompts, each with all its rollouts, in a global batch"
+        default=64, ge=1, le=2**20, description="prompts, each with all its rollouts, in a global batch"
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="peak learning rate of AdamW")
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up, at most train.steps")
+    warmup_steps: int = Field(default=0, ge=0, le=MANY, description="steps of linear warm-up, at most train.steps")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW weight decay")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=LARGE, description="gradients are clipped to this norm")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW betas")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw", description="adamw_8bit: its moments in 8 bits (extra quant; one GPU or ddp)"
     )
     method: Literal["lora", "full"] = Field(default="lora", description="lora: an adapter; full: every weight")
     lora_rank: int = Field(default=128, ge=1, le=4096, description="LoRA rank; 32 or more is advised")
-    lora_alpha: float = Field(default=32.0, gt=0, description="LoRA updates are scaled by lora_alpha / lora_rank")
+    lora_alpha: float = Field(
+        default=32.0, gt=0, le=LARGE, description="LoRA updates are scaled by lora_alpha / lora_rank"
+    )
     lora_targets: Literal["all-linear"] | list[str] = Field(
         default="all-linear", description="all-linear, or a list of module names"
     )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout")
     tokens_per_microbatch: int = Field(
-        default=8192, ge=1, description="tokens (prompts included) in one forward and backward"
+        default=8192, ge=1, le=CONTEXT, description="tokens (prompts included) in one forward and backward"
     )
     share_prompts_from: int = Field(
         default=128,
         ge=1,
+        le=MANY,
         description="prompts of so many tokens or more are read once for all their rollouts in a micro-batch: less "
         "work, equal results",
     )
-    rows_per_chunk: int = Field(default=1024, ge=1, description="positions whose logits exist at the same time")
+    rows_per_chunk: int = Field(
+        default=1024, ge=1, le=CONTEXT, description="positions whose logits exist at the same time"
+    )
     gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in backward: slower, far less memory"
     )
@@ -269,13 +336,15 @@ class TrainConfig(Section):
         default="ddp", description="under torchrun; ddp: a student on each GPU; fsdp: one in shards over all of them"
     )
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="of the replay order and the new LoRA weights")
-    shuffle_window_blocks: int = Field(default=8, ge=1, description="blocks whose prompts are shuffled together")
-    checkpoint_every: int = Field(default=10, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints kept")
-    stop_reverse_kl: float = Field(
-        default=0.002, ge=0, description="cached reverse KL per token that ends the round; 0: never"
+    shuffle_window_blocks: int = Field(
+        default=8, ge=1, le=MANY, description="blocks whose prompts are shuffled together"
     )
-    stop_window: int = Field(default=5, ge=1, description="steps over which that reverse KL is averaged")
+    checkpoint_every: int = Field(default=10, ge=1, le=MANY, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, le=MANY, description="checkpoints kept")
+    stop_reverse_kl: float = Field(
+        default=0.002, ge=0, le=LARGE, description="cached reverse KL per token that ends the round; 0: never"
+    )
+    stop_window: int = Field(default=5, ge=1, le=MANY, description="steps over which that reverse KL is averaged")
     stale_ess: float = Field(
         default=0.0,
         ge=0,
@@ -287,10 +356,10 @@ class TrainConfig(Section):
         description="measured while training: reverse_kl on prompts of the round that are held back, or accuracy or "
         "legal format on eval.path, greedily; the best checkpoint by it becomes the adapter; default: none",
     )
-    heldout_every: int = Field(default=10, ge=1, description="steps between measurements of heldout_metric")
-    heldout_prompts: int = Field(default=64, ge=1, description="prompts to measure it on")
+    heldout_every: int = Field(default=10, ge=1, le=MANY, description="steps between measurements of heldout_metric")
+    heldout_prompts: int = Field(default=64, ge=1, le=MANY, description="prompts to measure it on")
     heldout_patience: int = Field(
-        default=3, ge=1, description="measurements in a row without a new best that end training: a plateau"
+        default=3, ge=1, le=MANY, description="measurements in a row without a new best that end training: a plateau"
     )
     teacher: str | list[str] | None = Field(
         default=None, description="name of the teacher to learn from, or a list of several; default: the only one"
@@ -298,7 +367,7 @@ class TrainConfig(Section):
     mixture: Literal["arithmetic", "geometric"] = Field(
         default="arithmetic", description="several teachers: mean of their probabilities, or of their log-probs"
     )
-    teacher_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    teacher_weights: dict[str, Annotated[float, Field(ge=0, le=LARGE)]] = Field(
         default_factory=dict, description="several teachers: weight by name; default: equal"
     )
     route: dict[str, str] = Field(
@@ -311,10 +380,13 @@ class TrainConfig(Section):
 class RewardConfig(Section):
     """Task reward beside the teacher: a prompt's rollouts that [eval] finds right, against the others."""
 
-    coefficient: float = Field(default=0.0, ge=0, description="weight of the reward's advantage; 0: no rewards")
+    coefficient: float = Field(
+        default=0.0, ge=0, le=LARGE, description="weight of the reward's advantage; 0: no rewards"
+    )
     teacher_weight: float = Field(
         default=1.0,
         ge=0,
+        le=LARGE,
         description="weight of the loss to the teacher beside it; 0: rewards alone, no teacher is needed",
     )
     verifier: Literal["answer", "format"] = Field(
@@ -330,7 +402,9 @@ class RewardConfig(Section):
 class SelectConfig(Section):
     """Which of the cached response tokens stage two trains on; the cache itself is never changed."""
 
-    first_tokens: int | None = Field(default=None, ge=1, description="only the first so many of a response")
+    first_tokens: int | None = Field(
+        default=None, ge=1, le=CONTEXT, description="only the first so many of a response"
+    )
     special_tokens: bool = Field(default=True, description="the tokenizer's special tokens, stop tokens aside")
     eos: bool = Field(default=True, description="the stop token that ends a response")
     truncated: bool = Field(default=True, description="responses that were cut at the length limit")
@@ -352,11 +426,13 @@ class DistillConfig(Section):
     stop_reverse_kl: float = Field(
         default=0.002,
         ge=0,
+        le=LARGE,
         description="reverse KL per token, on a round's fresh rollouts, at which nothing is left to learn; 0: never",
     )
     patience: int = Field(
         default=2,
         ge=1,
+        le=MANY,
         description="rounds in a row without a new best that end it: of train.heldout_metric, or else of that "
         "reverse KL",
     )
@@ -368,22 +444,27 @@ class DistillConfig(Section):
 class SftData(Section):
     """One source of documents or chats."""
 
-    path: str = Field(min_length=1, description="JSONL, Parquet or Hub dataset id; lines with text, or chats")
+    path: str = Field(
+        min_length=1, max_length=PATH, description="JSONL, Parquet or Hub dataset id; lines with text, or chats"
+    )
     share: float | None = Field(
         default=None, gt=0, le=1, description="of the trained tokens; default: every example equally often"
     )
-    split: str = Field(default="train", description="split of a Hub dataset")
+    split: str = Field(default="train", max_length=PATH, description="split of a Hub dataset")
 
 
 class SftConfig(Section):
     """Fine-tuning on documents and chats (`redpen sft`); what is not here is as in [train]."""
 
     data: list[SftData] = Field(default=[], description="[[sft.data]], one or several, mixed by their shares")
-    steps: int = Field(default=200, ge=1, description="optimizer steps")
-    examples_per_step: int = Field(default=32, ge=1, description="examples in a global batch")
+    steps: int = Field(default=200, ge=1, le=MANY, description="optimizer steps")
+    examples_per_step: int = Field(default=32, ge=1, le=2**20, description="examples in a global batch")
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="peak learning rate of AdamW")
     max_tokens: int = Field(
-        default=2048, ge=2, description="documents are cut into pieces of so many; longer chats are left out"
+        default=2048,
+        ge=2,
+        le=CONTEXT,
+        description="documents are cut into pieces of so many; longer chats are left out",
     )
 
     @field_validator("data")
@@ -398,9 +479,9 @@ class SftConfig(Section):
 class GateConfig(Section):
     """An evaluation that must hold after new knowledge was learnt."""
 
-    name: str = Field(min_length=1, description="what it measures, in a word")
-    path: str = Field(min_length=1, description="prompts with an answer, as eval.path")
-    limit: int = Field(default=512, ge=1, description="use only the first so many prompts")
+    name: str = Field(min_length=1, max_length=NAME, description="what it measures, in a word")
+    path: str = Field(min_length=1, max_length=PATH, description="prompts with an answer, as eval.path")
+    limit: int = Field(default=512, ge=1, le=MANY, description="use only the first so many prompts")
     metric: Literal["accuracy", "format"] = Field(
         default="accuracy", description="right greedy responses (eval.match), or legal ones (eval.format)"
     )
@@ -427,7 +508,7 @@ class ContinualConfig(Section):
     @classmethod
     def _by_name(cls, gate: list[GateConfig]) -> list[GateConfig]:
         names = [one.name for one in gate]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        if repeated := _repeated(names):
             raise ValueError(f"has two gates named {repeated!r}; give each its own name")
         return gate
 
@@ -448,15 +529,17 @@ class EvalConfig(Section):
     """Evaluation on held-out prompts."""
 
     path: str | None = Field(
-        default=None, description="prompts with an answer: JSONL, Parquet, Hub dataset id or toy:heldout"
+        default=None,
+        max_length=PATH,
+        description="prompts with an answer: JSONL, Parquet, Hub dataset id or toy:heldout",
     )
-    limit: int | None = Field(default=None, ge=1, description="use only the first so many prompts")
+    limit: int | None = Field(default=None, ge=1, le=MANY, description="use only the first so many prompts")
     samples: int = Field(
         default=1, ge=1, le=64, description="sampled responses for each prompt, beside the greedy one"
     )
     temperature: float = Field(default=1.0, gt=0, le=10, description="of the sampled responses")
     max_response_tokens: int | None = Field(
-        default=None, ge=1, description="default: rollouts.max_response_tokens, or what a task says"
+        default=None, ge=1, le=CONTEXT, description="default: rollouts.max_response_tokens, or what a task says"
     )
     match: Literal["exact", "number", "math"] = Field(
         default="exact",
@@ -477,34 +560,34 @@ class EvalConfig(Section):
     candidates: int = Field(
         default=64, ge=1, le=4096, description="alternatives kept when measuring reverse KL to a teacher"
     )
-    batch_size: int = Field(default=256, ge=1, description="responses decoded together")
+    batch_size: int = Field(default=256, ge=1, le=2**20, description="responses decoded together")
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="tasks of lm-evaluation-harness, e.g. ifeval, aime24 (extra eval)"
     )
-    task_path: str | None = Field(default=None, min_length=1, description="directory of your own task files (YAML)")
-    task_limit: int | None = Field(default=None, ge=1, description="only the first so many examples of each task")
+    task_path: str | None = Field(
+        default=None, min_length=1, max_length=PATH, description="directory of your own task files (YAML)"
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, le=MANY, description="only the first so many examples of each task"
+    )
     reread_rollouts: int = Field(
         default=256,
         ge=0,
+        le=MANY,
         description="cached rollouts, those of the worst tokens, that the trained student reads again for the report",
     )
 
     @field_validator("format")
     @classmethod
     def _expression(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"must be json, answer or a regular expression: {error}") from None
+        if pattern not in (None, "json", "answer"):
+            _compiled(pattern)
         return pattern
 
     @field_validator("answer_pattern")
     @classmethod
     def _one_group(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"must be a regular expression: {error}") from None
+        groups = 1 if pattern is None else _compiled(pattern).groups
         if groups != 1:
             raise ValueError(f"must hold exactly one group (...), it holds {groups}")
         return pattern
@@ -545,7 +628,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Self:
         names = [teacher.name for teacher in self.teacher]
-        if repeated := next((name for name in names if names.count(name) > 1), None):
+        if repeated := _repeated(names):
             raise ValueError(f"two teachers are named {repeated!r}; give each [[teacher]] its own name")
         rewarded = self.reward.coefficient > 0
         if (self.train.loss == "importance_sampling" or rewarded) and self.rollouts.top_p < 1:
@@ -670,9 +753,11 @@ class Recipe(Section):
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
         """Check plain data (as TOML gives it) after `section.key=value` overrides. Raises `ConfigError`, one line."""
+        settings.check_plain(data, where)
         data = copy.deepcopy(data)
         overridden = [settings.apply_override(cls, data, text) for text in overrides]
         _without_removed(data, where, overridden)
+        settings.check_plain(data, "--set")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -794,24 +879,18 @@ def _shipped() -> Traversable:
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
-    where = f"recipe {name_or_path}"
-    path = Path(name_or_path)
+    where = f"recipe {settings.clip(name_or_path)}"
+    if name_or_path in recipe_names():
+        return settings.parse_toml(recipe_text(name_or_path), where), where
     try:
-        if name_or_path in recipe_names():
-            text = recipe_text(name_or_path)
-        elif path.is_file():
-            text = path.read_bytes().decode("utf-8-sig")
-        else:
-            raise ConfigError(
-                f"{where}: no such file; expected a TOML file or one of {', '.join(recipe_names())}"
-                + settings.did_you_mean(name_or_path, recipe_names())
-            )
-        return tomllib.loads(text), where
-    except UnicodeDecodeError as error:
+        path = Path(name_or_path)
+        if not name_or_path or not path.exists():
+            raise FileNotFoundError
+        return settings.parse_toml(files.read_text(path, at_most=_AT_MOST, error=ConfigError), where), where
+    except FileNotFoundError:
         raise ConfigError(
-            f"{where}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}"
+            f"{where}: no such file; expected a TOML file or one of {', '.join(recipe_names())}"
+            + settings.did_you_mean(name_or_path, recipe_names())
         ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None

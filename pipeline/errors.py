@@ -63,6 +63,8 @@ def explained(error: Exception) -> str | None:
 
     if isinstance(error, CacheError):
         return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:80]}...: this name is too long for the file system; choose a shorter one"
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.filename or 'storage'}: {error.strerror}; nothing that was finished is lost, run it again"
     if isinstance(error, OSError) and error.errno in _PATHS:

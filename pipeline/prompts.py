@@ -1,8 +1,9 @@
 """Prompts: from files to checked records, from records to token ids.
 
 A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
-optionally `answer`, `source` and `id`. Other fields of a line are left out; nulls and NaN count as absent. Each error
-is one line with the file, the line, what was expected and what came.
+optionally `answer`, `source` and `id`. ShareGPT's `conversations` are read as `messages`. Other fields of a line are
+left out; nulls and NaN count as absent. Each error is one line with the file, the line, what was expected and what
+was found.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +24,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.chat_template import chat_text
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
+from pipeline.settings import show
+from pipeline.template_effect import N_CHATS, warn_without_effect, with_system
+from pipeline.token_length import least_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELDS = ("prompt", "messages", "answer", "source", "id")
-#: The most that a line of JSON may hold, in bytes: a million tokens with all that can be said of them.
-LINE_BYTES = 2**26
+FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id")
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+#: Rows of a Parquet file that are Python objects at the same time.
+_ROWS = 1024
+#: Bytes that one line may have.
+_LINE_AT_MOST = 2**26
+#: Roles as ShareGPT's `from` names them.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -97,16 +109,21 @@ def _toy_path(name: str, setting: str) -> Path:
 def json_lines(path: Path, name: str, setting: str = "prompts.path") -> Iterator[tuple[str, Any]]:
     """Pairs of place (`name:line`) and the JSON value of each line that is not blank. Raises `PromptError`."""
     try:
-        with path.open("rb") as file:
-            lines = iter(lambda: file.readline(LINE_BYTES + 1), b"")
-            for number, line in enumerate(lines, 1):
-                if len(line) > LINE_BYTES:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PromptError(f"{name}: expected a regular file, got a directory, a device or a pipe")
+            for number in itertools.count(1):
+                line = file.readline(_LINE_AT_MOST + 1)
+                if not line:
+                    return
+                if len(line) > _LINE_AT_MOST:
                     raise PromptError(
-                        f"{name}:{number}: expected a line of at most {LINE_BYTES:,} bytes, found a longer one; is "
-                        "this one JSON object on each line?"
+                        f"{name}:{number}: expected at most {_LINE_AT_MOST:,} bytes a line, got more; write one "
+                        "record on each line (JSONL)"
                     )
+                line = line.removeprefix(b"\xef\xbb\xbf")  # files with a byte order mark, put together
                 if line.strip():
-                    yield f"{name}:{number}", _parse(line.removeprefix(b"\xef\xbb\xbf"), f"{name}:{number}")
+                    yield f"{name}:{number}", _parse(line, f"{name}:{number}")
     except FileNotFoundError:
         raise PromptError(f"{name}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
     except OSError as error:
@@ -143,14 +160,18 @@ def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[t
     from pyarrow import parquet
 
     try:
+        if path.exists() and not path.is_file():
+            raise PromptError(f"{path}: expected a regular file, got a device or a pipe")
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             columns = [name for name in fields if name in names]
-            if not {"prompt", "messages", "text"} & set(columns):
+            if twice := next((name for name in columns if names.count(name) > 1), None):
+                raise PromptError(f"{path}: expected one column {twice}, got {names.count(twice)}; remove the others")
+            if not {"prompt", "messages", "conversations", "text"} & set(columns):
                 raise PromptError(f"{path}: {_no_prompt(names, 'columns')}")
             number = 0
             narrow = [n for n in columns if pyarrow.types.is_float32(file.schema_arrow.field(n).type)]
-            for batch in file.iter_batches(columns=columns):
+            for batch in file.iter_batches(_ROWS, columns=columns):
                 for value in batch.to_pylist():
                     number += 1
                     for name in narrow:  # 0.1 and not 0.10000000149
@@ -158,7 +179,9 @@ def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[t
                     yield f"{path}: row {number}", value
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
-    except (pyarrow.ArrowException, OSError) as error:
+    except PromptError:
+        raise
+    except Exception as error:  # Arrow's own, and what Python says of values that it has no type for
         raise PromptError(f"{path}: expected a Parquet file: {_one_line(error)}") from None
 
 
@@ -183,7 +206,7 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
     """The prompt record of one line, with only the fields that redpen knows. Raises `PromptError` naming `place`."""
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
-    record = {name: value[name] for name in FIELDS if not _is_missing(value.get(name))}
+    record = named_messages({name: value[name] for name in FIELDS if not _is_missing(value.get(name))}, place)
     if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
         record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
     if "prompt" in record and "messages" in record:
@@ -205,6 +228,34 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
         if name in record:
             record[name] = _check_label(record[name], name, place)
     return record
+
+
+def named_messages(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """A record with ShareGPT's `conversations`, a list of {from, value}, as `messages`.
+
+    Raises `PromptError` naming `place`.
+    """
+    if "conversations" not in record:
+        return record
+    if other := next((name for name in ("messages", "prompt", "text") if name in record), None):
+        raise PromptError(f"{place}: expected either {other} or conversations, got both; keep one")
+    turns = record["conversations"]
+    if not isinstance(turns, list):
+        raise PromptError(f"{place}: conversations: expected a list of {{from, value}} objects, got {_kind(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") is None:
+            messages.append(turn)  # {role, content}, or what is said of messages
+            continue
+        role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise PromptError(
+                f"{place}: conversations[{number}].from: expected one of {', '.join(_ROLES)}, got "
+                f"{show(turn['from'])}; convert the column to messages, a list of {{role, content}}"
+            )
+        rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+        messages.append({"role": role, "content": turn.get("value")} | rest)
+    return {name: item for name, item in record.items() if name != "conversations"} | {"messages": messages}
 
 
 def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
@@ -233,7 +284,7 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
             check_text(message[key], f"{label}.{key}", place)
         if extra := message.keys() - {"role", "content"}:
             raise PromptError(
-                f"{place}: {label}: expected only role and content, got also {', '.join(sorted(extra))}; "
+                f"{place}: {label}: expected only role and content, got also {_keys(sorted(map(str, extra)))}; "
                 "tool calls and names are not supported"
             )
         if not message["role"]:
@@ -283,19 +334,37 @@ def check_text(value: Any, name: str, place: str) -> None:
 # --------------------------------------------------------------------------------------------------------- rendering
 
 
-def render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> list[int]:
+class TooLongError(PromptError):
+    """A prompt that cannot fit, found before it was tokenised.
+
+    Attributes:
+        least: tokens that it has at least.
+    """
+
+    def __init__(self, least: int, at_most: int):
+        self.least = least
+        super().__init__(f"expected at most {at_most} tokens, got at least {least}")
+
+
+def render(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig, at_most: int | None = None
+) -> list[int]:
     """Token ids of one prompt: through the chat template, ready for the student's turn, or as plain text.
 
-    Raises `PromptError` where the template is missing or refuses the record.
+    Args:
+        at_most: tokens; a text that is certain to have more is not tokenised.
+
+    Raises:
+        TooLongError: it has more than `at_most` tokens. What is just a little too long is returned.
+        PromptError: the template is missing or refuses the record.
     """
     if not uses_chat(tokenizer, cfg):
         if "messages" in record:
             return render_chat(record["messages"], tokenizer, cfg)  # which says what is missing
         if cfg.system is not None:
-            raise PromptError("prompts.system needs a chat template, the tokenizer has none; remove it")
-        return plain_ids(record["prompt"], tokenizer)
-    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    return render_chat(messages, tokenizer, cfg, reply_follows=True)
+            raise PromptError(f"prompts.system needs a chat template, {_no_template(cfg)}; remove it")
+        return plain_ids(record["prompt"], tokenizer, at_most)
+    return render_chat(_chat_of(record), tokenizer, cfg, reply_follows=True, at_most=at_most)
 
 
 def render_chat(
@@ -304,27 +373,35 @@ def render_chat(
     cfg: PromptsConfig,
     *,
     reply_follows: bool = False,
+    at_most: int | None = None,
 ) -> list[int]:
     """Token ids of a chat through the chat template, ready for the assistant's turn if `reply_follows`.
 
-    Raises `PromptError` where the template refuses it.
+    Raises as `render`.
     """
     if not uses_chat(tokenizer, cfg):
-        raise PromptError(
-            "messages need a chat template, "
-            + ('got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none")
-            + "; give plain text as prompt"
-        )
-    if cfg.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": cfg.system}, *messages]
+        raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
+    chat = with_system(messages, cfg.system)
+    text = chat_text(chat, tokenizer, cfg.template_args, reply_follows=reply_follows)
+    _check_length(text, tokenizer, at_most)
     try:
         # the template writes every special token itself, a BOS included
-        ids = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=reply_follows, tokenize=True, return_dict=False, **cfg.template_args
-        )
-    except Exception as error:  # a template is a program of the model's author
-        raise PromptError(f"the chat template refuses it: {_one_line(error)}") from None
-    return [int(token) for token in ids]
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    except Exception as error:  # of text that no tokenizer was made for, as half a surrogate pair
+        raise PromptError(f"the tokenizer refuses what the chat template writes: {_one_line(error)}") from None
+
+
+def _chat_of(record: dict[str, Any]) -> list[dict[str, str]]:
+    return record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+
+
+def _no_template(cfg: PromptsConfig) -> str:
+    return 'got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none"
+
+
+def _check_length(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None) -> None:
+    if at_most is not None and len(text) > at_most and (least := least_tokens(text, tokenizer)) > at_most:
+        raise TooLongError(least, at_most)
 
 
 def with_prefix(record: dict[str, Any], prefix: str | None) -> dict[str, Any]:
@@ -345,32 +422,52 @@ def render_all(
     cfg: PromptsConfig,
     max_prompt_tokens: int,
     context: int | None = None,
+    *,
+    reader: str = "student",
+    named: Mapping[str, str] | None = None,
 ) -> list[npt.NDArray[np.int32]]:
-    """Token ids of every prompt, checked against the longest accepted and the student's `context` length (tokens).
+    """Token ids of every prompt, checked against the longest accepted and the reader's `context` length (tokens).
 
-    Raises `PromptError` naming the first prompt at fault, its length, the limit, how many there are in all, and the
-    setting to change.
+    Warns of settings that change nothing in the first prompts. What is much too long is not tokenised.
+
+    Args:
+        reader: who reads them, for the messages.
+        named: the names of `system` and `template_args` in the recipe, where they are not those of [prompts].
+
+    Raises:
+        PromptError: names the first prompt at fault, its length, the limit, how many there are in all, and the
+            setting to change.
     """
-    rendered = []
+    if cfg.template != "none":
+        warn_without_effect([_chat_of(record) for record in records[:N_CHATS]], tokenizer, cfg, named)
+    limit = max_prompt_tokens if context is None else min(max_prompt_tokens, context - 1)
+    rendered, lengths, least = [], [], False
     for number, record in enumerate(records, 1):
         try:
-            ids = np.asarray(render(record, tokenizer, cfg), np.int32)
+            ids = np.asarray(render(record, tokenizer, cfg, limit), np.int32)
+        except TooLongError as error:
+            lengths.append(error.least)
+            least = True
+            continue
         except PromptError as error:
             raise PromptError(f"{cfg.path}: prompt {number}: {error}") from None
         if not len(ids):
             raise PromptError(f"{cfg.path}: prompt {number}: expected at least one token, the tokenizer gives none")
         rendered.append(ids)
-    limit = max_prompt_tokens if context is None else min(max_prompt_tokens, context - 1)
-    long = [number for number, ids in enumerate(rendered, 1) if len(ids) > limit]
+        lengths.append(len(ids))
+    long = [number for number, length in enumerate(lengths, 1) if length > limit]
     if long:
-        longest = max(len(ids) for ids in rendered)
+        longest = max(lengths)
         if context is not None and longest >= context:
-            remedy = f"the student's context is {context} tokens, so shorten or remove them"
+            remedy = f"the {reader}'s context is {context} tokens, so shorten or remove them"
+        elif least:
+            remedy = "remove them, or set rollouts.max_prompt_tokens higher"
         else:
             remedy = f"set rollouts.max_prompt_tokens to {longest} or remove them"
         raise PromptError(
-            f"{cfg.path}: prompt {long[0]}: expected at most {limit} tokens, got {len(rendered[long[0] - 1])} "
-            f"({len(long)} of {len(rendered)} prompts are too long, the longest has {longest}); {remedy}"
+            f"{cfg.path}: prompt {long[0]}: expected at most {limit} tokens, got {lengths[long[0] - 1]} "
+            f"({len(long)} of {len(lengths)} prompts are too long, the longest has {longest}"
+            f"{' or more' if least else ''}); {remedy}"
         )
     return rendered
 
@@ -399,8 +496,12 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
     return has_template and cfg.template != "none"
 
 
-def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of `text`, after a BOS where the tokenizer puts one itself; never with an EOS, which would end it."""
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> list[int]:
+    """Tokens of `text`, after a BOS where the tokenizer puts one itself; never with an EOS, which would end it.
+
+    Raises `TooLongError` where it is certain to have more than `at_most`.
+    """
+    _check_length(text, tokenizer, at_most)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -412,17 +513,25 @@ def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _no_prompt(names: Sequence[str], what: str) -> str:
+    names = [str(name) for name in names]
     near = [
-        f"is {name} your {wanted}?"
+        f"is {_short(name)} your {wanted}?"
         for wanted in ("prompt", "messages")
-        for name in difflib.get_close_matches(wanted, [str(name) for name in names], 1, 0.7)
+        for name in difflib.get_close_matches(wanted, names, 1, 0.7)
     ]
+    chats = [name for name in names if re.match(r"(conversation|dialog|chat|turns?$)", name.lower())]
+    if chats and not near:
+        near = [f"if {_short(chats[0])} holds chats, name it messages: a list of {{role, content}}"]
     hint = f"; {near[0]}" if near else f"; name the {what[:-1]} with the text prompt"
-    return f"expected prompt or messages, got {what} {', '.join(map(str, names[:8])) or 'none'}{hint}"
+    return f"expected prompt or messages, got {what} {', '.join(map(_short, names[:8])) or 'none'}{hint}"
 
 
-def _keys(value: dict[str, Any]) -> str:
-    return ", ".join(map(str, value)) or "no fields"
+def _keys(value: Iterable[Any]) -> str:
+    return ", ".join(_short(str(key)) for key in [*value][:8]) or "no fields"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:37] + "..."
 
 
 def _kind(value: Any) -> str:

@@ -24,6 +24,10 @@ from pipeline.errors import ConfigError
 
 Raw = dict[str, Any]
 
+#: An upper bound as high as this is there for the arithmetic, and shown only where it is exceeded.
+_TECHNICAL = 2**16
+#: Tables and lists within one another.
+_DEEPEST = 32
 #: What needs no saying beside a value.
 _PLAIN = ("string", "non-empty string", "table", "true or false")
 
@@ -32,6 +36,45 @@ class Section(BaseModel):
     """A table of settings: no unknown keys, no silent conversions, immutable once read."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def parse_toml(text: str, where: str) -> Raw:
+    """TOML from outside. Raises `ConfigError` naming `where`, whatever is wrong with the text."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid TOML: nested too deeply") from None
+    except ValueError as error:  # also integers of thousands of digits, and dates that there are not
+        raise ConfigError(f"{where}: not valid TOML: {clip(str(error), 200)}") from None
+
+
+def check_plain(data: Any, where: str) -> None:
+    """Raises `ConfigError`, naming `where` and the setting, where plain data are nested too deeply or hold a number
+    or text that no setting can be.
+    """
+    rest: list[tuple[tuple[str, ...], Any]] = [((), data)]
+    while rest:
+        keys, value = rest.pop()
+        name = clip(".".join(keys))
+        if len(keys) > _DEEPEST:
+            raise ConfigError(f"{where}: {name} must be nested at most {_DEEPEST} deep, is deeper")
+        if isinstance(value, dict):
+            rest += [((*keys, str(key)), item) for key, item in value.items()]
+            rest += [(keys, key) for key in value]
+        elif isinstance(value, list):
+            rest += [((*keys, ""), item) for item in value]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{where}: {name} must be a number of 64 bits, got an integer of {value.bit_length()}")
+        elif isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{where}: {name or 'a key'} must be text without NUL characters, got {show(value)}")
+
+
+def clip(text: str, at_most: int = 80) -> str:
+    """The text, its middle left out where it is longer."""
+    return text if len(text) <= at_most else f"{text[: at_most // 2]}...{text[-(at_most // 4) :]}"
 
 
 # --------------------------------------------------------------------------------------------------------- overrides
@@ -46,13 +89,15 @@ def apply_override(root: type[Section], data: Raw, text: str) -> str:
     path, equals, raw = text.partition("=")
     keys, raw = [key.strip() for key in path.split(".")], raw.strip()
     dotted = ".".join(keys)
+    if len(dotted) > 1000:
+        raise ConfigError(f"--set: expected section.key=value, got {clip(text)}")
     if not equals or len(keys) < 2 or not all(keys):
         near = did_you_mean(path.strip(), [name for name in known_settings(root) if "." in name])
         raise ConfigError(f"--set: expected section.key=value, got {show(text)}{near}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"--set {dotted!a}: expected UTF-8 text, got {raw!a}") from None
+        raise ConfigError(f"--set {dotted!a}: expected UTF-8 text, got {clip(ascii(raw))}") from None
     table, keys = _addressed(data, keys, dotted)
     for depth, key in enumerate(keys[:-1]):
         table = table.setdefault(key, {})
@@ -91,6 +136,8 @@ def _value(root: type[Section], dotted: str, raw: str) -> Any:
         parsed = tomllib.loads(f"value = {raw}\n")
     except tomllib.TOMLDecodeError:
         return raw
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand brackets
+        raise ConfigError(f"--set {dotted}: expected a TOML value, got {show(raw)}") from None
     value = parsed["value"] if parsed.keys() == {"value"} else raw
     field = setting(root, dotted.split("."))
     # `--set student.revision=2024` means text: nobody quotes twice on a command line
@@ -113,7 +160,7 @@ def explain(root: type[Section], error: ValidationError, data: Raw, where: str, 
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden"):
         path = _path(root, item["loc"], data)
         problems.setdefault(path, _problem(root, path, item))
-    (path, problem), *others = problems.items()
+    (path, problem), *others = ((clip(path), problem) for path, problem in problems.items())
     more = f" (and {len(others)} more: {', '.join(name for name, _ in others[:3])})" if others else ""
     if not path:
         return f"{where}: {problem}{more}"
@@ -139,6 +186,7 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 def show(value: Any) -> str:
     """A value as its user would write it, cut to fit a line."""
+    value = clip(value, 200) if isinstance(value, str) else value
     text = mask(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -202,6 +250,10 @@ def _problem(root: type[Section], path: str, item: Mapping[str, Any]) -> str:
         return f"is not a setting{_nearest(root, path)}"
     if item["type"] == "missing" and whole:
         return f"is missing: expected {_expected(field)} ({field.description})"
+    if item["type"] == "string_too_long":
+        return f"must have at most {item['ctx']['max_length']} characters, got {len(item['input']):,}"
+    if item["type"] == "less_than_equal":
+        return f"must be {_expected(field, technical=True)}, got {show(item['input'])}"
     return f"must be {_expected(field)}, got {'too few' if item['type'] == 'missing' else show(item['input'])}"
 
 
@@ -215,45 +267,46 @@ def _nearest(root: type[Section], path: str) -> str:
     return did_you_mean(path, known) or f"; {f'[{section}]' if inner else 'a recipe'} has {', '.join(keys)}"
 
 
-def _expected(field: FieldInfo) -> str:
-    """What a setting accepts, in words, from its type and its bounds."""
-    kind = _kind(field.annotation)
+def _expected(field: FieldInfo, technical: bool = False) -> str:
+    """What a setting accepts, in words, from its type and its bounds; `technical` bounds too."""
+    kind = _kind(field.annotation, technical)
     if any(getattr(constraint, "min_length", 0) for constraint in field.metadata):
         kind = kind.replace("a ", "a non-empty ", 1)
-    return kind + _bounds(field.metadata)
+    return kind + _bounds(field.metadata, technical)
 
 
-def _bounds(constraints: Sequence[Any]) -> str:
+def _bounds(constraints: Sequence[Any], technical: bool) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = [
         f"{sign} {bound}"
         for constraint in constraints
         for name, sign in signs.items()
         if (bound := getattr(constraint, name, None)) is not None
+        if technical or name != "le" or bound < _TECHNICAL
     ]
     return f" {' and '.join(bounds)}" if bounds else ""
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: Any, technical: bool = False) -> str:
     origin, options = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a table with {', '.join(annotation.model_fields)}"
     if origin is Literal:
         return " or ".join(show(option) for option in options)
     if _is_union(annotation):
-        return " or ".join(_kind(option) for option in options if option is not type(None))
+        return " or ".join(_kind(option, technical) for option in options if option is not type(None))
     if origin is tuple:
-        return f"a list of {len(options)} {_plural(options[0])}"
+        return f"a list of {len(options)} {_plural(options[0], technical)}"
     if origin is list:
-        return f"a list of {_plural(options[0])}"
+        return f"a list of {_plural(options[0], technical)}"
     if origin is Annotated:
-        return _kind(options[0]) + _bounds([c for option in options[1:] for c in getattr(option, "metadata", [])])
+        return _kind(options[0]) + _bounds([c for o in options[1:] for c in getattr(o, "metadata", [])], technical)
     names: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     return names.get(annotation, "a table")
 
 
-def _plural(annotation: Any) -> str:
-    noun, _, bounds = _kind(annotation).removeprefix("an ").removeprefix("a ").partition(" ")
+def _plural(annotation: Any, technical: bool) -> str:
+    noun, _, bounds = _kind(annotation, technical).removeprefix("an ").removeprefix("a ").partition(" ")
     return f"{noun}s {bounds}".strip()
 
 

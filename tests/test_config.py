@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -89,12 +90,37 @@ def test_every_setting_says_what_it_means(name: str, field: settings.FieldInfo) 
         ("score.candidates=0", "must be an integer >= 1 and <= 4096, got 0"),
         ("train.advantage=cached", 'belongs to train.loss = "importance_sampling"'),
         ("student.model=\udcff", "expected UTF-8 text"),
+        ("prompts.skip=" + "9" * 23, "prompts.skip"),
+        ("prompts.skip=" + "9" * 5000, "prompts.skip"),
+        ("prompts.template_args.x=" + "[" * 5000, "prompts.template_args.x"),
+        ("prompts.template_args." + "x." * 50 + "x=1", "prompts.template_args.x.x"),
+        ("prompts.template_args." + "x." * 5000 + "x=1", "--set"),
+        ("x" * 100_000 + ".x=1", "--set"),
+        ("x" * 900 + ".x=1", "is not a setting"),
+        ('prompts.path="a\\u0000b"', "prompts.path"),
+        ("prompts.path=" + "x" * 100_000, "prompts.path"),
+        ("teacher.name=" + "x" * 300, "teacher.name"),
+        ("train.steps=4294967296", "train.steps must be an integer >= 1 and <= 2147483647"),
+        ("train.max_grad_norm=1e300", "train.max_grad_norm"),
+        ("prompts.template_args.add_generation_prompt=true", "add_generation_prompt is not the recipe's to set"),
+        ("teacher.template_args.day=2020-01-01", "teacher.template_args must hold only text"),
+        ("eval.format=a{99999999999999999999}", "eval.format must be"),
+        ("eval.answer_pattern=" + "(" * 5000 + ")" * 5000, "eval.answer_pattern must be"),
     ],
 )
 def test_bad_override_is_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_recipe("toy", [override])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_every_number_has_an_upper_bound() -> None:
+    """Which is no decoration: 2^31 of everything at once is what the largest array shapes still hold."""
+    for name, field in all_fields():
+        assert isinstance(field, settings.FieldInfo)
+        if {int, float} & {field.annotation, *get_args(field.annotation)}:
+            bounds = [getattr(one, "le", None) or getattr(one, "lt", None) for one in field.metadata]
+            assert any(bound is not None and bound < 2**31 for bound in bounds), name
 
 
 @pytest.mark.parametrize(
@@ -133,9 +159,20 @@ def test_bad_recipe_is_one_line(data: dict[str, object], message: str) -> None:
         ("toi", None, "recipe toi: no such file; expected a TOML file or one of company, "
                       "qwen3-8b-from-32b, qwen3-8b-source, toy, toy-ensemble, toy-grpo; did you mean toy?"),
         ("my.toml", b"a = ", "my.toml: not valid TOML: "),
-        ("my.toml", b"a = '\xff'", "my.toml: expected UTF-8 text, got byte 0xff at 5"),
+        ("my.toml", b"a = '\xff'", "my.toml: expected UTF-8 text, found byte 0xff at 5"),
         ("my.toml", b"[student]\nmodel = 1", "my.toml: student.model must be a non-empty string, got 1"),
         ("", None, "recipe : no such file"),
+        ("my.toml", b"\xef\xbb\xbf[student]\nmodel = 1", "student.model must be"),
+        ("my.toml", b"a = " + b"[" * 5000 + b"]" * 5000, "my.toml: "),
+        ("my.toml", b".".join([b"a"] * 5000) + b" = 1", "my.toml: a.a."),
+        ("my.toml", b"a = " + b"9" * 5000, "my.toml: not valid TOML"),
+        ("my.toml", b"[prompts]\nskip = " + b"9" * 23, "my.toml: prompts.skip"),
+        ("my.toml", b"a = 2020-02-31", "my.toml: not valid TOML"),
+        ("my.toml", b"#" * 2**21, "my.toml: expected at most"),
+        ("x" * 300, None, "cannot be read"),
+        ("x" * 100_000, None, "cannot be read"),
+        ("a\0b", None, "no such file"),
+        (".", None, "directory"),
     ],
 )  # fmt: skip
 def test_bad_file_is_one_line(
@@ -146,7 +183,7 @@ def test_bad_file_is_one_line(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
         load_recipe(name)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_overrides() -> None:
@@ -188,15 +225,17 @@ def test_recipe_data_is_not_changed_by_overrides() -> None:
     assert data == {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p"}}
 
 
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
+names = texts.map(lambda name: f"{name}_")  # which is nothing that apply_chat_template takes itself
 json_values = st.recursive(
-    st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
 
 
 @hypothesis.settings(deadline=None)  # a busy machine is no failure
-@given(path=st.text(min_size=1), args=st.dictionaries(st.text(), json_values, max_size=3), rate=st.floats(1e-30, 1))
+@given(path=names, args=st.dictionaries(names, json_values, max_size=3), rate=st.floats(1e-30, 1))
 def test_whatever_a_recipe_holds_reads_back(path: str, args: dict[str, object], rate: float) -> None:
     data = MINIMAL | {"prompts": {"path": path, "template_args": args}, "train": {"learning_rate": rate}}
     recipe = Recipe.from_dict(data)
@@ -280,6 +319,67 @@ def test_another_sft_teacher_is_warned_of() -> None:
     assert not load_recipe("toy", ["student.sft_teacher=toy:teacher"]).warnings()
     (line,) = load_recipe("toy", ["student.sft_teacher=big/model"]).warnings()
     assert "toy:teacher" in line and "big/model" in line
+
+
+def mutated(rng: random.Random, text: str) -> str:
+    """A recipe with a few lines that somebody mistyped, or made to do harm."""
+    values = [
+        *(
+            "true",
+            "-1",
+            "0",
+            "1e400",
+            "nan",
+            "[]",
+            "{}",
+            '""',
+            "[[1]]",
+            "2020-01-01",
+            "[1, 'a']",
+            "{ a = { b = 1 } }",
+        ),
+        *(
+            "9" * 30,
+            "9" * 5000,
+            f'"{"x" * 5000}"',
+            "[" * 3000 + "]" * 3000,
+            '"\\u0000"',
+            '"\\u202e"',
+            '"é"',
+            "''\n[x]",
+        ),
+        *("0x7fffffffffffffff", "2147483648", "-9223372036854775808", "{ name = 'a' }", "[{ model = 'a' }]"),
+    ]
+    lines = text.splitlines()
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(lines))
+        key, equals, value = lines[place].partition("=")
+        match rng.randrange(6):
+            case 0 | 1 | 2:
+                lines[place] = f"{key}= {rng.choice(values)}"
+            case 3:
+                lines.insert(place, lines[rng.randrange(len(lines))])
+            case 4:
+                lines[place] = key.strip() + rng.choice(["s", "." * 3, ".a" * 40, "x" * 3000]) + equals + value
+            case _:
+                lines[place] = lines[place][: rng.randrange(len(lines[place]) + 1)]
+    return "\n".join(lines)
+
+
+def test_a_mutated_recipe_is_one_line_or_a_recipe(tmp_path: Path) -> None:
+    rng, path, refused = random.Random(0), tmp_path / "my.toml", 0
+    texts = [load_recipe(name).to_toml() for name in recipe_names()]
+    for _ in range(300):
+        path.write_text(mutated(rng, rng.choice(texts)), encoding="utf-8")
+        try:
+            recipe = load_recipe(str(path))
+        except ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 2000 + len(str(path))
+        else:
+            assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
+            recipe.warnings()
+    assert 30 < refused < 300
 
 
 def test_cached_advantage_may_be_used_once() -> None:

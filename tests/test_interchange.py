@@ -312,7 +312,7 @@ def test_a_bad_file_is_refused(rows: list[Any], message: str, tmp_path: Path) ->
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prompts.LINE_BYTES", 1000)
+    monkeypatch.setattr("pipeline.prompts._LINE_AT_MOST", 1000)
     (tmp_path / "x.jsonl").write_text(json.dumps(rollout()) + "\n" + "[" * 1001)
     assert "x.jsonl:2: expected a line of at most 1,000 bytes" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import datetime
 import json
 import math
+import os
+import random
 import sys
 import types
 from decimal import Decimal
@@ -14,11 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import pipeline.chat_template
+import pipeline.prompts
+import pipeline.token_length
+from pipeline.chat_template import Renderer, chat_text
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
 from pipeline.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity
+from pipeline.template_effect import without_effect
+from pipeline.token_length import least_tokens
 from pipeline.toy import asset_path
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -94,7 +106,7 @@ def test_bad_line_is_named(tmp_path: Path, content: bytes, message: str) -> None
         (".", "got a directory"),
         ("notes.txt", "got a file with suffix '.txt'"),
         ("toy:test", "toy:test: expected toy:train, toy:heldout, toy:company/documents"),
-        ("x" * 5000, "cannot be read"),
+        ("x" * 3000, "cannot be read"),
         ("bad.parquet", "bad.parquet: expected a Parquet file: "),
         ("a.jsonl", "got a directory"),
     ],
@@ -295,3 +307,281 @@ def test_a_column_of_numbers_is_the_same_answers_in_every_type(tmp_path: Path) -
         assert load_prompts(config(tmp_path / "p.parquet")) == expected
     pq.write_table(pa.table({"prompt": ["a"], "answer": pa.array([0.1], pa.float32())}), tmp_path / "p.parquet")
     assert load_prompts(config(tmp_path / "p.parquet")) == [{"prompt": "a", "answer": "0.1"}]
+
+
+# ------------------------------------------------------------------------------------------------- templates and lengths  # noqa: E501
+
+
+def lines_of(tokenizer: Any, template: str, chats: list[Any] | None = None, **settings: Any) -> list[str]:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return without_effect(chats or [CHAT], tokenizer, config("p.jsonl", **settings))
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+OPENS = "{% if add_generation_prompt %}<assistant>{% endif %}"
+SYSTEM = [{"role": "system", "content": "s"}, *CHAT]
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "chats", "named"),
+    [
+        (TURNS + OPENS, {}, None, None),
+        (TURNS + OPENS, {"system": "be brief"}, None, None),
+        # a default that is set by hand changes nothing, and is read
+        (TURNS + OPENS + "{% if think is defined and not think %}<no>{% endif %}", {"template_args": {"think": True}},
+         None, None),
+        (TURNS + OPENS + "{{ effort or 'low' }}", {"template_args": {"effort": "low"}}, None, None),
+        # a reply follows the user's message directly: nothing is lacking
+        ("{% for m in messages %}{{ '[INST] ' ~ m.content ~ ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}",  # noqa: E501
+         {}, None, None),
+        (TURNS, {}, None, "add_generation_prompt"),
+        ("{{ messages[0].content }}|{{ messages|length }}", {}, None, "add_generation_prompt"),
+        (TURNS.replace("%}<", "%}{% if m.role != 'system' %}<").replace("</s>", "</s>{% endif %}") + OPENS,
+         {"system": "be brief"}, None, "prompts.system"),
+        # it writes a system message, but always its own
+        ("<system>default</s>" + TURNS.replace("%}<", "%}{% if m.role != 'system' %}<").replace("</s>", "</s>{% endif %}")  # noqa: E501
+         + OPENS, {"system": "be brief"}, None, "prompts.system"),
+        (TURNS + OPENS, {"system": "be brief"}, [SYSTEM], "prompts.system"),
+        (TURNS.replace("%}<", "%}{% if m.role != 'developer' %}<").replace("</s>", "</s>{% endif %}") + OPENS, {},
+         [[{"role": "developer", "content": "d"}, *CHAT]], "developer"),
+        (TURNS + OPENS + "{% if enable_thinking %}<think>{% endif %}", {"template_args": {"enable_thinkng": True}}, None,  # noqa: E501
+         "prompts.template_args.enable_thinkng"),
+    ],
+)  # fmt: skip
+def test_a_setting_without_effect_is_named(
+    tokenizer: Any, template: str, settings: dict[str, Any], chats: list[Any] | None, named: str | None
+) -> None:
+    found = lines_of(tokenizer, template, chats, **settings)
+    assert len(found) == (named is not None) and all(named in line and "\n" not in line for line in found)  # type: ignore[operator]
+
+
+def test_a_misspelt_argument_is_said_once_with_the_right_one(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TURNS + OPENS + "{% if enable_thinking %}<think>{% endif %}")
+    cfg, records = config("p.jsonl", template_args={"enable_thinkng": True}), [{"prompt": "a"}, {"prompt": "b"}]
+    named = {"template_args": "teacher.template_args"}
+    for _ in range(2):
+        render_all(records, tokenizer, cfg, 200, named=named)
+    text = capsys.readouterr().err
+    assert text.count("teacher.template_args.enable_thinkng") == 1 and "did you mean enable_thinking?" in text
+
+
+def test_a_tokenizer_without_a_template_has_no_arguments() -> None:
+    (line,) = without_effect([CHAT], Words(), config("p.jsonl", template_args={"x": 1}))  # type: ignore[arg-type]
+    assert "prompts.template_args" in line
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 40000000 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% include '/etc/passwd' %}",
+        "{{ ",
+        "{{ '\\ud800' }}",
+    ],
+)
+def test_a_template_has_bounds(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    quick = Renderer(seconds=0.2)
+    monkeypatch.setattr(pipeline.chat_template, "renderer", lambda: quick)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(PromptError) as error:
+        render({"prompt": "a"}, tokenizer, config("p.jsonl"))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}")  # and the next one is well
+    assert render({"prompt": "a"}, tokenizer, config("p.jsonl")) == [ord("a")]
+    quick.close()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ bos_token }}{%- for m in messages %}\n  {%- if loop.first %}\n<{{ m | tojson }}>\n  {% endif %}\n{% endfor %}\n",  # noqa: E501
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ tools is none }}{{ documents }}{{ x.y[0] }}",
+        "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content|tojson(indent=1) }}{% endfor %}é",  # noqa: E501
+    ],
+)
+def test_templates_are_rendered_as_transformers_does(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    if template is not None:
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat, args = [{"role": "system", "content": 'é"<&'}, *CHAT], {"x": {"y": [1.5]}}
+    for follows in (True, False):
+        expected = tokenizer.apply_chat_template(chat, add_generation_prompt=follows, tokenize=False, **args)
+        assert chat_text(chat, tokenizer, args, reply_follows=follows) == expected
+
+
+def test_what_cannot_fit_is_not_tokenised(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: pytest.fail("tokenised"))
+    for template in ("none", "chat"):
+        with pytest.raises(PromptError, match=r"rollouts\.max_prompt_tokens") as error:
+            render_all([{"prompt": "word " * 2_000_000}], tokenizer, config("p.jsonl", template=template), 1000)
+        assert "p.jsonl: prompt 1:" in str(error.value)
+
+
+def byte_pairs(strips: bool) -> Any:
+    """A byte-level tokenizer with merges, NFC and, if asked, an added token that takes the white space beside it."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.normalizer = tokenizers.normalizers.NFC()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the cat sat on the mat", " " * 64, "aaaaaaaaaaaaaaaa", "é" * 8], trainer)
+    made.add_tokens([tokenizers.AddedToken("<long-token-of-many-letters>", lstrip=strips, rstrip=strips)])
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_no_text_has_fewer_tokens_than_the_least(strips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.token_length, "_CHEAP", 0)
+    tokenizer, rng = byte_pairs(strips), random.Random(0)
+    parts = [
+        "the cat",
+        " ",
+        "  " * 40,
+        "a" * 50,
+        "e\u0301",
+        "é",
+        "<long-token-of-many-letters>",
+        "\u3000",
+        "猫",
+        "\n",
+    ]
+    for _ in range(200):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 40)))
+        assert least_tokens(text, tokenizer) <= len(tokenizer(text)["input_ids"])
+    assert least_tokens("the cat " * 1000, tokenizer) > 500
+    assert least_tokens(" " * 1000, tokenizer) == (0 if strips else 15)
+
+
+# ------------------------------------------------------------------------------------------------------ what people bring  # noqa: E501
+
+
+def test_sharegpt_is_read_as_messages(tmp_path: Path) -> None:
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}]
+    expected = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    assert load(tmp_path, json.dumps({"conversations": turns, "id": 3}).encode()) == [
+        {"messages": expected, "id": "3"}
+    ]
+    assert load(tmp_path, json.dumps({"conversations": expected}).encode()) == [{"messages": expected}]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"conversations": [turns], "more": [1]}), path)
+    assert load_prompts(config(path)) == [{"messages": expected}]
+    for wrong, named in (
+        ({"conversations": [{"from": "tool", "value": "a"}]}, r"conversations\[0\]\.from"),
+        ({"conversations": [*turns, {"from": "gpt", "value": "a"}]}, "ends before the student's turn"),
+        ({"conversations": "a"}, "conversations: expected a list"),
+        ({"conversations": [{"from": "human"}]}, "content"),
+        ({"conversations": turns, "prompt": "a"}, "either prompt or conversations"),
+    ):
+        with pytest.raises(PromptError, match=named):
+            load(tmp_path, json.dumps(wrong).encode())
+    with pytest.raises(PromptError, match="dialogue holds chats, name it messages"):
+        load(tmp_path, b'{"dialogue": [], "x": 1}')
+
+
+def test_a_huge_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.prompts, "_LINE_AT_MOST", 100)
+    assert len(load(tmp_path, b'{"prompt": "a"}\n' + b'{"prompt": "' + b"a" * 85 + b'"}\n')) == 2
+    with pytest.raises(PromptError, match=r"prompts\.jsonl:2: expected at most 100 bytes"):
+        load(tmp_path, b'{"prompt": "a"}\n' + b'{"prompt": "' + b"a" * 87 + b'"}\n')
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(PromptError, match="regular file"):
+        load_prompts(config(tmp_path / "pipe.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ([("prompt", pa.array(["a"])), ("prompt", pa.array(["b"]))], "one column prompt"),
+        ([("prompt", pa.array([b"a"]))], "row 1: prompt: expected text"),
+        ([("prompt", pa.array(["a"]).view(pa.binary())), ("id", pa.array([1]))], "row 1: prompt: expected text"),
+        ([("messages", pa.array([{"role": "user", "content": "a"}]))], "row 1: messages: expected a list"),
+        ([("messages", pa.array([[[("role", "user")]]], pa.list_(pa.map_(pa.string(), pa.string()))))], "row 1: messages"),  # noqa: E501
+        ([("messages", pa.array([CHAT])), ("answer", pa.array([datetime.datetime(2020, 1, 1)]))], "row 1: answer"),
+        ([("prompt", pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]))],  # noqa: E501
+         "p.parquet"),
+        ([("conversation", pa.array(["a"]))], "messages"),
+    ],
+)  # fmt: skip
+def test_odd_parquet_columns_are_named(tmp_path: Path, columns: list[Any], named: str) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_arrays([array for _, array in columns], [name for name, _ in columns]), path)
+    with pytest.raises(PromptError) as error:
+        load_prompts(config(path))
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def rows_of(rng: random.Random, number: int) -> dict[str, Any]:
+    """A row as people and programs write them: most of them right, others of another type, size or shape."""
+    odd = [
+        None,
+        True,
+        3,
+        -1.5,
+        2**70,
+        "",
+        " ",
+        "a\0b",
+        [],
+        {},
+        [[]],
+        ["a"],
+        "x" * 100_000,
+        "\u202e",
+        CHAT,
+        {"role": "user"},
+    ]
+    turn: dict[str, Any] = {"role": rng.choice(["system", "user", "assistant", "tool"]), "content": "c"}
+    if rng.random() < 0.3:
+        turn[rng.choice(["role", "content", "from", "value", "name"])] = rng.choice(odd)
+    row: dict[str, Any] = {rng.choice(["prompt", "text", "question"]): "a", "id": number}
+    if rng.random() < 0.5:
+        row = {rng.choice(["messages", "conversations", "prompt"]): [turn] * rng.randint(1, 3) + CHAT}
+    if rng.random() < 0.5:
+        row[rng.choice(["prompt", "messages", "answer", "source", "id", "conversations", "x" * 5000])] = rng.choice(
+            odd
+        )
+    return row
+
+
+def test_mutated_rows_are_one_line_or_prompts(tmp_path: Path, tokenizer: Any) -> None:
+    rng, path = random.Random(0), tmp_path / "p.jsonl"
+    counts = [0, 0]
+    for number in range(400):
+        row = rows_of(rng, number)
+        content = json.dumps(row).encode()
+        if rng.random() < 0.2:
+            place = rng.randrange(len(content))
+            content = (
+                content[:place]
+                + rng.choice([b"", b"\xff", b"\0", b"[" * 5000, b"\n", b"9" * 5000])
+                + content[place + 1 :]
+            )
+        path.write_bytes(content)
+        table = tmp_path / f"{number}.parquet"
+        with contextlib.suppress(pa.ArrowException, OverflowError):  # what Arrow has no type for
+            pq.write_table(pa.Table.from_pylist([row]), table)
+        for file in (path, table):
+            if not file.exists():
+                continue
+            try:
+                records = load_prompts(config(file))
+                prompts_sha256(records)
+                assert all(len(ids) for ids in render_all(records, tokenizer, config(file), 2**20))
+                counts[0] += 1
+            except PromptError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600 + len(str(file))
+                counts[1] += 1
+    assert min(counts) > 50

@@ -96,6 +96,18 @@ def test_a_turn_that_the_template_rewrites_is_only_read() -> None:
     assert told(example)[1] == "c<|im_end|>"
 
 
+def test_sharegpt_and_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "ab"}]
+    chats = reader(template_args={"enable_thinkng": True})
+    examples = chats.read({"conversations": turns}, "f:1", "f")
+    assert told(examples[0])[1] == "ab<|im_end|>"
+    chats.warn_without_effect(examples)
+    assert capsys.readouterr().err.count("prompts.template_args.enable_thinkng") == 1
+    long = "word " * 2_000_000
+    assert chats.read({"prompt": long, "response": "a"}, "f:1", "f") == []
+    assert reader(template="none").read({"prompt": "a", "response": long}, "f:1", "f") == []
+
+
 def test_prompt_and_response_with_and_without_a_template() -> None:
     record = {"prompt": "1+1=", "response": "2", "source": "sums", "id": 7}
     (plain,) = reader(template="none").read(record, "f:1", "f")

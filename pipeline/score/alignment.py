@@ -229,8 +229,9 @@ def _prompts(
     """The prompts as the teacher's own tokenizer and template make them."""
     seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
     longest = facts.context or np.iinfo(np.int32).max
-    rendering = _rendering(recipe, teacher).model_copy(update={"path": source})
-    return render_all(seen, tokenizer, rendering, longest, facts.context)
+    named = {name: f"teacher.{name}" for name in ("system", "template_args") if getattr(teacher, name) is not None}
+    cfg = _rendering(recipe, teacher).model_copy(update={"path": source})
+    return render_all(seen, tokenizer, cfg, longest, facts.context, reader="teacher", named=named)
 
 
 def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:

@@ -11,6 +11,7 @@ and may have `source` and `id`. Chats are rendered as prompts are (`[prompts]`: 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,26 @@ import numpy.typing as npt
 
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.prompts import check_chat, check_text, plain_ids, render, render_chat, uses_chat
+from pipeline.prompts import (
+    TooLongError,
+    check_chat,
+    check_text,
+    named_messages,
+    plain_ids,
+    render,
+    render_chat,
+    uses_chat,
+)
+from pipeline.template_effect import N_CHATS, warn_without_effect
+from pipeline.token_length import least_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELDS = ("text", "messages", "prompt", "response", "source", "id")
+FIELDS = ("text", "messages", "conversations", "prompt", "response", "source", "id")
 _KINDS = "text, messages that end with the assistant's, or prompt and response"
+#: Tokens that a template may write after the last reply, which are cut off.
+_AFTER_THE_LAST = 1024
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Reader:
         """
         if not isinstance(value, dict):
             raise PromptError(f"{place}: expected an object with {_KINDS}, got {type(value).__name__}")
-        given = {name: value[name] for name in FIELDS if value.get(name) is not None}
+        given = named_messages({name: value[name] for name in FIELDS if value.get(name) is not None}, place)
         about = {"source": str(given.get("source", source))} | ({"id": str(given["id"])} if "id" in given else {})
         kinds = sorted(given.keys() & {"text", "messages", "prompt"})
         if len(kinds) != 1 or ("response" in given) != ("prompt" in given):
@@ -85,6 +99,13 @@ class Reader:
         turns = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": given["response"]}]
         return self._chat(turns, about, place)
 
+    def warn_without_effect(self, examples: Iterable[Example]) -> None:
+        """Warn of settings of [prompts] that change nothing in the first chats."""
+        chats = (example.record.get("messages") for example in examples)
+        first = list(itertools.islice((chat for chat in chats if chat), N_CHATS))
+        if self.rendering.template != "none" and (first or not self.tokenizer.chat_template):
+            warn_without_effect(first, self.tokenizer, self.rendering)
+
     def _document(self, text: str, about: dict[str, Any]) -> Iterator[Example]:
         """Pieces of `max_tokens`, each after the last token of the one before: so all but the first are learnt."""
         ids = np.array([*plain_ids(text, self.tokenizer), self._end], np.int32)
@@ -94,7 +115,12 @@ class Reader:
             yield Example(record, piece[:1], piece[1:], np.ones(len(piece) - 1, bool))
 
     def _continuation(self, prompt: str, response: str, about: dict[str, Any], place: str) -> list[Example]:
-        ids = render({"prompt": prompt}, self.tokenizer, self.rendering)
+        try:
+            ids = render({"prompt": prompt}, self.tokenizer, self.rendering, self.max_tokens)
+            if least_tokens(response, self.tokenizer) > self.max_tokens:
+                return []
+        except TooLongError:
+            return []
         reply = [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self._end]
         if not ids:
             raise PromptError(f"{place}: prompt: expected at least one token, the tokenizer gives none")
@@ -104,7 +130,10 @@ class Reader:
         """The chat as the template renders it whole. A turn is learnt where the template renders the chat up to it as
         the beginning of that: some rewrite earlier turns, which are then only read."""
         try:
-            whole = np.array(render_chat(messages, self.tokenizer, self.rendering), np.int32)
+            at_most = self.max_tokens + _AFTER_THE_LAST
+            whole = np.array(render_chat(messages, self.tokenizer, self.rendering, at_most=at_most), np.int32)
+            if len(whole) > at_most:
+                return []
             turns = []
             for number, message in enumerate(messages):
                 if message["role"] != "assistant":
@@ -113,6 +142,8 @@ class Reader:
                 after = render_chat(messages[: number + 1], self.tokenizer, self.rendering)
                 if whole[: len(before)].tolist() == before and whole[: len(after)].tolist() == after:
                     turns.append((len(before), len(after)))
+        except TooLongError:
+            return []
         except PromptError as error:
             raise PromptError(f"{place}: {error}") from None
         if not turns:

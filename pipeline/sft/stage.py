@@ -101,7 +101,7 @@ def _write_round(recipe: Recipe, url: str) -> None:
     lines = [list(raw_rows(_reading(source), FIELDS, "sft.data")) for source in recipe.sft.data]
     digest = hashlib.sha256()
     for source in lines:
-        digest.update(cs.prompts_sha256([{"line": value} for _, value in source]).encode())
+        digest.update(_sha256(source).encode())
     made_of = {"data": settings, "sha256": digest.hexdigest()}
     if _is_there(url, made_of):
         return
@@ -110,6 +110,7 @@ def _write_round(recipe: Recipe, url: str) -> None:
     longest = min(recipe.sft.max_tokens, facts.context or recipe.sft.max_tokens)
     reader = Reader(tokenizer, recipe.prompts, stop_ids, longest)
     sources = [_read(reader, source.path, found) for source, found in zip(recipe.sft.data, lines, strict=True)]
+    reader.warn_without_effect(example for found in sources for example in found)
     shares = [source.share for source in recipe.sft.data]
     weights = [_n_learnt(examples) if s is None else s for examples, s in zip(sources, shares, strict=True)]
     count = recipe.sft.steps * recipe.sft.examples_per_step
@@ -143,6 +144,21 @@ def _write_round(recipe: Recipe, url: str) -> None:
             numbers = manifest.block_prompts(block)
             round_.rollouts.write(block, _block([(number, examples[number]) for number in numbers], stop_ids))
             bar.advance(len(numbers))
+
+
+def _sha256(lines: Sequence[tuple[str, Any]]) -> str:
+    """Digest of the lines of a file. Raises `PromptError` naming one that holds what JSON cannot."""
+    try:
+        return cs.prompts_sha256([{"line": value} for _, value in lines])
+    except (TypeError, ValueError, RecursionError):
+        for place, value in lines:
+            try:
+                cs.prompts_sha256([{"line": value}])
+            except (TypeError, ValueError, RecursionError) as error:
+                raise PromptError(
+                    f"{place}: expected text, numbers, lists and objects, as JSON has them ({str(error)[:100]})"
+                ) from None
+        raise
 
 
 def _is_there(url: str, made_of: dict[str, Any]) -> bool:
