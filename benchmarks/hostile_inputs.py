@@ -1,5 +1,5 @@
-"""Damage, as files from outside have it: JSON of other types and sizes, bytes flipped, cut and swapped, links and pipes
-where a file belongs. Each function takes a `random.Random`, so that the same seed does the same damage.
+"""Damage, as files from outside have it: JSON of other types and sizes, bytes flipped, cut and swapped, links and
+pipes where a file belongs. Each function takes a `random.Random`, so that the same seed does the same damage.
 
 Needs the standard library alone. benchmarks/hostile.py runs redpen's commands on the result.
 """
@@ -93,7 +93,7 @@ class Damage:
         return type(self.old) is type(new)
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSON
+# -------------------------------------------------------------------------------------------------------------- JSON
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -215,7 +215,7 @@ def damaged_lines(rng: random.Random, content: bytes) -> Damage:
     return dataclasses.replace(damage, content=changed_lines, what=f"line {at + 1}: {damage.what}")
 
 
-# --------------------------------------------------------------------------------------------------------------- bytes
+# ------------------------------------------------------------------------------------------------------------- bytes
 
 _TEXTS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -268,7 +268,7 @@ def damaged_bytes(rng: random.Random, content: bytes, other: bytes = b"") -> Dam
 
 
 def damaged_safetensors(rng: random.Random, content: bytes) -> Damage:
-    """Tensors whose header says something else, or whose bytes are damaged. `kind` is `data` where values alone are."""
+    """Tensors whose header says something else, or whose bytes are damaged. `kind` is `data` where only values are."""
     n = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + n], content[8 + n :]
     how = rng.choice(("header", "header", "length", "bytes", "values", "NaN", "gone"))
@@ -314,7 +314,7 @@ def replace(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-# -------------------------------------------------------------------------------------------------------- other things
+# ------------------------------------------------------------------------------------------------------ other things
 
 
 #: What may be in the place of a file or directory.
