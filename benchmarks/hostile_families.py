@@ -28,6 +28,46 @@ import numpy as np
 import pyarrow as pa
 from hostile_inputs import ESCAPES, Damage
 from hostile_tries import (
+    CHATS,
+    DIAGNOSE,
+    DRY_RUN,
+    EVAL,
+    EVAL_OUT,
+    EVAL_PROMPTS,
+    EXPORT,
+    FINISHED,
+    IMPORT,
+    IMPORT_PARQUET,
+    INSPECT,
+    MERGE,
+    PAGE,
+    PLAN,
+    PROMPTS,
+    PROMPTS_PARQUET,
+    REPAIR,
+    RESUME,
+    ROLLOUT,
+    ROUND,
+    RUN_PAGE,
+    SAMPLE,
+    SAMPLE_CHAT,
+    SAMPLE_SHARDS,
+    SCORE,
+    SCORE_BY,
+    SCORE_STREAMED,
+    SECRET,
+    SERVED,
+    SFT,
+    TRAIN,
+    VERIFY,
+    VERIFY_RUN,
+    Answer,
+    Base,
+    Command,
+    Try,
+    command,
+    encoded,
+    stdout,
 )
 from pyarrow import parquet
 
@@ -203,23 +243,24 @@ def server(rng: random.Random, base: Base) -> Try:
     seed = rng.randrange(2**32)
     label, answer = rng.choice(_ANSWERS) if rng.random() < 0.45 else ("", None)
     scale_out = rng.random() < 0.5
-    sample = sorted((base.root / "answers").iterdir())
-    described = _damaged_answer(random.Random(seed), sample[0].read_bytes() if at else json.dumps(MODELS).encode())
-    valid = answer is None and (
-        described.kind in ("near", "key")
-        or (described.path[-1:] == ("logprob",) and (described.old is None or described.new == "null"))
-        or described.same_type
-    )
 
     def answers(number: int, body: bytes) -> Answer:
         if number < at:
             return Answer([body])
         if answer is not None:
             return answer(body)
-        return Answer([_damaged_answer(random.Random(seed), body).content])
+        damage = _damaged_answer(random.Random(seed), body)
+        return Answer([damage.content], note=damage.what, is_valid=_valid_answer(damage))
 
-    return Try(SERVED, lambda here: None, f"answer {at}{' on' if at else ''}: {label or described.what}",
-               may_differ=valid, answers=answers, scale_out=scale_out)  # fmt: skip
+    what = f"answer {at}{' on' if at else ''}: {label}"
+    return Try(SERVED, lambda here: None, what, answers=answers, scale_out=scale_out)
+
+
+def _valid_answer(damage: Damage) -> bool:
+    """Whether another teacher can have said so."""
+    if damage.kind in ("near", "key") or damage.same_type:
+        return True
+    return damage.path[-1:] == ("logprob",) and (damage.old is None or damage.new == "null")
 
 
 def _damaged_answer(rng: random.Random, body: bytes) -> Damage:

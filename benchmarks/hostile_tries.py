@@ -211,7 +211,8 @@ CHATS = command(
 EVAL_PROMPTS = command("eval toy:student --recipe my.toml --prompts prompts.jsonl --out new.json",
                        result=figures("new.json"))  # fmt: skip
 SFT = command(
-    "sft my.toml --data sft.jsonl --run new --set prompts.template=auto --set sft.steps=2 --set sft.examples_per_step=2",
+    "sft my.toml --data sft.jsonl --run new --set prompts.template=auto --set sft.steps=2 "
+    "--set sft.examples_per_step=2",
     result=file("new/adapter/adapter_model.safetensors"),
 )
 IMPORT = command("import rows.jsonl my.toml --cache new.zarr", result=contents("new.zarr"))
@@ -249,13 +250,17 @@ class Try:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server says: the body in pieces, with seconds to wait before each."""
+    """What a server says: the body in pieces, after seconds to wait. `note`: how it was damaged, if it was, and whether
+    it is valid all the same.
+    """
 
     pieces: Sequence[bytes]
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     wait: float = 0
+    note: str = ""
+    is_valid: bool = True
 
 
 @dataclass
@@ -326,8 +331,15 @@ def in_child(directory: Path, commands: Sequence[Sequence[str]], result: Callabl
                  usage.ru_maxrss * 1024, value, hung, [])  # fmt: skip
 
 
-def _child(directory: Path, commands: Sequence[Sequence[str]], result: Callable[[Path, str], Any],
-           printed: Sequence[Path], found: Path, setting: Callable[[], None], environment: dict[str, str]) -> int:  # fmt: skip
+def _child(
+    directory: Path,
+    commands: Sequence[Sequence[str]],
+    result: Callable[[Path, str], Any],
+    printed: Sequence[Path],
+    found: Path,
+    setting: Callable[[], None],
+    environment: dict[str, str],
+) -> int:
     os.setpgid(0, 0)
     for standard, path in enumerate(printed, start=1):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC)
@@ -368,8 +380,8 @@ def _cpu_seconds(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[int, str, bytes], Answer]) -> Iterator[int]:
-    """A server on loopback, in a process of its own; gives the port. `answer(number, path, body)`."""
+def serving(answer: Callable[[int, str, bytes], Answer], notes: Path) -> Iterator[int]:
+    """A server on loopback, in a process of its own; gives the port. `answer(number, path, body)`; notes go to a file."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     if (pid := os.fork()) == 0:
@@ -388,6 +400,9 @@ def serving(answer: Callable[[int, str, bytes], Answer]) -> Iterator[int]:
 
             def reply(self, body: bytes) -> None:
                 said = answer(next(numbers), self.path, body)
+                if said.note:
+                    with notes.open("a") as file:
+                        file.write(f"{int(said.is_valid)}{json.dumps(said.note)}\n")
                 time.sleep(said.wait)
                 self.send_response(said.status)
                 length = sum(map(len, said.pieces)) if said.length is None else said.length
@@ -463,8 +478,9 @@ class Base:
         prompts = [prompt | {"id": f"p{n}"} for n, prompt in enumerate(prompts)]
         chats = [{"messages": [{"role": "system", "content": "Add."}, {"role": "user", "content": p["prompt"]}],
                   "answer": p["answer"]} for p in prompts]  # fmt: skip
-        texts = [{"text": "1+1=2"}, {"prompt": "2+2=", "response": "4"}, {"prompt": "1+2=", "response": "3"},
-                 {"messages": [{"role": "user", "content": "3+3="}, {"role": "assistant", "content": "6"}]}]  # fmt: skip
+        chat = [{"role": "user", "content": "3+3="}, {"role": "assistant", "content": "6"}]
+        texts = [{"text": "1+1=2"}, {"prompt": "2+2=", "response": "4"}, {"prompt": "1+2=", "response": "3"}]
+        texts += [{"messages": chat}]
         self.run("export-cache c.zarr -o rows.parquet")
         columns = parquet.read_table(self.here / "rows.parquet").to_pylist()
         rows = [
@@ -506,7 +522,7 @@ class Base:
         (self.root / "answers").mkdir()
         for scale_out in (True, False):
             copy = self.copy("record", scored=False)
-            with serving(partial(_true_answer, self.root / "answers", scale_out)) as port:
+            with serving(partial(_true_answer, self.root / "answers", scale_out), self.root / "notes") as port:
                 ended = in_child(copy, _at_port(SERVED, port), stdout)
             if ended.code:
                 raise SystemExit(f"undisturbed: {SERVED}: {ended.err}")
@@ -653,9 +669,14 @@ def run_try(base: Base, name: str, wanted: Try, keep: bool = False) -> tuple[End
         if wanted.answers is None:
             ended = in_child(directory, wanted.command.all, wanted.command.result, **more)  # type: ignore[arg-type]
         else:
-            with serving(partial(_replayed, base, wanted)) as port:
+            notes = base.root / f"notes-{name}"
+            with serving(partial(_replayed, base, wanted), notes) as port:
                 commands = _at_port(wanted.command, port)
                 ended = in_child(directory, commands, wanted.command.result, **more)  # type: ignore[arg-type]
+            if notes.exists():
+                lines = notes.read_text().splitlines()
+                wanted.what += json.loads(lines[0][1:])
+                wanted.may_differ = all(line[0] == "1" for line in lines)
         after = _listing(directory)
         ended.changed = [
             path
