@@ -356,7 +356,7 @@ def imports(rng: random.Random, base: Base) -> Try:
         parquet.write_table(changed, here / "rows.parquet")
 
     same = label in ("large lists", "dictionary", "chunked") or (label == "float64" and "log" in name)
-    lists = name.endswith("logprobs") or name.endswith("log_probs") or name == "response_tokens"
+    lists = name.endswith(("logprobs", "log_probs")) or name == "response_tokens"
     return Try(IMPORT_PARQUET, prepare, f"rows.parquet: column {name}: {label}",
                may_differ=(not same and not lists) or label in ("all null", "gone"))  # fmt: skip
 
@@ -673,7 +673,7 @@ def _escaped(rng: random.Random, base: Base, path: str, wanted: Command) -> Try:
     """A text of a JSON file replaced by one with escapes."""
     value = json.loads((base.here / path).read_bytes())
     found = [(place, old) for place, old in inputs.places(value) if isinstance(old, str) or old is None]
-    place, _ = rng.choice(found)
+    place, _ = rng.choice(found or list(inputs.places(value)))
     name = ".".join(map(str, place))
     content = inputs.replaced(value, place, json.dumps(ESCAPES)).encode()
     return _changed(wanted, path, Damage(content, f"{name} = escapes", "value"), may_differ=True)

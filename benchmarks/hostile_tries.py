@@ -250,8 +250,8 @@ class Try:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server says: the body in pieces, after seconds to wait. `note`: how it was damaged, if it was, and whether
-    it is valid all the same.
+    """What a server says: the body in pieces, after seconds to wait. `note`: how it was damaged, if it was, and
+    whether it is valid all the same.
     """
 
     pieces: Sequence[bytes]
@@ -381,7 +381,7 @@ def _cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def serving(answer: Callable[[int, str, bytes], Answer], notes: Path) -> Iterator[int]:
-    """A server on loopback, in a process of its own; gives the port. `answer(number, path, body)`; notes go to a file."""
+    """A server on loopback, in a process of its own; gives the port. `answer(number, path, body)`."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     if (pid := os.fork()) == 0:
