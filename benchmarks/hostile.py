@@ -20,6 +20,7 @@ run in forks of this process, which has imported everything: a try takes half a 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import shutil
 import tempfile
@@ -55,6 +56,8 @@ def preload() -> None:
     import pipeline.train.stage  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # or the first collection of each fork copies all of it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
