@@ -106,9 +106,12 @@ def contents(path: str, only: str = "") -> Callable[[Path, str], Any]:
 
 def page(path: str) -> Callable[[Path, str], Any]:
     """A page, without sizes on disk."""
-    return lambda directory, out: hashlib.sha256(
-        stdout(directory, (directory / path).read_text(encoding="utf-8")).encode()
-    ).hexdigest()
+
+    def read(directory: Path, out: str) -> Any:
+        text = stdout(directory, (directory / path).read_text(encoding="utf-8"))
+        return hashlib.sha256(re.sub(r'"bytes": ?\d+', "", text).encode()).hexdigest()
+
+    return read
 
 
 def file(path: str) -> Callable[[Path, str], Any]:
