@@ -208,9 +208,7 @@ def damaged_lines(rng: random.Random, content: bytes) -> Damage:
         kind = "same" if what == "blank after it" else "text"
         return Damage(b"".join((*lines[:at], *changed, *lines[at + 1 :])), f"line {at + 1} {what}", kind)
     damage = damaged_json(rng, lines[at])
-    if damage.kind == "text":
-        return damage  # of this line alone
-    text = damage.content.replace(b"\n", b" ") + b"\n"
+    text = (damage.content if damage.kind == "text" else damage.content.replace(b"\n", b" ")) + b"\n"
     changed_lines = b"".join((*lines[:at], text, *lines[at + 1 :]))
     return dataclasses.replace(damage, content=changed_lines, what=f"line {at + 1}: {damage.what}")
 
