@@ -156,7 +156,7 @@ def repair(rng: random.Random, base: Base) -> Try:
     return Try(REPAIR, prepare, "; ".join(f"{path}: {damage.what}" for path, damage in damages))
 
 
-_RUN_FILES = ("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/eval.json", "run/recipe.toml", "run/adapter",
+_RUN_FILES = ("run/run.json", "run/metrics.jsonl", "run/ledger.json", "run/eval.json", "run/recipe.toml", "run/adapter", "run/adapter/adapter_model.safetensors", "run/adapter/adapter_model.safetensors",
               "run/reread.safetensors", "run/eval.zarr")  # fmt: skip
 
 
@@ -199,7 +199,13 @@ def models(rng: random.Random, base: Base) -> Try:
         damage = Damage(template.encode(), template[:60], "near")
         return _changed(wanted, path, damage, may_differ=True)
     damage = inputs.damaged(rng, path, (base.here / path).read_bytes())
-    return _changed(wanted, path, damage, may_differ=_valid_model(damage, path), must_refuse=damage.kind == "NaN")
+    return _changed(
+        wanted,
+        path,
+        damage,
+        may_differ=_valid_model(damage, path),
+        must_refuse=damage.kind == "NaN" and wanted != PLAN,
+    )
 
 
 _TEMPLATES = (
@@ -711,7 +717,7 @@ def secrets(rng: random.Random, base: Base) -> Try:
         status = rng.choice((200, 400, 401, 403, 500))
 
         def answers(number: int, body: bytes) -> Answer:
-            message = json.dumps({"error": {"message": f"Incorrect API key: {value} {SECRET}"}}).encode()
+            message = json.dumps({"error": {"message": f"Incorrect API key: {value}"}}).encode()
             return Answer([body]) if status == 200 else Answer([message], status)
 
         return Try(SERVED, lambda here: None, f"{name} = {value!r}, answers {status}", may_differ=True, answers=answers,
