@@ -34,7 +34,7 @@ from toy_lab import BLUE, GREEN, ORANGE, Results, figure, median_curve, spread
 from toy_training import Measured, Replayed, make_cache, toy_recipe
 
 from pipeline.api import Trainer
-from pipeline.prompts import load_prompts
+from pipeline.text.prompts import load_prompts
 from pipeline.toy import asset_path
 
 STEPS = (0, 5, 10, 20, 40, 80)

@@ -21,11 +21,12 @@ from toy_training import Replayed, make_cache, toy_recipe
 
 import cache_schema as cs
 import pipeline.rollouts.stage
-from pipeline import continual, distill, models
-from pipeline.config import Recipe, load_recipe
-from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline import continual, distill
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.engines.heldout import HeldOutPrompts
+from pipeline.models import load as models
 from pipeline.sft import stage as sft
-from pipeline.text import load_decoder
+from pipeline.text.detokenize import load_decoder
 from pipeline.train import stage as train
 
 #: Of one-cache routes: prompts, with four responses each, and steps of 256 responses.

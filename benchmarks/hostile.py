@@ -41,6 +41,8 @@ def preload() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
     import pipeline.diagnose.stage
+    import pipeline.engines.served
+    import pipeline.engines.transformers_sampler
     import pipeline.evaluate.stage
     import pipeline.interchange.exporting
     import pipeline.interchange.importing
@@ -49,8 +51,6 @@ def preload() -> None:
     import pipeline.report.stage
     import pipeline.report.terminal
     import pipeline.rollouts.stage
-    import pipeline.rollouts.transformers_sampler
-    import pipeline.score.server
     import pipeline.score.stage
     import pipeline.sft.stage
     import pipeline.train.stage  # noqa: F401

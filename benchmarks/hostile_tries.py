@@ -618,8 +618,8 @@ def _named(path: str, body: bytes) -> str:
 def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     import torch
 
-    from pipeline import models
-    from pipeline.config import load_recipe
+    from pipeline.config.recipe import load_recipe
+    from pipeline.models import load as models
 
     if not hasattr(_teacher_answer, "model"):
         _teacher_answer.model = models.load_model(load_recipe("toy").teacher[0], attention="sdpa")  # type: ignore

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_files import digests
+from pipeline.runs.files import digests
 
 SMALL = ("prompts.limit=8", "rollouts.prompts_per_block=4", "train.prompts_per_step=4", "train.steps=2")
 SMALL += ("train.checkpoint_every=1", "train.stop_reverse_kl=0", "distill.rounds=2", "distill.stop_reverse_kl=0")
@@ -105,8 +105,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has none of the threads that torch would have started
     once = (
         "pipeline.continual",
-        "pipeline.rollouts.transformers_sampler",
-        "pipeline.score.resident",
+        "pipeline.engines.transformers_sampler",
+        "pipeline.engines.resident",
         "torch._dynamo",
     )
     for module in (*once, "torch._dynamo"):

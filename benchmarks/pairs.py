@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.run_files import fault
+from pipeline.runs.files import fault
 
 PAIRS = ("eval/eval", "eval/train", "eval/report", "report/report")
 KEPT = ("eval.json", "eval.zarr", "reread.safetensors")

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import cache_schema as cs
-from pipeline.provenance import tokenizer_digest
+from pipeline.models.identity import tokenizer_digest
 
 VOCABULARY, K, SAMPLES, PROMPTS_PER_BLOCK, CORPUS_BYTES = 32_000, 8, 4, 64, 12_000_000
 SOURCES = ("algebra", "code", "geometry", "logic", "writing")

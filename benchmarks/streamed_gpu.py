@@ -8,8 +8,8 @@ shards in host memory (65 GB in /dev/shm; where neither that nor the temporary d
 are, which is said). Each way of scoring runs in a process of its own, its share of the card capped by
 torch.cuda.set_per_process_memory_fraction:
 
-    resident      pipeline.score.resident, not capped
-    streamed      pipeline.score.streamed under 24 and 12 GiB, 0.9 of which is its score.memory_gib, at several waves
+    resident      pipeline.engines.resident, not capped
+    streamed      pipeline.streaming.streamed under 24 and 12 GiB, 0.9 of which is score.memory_gib, at several waves
     accelerate    the resident scorer, layers offloaded to the CPU by from_pretrained(device_map=...), under the cap;
                   it moves the weights once for each tile, so it is given few tokens, and also one long tile
 
@@ -192,12 +192,12 @@ def score(
     """Time one way of scoring; saves the log-probs of the batch that all of them score."""
     import torch
 
-    from pipeline import models
-    from pipeline.config import ModelConfig
-    from pipeline.packing import register_packed_attention
-    from pipeline.score import ScoreOptions
-    from pipeline.score.resident import ResidentScorer
-    from pipeline.score.streamed import StreamedScorer
+    from pipeline.config.recipe import ModelConfig
+    from pipeline.engines.resident import ResidentScorer
+    from pipeline.engines.scoring import ScoreOptions
+    from pipeline.forward.packing import register_packed_attention
+    from pipeline.models import load as models
+    from pipeline.streaming.streamed import StreamedScorer
 
     if device == "cuda" and cap is not None:
         total = torch.cuda.get_device_properties(0).total_memory

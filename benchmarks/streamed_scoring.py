@@ -5,9 +5,9 @@
 A Qwen3-shaped decoder of random bf16 weights (2.3 GB, 32,768 tokens, head and embedding apart) scores the same
 rollouts three ways, each run in a process of its own, the ways in turn:
 
-    resident    pipeline.score.resident: the model as transformers loads it, weights touched before the clock starts
-    streamed    pipeline.score.streamed: all tiles as one wave; the system's cache of the files is emptied before the
-                clock starts, so that weights come from the disk (`read`)
+    resident    pipeline.engines.resident: the model as transformers loads it, weights touched before the clock starts
+    streamed    pipeline.streaming.streamed: all tiles as one wave; the system's cache of the files is emptied before
+                the clock starts, so that weights come from the disk (`read`)
     accelerate  the resident scorer, the layers of its model on disk by from_pretrained(device_map=...), files cached
 
 Ratios are medians of those of the rounds, by the clock and by the CPU time of the process, which other work on the
@@ -106,12 +106,12 @@ def child(form: str, directory: Path, tokens: int, out: Path) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    from pipeline import models
-    from pipeline.config import ModelConfig
-    from pipeline.packing import register_packed_attention
-    from pipeline.score import ScoreOptions
-    from pipeline.score.resident import ResidentScorer
-    from pipeline.score.streamed import StreamedScorer
+    from pipeline.config.recipe import ModelConfig
+    from pipeline.engines.resident import ResidentScorer
+    from pipeline.engines.scoring import ScoreOptions
+    from pipeline.forward.packing import register_packed_attention
+    from pipeline.models import load as models
+    from pipeline.streaming.streamed import StreamedScorer
 
     register_packed_attention()
     cfg = ModelConfig(model=str(directory), dtype="bfloat16", device="cpu")

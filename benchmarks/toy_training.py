@@ -16,13 +16,13 @@ import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
 from pipeline.api import Student, Teacher
-from pipeline.config import Recipe, RolloutsConfig, load_recipe
-from pipeline.metrics import scores_reverse_kl
-from pipeline.prompts import load_prompts
-from pipeline.score import TokenBatch
-from pipeline.score.resident import ResidentScorer
+from pipeline.config.recipe import Recipe, RolloutsConfig, load_recipe
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import TokenBatch
+from pipeline.models.lora import make_trainable, training_mode
+from pipeline.rounds.metrics import scores_reverse_kl
+from pipeline.text.prompts import load_prompts
 from pipeline.train import inputs
-from pipeline.train.lora import make_trainable, training_mode
 from pipeline.train.trainer import Trainer
 
 HELDOUT, CANDIDATES = 512, 64

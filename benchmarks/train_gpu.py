@@ -61,7 +61,7 @@ class Shape:
         self.prompt, self.response = UNIT // 4, UNIT - UNIT // 4
 
     def recipe(self, directory: str, **train: Any) -> Any:
-        from pipeline.config import Recipe
+        from pipeline.config.recipe import Recipe
 
         tokens = dict(max_prompt_tokens=self.prompt, max_response_tokens=self.response)
         return Recipe.from_dict(
@@ -79,7 +79,7 @@ class Shape:
         import torch
         from transformers import AutoModelForCausalLM, Qwen3Config
 
-        from pipeline.packing import register_packed_attention
+        from pipeline.forward.packing import register_packed_attention
 
         register_packed_attention()
         torch.manual_seed(0)
@@ -131,8 +131,8 @@ def train(shape: Shape, device: str, rank: int) -> Iterator[dict[str, Any]]:
     import torch
 
     import cache_schema as cs
+    from pipeline.models.lora import make_trainable
     from pipeline.plan import Device, memory
-    from pipeline.train.lora import make_trainable
     from pipeline.train.mixture import Teachers
     from pipeline.train.objective import Objective
     from pipeline.train.trainer import Trainer
@@ -211,7 +211,7 @@ def _measured(trainer: Any, batch: Any, device: str) -> tuple[float, float]:
     """Bytes at the highest during an update, and bytes that the allocator held."""
     import torch
 
-    from pipeline.peak import PeakBytes, bytes_of
+    from pipeline.models.peak_memory import PeakBytes, bytes_of
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -241,7 +241,7 @@ def head(shape: Shape, device: str, form: str) -> Iterator[dict[str, Any]]:
     """Memory and time of one form of the head and the loss; not capped, since the naive one would not fit."""
     import torch
 
-    from pipeline.peak import PeakBytes
+    from pipeline.models.peak_memory import PeakBytes
 
     def made(rows: int) -> Any:
         sizes = rows, shape.config["hidden_size"], min(1024, rows)

@@ -29,19 +29,21 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import credentials, models
-from pipeline.config import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
+from pipeline import credentials
+from pipeline.config.recipe import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
+from pipeline.engines.heldout import generating
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.sampling import PromptBlock, Sampling, require_room
+from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
+from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.evaluate.accuracy import generating
-from pipeline.packing import check_packing
-from pipeline.prompts import check_record, render_all
-from pipeline.rollouts import PromptBlock, Sampling, require_room
-from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.score import ScoreOptions, TokenBatch, sequences
-from pipeline.score.alignment import View, align
-from pipeline.score.resident import ResidentScorer
-from pipeline.train import given, trainer
-from pipeline.train.lora import make_trainable, training_mode
+from pipeline.forward.packing import check_packing
+from pipeline.models import load as models
+from pipeline.models.lora import make_trainable, training_mode
+from pipeline.teachers.alignment import View, align
+from pipeline.text.prompts import check_record, render_all
+from pipeline.train import in_memory as given
+from pipeline.train import trainer
 from pipeline.train.objective import Objective
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline import credentials, output
+from pipeline.distributed.signals import interruptible, let_the_first_speak
 from pipeline.environment import ENVIRONMENT, RANK
 from pipeline.errors import ConfigError, Interrupted, explained
-from pipeline.signals import interruptible, let_the_first_speak
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
-    from pipeline.workers import Launcher
+    from pipeline.config.recipe import Recipe
+    from pipeline.distributed.ranks import Launcher
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -187,7 +187,7 @@ def _with_launcher(ctx: click.Context, param: click.Parameter, value: int | None
 
 def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | None:
     """The checked recipe, its warnings said; None after a dry run."""
-    from pipeline.config import load_recipe
+    from pipeline.config.recipe import load_recipe
     from pipeline.console import warn
 
     resolved = load_recipe(recipe, overrides)
@@ -455,12 +455,12 @@ def verify(cache_url: str, repair: bool) -> int:
 
     import cache_schema as cs
     from pipeline.console import progress, show
-    from pipeline.run_files import is_run
+    from pipeline.runs.files import is_run
 
     if is_run(cache_url):
         if repair:
             raise click.UsageError(f"--repair is for caches, and {cache_url} is a run: see what `redpen verify` says")
-        from pipeline import verify_run
+        from pipeline.runs import verify as verify_run
 
         return verify_run.run(cache_url)
     cache = cs.open(cache_url, writable=repair)
@@ -658,7 +658,7 @@ def recipes(ctx: click.Context) -> None:
     redpen recipes show toy > my.toml
     """
     if ctx.invoked_subcommand is None:
-        from pipeline.config import recipe_names, recipe_text
+        from pipeline.config.recipe import recipe_names, recipe_text
 
         width = max(len(name) for name in recipe_names())
         for name in recipe_names():
@@ -669,7 +669,7 @@ def recipes(ctx: click.Context) -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a shipped recipe, comments included."""
-    from pipeline.config import recipe_text
+    from pipeline.config.recipe import recipe_text
 
     for line in recipe_text(name).splitlines():
         _show(line)

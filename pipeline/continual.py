@@ -26,17 +26,19 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from pipeline import distill, models, workers
-from pipeline.answers import share_right
-from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
+from pipeline import distill
+from pipeline.config.recipe import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
 from pipeline.console import results, say, show, under_way
+from pipeline.distributed import ranks as workers
+from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.evaluate.accuracy import HeldOutPrompts
 from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
+from pipeline.models import load as models
+from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.sft import stage as sft
+from pipeline.text.answers import share_right
 from pipeline.train import ledger
-from pipeline.train.run_directory import Result, RunDirectory, open_run
 
 EXIT_GATE = 4
 #: Parts of the recipe that decide what comes out, beside those that every run compares.

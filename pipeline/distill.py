@@ -34,18 +34,19 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.console import say, show, under_way
+from pipeline.distributed import ranks as workers
 from pipeline.files import atomic_directory, write_atomically
-from pipeline.marks import marked_blocks
-from pipeline.prompts import load_prompts
+from pipeline.models import load as models
 from pipeline.rollouts import stage as rollouts
-from pipeline.run_files import METRICS, check, read_record, read_steps
+from pipeline.rounds.scored_block import marked_blocks
+from pipeline.runs.directory import Result, RunDirectory, open_run
+from pipeline.runs.files import METRICS, check, read_record, read_steps
 from pipeline.score import stage as score
+from pipeline.text.prompts import load_prompts
 from pipeline.train import inputs, ledger
 from pipeline.train import stage as train
-from pipeline.train.run_directory import Result, RunDirectory, open_run
 from pipeline.train.stopping import badness
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.

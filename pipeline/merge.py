@@ -15,15 +15,15 @@ from huggingface_hub import ModelCard
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from pipeline import models
-from pipeline.config import ModelConfig, load_recipe
+from pipeline.config.recipe import ModelConfig, load_recipe
 from pipeline.console import show, warn
 from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
 from pipeline.files import atomic_directory, write_atomically
-from pipeline.logprobs import unwrapped
-from pipeline.model_files import read_adapter_config
-from pipeline.train.card import LICENCE, TRAINING, front_matter, load_model
+from pipeline.forward.head import unwrapped
+from pipeline.models import load as models
+from pipeline.models.files import read_adapter_config
+from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
 
 
 class _AdapterConfig(BaseModel):

@@ -14,22 +14,30 @@ import preloaded
 
 # What takes long to import, or is imported late; the children have it from their parent.
 _ONCE = (
-    *("pipeline.distill", "pipeline.rollouts.transformers_sampler", "pipeline.score.resident"),
+    *("pipeline.distill", "pipeline.engines.transformers_sampler", "pipeline.engines.resident"),
     *("torch._dynamo", "torch.utils.tensorboard"),
 )
 
 
-def before_each(writes: Sequence[tuple[str, int]], *command: str, code: int = 0) -> None:
+def before_each(
+    writes: Sequence[tuple[str, int]],
+    *command: str,
+    code: int = 0,
+    after: tuple[Callable[..., object], str] | None = None,
+) -> None:
     """`redpen COMMAND` once for every (path, n) in `writes`, killed when it is about to put a file or directory that
     ends with `path` in place for the n-th time, and once more to its end. Raises `AssertionError` where it lives on,
     or does not end with `code`.
+
+    Args:
+        after: a function and its argument, called after each death.
     """
-    process = preloaded.Process(_main, list(writes), *command)
+    process = preloaded.Process(_main, list(writes), after, *command)
     _, errors = process.communicate()
     assert process.returncode == code, errors
 
 
-def _main(writes: Sequence[tuple[str, int]], *command: str) -> None:
+def _main(writes: Sequence[tuple[str, int]], after: tuple[Callable[..., object], str] | None, *command: str) -> None:
     for module in _ONCE:
         importlib.import_module(module)
     from pipeline.cli import main
@@ -41,6 +49,8 @@ def _main(writes: Sequence[tuple[str, int]], *command: str) -> None:
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
             sys.exit(f"before {path}: expected a death, got {os.waitstatus_to_exitcode(status)}")
+        if after is not None:
+            after[0](after[1])
     sys.exit(main(command))
 
 

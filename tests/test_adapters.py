@@ -20,11 +20,13 @@ from test_train_resume import curve, stop_after_one_step
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import pipeline.evaluate.stage
-from pipeline import merge, models
+from pipeline import merge
 from pipeline.cli import main
-from pipeline.config import ModelConfig, Recipe
+from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import Interrupted, ModelError, RedpenError
-from pipeline.train import lora, stage
+from pipeline.models import load as models
+from pipeline.models import lora
+from pipeline.train import stage
 
 Make = Callable[..., Recipe]
 
@@ -118,7 +120,7 @@ def test_files_have_the_mode_that_the_umask_gives(toy_cache: Path, tmp_path: Pat
 def test_vllm_and_peft_read_the_same_in_an_adapter_of_rank_128(toy_cache: Path, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
-    from pipeline.vllm_engine import Engine
+    from pipeline.engines.vllm import Engine
 
     recipe = small_recipe("train.lora_rank=128", "vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1")
     trainer, _ = trainer_of(toy_cache, recipe)
@@ -203,7 +205,7 @@ def test_interrupted_after_every_step_all_weights_are_those_of_the_undisturbed_r
 
 
 def test_a_run_of_all_weights_makes_a_model_that_loads_anywhere(full_run: Path, toy_cache: Path) -> None:
-    from pipeline.train import checkpoint
+    from pipeline.runs import checkpoint
 
     trainer, _ = trainer_of(toy_cache, small_recipe(*FULL))
     trainer.restore(checkpoint.load(full_run / "checkpoints" / "step-00000005"))

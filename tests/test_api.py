@@ -17,9 +17,9 @@ from torch import Tensor
 
 import cache_schema as cs
 from pipeline.api import Rollouts, Student, Teacher, Trainer
-from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError, PromptError, RedpenError
-from pipeline.metrics import scores_reverse_kl
+from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.toy import asset_path
 
 ROOT = Path(__file__).parent.parent

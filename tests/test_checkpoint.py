@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipeline import files
-from pipeline.train import checkpoint
-from pipeline.train.checkpoint import DamagedCheckpointError
+from pipeline.runs import checkpoint
+from pipeline.runs.checkpoint import DamagedCheckpointError
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:

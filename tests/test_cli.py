@@ -103,7 +103,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.config import load_recipe
+    from pipeline.config.recipe import load_recipe
 
     args = ["--set", "train.steps=7", "--set", "rollouts.temperature=0.3"]
     for command in ("rollouts", "score", "train"):
@@ -319,7 +319,7 @@ def test_signal_before_a_stage_begins() -> None:
 
 
 def test_handlers_are_restored() -> None:
-    from pipeline.signals import graceful
+    from pipeline.distributed.signals import graceful
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(errors.Interrupted) as error, graceful() as stop:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import settings
-from pipeline.config import Recipe, load_recipe, recipe_names, recipe_text
+from pipeline.config import settings
+from pipeline.config.recipe import Recipe, load_recipe, recipe_names, recipe_text
 from pipeline.errors import ConfigError
 
 MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}

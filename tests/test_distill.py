@@ -16,13 +16,14 @@ from conftest import SMALL, small_recipe
 from safetensors.torch import load_file
 
 import cache_schema as cs
-from pipeline import distill, models
+from pipeline import distill
 from pipeline.cli import main
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.distill import Estimate, Round, verdict
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate
-from pipeline.metrics import scores_reverse_kl
+from pipeline.models import load as models
+from pipeline.rounds.metrics import scores_reverse_kl
 
 Make = Callable[..., Recipe]
 

@@ -24,10 +24,14 @@ from test_workers import processes
 from torch.distributed.tensor import DTensor
 
 import cache_schema as cs
-from pipeline import environment, models, workers
+from pipeline import environment
+from pipeline.distributed import fsdp as distributed
+from pipeline.distributed import ranks as workers
+from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, ModelError
-from pipeline.signals import Stop
-from pipeline.train import distributed, inputs, lora, stage, stopping
+from pipeline.models import load as models
+from pipeline.models import lora
+from pipeline.train import inputs, stage, stopping
 from pipeline.train.trainer import Trainer
 
 STEPS = 6
@@ -136,7 +140,8 @@ def two(cache: Path, out: Path) -> None:
 
 def broken(cache: Path, out: Path) -> None:
     """The command, with a second rank that fails at its third step."""
-    from pipeline import cli, signals
+    from pipeline import cli
+    from pipeline.distributed import signals
 
     real, signals._OTHERS_WAIT_SECONDS = Trainer.update, 1
 

@@ -17,10 +17,10 @@ import pytest
 
 import cache_schema as cs
 from pipeline.cli import cli
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.settings import setting
 from pipeline.report import data
-from pipeline.settings import setting
-from pipeline.text import load_decoder
+from pipeline.text.detokenize import load_decoder
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "cache_schema/SPEC.md"]

@@ -12,13 +12,14 @@ import pytest
 from conftest import SMALL, small_recipe
 
 import cache_schema as cs
-from pipeline import distill, merge, models
+from pipeline import distill, merge
 from pipeline.cli import main
-from pipeline.config import ModelConfig
+from pipeline.config.recipe import ModelConfig
 from pipeline.distill import Estimate
 from pipeline.errors import RedpenError
+from pipeline.models import load as models
 from pipeline.report import runs
-from pipeline.run_files import DamagedRunError, digests, read_record, write_record
+from pipeline.runs.files import DamagedRunError, digests, read_record, write_record
 from pipeline.train import stage
 
 STEPS = ("train.steps=3",)

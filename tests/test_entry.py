@@ -34,7 +34,7 @@ def test_what_was_cut_is_told(tmp_path: Path) -> None:
 
 
 def test_examples_are_escaped_and_short() -> None:
-    from pipeline.rollouts.entry import _short
+    from pipeline.rollouts.format_check import _short
 
     shown = _short("\x1b[2J" + "long " * 100 + "\nend\u202e")
     assert shown.startswith("\\x1b[2Jlong") and shown.endswith("\\nend\\u202e") and len(shown) < 100

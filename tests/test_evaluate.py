@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import killing
 import numpy as np
 import preloaded
 import pytest
@@ -17,18 +18,19 @@ from conftest import small_recipe, tree_digest
 from safetensors import safe_open
 
 import cache_schema as cs
-from pipeline import cli, files, models
-from pipeline.config import PromptsConfig, Recipe
+from pipeline import cli
+from pipeline.config.recipe import PromptsConfig, Recipe
+from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
 from pipeline.evaluate.reread import reread
-from pipeline.marks import marked_blocks
-from pipeline.prompts import load_prompts, render
+from pipeline.models import load as models
 from pipeline.report.runs import read_run
-from pipeline.rollouts import PromptBlock, Sampling
-from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.run_files import fault, read_record, write_record
-from pipeline.run_lock import locked
+from pipeline.rounds.scored_block import marked_blocks
+from pipeline.runs.files import fault, read_record, write_record
+from pipeline.runs.lock import locked
+from pipeline.text.prompts import load_prompts, render
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
@@ -254,61 +256,26 @@ def kept_digests(run: Path) -> dict[str, str]:
             for name in KEPT if (path := run / name).exists()}  # fmt: skip
 
 
-def killed_after(n_writes: int, work: Callable[[], None]) -> bool:
-    """Do it in a fork that dies like a killed process before one of its writes; whether it came to that."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1] != 0
-    left = n_writes
-
-    def counted(write: Callable[..., object]) -> Callable[..., object]:
-        def written(*args: object, **kwargs: object) -> object:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os._exit(1)
-            return write(*args, **kwargs)
-
-        return written
-
-    for owner, name in ((files, "_claim"), (files, "_swap"), (files.shutil, "rmtree"), 
-                        (Path, "rename"), (Path, "replace"), (Path, "unlink")):  # fmt: skip
-        setattr(owner, name, counted(getattr(owner, name)))
-    try:
-        work()
-    finally:
-        os._exit(0)
+def of_one_evaluation(run: str) -> None:
+    """Of what a run holds, files of two evaluations are never believed together."""
+    counts = set()
+    if fault(run, "eval.json") is None:
+        counts.add(json.loads(Path(run, "eval.json").read_text())["prompts"]["count"])
+    if fault(run, "eval.zarr") is None:
+        counts.add(cs.open(Path(run, "eval.zarr")).round(0).n_prompts)
+    assert len(counts) <= 1
 
 
-def test_a_kill_between_any_two_writes(
-    run_dir: Path, figures: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a run then holds is of the one evaluation or of the other, and what belongs to none is not believed."""
-    run = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    earlier, real = kept_digests(run), stage._keep
-    states: list[dict[str, str]] = []
-
-    def keep(*args: object) -> None:
-        shutil.copytree(run, tmp_path / "template")
-        while killed_after(len(states), lambda: real(*args)):  # type: ignore[arg-type]
-            states.append({name: text for name, text in kept_digests(run).items() if fault(run, name) is None})
-            shutil.rmtree(run)
-            shutil.copytree(tmp_path / "template", run)
-        shutil.rmtree(run)
-        shutil.copytree(tmp_path / "template", run)
-        real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "_keep", keep)
-    assert stage.run(str(run), overrides=[*SMALL, "eval.limit=2"]) == 0
-    later = kept_digests(run)
-    assert len(states) >= 8 and states[0] == earlier and not list(run.glob(".*.partial"))
-    assert all(later[name] != earlier[name] for name in ("eval.json", "eval.zarr"))
-    for state in states:
-        assert all(state[name] in (earlier[name], later[name]) for name in state)
-        mixed = state.items() - earlier.items() and state.items() - later.items()
-        assert not mixed, "files of two evaluations are never believed together"
-    for name in KEPT:
-        assert fault(run, name) is None
+def test_a_kill_between_any_two_writes(run_dir: Path, figures: dict[str, object], tmp_path: Path) -> None:
+    run, undisturbed = (Path(shutil.copytree(run_dir, tmp_path / name)) for name in ("run", "undisturbed"))
+    settings = [f"--set={setting}" for setting in (*SMALL[1:], "eval.limit=2")]
+    writes = [("eval.json", 1), ("run.json", 2)]
+    killing.before_each(writes, "eval", str(run), *settings, after=(of_one_evaluation, str(run)))
+    assert cli.main(["eval", str(undisturbed), *settings]) == 0
+    found, expected = (json.loads((path / "eval.json").read_text()) for path in (run, undisturbed))
+    assert found["before"] == expected["before"] and found["after"] == expected["after"]
+    of_one_evaluation(str(run))
+    assert all(fault(run, name) is None for name in KEPT) and not list(run.glob(".*.partial"))
 
 
 def test_a_full_disk_leaves_the_earlier_evaluation(
@@ -316,14 +283,14 @@ def test_a_full_disk_leaves_the_earlier_evaluation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     run = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    earlier, real = kept_digests(run), stage.atomic_file
+    earlier, real = kept_digests(run), stage.staged_file
 
     def full(path: Path, content: str | bytes) -> object:
         if path.name == "reread.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return real(path, content)
 
-    monkeypatch.setattr(stage, "atomic_file", full)
+    monkeypatch.setattr(stage, "staged_file", full)
     assert cli.main(["eval", str(run), "--set", "eval.limit=2", *(f"--set={setting}" for setting in SMALL[1:])]) == 1
     said = capsys.readouterr()
     assert kept_digests(run) == earlier and not list(run.glob(".*.partial"))

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import models
-from pipeline.answers import Checker
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
+from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError
-from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline.models import load as models
+from pipeline.text.answers import Checker
 from pipeline.train import stage
 from pipeline.train.stopping import Memory, best_step, verdict
 

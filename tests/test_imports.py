@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"rollouts", "score", "train", "evaluate", "report", "interchange", "diagnose"}
-ENTRY_POINTS = {"cli", "verify_run", "__main__", "api", "distill", "merge", "plan", "sft", "continual"}
-#: Evaluation samples and scores fresh rollouts in memory, with stage one's own sampler and scorer; training may watch
-#: evaluation's accuracy; sampling looks for a student's weights as streamed scoring does.
-BORROWS = {"evaluate": {"rollouts", "score"}, "train": {"evaluate"}, "rollouts": {"score"}}
+#: Folders and modules of `pipeline`, from what everything uses up to the command. Each may import those before it.
+ORDER = (
+    *("errors", "credentials", "environment", "console", "output", "files", "disk", "config"),
+    *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
+    *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
+    *("distill", "continual", "merge", "api", "cli", "__main__"),
+)
+STAGES = {"rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"}
+#: `redpen sft` is training on other data.
+BORROWS = {("sft", "train")}
 LIGHT = (
     "cache_schema",
     "pipeline",
@@ -23,14 +28,14 @@ LIGHT = (
     "pipeline.config",
     "pipeline.diagnose.stage",
     "pipeline.console",
-    "pipeline.answers",
-    "pipeline.marks",
-    "pipeline.text",
+    "pipeline.text.answers",
+    "pipeline.rounds.scored_block",
+    "pipeline.text.detokenize",
     "pipeline.errors",
-    "pipeline.metrics",
-    "pipeline.prompts",
-    "pipeline.settings",
-    "pipeline.signals",
+    "pipeline.rounds.metrics",
+    "pipeline.text.prompts",
+    "pipeline.config.settings",
+    "pipeline.distributed.signals",
     "pipeline.toy",
     "pipeline.toy.world",
 )
@@ -69,9 +74,10 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{name}.{alias.name}" for alias in node.names)
 
 
-def stage_of(module: str) -> str | None:
+def room(module: str) -> str | None:
+    """The folder or top module of `pipeline` that a module is in."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in STAGES else None
+    return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else None
 
 
 @pytest.mark.parametrize("path", modules("cache_schema"), ids=lambda path: path.name)
@@ -81,13 +87,19 @@ def test_cache_schema_needs_numpy_and_zarr_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules("pipeline"), ids=lambda path: str(path.relative_to(ROOT)))
-def test_stages_meet_only_in_the_cache(path: Path) -> None:
-    own = stage_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    if own is None and not ENTRY_POINTS.isdisjoint(path.with_suffix("").parts):
+def test_imports_go_one_way(path: Path) -> None:
+    own = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own in (None, "__init__"):
         return
-    others = {name for name in imports(path) if stage_of(name) not in (None, own)}
-    borrowed = {name for name in others if stage_of(name) in BORROWS.get(own or "", ()) and ".stage" not in name}
-    assert others == borrowed, "stages do not import one another, and what they share does not import them"
+    assert own in ORDER, "a new folder or module at the top has a place in the order"
+    others = {name for name in map(room, imports(path)) if name in ORDER and name != own}
+    assert not {name for name in others if ORDER.index(name) > ORDER.index(own)}
+    if own in STAGES:
+        assert not {(own, name) for name in others & STAGES} - BORROWS, "stages meet in the cache and the run alone"
+
+
+def test_the_top_is_short() -> None:
+    assert len(list((ROOT / "pipeline").glob("*.py"))) <= 14
 
 
 @pytest.mark.parametrize("module", LIGHT)

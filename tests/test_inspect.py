@@ -15,10 +15,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import cache_schema as cs
-from pipeline import cli, console, metrics
+from pipeline import cli, console
 from pipeline.errors import RedpenError
 from pipeline.report import data, terminal
-from pipeline.text import pieces as pieces_of
+from pipeline.rounds import metrics
+from pipeline.text.detokenize import pieces as pieces_of
 from pipeline.toy import asset_path
 
 
@@ -236,7 +237,7 @@ def test_pieces_are_the_whole_text() -> None:
 
 def toy_cache(path: Path) -> cs.Cache:
     """A cache whose tokenizer is the toy's."""
-    from pipeline.provenance import tokenizer_digest
+    from pipeline.models.identity import tokenizer_digest
 
     digest = tokenizer_digest(AutoTokenizer.from_pretrained(asset_path("student")))
     return cache_factory.filled(path, tokenizer=cs.TokenizerIdentity("toy:student", digest, 259))

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 import cache_schema as cs
-from pipeline import cli, models
-from pipeline.config import Recipe, load_recipe
+from pipeline import cli
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
+from pipeline.models import load as models
 
 #: The student's ids that the made-up rollouts use, and the one that ends them.
 A, B, EOS = 65, 66, 256
@@ -312,7 +313,7 @@ def test_a_bad_file_is_refused(rows: list[Any], message: str, tmp_path: Path) ->
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.prompts._LINE_AT_MOST", 1000)
+    monkeypatch.setattr("pipeline.text.prompts._LINE_AT_MOST", 1000)
     (tmp_path / "x.jsonl").write_text(json.dumps(rollout()) + "\n" + "[" * 1001)
     assert "x.jsonl:2: expected a line of at most 1,000 bytes" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.evaluate import table
-from pipeline.intervals import mean_per_token, student_t
 from pipeline.report import runs
+from pipeline.rounds.intervals import mean_per_token, student_t
 
 #: A prompt's own divergence per token: the distribution over prompts, and its mean.
 LEVELS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from conftest import small_recipe
 
-from pipeline import models
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import harness, stage
-from pipeline.prompts import load_prompts
+from pipeline.models import load as models
+from pipeline.text.prompts import load_prompts
 
 N = 12
 TASK = """
@@ -120,7 +120,7 @@ def test_prompts_that_the_harness_shortens_are_told(directory: Path, capsys: pyt
 
 def test_a_model_with_an_adapter_as_training_loads_it(directory: Path) -> None:
     """Packed attention and train mode on the way in and out; the second time gives what the first gave."""
-    from pipeline.train.lora import add_lora
+    from pipeline.models.lora import add_lora
 
     recipe = recipe_with(directory, "sums", "choice", more=("eval.task_limit=4",))
     tokenizer, tasks = models.load_tokenizer(recipe.student), harness.load_tasks(recipe.eval)

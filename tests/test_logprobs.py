@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
 
 from pipeline.errors import ModelError
-from pipeline.logprobs import Head, chunked_head_loss, logits, score_rows, without_repeats
-from pipeline.packing import decoder_body
-from pipeline.peak import PeakBytes
+from pipeline.forward.head import Head, chunked_head_loss, logits, score_rows, without_repeats
+from pipeline.forward.packing import decoder_body
+from pipeline.models.peak_memory import PeakBytes
 from pipeline.train import losses
 
 T, D, V, C = 23, 12, 97, 5

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BioGptConfig, Gemma3Config, OPTConfig, PhimoeConfig, XGLMConfig
 
-from pipeline.config import TrainConfig
-from pipeline.logprobs import unwrapped
-from pipeline.packing import pack, packed_hidden, register_packed_attention
-from pipeline.train.lora import add_lora, trainable, training_mode
+from pipeline.config.recipe import TrainConfig
+from pipeline.forward.head import unwrapped
+from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.models.lora import add_lora, trainable, training_mode
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=71, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, bos_token_id=1, eos_token_id=2

@@ -223,7 +223,7 @@ def every_draw(old: Tensor, m: int, loss_of_draws) -> Tensor:
 
 def estimate(name: str, student: Tensor, teacher: Tensor, old: Tensor, token: int, draws: tuple[int, ...]) -> Tensor:
     """`over_draws` on the columns that a cache holds: the sampled token, then the draws, repeats as padding."""
-    from pipeline.logprobs import without_repeats
+    from pipeline.forward.head import without_repeats
     from pipeline.train.objective import log_draw_weights
 
     ids = torch.tensor([[token, *draws]])

@@ -25,13 +25,13 @@ from transformers import (
     PreTrainedConfig,
 )
 
-import pipeline.models as models
-from pipeline.architecture import check_architecture
-from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+import pipeline.models.load as models
+from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
-from pipeline.model_files import ConfigFile, without_place
-from pipeline.rollouts.checkpoint import check_checkpoint
-from pipeline.score.streamed import StreamedScorer
+from pipeline.models.architecture import check_architecture
+from pipeline.models.files import ConfigFile, without_place
+from pipeline.streaming.header_check import check_checkpoint
+from pipeline.streaming.streamed import StreamedScorer
 from pipeline.toy import asset_path
 
 SHAPE: dict[str, Any] = dict(
@@ -284,8 +284,8 @@ def test_a_teacher_that_cannot_be_packed_is_refused_before_anything_is_sampled(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: float) -> None:
-    from pipeline.rollouts import PromptBlock, Sampling
-    from pipeline.rollouts.transformers_sampler import TransformersSampler
+    from pipeline.engines.sampling import PromptBlock, Sampling
+    from pipeline.engines.transformers_sampler import TransformersSampler
 
     damage(tiny)
     model = models.load_model(config(tiny), attention="sdpa")
@@ -297,8 +297,8 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
 
 
 def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
-    from pipeline.packing import check_packing
-    from pipeline.score.resident import ResidentScorer
+    from pipeline.engines.resident import ResidentScorer
+    from pipeline.forward.packing import check_packing
 
     damage(tiny)
     model, sequences = models.load_model(config(tiny)), [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]
@@ -311,9 +311,9 @@ def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
 
 
 def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
-    from pipeline.rollouts import PromptBlock, Sampling
-    from pipeline.rollouts.transformers_sampler import TransformersSampler
-    from pipeline.score.resident import ResidentScorer
+    from pipeline.engines.resident import ResidentScorer
+    from pipeline.engines.sampling import PromptBlock, Sampling
+    from pipeline.engines.transformers_sampler import TransformersSampler
 
     sampler = TransformersSampler(
         models.load_model(config(tiny), attention="sdpa"),
@@ -329,7 +329,7 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
 
 
 def test_an_engine_that_tells_no_numbers_is_refused() -> None:
-    from pipeline.score.prompt_logprobs import Question, Told
+    from pipeline.engines.prompt_logprobs import Question, Told
 
     with pytest.raises(ModelError, match="not finite"):
         Told.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])

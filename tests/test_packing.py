@@ -22,10 +22,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from pipeline import packing
 from pipeline.errors import ModelError
-from pipeline.logprobs import Head, chunked_head_loss
-from pipeline.packing import (
+from pipeline.forward import packing
+from pipeline.forward.head import Head, chunked_head_loss
+from pipeline.forward.packing import (
     ATTENTION,
     PackPlan,
     check_packing,

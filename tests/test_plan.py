@@ -26,16 +26,18 @@ from transformers import (
 )
 
 import cache_schema as cs
-from pipeline import cli, flops, plan, shadow
-from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
-from pipeline.logprobs import Head, chunked_head_loss
-from pipeline.models import load_model
-from pipeline.packing import pack, packed_hidden, register_packed_attention
-from pipeline.peak import PeakBytes
+from pipeline import cli, plan
+from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
+from pipeline.forward.head import Head, chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.models import flops
+from pipeline.models import meta_model as shadow
+from pipeline.models.load import load_model
+from pipeline.models.lora import make_trainable, trainable, training_mode
+from pipeline.models.peak_memory import PeakBytes
 from pipeline.plan import Device, cost, memory, table
 from pipeline.plan.assumed import Lengths
 from pipeline.train import stage
-from pipeline.train.lora import make_trainable, trainable, training_mode
 
 # As published on the Hub; the counts that these are known to have are in the tests.
 QWEN3: dict[str, Any] = dict(

@@ -31,13 +31,15 @@ from transformers import PreTrainedModel
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
-from pipeline import models
-from pipeline.config import Recipe, TeacherConfig, load_recipe
+from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
+from pipeline.engines import served as server
+from pipeline.engines.prompt_logprobs import Question, Told, check_agreement, partial_scores
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
+from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError
-from pipeline.metrics import REST_FLOOR
-from pipeline.score import ScoreOptions, TokenBatch, server, stage
-from pipeline.score.prompt_logprobs import Question, Told, check_agreement, partial_scores
-from pipeline.score.server import ServerScorer
+from pipeline.models import load as models
+from pipeline.rounds.metrics import REST_FLOOR
+from pipeline.score import stage
 from pipeline.toy import asset_path
 
 Make = Callable[..., Recipe]

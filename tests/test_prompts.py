@@ -22,15 +22,15 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import pipeline.chat_template
-import pipeline.prompts
-import pipeline.token_length
-from pipeline.chat_template import Renderer, chat_text
-from pipeline.config import PromptsConfig
+import pipeline.text.chat_template
+import pipeline.text.prompts
+import pipeline.text.token_length
+from pipeline.config.recipe import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity
-from pipeline.template_effect import without_effect
-from pipeline.token_length import least_tokens
+from pipeline.text.chat_template import Renderer, chat_text
+from pipeline.text.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity
+from pipeline.text.template_effect import without_effect
+from pipeline.text.token_length import least_tokens
 from pipeline.toy import asset_path
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -392,7 +392,7 @@ def test_a_tokenizer_without_a_template_has_no_arguments() -> None:
 )
 def test_a_template_has_bounds(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     quick = Renderer(seconds=0.2)
-    monkeypatch.setattr(pipeline.chat_template, "renderer", lambda: quick)
+    monkeypatch.setattr(pipeline.text.chat_template, "renderer", lambda: quick)
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(PromptError) as error:
         render({"prompt": "a"}, tokenizer, config("p.jsonl"))
@@ -444,7 +444,7 @@ def byte_pairs(strips: bool) -> Any:
 
 @pytest.mark.parametrize("strips", [False, True])
 def test_no_text_has_fewer_tokens_than_the_least(strips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.token_length, "_CHEAP", 0)
+    monkeypatch.setattr(pipeline.text.token_length, "_CHEAP", 0)
     tokenizer, rng = byte_pairs(strips), random.Random(0)
     parts = [
         "the cat",
@@ -492,7 +492,7 @@ def test_sharegpt_is_read_as_messages(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.prompts, "_LINE_AT_MOST", 100)
+    monkeypatch.setattr(pipeline.text.prompts, "_LINE_AT_MOST", 100)
     assert len(load(tmp_path, b'{"prompt": "a"}\n' + b'{"prompt": "' + b"a" * 85 + b'"}\n')) == 2
     with pytest.raises(PromptError, match=r"prompts\.jsonl:2: expected at most 100 bytes"):
         load(tmp_path, b'{"prompt": "a"}\n' + b'{"prompt": "' + b"a" * 87 + b'"}\n')

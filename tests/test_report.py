@@ -16,15 +16,17 @@ from conftest import make_cache, small_recipe
 from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
-from pipeline import cli, metrics
-from pipeline.answers import Checker
+from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.provenance import cache_identity
-from pipeline.report import choose, collect, encode, judge, pieces, scan, stage
-from pipeline.report.shown import Request
-from pipeline.run_files import read_record, write_record
-from pipeline.text import load_decoder
-from pipeline.text import pieces as text_pieces
+from pipeline.models.identity import cache_identity
+from pipeline.report import choose, collect, encode, judge, scan, stage
+from pipeline.report import string_table as pieces
+from pipeline.report.page_rows import Request
+from pipeline.rounds import metrics
+from pipeline.runs.files import read_record, write_record
+from pipeline.text.answers import Checker
+from pipeline.text.detokenize import load_decoder
+from pipeline.text.detokenize import pieces as text_pieces
 from pipeline.toy.world import Problem, add_without_carry
 
 NOT_TOLD = 65535

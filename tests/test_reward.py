@@ -20,12 +20,14 @@ from torch import Tensor
 import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
-from pipeline import distill, models
+from pipeline import distill
 from pipeline.cli import main
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
+from pipeline.models import load as models
+from pipeline.models import lora
 from pipeline.toy import world
-from pipeline.train import inputs, lora, stage
+from pipeline.train import inputs, stage
 from pipeline.train.replay import Replay, Rollout
 from pipeline.train.reward import ADVANTAGE, VALUE, group_advantages
 from pipeline.train.trainer import Trainer

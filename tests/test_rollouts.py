@@ -25,11 +25,12 @@ from transformers import (
 )
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.engines.transformers_sampler import TransformersSampler, draw
 from pipeline.errors import ConfigError, Interrupted
-from pipeline.rollouts import PromptBlock, Sampling, stage
-from pipeline.rollouts.transformers_sampler import TransformersSampler, draw
+from pipeline.models import load as models
+from pipeline.rollouts import stage
 
 VOCAB, STOP = 24, (3, 5)
 SHAPE = dict(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import run_files
 from pipeline.errors import RedpenError
-from pipeline.run_files import DamagedRunError, Record, Result, check, digests, read_record, replacing, write_record
+from pipeline.runs import files as run_files
+from pipeline.runs.files import DamagedRunError, Record, Result, check, digests, read_record, replacing, write_record
 
 NAMES = ("metrics.jsonl", "ledger.json", "adapter")
 

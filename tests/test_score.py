@@ -19,13 +19,14 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline import models
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.metrics import reverse_kl
-from pipeline.packing import register_packed_attention
-from pipeline.score import ScoreOptions, TokenBatch, stage
-from pipeline.score.resident import ResidentScorer
+from pipeline.forward.packing import register_packed_attention
+from pipeline.models import load as models
+from pipeline.rounds.metrics import reverse_kl
+from pipeline.score import stage
 from pipeline.toy import asset_path
 
 SMALL = ["prompts.limit=12", "rollouts.prompts_per_block=4", "score.tile_tokens=300"]

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 import cache_schema as cs
-from pipeline import api, cli, console, credentials, provenance, settings
-from pipeline.config import Recipe, load_recipe
+from pipeline import api, cli, console, credentials
+from pipeline.config import settings
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import ConfigError
+from pipeline.models import identity as provenance
 
 ROOT = Path(__file__).parent.parent
 SECRET = "hunter2hunter2"

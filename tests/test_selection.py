@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from test_train import distance, flat_gradient, moved, trainer_of
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import Recipe, SelectConfig
+from pipeline.config.recipe import Recipe, SelectConfig
 from pipeline.errors import ConfigError
+from pipeline.models import load as models
 from pipeline.train import inputs, stage
 from pipeline.train.order import Order
 from pipeline.train.replay import Batch, Replay

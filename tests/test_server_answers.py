@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import cache_schema as cs
-from pipeline.config import ScoreConfig, TeacherConfig
+from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.engines import served as server
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
+from pipeline.engines.served import ServerScorer
 from pipeline.errors import ModelError
-from pipeline.score import ScoreOptions, TokenBatch, server
-from pipeline.score.server import ServerScorer
 
 TEACHER = TeacherConfig(model="toy:teacher", placement="server", url="http://host/v1", served_name="teach")
 MODELS = {"data": [{"id": "teach", "max_model_len": 64}]}

@@ -23,8 +23,8 @@ import pipeline.score.stage
 from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate
-from pipeline.score import spans
-from pipeline.score.spans import Spans, shared_out, span_view
+from pipeline.teachers import spans
+from pipeline.teachers.spans import Spans, shared_out, span_view
 from pipeline.toy import asset_path, build
 
 END = build.END_OF_TEXT_ID

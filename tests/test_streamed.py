@@ -27,14 +27,16 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline import models
-from pipeline.config import ModelConfig, Recipe, load_recipe
+from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.packing import PackPlan
-from pipeline.peak import PeakBytes, bytes_of
-from pipeline.score import ScoreOptions, TokenBatch, layered, layers, stage, streamed, weights
-from pipeline.score.resident import ResidentScorer
-from pipeline.score.streamed import StreamedScorer
+from pipeline.forward.packing import PackPlan
+from pipeline.models import load as models
+from pipeline.models.peak_memory import PeakBytes, bytes_of
+from pipeline.score import stage
+from pipeline.streaming import layered, layers, streamed, weights
+from pipeline.streaming.streamed import StreamedScorer
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIGS = FAMILIES | {
@@ -180,7 +182,7 @@ def fused_gate_up(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
         return [WeightConverter("mlp.gate_up_proj.weight", targets, [Chunk(dim=0)])]
 
-    for module in ("transformers.modeling_utils", "pipeline.score.weights"):
+    for module in ("transformers.modeling_utils", "pipeline.streaming.weights"):
         monkeypatch.setattr(f"{module}.get_model_conversion_mapping", mapping)
     return qwen3
 

@@ -20,7 +20,9 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_offered(tmp_path: Path) -> N
     auto = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None], "AutoConfig": "evil.Tokenizer"}}
     (model / "tokenizer_config.json").write_text(json.dumps(auto | {"tokenizer_class": "Tokenizer"}))
     (model / "config.json").write_text(json.dumps(auto | {"model_type": "evil"}))
-    code = f"from pipeline.text import local_tokenizer; print('found', local_tokenizer({str(model)!r}, None))"
+    code = (
+        f"from pipeline.text.detokenize import local_tokenizer; print('found', local_tokenizer({str(model)!r}, None))"
+    )
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 3)
     try:

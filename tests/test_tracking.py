@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 from conftest import small_recipe
 
-from pipeline import console, models
-from pipeline.config import Recipe
+from pipeline import console
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import stage, tracking
-from pipeline.train.run_directory import Result, open_run
+from pipeline.models import load as models
+from pipeline.runs import tracking
+from pipeline.runs.directory import Result, open_run
+from pipeline.train import stage
 
 ROOT = Path(__file__).parent.parent
 BOTH = 'track.trackers=["wandb", "trackio"]'

@@ -18,10 +18,11 @@ from conftest import make_cache, small_recipe, tree_digest
 
 import cache_schema as cs
 import pipeline.score.stage
-from pipeline import models
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.train import inputs, ledger, lora, stage
+from pipeline.models import load as models
+from pipeline.models import lora
+from pipeline.train import inputs, ledger, stage
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.trainer import Trainer, learning_rate
@@ -351,7 +352,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, toy_cache: Path) -> N
 def test_first_metrics_are_those_of_the_cache(finished: Path, toy_cache: Path) -> None:
     """Before its first update the student is the cached one, so its reverse KL can be computed from the cache
     alone."""
-    from pipeline.metrics import reverse_kl
+    from pipeline.rounds.metrics import reverse_kl
 
     _, replay = trainer_of(toy_cache, small_recipe())
     kl, gap = [], []
@@ -381,7 +382,7 @@ def test_plain_peft_loads_the_adapter(finished: Path, toy_cache: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
     loaded = peft.PeftModel.from_pretrained(base, finished / "adapter")
     trainer, replay = trainer_of(toy_cache, small_recipe())
-    from pipeline.train import checkpoint
+    from pipeline.runs import checkpoint
 
     trainer.restore(checkpoint.load(finished / "checkpoints" / "step-00000005"))
     ids = torch.from_numpy(replay.batch(0).rollouts[0].token_ids).long()[None]
@@ -461,7 +462,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
 
 
 def test_a_full_disk_is_one_line(toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.train import checkpoint
+    from pipeline.runs import checkpoint
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -15,9 +15,9 @@ import preloaded
 import pytest
 from conftest import SMALL, small_recipe
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
+from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, RedpenError
-from pipeline.signals import Stop
 from pipeline.train import stage
 
 Make = Callable[..., Recipe]
@@ -116,8 +116,10 @@ class Killed(BaseException):
 def test_killed_in_the_middle_of_a_write(
     moment: str, toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.train import checkpoint, ledger, lora
-    from pipeline.train.run_directory import RunDirectory
+    from pipeline.models import lora
+    from pipeline.runs import checkpoint
+    from pipeline.runs.directory import RunDirectory
+    from pipeline.train import ledger
 
     run = tmp_path / "run"
     calls = 0
@@ -237,7 +239,8 @@ def test_a_finished_run_goes_on_for_more_steps(toy_cache: Path, tmp_path: Path) 
 def test_a_curve_is_on_the_disk_before_a_checkpoint_of_it(
     toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.train import checkpoint, run_directory
+    from pipeline.runs import checkpoint
+    from pipeline.runs import directory as run_directory
 
     order: list[str] = []
     real_sync, real_save = run_directory.sync, checkpoint.save

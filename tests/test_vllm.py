@@ -23,12 +23,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline import models
-from pipeline.config import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.engines.scoring import ScoreOptions
 from pipeline.errors import ConfigError, Interrupted, ModelError
-from pipeline.rollouts import PromptBlock, Sampling
-from pipeline.score import ScoreOptions
-from pipeline.score.resident import ResidentScorer
+from pipeline.models import load as models
 
 ROOT = Path(__file__).parent.parent
 needs_vllm = [
@@ -78,7 +78,7 @@ def recipe(student: Path, *overrides: str) -> Recipe:
 @pytest.fixture(scope="class")
 def engine(student: Path) -> Iterator[Any]:
     """One engine for every test that needs no other."""
-    from pipeline.vllm_engine import Engine
+    from pipeline.engines.vllm import Engine
 
     with Engine(recipe(student).student, recipe(student).vllm, max_length=32, max_sequences=64) as started:
         yield started
@@ -90,7 +90,7 @@ def model(student: Path) -> Qwen3ForCausalLM:
 
 
 def sample(engine: Any, settings: Sampling, *blocks: PromptBlock, batch_size: int = 64) -> list[cs.RolloutBlock]:
-    from pipeline.rollouts.vllm_sampler import VllmSampler
+    from pipeline.engines.vllm_sampler import VllmSampler
 
     done = {block: rows for block, rows, _ in VllmSampler(engine, settings, batch_size=batch_size).sample(blocks)}
     return [done[block.block] for block in blocks]
@@ -211,7 +211,7 @@ class TestEngine:
         assert 256 in rollouts.token_ids  # the model's own EOS is a token like any other
 
     def test_the_engine_is_kept_full_across_blocks(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        from pipeline.rollouts.vllm_sampler import VllmSampler
+        from pipeline.engines.vllm_sampler import VllmSampler
 
         pulled, given, seconds, counted = 0, [], 0.0, np.zeros(2, np.int64)
         held: list[int] = []  # requests at each step while there were blocks left
@@ -246,7 +246,7 @@ class TestEngine:
         assert 0.5 * wall < seconds <= wall
 
     def test_a_stop_drops_what_is_unfinished(self, engine: Any) -> None:
-        from pipeline.rollouts.vllm_sampler import VllmSampler
+        from pipeline.engines.vllm_sampler import VllmSampler
 
         def refuse(rollouts: int, tokens: int) -> None:
             raise Interrupted(15)
@@ -258,7 +258,7 @@ class TestEngine:
 
     def test_long_responses_report_as_they_grow(self, student: Path, engine: Any) -> None:
         """...and their log-probs and ids are whole nevertheless."""
-        from pipeline.rollouts import vllm_sampler
+        from pipeline.engines import vllm_sampler
 
         steps: list[tuple[int, int]] = []
         settings = sampling(stop_token_ids=(), max_response_tokens=20, rollouts_per_prompt=1)
@@ -276,7 +276,7 @@ class TestStart:
 
     @pytest.mark.parametrize("rank", [4, 20])
     def test_an_adapter_takes_part(self, rank: int, student: Path, tmp_path: Path) -> None:
-        from pipeline.vllm_engine import Engine
+        from pipeline.engines.vllm import Engine
 
         torch.manual_seed(2)
         base = Qwen3ForCausalLM.from_pretrained(student, dtype=torch.float32)
@@ -308,7 +308,7 @@ class TestStart:
     def test_what_cannot_start_is_one_line(
         self, overrides: list[str], message: str, student: Path, tmp_path: Path
     ) -> None:
-        from pipeline.vllm_engine import Engine
+        from pipeline.engines.vllm import Engine
 
         paths = {name: tmp_path / name for name in ("heads", "rank", "bin")}
         random_student(paths["heads"], hidden=16)

@@ -26,10 +26,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
-from pipeline import models
-from pipeline.config import Recipe
-from pipeline.score import ScoreOptions, TokenBatch
-from pipeline.score.resident import ResidentScorer
+from pipeline.config.recipe import Recipe
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
+from pipeline.models import load as models
 from pipeline.toy import asset_path
 
 pytestmark = [

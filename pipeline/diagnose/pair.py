@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.config import TrainConfig
+from pipeline.config.recipe import TrainConfig
 from pipeline.diagnose import Finding
-from pipeline.diagnose.case import SAME_TOKENS, Case
+from pipeline.diagnose.compatibility import other_prompt, other_tokens
+from pipeline.diagnose.context import SAME_TOKENS, Case
 from pipeline.diagnose.figures import UNLIKELY, Figures, below, percent, probability
-from pipeline.diagnose.kinship import other_prompt, other_tokens
 from pipeline.diagnose.reading import Pair
-from pipeline.diagnose.words import Words
+from pipeline.diagnose.token_names import Words
 
 #: Median log-prob of the student's stop tokens: below 1 in 1,000 the teacher does not stop there.
 NO_STOP = math.log(1e-3)

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.marks import MarkedBlock, marked_blocks
-from pipeline.metrics import first_occurrence
+from pipeline.rounds.metrics import first_occurrence
+from pipeline.rounds.scored_block import MarkedBlock, marked_blocks
 
 #: Tokens that are read; of a larger round evenly spaced blocks.
 TOKENS = 500_000

@@ -25,12 +25,13 @@ import numpy as np
 import cache_schema as cs
 from pipeline import console
 from pipeline.console import warn
-from pipeline.diagnose import Finding, pair, worst_first, written
-from pipeline.diagnose.between import compare
+from pipeline.diagnose import Finding, pair, worst_first
+from pipeline.diagnose import rollout_checks as written
 from pipeline.diagnose.figures import Figures
 from pipeline.diagnose.reading import Look, look
+from pipeline.diagnose.teacher_disagreement import compare
 from pipeline.diagnose.terminal import show
-from pipeline.diagnose.words import Words
+from pipeline.diagnose.token_names import Words
 from pipeline.errors import RedpenError
 
 #: Tokens named as those that the teacher corrects most.

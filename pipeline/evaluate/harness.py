@@ -21,15 +21,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline import models
-from pipeline.answers import END_OF_REASONING
-from pipeline.config import EvalConfig, Recipe
+from pipeline.config.recipe import EvalConfig, Recipe
+from pipeline.config.settings import did_you_mean
 from pipeline.console import console, warn
+from pipeline.engines.heldout import generating
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.evaluate.accuracy import generating
-from pipeline.logprobs import unwrapped
-from pipeline.prompts import template_identity
-from pipeline.settings import did_you_mean
+from pipeline.forward.head import unwrapped
+from pipeline.models import load as models
+from pipeline.text.answers import END_OF_REASONING
+from pipeline.text.prompts import template_identity
 
 #: `value` and `stderr` (None where the harness gives none) by task and metric.
 Scores = dict[str, dict[str, dict[str, float | None]]]

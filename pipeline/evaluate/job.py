@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import models
-from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import read_json, refuse_link
+from pipeline.models import load as models
 
 BEFORE, AFTER = "before", "after"
 #: The figures of a run's evaluation.

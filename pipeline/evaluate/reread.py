@@ -21,14 +21,14 @@ from safetensors.numpy import save
 from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.console import progress, warn
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
-from pipeline.marks import marked_blocks
-from pipeline.provenance import cache_identity
-from pipeline.score import ScoreOptions, TokenBatch
-from pipeline.score.resident import ResidentScorer
+from pipeline.models.identity import cache_identity
+from pipeline.rounds.scored_block import marked_blocks
 
 REREAD = "reread.safetensors"
 

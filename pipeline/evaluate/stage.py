@@ -4,16 +4,16 @@
     redpen eval MODEL --prompts FILE [--teacher MODEL]    one model
     redpen eval RUN --tasks ifeval,aime24                 also tasks of lm-evaluation-harness
 
-`pipeline.answers.Checker` says which answer is right and which response legal, of the greedy response to each prompt
-and of `eval.samples` sampled at `eval.temperature`, with pass@k. Reverse KL is on *fresh* rollouts, sampled at
-temperature 1 by the very student that is measured:
+`pipeline.text.answers.Checker` decides which answer is right and which response legal, for the greedy response to
+each prompt and for `eval.samples` sampled at `eval.temperature`, with pass@k. Reverse KL is on *fresh* rollouts,
+sampled at temperature 1 by the very student that is measured:
 
     mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
 
 with C the sampled token and the student's likeliest others (`eval.candidates` in all); a lower bound, close at 64.
 Before and after draw from the same random numbers, so their difference is known better than either. Intervals are
-95 %: see `pipeline.answers` and, of reverse KL, `pipeline.intervals`. One model is in memory at a time: each student
-samples, reads its own rollouts and goes, then the teacher reads them all.
+95 %: see `pipeline.text.answers` and, for reverse KL, `pipeline.rounds.intervals`. One model is in memory at a time:
+each student samples, scores its own rollouts and is unloaded, then the teacher scores them all.
 
 A run keeps the figures (eval.json), the fresh rollouts (eval.zarr) and what the trained student thinks of the cached
 ones (reread.safetensors), for `redpen report`.
@@ -35,12 +35,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.answers import Checker, Estimate, pass_at, share_right
-from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, say, warn
-from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
-from pipeline.evaluate.accuracy import (
+from pipeline.distributed.signals import graceful
+from pipeline.engines.heldout import (
     generating,
     greedy_sampling,
     held_out_prompts,
@@ -50,23 +48,25 @@ from pipeline.evaluate.accuracy import (
     right_answers,
     texts_of,
 )
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.sampling import PromptBlock, Sampling, require_room
+from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
+from pipeline.engines.transformers_sampler import TransformersSampler
+from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
+from pipeline.evaluate.eval_cache import EVAL_CACHE, Keeper
 from pipeline.evaluate.job import AFTER, FIGURES, Job, job_of, kept_in
-from pipeline.evaluate.kept import EVAL_CACHE, Keeper
 from pipeline.evaluate.reread import REREAD, reread
 from pipeline.evaluate.table import show
 from pipeline.files import atomic_directory, remove, staged_file, write_atomically
-from pipeline.intervals import mean_per_token
-from pipeline.metrics import scores_reverse_kl
-from pipeline.prompts import prompts_sha256
-from pipeline.rollouts import PromptBlock, Sampling, require_room
-from pipeline.rollouts.transformers_sampler import TransformersSampler
-from pipeline.run_files import replacing
-from pipeline.run_lock import locked, replacing_results
-from pipeline.score import ScoreOptions, Scorer, TokenBatch
-from pipeline.score.alignment import View, view_on
-from pipeline.score.resident import ResidentScorer
-from pipeline.score.spans import SpanView
-from pipeline.signals import graceful
+from pipeline.models import load as models
+from pipeline.rounds.intervals import mean_per_token
+from pipeline.rounds.metrics import scores_reverse_kl
+from pipeline.runs.files import replacing
+from pipeline.runs.lock import locked, replacing_results
+from pipeline.teachers.alignment import View, view_on
+from pipeline.teachers.spans import SpanView
+from pipeline.text.answers import Checker, Estimate, pass_at, share_right
+from pipeline.text.prompts import prompts_sha256
 
 Figures = dict[str, Any]
 MakeScorer = Callable[..., Scorer]
@@ -383,7 +383,7 @@ def _reverse_kl(
 def _reader(recipe: Recipe, cfg: TeacherConfig) -> MakeScorer:
     """What reads by a teacher that is here: layer by layer where the recipe says so, else whole."""
     if recipe.placement(cfg) == "streamed":
-        from pipeline.score.streamed import StreamedScorer
+        from pipeline.streaming.streamed import StreamedScorer
 
         return functools.partial(StreamedScorer, cfg, memory_gib=recipe.score.memory_gib)
     return functools.partial(ResidentScorer, models.load_model(cfg))

@@ -32,15 +32,15 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import Recipe, TeacherConfig
+from pipeline.config.recipe import Recipe, TeacherConfig
 from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
+from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.interchange.rows import Float32, Int32, Row, read_rows
-from pipeline.prompts import check_record, render, template_identity
-from pipeline.provenance import IMPORTED, created_by
-from pipeline.signals import graceful
+from pipeline.models import load as models
+from pipeline.models.identity import IMPORTED, created_by
+from pipeline.text.prompts import check_record, render, template_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

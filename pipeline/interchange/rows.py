@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from cache_schema.blocks import LOGPROB_TOLERANCE
 from pipeline.errors import RedpenError
-from pipeline.prompts import FIELDS, json_lines
+from pipeline.text.prompts import FIELDS, json_lines
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]

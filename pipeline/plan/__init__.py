@@ -1,7 +1,7 @@
 """`redpen plan`: what a recipe will take, from configs alone: memory by part, FLOPs, cache bytes, time.
 
 No weight is read or downloaded. Activations are those of the model's own code, run on torch's meta device
-(`pipeline.shadow`); what is assumed beyond that is printed with the figures.
+(`pipeline.models.meta_model`); what is assumed beyond that is printed with the figures.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.console import show
 from pipeline.plan.assumed import Device, Lengths
 

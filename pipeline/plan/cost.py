@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cache_schema as cs
-from pipeline import flops, shadow
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.disk import bytes_per_token
+from pipeline.models import flops
+from pipeline.models import meta_model as shadow
 from pipeline.plan.assumed import Device, Lengths
 from pipeline.plan.memory import Models, Need
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from pipeline import shadow
-from pipeline.config import ModelConfig, Recipe, TrainConfig
+from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.logprobs import unwrapped
-from pipeline.packing import decoder_body
-from pipeline.peak import PeakBytes, bytes_of
+from pipeline.forward.head import unwrapped
+from pipeline.forward.packing import decoder_body
+from pipeline.models import meta_model as shadow
+from pipeline.models.lora import make_trainable, trainable, training_mode
+from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.plan.assumed import Device
-from pipeline.score.layered import LayeredModel
-from pipeline.score.layers import SLOTS
-from pipeline.score.memory import Memory
-from pipeline.train.lora import make_trainable, trainable, training_mode
+from pipeline.streaming.layered import LayeredModel
+from pipeline.streaming.layers import SLOTS
+from pipeline.streaming.memory import Memory
 
 GIB = 2**30
 # CUDA's context, its kernels and cuBLAS workspaces.
@@ -149,7 +149,7 @@ def _resident(recipe: Recipe, models: Models, name: str) -> Need:
 
 
 def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need:
-    """As `pipeline.score.streamed` goes about it, by its own rules."""
+    """As `pipeline.streaming.streamed` goes about it, by its own rules."""
     model, weights = models.shadows[name], models.weights[name]
     layered = LayeredModel(model)
     memory = Memory(torch.device("cuda"), recipe.score.memory_gib or 0.9 * device.gib)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.console import escape_control, results
 from pipeline.disk import readable
-from pipeline.models import model_facts
+from pipeline.models.load import model_facts
 from pipeline.plan.assumed import Device, Lengths
 from pipeline.plan.cost import Costs
 from pipeline.plan.memory import GIB, Models, Need

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.metrics import first_occurrence
 from pipeline.report.encode import NOT_TOLD, UInt16, nats
 from pipeline.report.scan import Int64
+from pipeline.rounds.metrics import first_occurrence
 
 #: Probability below which a candidate is left out where no model gives it more.
 UNLIKELY = 1e-3

@@ -26,10 +26,10 @@ import numpy as np
 import cache_schema as cs
 from pipeline.report.choose import choose, of_numbers
 from pipeline.report.encode import TEXT_BYTES, clean
-from pipeline.report.facts import facts
+from pipeline.report.page_rows import PROMPT_SHARE, Request, Shown
+from pipeline.report.provenance_rows import facts
 from pipeline.report.scan import RIGHT, UNKNOWN, Scan, scan
-from pipeline.report.shown import PROMPT_SHARE, Request, Shown
-from pipeline.text import Decoder
+from pipeline.text.detokenize import Decoder
 
 #: Tokens in the table of the most corrected.
 MOST_CORRECTED = 40

@@ -15,9 +15,9 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
-from pipeline.marks import marked_blocks
-from pipeline.metrics import first_occurrence, scores_reverse_kl
-from pipeline.text import Decoder, labels, pieces
+from pipeline.rounds.metrics import first_occurrence, scores_reverse_kl
+from pipeline.rounds.scored_block import marked_blocks
+from pipeline.text.detokenize import Decoder, labels, pieces
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.answers import Checker
 from pipeline.report.scan import RIGHT, UNKNOWN, WRONG, Judge
-from pipeline.text import local_tokenizer
+from pipeline.text.answers import Checker
+from pipeline.text.detokenize import local_tokenizer
 
 
 def answer_judge(manifest: cs.RoundManifest, checker: Checker) -> Judge | None:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.provenance import cache_identity
-from pipeline.run_files import DamagedRunError, check
+from pipeline.models.identity import cache_identity
+from pipeline.runs.files import DamagedRunError, check
 
 REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.

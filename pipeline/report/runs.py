@@ -24,7 +24,7 @@ from pipeline.credentials import masked
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
-from pipeline.run_files import (
+from pipeline.runs.files import (
     LEDGER,
     MARKS,
     METRICS,

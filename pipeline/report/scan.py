@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.console import progress
-from pipeline.metrics import Float64, scores_reverse_kl, teacher_prefers
 from pipeline.report.encode import MOST, as_text
+from pipeline.rounds.metrics import Float64, scores_reverse_kl, teacher_prefers
 
 Int64 = npt.NDArray[np.int64]
 

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.answers import Checker
-from pipeline.config import load_recipe
+from pipeline.config.recipe import load_recipe
 from pipeline.console import say, show, warn
 from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import check_output, write_output
-from pipeline.provenance import created_by
+from pipeline.models.identity import created_by
 from pipeline.report import data, page, runs
 from pipeline.report.collect import collect
 from pipeline.report.judge import answer_judge
+from pipeline.report.page_rows import Request
 from pipeline.report.reread import Reread
 from pipeline.report.scan import Int64, Judge
-from pipeline.report.shown import Request
-from pipeline.run_files import check, is_run
-from pipeline.run_lock import reading_results
-from pipeline.text import Decoder, Ids, load_decoder
+from pipeline.runs.files import check, is_run
+from pipeline.runs.lock import reading_results
+from pipeline.text.answers import Checker
+from pipeline.text.detokenize import Decoder, Ids, load_decoder
 
 #: Bytes of a page that its rollouts may fill, and the part of that of held-out rollouts where a run has them.
 PAGE_BYTES, HELDOUT_SHARE = 32_000_000, 0.3

@@ -17,9 +17,9 @@ from rich.text import Text
 
 import cache_schema as cs
 from pipeline.console import escape_control, results, say, show
-from pipeline.provenance import DATA
+from pipeline.models.identity import DATA
 from pipeline.report import data
-from pipeline.text import load_decoder
+from pipeline.text.detokenize import load_decoder
 
 #: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it where there is no colour.
 LEVELS = ((1.0, "bold white on red3", "^^^"), (0.3, "black on light_coral", "^^"), (0.1, "black on misty_rose1", "^"))

@@ -31,16 +31,17 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.answers import Checker
-from pipeline.config import Recipe
+from pipeline.config.recipe import Recipe
 from pipeline.console import Bar, progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
+from pipeline.distributed import ranks as workers
+from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_room
 from pipeline.errors import ConfigError, ModelNotFoundError
-from pipeline.prompts import load_prompts, prompts_sha256, render_all, template_identity
-from pipeline.provenance import created_by
-from pipeline.rollouts import PromptBlock, Sampler, Sampling, require_room
-from pipeline.rollouts.entry import check_entry
+from pipeline.models import load as models
+from pipeline.models.identity import created_by
+from pipeline.rollouts.format_check import check_entry
+from pipeline.text.answers import Checker
+from pipeline.text.prompts import load_prompts, prompts_sha256, render_all, template_identity
 
 #: Warn from this share of responses that the length limit cut.
 MANY_TRUNCATED = 0.05
@@ -122,11 +123,11 @@ def _check_architectures(recipe: Recipe) -> None:
     """Refuse models that could not read what is about to be sampled. A teacher that cannot be had now is left to
     `redpen score`.
     """
-    from pipeline.architecture import check_architecture
+    from pipeline.models.architecture import check_architecture
 
     check_architecture(recipe.student)
     if recipe.rollouts.engine == "vllm":
-        from pipeline.rollouts.checkpoint import check_checkpoint
+        from pipeline.streaming.header_check import check_checkpoint
 
         check_checkpoint(recipe.student)
     for teacher in recipe.teacher:
@@ -207,8 +208,8 @@ def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, workers.O
     stack. Only what is needed is imported."""
     settings = recipe.rollouts
     if settings.engine == "vllm":
-        from pipeline.rollouts.vllm_sampler import VllmSampler
-        from pipeline.vllm_engine import Engine
+        from pipeline.engines.vllm import Engine
+        from pipeline.engines.vllm_sampler import VllmSampler
 
         longest = settings.max_prompt_tokens + settings.max_response_tokens
         context = models.model_facts(recipe.student).context or longest
@@ -219,7 +220,7 @@ def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, workers.O
         return lambda sampling, on_step: VllmSampler(
             engine, sampling, batch_size=settings.batch_size, on_step=on_step
         )
-    from pipeline.rollouts.transformers_sampler import TransformersSampler
+    from pipeline.engines.transformers_sampler import TransformersSampler
 
     model = models.load_model(recipe.student, attention="sdpa")
     return lambda sampling, on_step: TransformersSampler(

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.config import Recipe, TeacherConfig
+from pipeline.config.recipe import Recipe, TeacherConfig
 from pipeline.console import say, warn
+from pipeline.engines.prompt_logprobs import check_agreement, sample_of
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.errors import ModelError
-from pipeline.score import ScoreOptions, Scorer, TokenBatch
-from pipeline.score.alignment import View, longest_of
-from pipeline.score.prompt_logprobs import check_agreement, sample_of
-from pipeline.score.resident import ResidentScorer
+from pipeline.models import load as models
+from pipeline.teachers.alignment import View, longest_of
 
 
 def open_engine(
@@ -60,12 +60,12 @@ def open_engine(
     longest = max(longest_of(round_, block, view) for block in readable)
     scorer: Scorer
     if placement == "server":
-        from pipeline.score.server import ServerScorer
+        from pipeline.engines.served import ServerScorer
 
         who, dtype = "the server", "served"
         scorer = ServerScorer(teacher, recipe.score, options, max_length=longest, on_tile=on_tile)
     else:
-        from pipeline.score.vllm import VllmScorer
+        from pipeline.engines.vllm_scorer import VllmScorer
 
         who, dtype = "vLLM", facts.dtype
         vllm = VllmScorer(teacher, recipe.vllm, options, max_length=longest, on_tile=on_tile)
@@ -87,7 +87,7 @@ def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: models.ModelFacts,
     """The sample by the training forward, streamed where there is a card, so that it fits on any."""
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
     if models.pick_device(teacher).type == "cuda" and facts.quantisation is None:
-        from pipeline.score.streamed import StreamedScorer
+        from pipeline.streaming.streamed import StreamedScorer
 
         return StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib).compute_logprobs(sample)
     return ResidentScorer(models.load_model(teacher), options).compute_logprobs(sample)

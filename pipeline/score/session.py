@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import say
-from pipeline.packing import check_packing
-from pipeline.score import ScoreOptions, Scorer, TokenBatch, sequences
-from pipeline.score.alignment import View, view_of
-from pipeline.score.resident import ResidentScorer
-from pipeline.score.spans import SpanView
+from pipeline.distributed import ranks as workers
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
+from pipeline.forward.packing import check_packing
+from pipeline.models import load as models
+from pipeline.teachers.alignment import View, view_of
+from pipeline.teachers.spans import SpanView
 
 _CHECKED_ROLLOUTS = 4
 
@@ -105,7 +106,7 @@ def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], s
     readable = np.flatnonzero(round_.rollouts.committed())
     sample = _shortest(view.of(TokenBatch((round_.rollouts.read(int(readable[0])),))).blocks[0])
     if recipe.placement(cfg) == "streamed":
-        from pipeline.score.streamed import StreamedScorer
+        from pipeline.streaming.streamed import StreamedScorer
 
         streamed = StreamedScorer(cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
         _say_packing(streamed.check_packing(*sample))

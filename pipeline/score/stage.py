@@ -31,16 +31,17 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
+from pipeline.distributed import ranks as workers
 from pipeline.errors import ConfigError, ModelError
-from pipeline.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
-from pipeline.provenance import IMPORTED, created_by
-from pipeline.score.alignment import View, longest_of, template_of, view_of
+from pipeline.models import load as models
+from pipeline.models.identity import IMPORTED, created_by
+from pipeline.rounds.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.score.session import ScoreWork
-from pipeline.score.spans import SpanView
+from pipeline.teachers.alignment import View, longest_of, template_of, view_of
+from pipeline.teachers.spans import SpanView
 
 IntArray = npt.NDArray[np.int64]
 
@@ -107,7 +108,7 @@ def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Score
         return None
     manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
     if manifest.engine == "vllm" and not (name in round_.scorer_names() and round_.scores(name).committed().all()):
-        from pipeline.vllm_engine import import_vllm
+        from pipeline.engines.vllm import import_vllm
 
         import_vllm()  # better missed now than after the student has read everything
     return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)

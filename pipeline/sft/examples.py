@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import PromptsConfig
+from pipeline.config.recipe import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.prompts import (
+from pipeline.text.prompts import (
     TooLongError,
     check_chat,
     check_text,
@@ -31,8 +31,8 @@ from pipeline.prompts import (
     render_chat,
     uses_chat,
 )
-from pipeline.template_effect import N_CHATS, warn_without_effect
-from pipeline.token_length import least_tokens
+from pipeline.text.template_effect import N_CHATS, warn_without_effect
+from pipeline.text.token_length import least_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.config import PromptsConfig, Recipe, SftData, TrainConfig
+from pipeline.config.recipe import PromptsConfig, Recipe, SftData, TrainConfig
 from pipeline.console import progress, warn
+from pipeline.distributed import ranks as workers
+from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
-from pipeline.prompts import raw_rows, template_identity
-from pipeline.provenance import DATA, created_by
+from pipeline.models import load as models
+from pipeline.models.identity import DATA, created_by
 from pipeline.sft.examples import FIELDS, Example, Reader, mixed
-from pipeline.signals import graceful
+from pipeline.text.prompts import raw_rows, template_identity
 from pipeline.train import stage as train
 
 #: The round of examples, in the run's directory.

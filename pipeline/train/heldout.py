@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.config import Recipe
-from pipeline.evaluate.accuracy import HeldOutPrompts
+from pipeline.config.recipe import Recipe
+from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.train.objective import Sums
 from pipeline.train.replay import Replay
 from pipeline.train.trainer import Trainer

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline import models
-from pipeline.answers import Checker
-from pipeline.config import Recipe, TrainConfig
+from pipeline.config.recipe import Recipe, TrainConfig
+from pipeline.config.settings import did_you_mean
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
-from pipeline.provenance import IMPORTED
-from pipeline.settings import did_you_mean
+from pipeline.models import load as models
+from pipeline.models.identity import IMPORTED
+from pipeline.text.answers import Checker
 from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective

@@ -1,4 +1,4 @@
-"""What a run has cost, by stage: seconds, tokens, and FLOPs by the formulas of `pipeline.flops`."""
+"""What a run has cost, by stage: seconds, tokens, and FLOPs by the formulas of `pipeline.models.flops`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 import cache_schema as cs
-from pipeline import flops, run_files, shadow
-from pipeline.config import ModelConfig, Recipe
+from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import ModelError, RedpenError
 from pipeline.files import parse_model, read_json
-from pipeline.models import resolve_path
-from pipeline.provenance import DATA, IMPORTED
+from pipeline.models import flops
+from pipeline.models import meta_model as shadow
+from pipeline.models.identity import DATA, IMPORTED
+from pipeline.models.load import resolve_path
+from pipeline.runs import files as run_files
 
 _Number = Annotated[float, Field(ge=0)]
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.logprobs import without_repeats
-from pipeline.metrics import rest_of
+from pipeline.forward.head import without_repeats
+from pipeline.rounds.metrics import rest_of
 
 
 @dataclass(frozen=True)

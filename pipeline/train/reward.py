@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.answers import Checker
-from pipeline.config import RewardConfig
+from pipeline.config.recipe import RewardConfig
 from pipeline.errors import ConfigError
+from pipeline.text.answers import Checker
 from pipeline.train.replay import Batch
 
 if TYPE_CHECKING:

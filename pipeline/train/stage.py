@@ -20,9 +20,9 @@ candidates were drawn from the student (`over_draws`). T may be a mixture of tea
 source (`pipeline.train.mixture`); which tokens count is `select`'s to say (`pipeline.train.selection`).
 
 The mean is over all trained tokens of a step's global batch, whose count is known before the first forward, so the
-gradient depends neither on micro-batches nor on the number of processes (`pipeline.train.distributed`); equal
+gradient depends neither on micro-batches nor on the number of processes (`pipeline.distributed.fsdp`); equal
 rollouts are read once and weigh as often as they occur. Each micro-batch packs whole rollouts without padding; the
-head and the loss go through row chunks and make their gradient in the same pass (`pipeline.logprobs`).
+head and the loss go through row chunks and make their gradient in the same pass (`pipeline.forward.head`).
 
 Training ends when `reverse_kl` over the last `stop_window` steps is below `stop_reverse_kl` (the round is used up),
 when `heldout_metric` has had no new best for `heldout_patience` measurements (a plateau; its best step is then the
@@ -54,20 +54,24 @@ from typing import Any
 from pydantic import BaseModel
 
 import cache_schema as cs
-from pipeline import models, workers
-from pipeline.config import Recipe, TrainConfig
+from pipeline.config.recipe import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
+from pipeline.distributed import fsdp as distributed
+from pipeline.distributed import ranks as workers
+from pipeline.distributed.signals import graceful
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import parse_model, write_atomically
-from pipeline.provenance import cache_identity
-from pipeline.signals import graceful
-from pipeline.train import checkpoint, distributed, inputs, ledger, lora, tracking
-from pipeline.train.card import run_card
+from pipeline.models import load as models
+from pipeline.models import lora
+from pipeline.models.identity import cache_identity
+from pipeline.models.model_card import run_card
+from pipeline.runs import checkpoint, tracking
+from pipeline.runs.directory import Result, RunDirectory, open_run
+from pipeline.train import inputs, ledger
 from pipeline.train.heldout import Metric, heldout_metric
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.reward import mean_reward
-from pipeline.train.run_directory import Result, RunDirectory, open_run
 from pipeline.train.stopping import GAUGES, Memory, best_step, told_metric, verdict
 from pipeline.train.trainer import Trainer
 

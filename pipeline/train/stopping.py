@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from pipeline.config import TrainConfig
-from pipeline.train.run_directory import Result
+from pipeline.config.recipe import TrainConfig
+from pipeline.runs.directory import Result
 
 EXIT_STALE = 3
 #: What is remembered of a step, where the loss has it.

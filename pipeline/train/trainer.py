@@ -13,22 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
+from pipeline.config.recipe import TrainConfig
+from pipeline.distributed.fsdp import Gradients, Layout
 from pipeline.errors import ModelError, RedpenError
-from pipeline.finite import not_finite
-from pipeline.logprobs import Head, HeadLoss, chunked_head_loss, unwrapped
-from pipeline.packing import check_packing, pack, packed_hidden
-from pipeline.train.checkpoint import Checkpoint, Tensors
-from pipeline.train.distributed import Gradients, Layout
-from pipeline.train.lora import trainable, training_mode
+from pipeline.forward.finite import not_finite
+from pipeline.forward.head import Head, HeadLoss, chunked_head_loss, unwrapped
+from pipeline.forward.packing import check_packing, pack, packed_hidden
+from pipeline.models.lora import trainable, training_mode
+from pipeline.runs.checkpoint import Checkpoint, Tensors
 from pipeline.train.objective import Sums
-from pipeline.train.optimizer import (
-    make_optimizer,
-    master_weights,
-    round_from_masters,
-    set_state,
-    state_tensors,
-)
+from pipeline.train.optimizer import make_optimizer, master_weights, round_from_masters, set_state, state_tensors
 from pipeline.train.replay import Batch, MicroBatch, Rollout
 
 

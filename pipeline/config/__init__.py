@@ -1,0 +1,1 @@
+"""Every setting of a recipe, its bounds, and reading it from TOML."""

@@ -1,0 +1,199 @@
+"""What the rollouts themselves say, whoever teaches: cut, empty, repeated, or not the student's own samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+import cache_schema as cs
+from pipeline.diagnose import Finding, Severity
+from pipeline.diagnose.figures import percent
+from pipeline.diagnose.reading import LOOP_TURNS, Look
+from pipeline.rounds.metrics import SamplerGap
+
+#: Share of responses cut at the length limit that is worth knowing, and that does harm.
+SOME_CUT, MANY_CUT = 0.05, 0.25
+#: Share of responses that go round in circles, or that are nothing but a stop token.
+LOOPS, EMPTY = 0.02, 0.1
+#: Pairs of equal responses beyond those that the student's own probabilities explain.
+REPEATS = 0.1
+#: Temperatures below which too little of the student's support is sampled (0.3 was measured to make importance
+#: sampling worse than no training; 0.8 is in use).
+COLD = 0.6
+#: Standard deviations, and share of the entropy, by which the sum of log-prob + entropy may miss 0. The sum has heavy
+#: tails (one token of 1 in a million), hence so many.
+NOT_OWN_SIGMA, NOT_OWN_SHARE = 6.0, 0.15
+
+
+def findings(look: Look) -> list[Finding]:
+    """All that is wrong with the rollouts of a round."""
+    found = [_cut(look), _loops(look), _empty(look), _repeats(look), _tempered(look), _nucleus(look)]
+    return [finding for finding in (*found, _sampler(look), _not_own(look)) if finding is not None]
+
+
+def distinct_share(look: Look) -> float:
+    """Different responses among all, those of different prompts being different."""
+    pairs = set(zip(look.responses.prompt.tolist(), look.responses.response.tolist(), strict=True))
+    return len(pairs) / len(look.responses.prompt)
+
+
+def _cut(look: Look) -> Finding | None:
+    responses, limit = look.responses, look.round.manifest.max_response_tokens
+    cut = float((responses.finish == cs.FINISH_LENGTH).mean())
+    if cut < SOME_CUT:
+        return None
+    return Finding(
+        "truncated",
+        "harms" if cut >= MANY_CUT else "note",
+        "Responses are cut before they end: what the student would have said after that, and how it ends, is never "
+        "corrected.",
+        (
+            f"{percent(cut)} of {len(responses.finish):,} responses were cut at rollouts.max_response_tokens = "
+            f"{limit}; mean length {responses.length.mean():.0f} tokens",
+        ),
+        "raise rollouts.max_response_tokens (redpen plan tells what it takes); to keep these rollouts but leave such "
+        "responses out, select.truncated = false",
+        cut,
+    )
+
+
+def _loops(look: Look) -> Finding | None:
+    loops = float(look.responses.loops.mean())
+    if loops < LOOPS:
+        return None
+    return Finding(
+        "loops",
+        "harms",
+        "The student goes round in circles: responses end in the same few tokens over and over.",
+        (f"{percent(loops)} of the responses were cut while they repeated themselves {LOOP_TURNS} times or more",),
+        "select.truncated = false leaves them out; check prompts.template and rollouts.stop_token_ids, since a "
+        "student that cannot find its end often reads a template that it was not taught",
+        loops,
+    )
+
+
+def _empty(look: Look) -> Finding | None:
+    responses = look.responses
+    empty = float(((responses.length == 1) & (responses.finish == cs.FINISH_STOP)).mean())
+    if empty < EMPTY:
+        return None
+    return Finding(
+        "empty",
+        "harms",
+        "The student often says nothing: its response is a stop token alone.",
+        (f"{percent(empty)} of the responses are empty",),
+        "check prompts.template and prompts.template_args: a prompt that ends in the wrong place is answered so",
+        empty,
+    )
+
+
+def _repeats(look: Look) -> Finding | None:
+    """Equal responses to a prompt, against what chance gives: another sample equals response y with probability
+    p(y), so of a prompt's R responses sum_i (R - 1) p(y_i) ordered pairs are expected to be equal.
+    """
+    manifest, responses = look.round.manifest, look.responses
+    _, per_prompt = np.unique(responses.prompt, return_inverse=True)
+    others = np.bincount(per_prompt)[per_prompt] - 1
+    if manifest.temperature > 0 and (not others.any() or manifest.top_p < 1):  # p(y) of a nucleus is not known
+        return None
+    counts = Counter(zip(responses.prompt.tolist(), responses.response.tolist(), strict=True))
+    n_pairs = max(int(others.sum()), 1)
+    equal = sum(count * (count - 1) for count in counts.values()) / n_pairs
+    expected = float((others * np.exp(responses.logprob)).sum()) / n_pairs
+    if manifest.temperature > 0 and equal < expected + REPEATS:
+        return None
+    evidence = []
+    if others.any():
+        evidence.append(
+            f"{len(counts):,} of {len(responses.prompt):,} responses are different, {manifest.rollouts_per_prompt} "
+            f"were sampled of each prompt; {percent(equal)} of the pairs are equal, where sampling at temperature "
+            f"{manifest.temperature or 1:g} would give {percent(expected)}"
+        )
+    if manifest.temperature == 0:
+        evidence.insert(0, "rollouts.temperature = 0: every response is the student's likeliest")
+    return Finding(
+        "deterministic",
+        "harms",
+        "The rollouts are not samples: the same response comes again, and only where the student is surest it is "
+        "corrected.",
+        tuple(evidence),
+        "sample again with rollouts.temperature = 1"
+        + ("" if manifest.temperature == 0 else " and a rollouts.seed of one's own for each rollout"),
+        1.0 if manifest.temperature == 0 else equal - expected,
+    )
+
+
+def _tempered(look: Look) -> Finding | None:
+    temperature = look.round.manifest.temperature
+    if temperature in (0, 1):
+        return None
+    severity: Severity = "harms" if temperature < COLD else "note"
+    return Finding(
+        "temperature",
+        severity,
+        "The rollouts are not sampled from the student itself but from a "
+        + ("sharper" if temperature < 1 else "flatter")
+        + " version of it.",
+        (f"rollouts.temperature = {temperature:g}",),
+        "1 is advised: tempered rollouts miss part of what the student would say"
+        + ('; with train.loss = "importance_sampling" the on-policy reverse KL may rise' if temperature < 1 else ""),
+        0.0,
+    )
+
+
+def _nucleus(look: Look) -> Finding | None:
+    top_p = look.round.manifest.top_p
+    if top_p == 1:
+        return None
+    return Finding(
+        "top-p",
+        "note",
+        "What the student says outside the nucleus is never sampled, so never corrected.",
+        (f"rollouts.top_p = {top_p:g}",),
+        "rollouts.top_p = 1 is advised, and needed for importance sampling",
+        1 - top_p,
+    )
+
+
+def _sampler(look: Look) -> Finding | None:
+    manifest = look.round.manifest
+    gap = SamplerGap.of(look.log_ratio)
+    if gap is None or not gap.is_wide or manifest.temperature == 0 or manifest.top_p < 1:
+        return None
+    return Finding(
+        "sampler",
+        "harms",
+        "What sampled is not what learns: sampler and training forward give the sampled tokens other probabilities.",
+        (f"ratio trainer / sampler: {gap}; it should be 1, up to the rounding of half precision",),
+        "compare dtype, quantisation, adapter and attention of both (rollouts.engine, student.dtype, "
+        'student.quantisation); train.loss = "reverse_kl" suffers less than importance sampling',
+        min(1.0, gap.outside),
+    )
+
+
+def _not_own(look: Look) -> Finding | None:
+    """Sampled from the student, log-prob + entropy is 0 on average: a martingale with a known variance."""
+    manifest, responses = look.round.manifest, look.responses
+    if manifest.temperature != 1 or manifest.top_p < 1:
+        return None
+    surprise, spread = float(responses.surprise.sum()), float(responses.spread.sum())
+    entropy = float(responses.entropy.sum())
+    if abs(surprise) <= max(NOT_OWN_SIGMA * spread**0.5, NOT_OWN_SHARE * entropy):
+        return None
+    likelier = surprise > 0
+    return Finding(
+        "not-own",
+        "harms",
+        "The rollouts are not samples of this student: they are "
+        + ("likelier than what it samples." if likelier else "less likely than what it samples."),
+        (
+            f"log-prob + entropy is {surprise / entropy:+.0%} of the entropy, where the student's own samples give "
+            f"0: {abs(surprise) / max(spread, 1e-12) ** 0.5:.0f} standard deviations off",
+        ),
+        "were they sampled at a lower temperature than recorded?"
+        if likelier
+        else "were they written by another model, or by this one before it was trained? Sample a new round: redpen "
+        "rollouts RECIPE",
+        min(1.0, abs(surprise) / max(entropy, 1e-12)),
+    )

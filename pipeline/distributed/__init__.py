@@ -1,0 +1,1 @@
+"""Several processes: ranks, Ray workers, FSDP, signals."""

@@ -1,0 +1,263 @@
+"""Several processes on one stage, which deal its blocks among themselves.
+
+Blocks need no coordination: who writes which is known, and each is written once. Only what comes before and after
+them does: the leader reads the recipe's models, holds the cache's lock and creates what is missing; the others take
+over what it found. A process by itself is its own leader, and so is the one that hands blocks to a Ray cluster.
+
+    torchrun --nproc-per-node 4 -m pipeline score RECIPE --cache CACHE
+    redpen score RECIPE --cache CACHE --launcher ray --workers 4
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+import cache_schema as cs
+from pipeline.console import Bar, fail
+from pipeline.distributed.signals import graceful, let_the_first_speak
+from pipeline.environment import RANK, WORLD_SIZE
+from pipeline.errors import ConfigError, Interrupted, RedpenError, explained
+
+_T = TypeVar("_T")
+
+#: Called between units of work with the rollouts that ended and the tokens since the last call. What it raises stops
+#: the work; blocks that are written stay.
+OnProgress = Callable[[int, int], None]
+
+#: Who starts the workers; None: torchrun, if anyone.
+Launcher = Literal["ray"] | None
+
+# torchrun's store takes 8 MiB at a time.
+_PART_BYTES = 4 << 20
+_POLL_SECONDS = 0.05
+
+
+class Session(Protocol):
+    """A model that is loaded, ready to write blocks.
+
+    Attributes:
+        batch_blocks: blocks that keep it busy; fewer at a time cost speed.
+    """
+
+    batch_blocks: int
+
+    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None: ...
+
+    def close(self) -> None:
+        """Stop what runs beside this process's own objects, such as an engine."""
+
+
+class Work(Protocol):
+    """What a worker needs to know, picklable.
+
+    Attributes:
+        gpus: that one worker uses, where there are any.
+    """
+
+    @property
+    def gpus(self) -> int: ...
+
+    def group(self) -> cs.BlockGroup:
+        """Where the blocks are committed."""
+
+    def open(self) -> Session:
+        """Load the model; changes nothing in the cache."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among the ranks of its job.
+
+    Attributes:
+        open: gives the session that does a work's blocks, in this process or elsewhere.
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: Store | None = None
+    open: Callable[[Work], Session] = lambda work: work.open()
+    _calls: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, blocks: Sequence[int]) -> list[int]:
+        """Every `size`-th block."""
+        return list(blocks[self.rank :: self.size])
+
+    def agree(self, find: Callable[[], _T]) -> _T:
+        """What the leader finds, on every rank. Where the leader fails, all end; its line says why."""
+        if self.store is None:
+            return find()
+        key = str(next(self._calls))
+        if self.leads:
+            told = b""
+            try:
+                found = find()
+                told = pickle.dumps(found)
+            finally:
+                with _same_job():
+                    _tell(self.store, key, told)
+            return found
+        with _same_job():
+            told = _hear(self.store, key)
+        if not told:
+            let_the_first_speak()
+            raise SystemExit(1)
+        value: _T = pickle.loads(told)
+        return value
+
+    def meet(self, check: Callable[[], object] = lambda: None) -> None:
+        """Wait for every rank; what `check` raises meanwhile ends that."""
+        if self.store is not None:
+            key = str(next(self._calls))
+            with _same_job():
+                self.store.add(key, 1)
+                while self.store.add(key, 0) < self.size:
+                    check()
+                    time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def team(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Team]:
+    """This process's team: it leads a Ray cluster's workers, is one of torchrun's ranks, or is alone.
+
+    Of torchrun's ranks only the leader talks, beside one line by any other that fails.
+
+    Args:
+        n_workers: Ray's; by default one a GPU, or one a machine where there is none.
+    """
+    if launcher == "ray":
+        from pipeline.distributed.ray import cluster
+
+        if WORLD_SIZE > 1:
+            raise ConfigError("--launcher ray: it starts workers of its own; run the command without torchrun")
+        with cluster(n_workers) as ranks:
+            yield ranks
+        return
+    ranks = _ranks()
+    try:
+        yield ranks
+    except (Exception, Interrupted) as error:
+        line = str(error) if isinstance(error, Interrupted) else explained(error)
+        if ranks.leads or line is None:
+            raise
+        fail(f"rank {ranks.rank}: {line}")
+        raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 1) from error
+
+
+@contextmanager
+def writing(url: str, command: str, ranks: Team, create: Callable[[], cs.Cache] | None = None) -> Iterator[cs.Cache]:
+    """The cache, open for writing by all ranks; the leader holds its lock until the last of them is done."""
+
+    def take(stack: ExitStack) -> None:
+        cache = create() if create is not None else cs.open(url, writable=True)
+        stack.enter_context(cache.lock(command))
+
+    with ExitStack() as stack:
+        ranks.agree(lambda: take(stack))
+        yield cs.open(url, writable=True)
+        ranks.meet()
+
+
+def run(
+    work: Work,
+    pending: Sequence[int],
+    ranks: Team,
+    *,
+    begin: Callable[[], object],
+    state: Callable[[], str],
+    bar: AbstractContextManager[Bar],
+    advance: Callable[[Bar, int, int], None],
+) -> None:
+    """Do `pending` blocks, this rank its share; returns when every rank is done.
+
+    Args:
+        begin: called on the leader once the model is loaded, and before any block is written: a model that cannot be
+            used leaves no trace in the cache.
+        state: what is on disk by now, for who stops the work.
+        bar: of this rank's share. advance: moves it by rollouts and tokens.
+    """
+
+    def prepare() -> None:
+        begin()
+
+    mine = ranks.share(pending)
+    with ExitStack() as stack:
+        session = stack.enter_context(closing(ranks.open(work))) if mine else None
+        ranks.agree(prepare)
+        with graceful() as stop:
+
+            def check() -> None:
+                if stop.requested:
+                    stop.check(state() if ranks.leads else "")
+
+            def on_progress(rollouts: int, tokens: int) -> None:
+                check()
+                advance(shown, rollouts, tokens)
+
+            with bar as shown:
+                if session is not None:
+                    session.run(mine, on_progress)
+            ranks.meet(check)
+
+
+@functools.cache
+def _ranks() -> Team:
+    """This process's place in its torchrun job, and its share of the machine's GPUs."""
+    if WORLD_SIZE == 1:
+        return Team()
+    if n_gpus := torch.cuda.device_count():
+        names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))).split(",")[:n_gpus]
+        mine = gpu_share(names, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    # a store, not a process group: waiting for it can be interrupted, and a vLLM engine has its own group
+    with _same_job():
+        store: Store = next(rendezvous("env://"))[0]
+    # `--max-restarts` brings new ranks to the same store
+    store = PrefixStore(f"redpen/{WORLD_SIZE}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or that engine looks for its peers in torchrun's store
+    return Team(RANK, WORLD_SIZE, store)
+
+
+def gpu_share(gpus: Sequence[str], rank: int, n_ranks: int) -> list[str]:
+    """The GPUs of a machine's rank `rank`: as many for each of `n_ranks`, or one shared by several ranks."""
+    each = max(1, len(gpus) // n_ranks)
+    first = rank * each % len(gpus)
+    return list(gpus[first : first + each])
+
+
+def _tell(store: Store, key: str, data: bytes) -> None:
+    for start in range(0, len(data), _PART_BYTES):
+        store.set(f"{key}/{start}", data[start : start + _PART_BYTES])  # type: ignore[arg-type]  # takes bytes
+    store.set(key, str(len(data)))
+
+
+def _hear(store: Store, key: str) -> bytes:
+    while not store.check([key]):
+        time.sleep(_POLL_SECONDS)
+    return b"".join(store.get(f"{key}/{start}") for start in range(0, int(store.get(key)), _PART_BYTES))
+
+
+@contextmanager
+def _same_job() -> Iterator[None]:
+    try:
+        yield
+    except DistError as error:
+        raise RedpenError(
+            "torchrun has ended, and this worker with it; finished blocks are committed, run the same command again"
+        ) from error

@@ -1,0 +1,322 @@
+"""The workers of a Ray cluster: each holds the model in a process of its own, and is handed blocks as it gets free.
+
+The command's own process plans, holds the cache's lock and says what happens; it needs no GPU. A task is a few
+blocks, and may be done twice: a worker that dies is replaced, and what it had not committed goes to the next one that
+is free. RAY_ADDRESS names a running cluster (`auto`: the one on this machine), all of whose machines see cache,
+models and redpen at the same paths; without it a cluster of this machine alone starts, and ends with the command.
+
+    redpen score RECIPE --cache CACHE --launcher ray --workers 4
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cache_schema as cs
+from pipeline.console import console, say, warn
+from pipeline.distributed.ranks import OnProgress, Session, Team, Work
+from pipeline.environment import ENVIRONMENT
+from pipeline.errors import ConfigError, RedpenError, explained
+
+# A block, or the loading of the model, that ends so many workers would end them all.
+_MAX_DEATHS = 4
+_POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 30.0
+_END_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def cluster(n_workers: int | None) -> Iterator[Team]:
+    """The team whose blocks are done by the workers of a cluster.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at RAY_ADDRESS.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # or Ray prints among the results; see `_replace`
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--launcher ray: Ray is not installed; `pip install 'redpen[ray]'`") from error
+    address = os.environ.get("RAY_ADDRESS")
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    local = {"num_cpus": max(os.cpu_count() or 1, n_workers or 1), "include_dashboard": False}
+    try:
+        _require_answer(address or "local")
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
+    except (OSError, RuntimeError, ValueError) as error:
+        where = f"RAY_ADDRESS = {address!r}: no such cluster" if address else "--launcher ray: Ray does not start"
+        raise ConfigError(f"{where} ({_reason(error)})") from error
+    try:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)  # Ray has put its own in its place
+        yield Team(open=lambda work: RaySession(work, n_workers))
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a worker's call led to.
+
+    Attributes:
+        said: lines for the user.
+        error: what went wrong, on one line.
+        batch_blocks: of the session that was opened.
+    """
+
+    said: str
+    error: str | None
+    batch_blocks: int
+
+
+class _Worker:
+    """One process of the cluster, and the session in it.
+
+    Args:
+        directory, host: the command's; relative paths mean the same here, where there is such a directory.
+    """
+
+    def __init__(self, directory: str, host: str):
+        with contextlib.suppress(OSError):
+            os.chdir(directory)
+        self._elsewhere = "" if host == socket.gethostname() else f"{socket.gethostname()}: "
+        self._session: Session | None = None
+
+    def start(self) -> None:
+        """Returns once the process runs."""
+
+    def open(self, work: Work) -> _Report:
+        def load() -> None:
+            self._session = work.open()
+
+        return self._report(load)
+
+    def run(self, blocks: Sequence[int]) -> _Report:
+        assert self._session is not None
+        session = self._session
+        return self._report(lambda: session.run(blocks, lambda rollouts, tokens: None))
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def _report(self, act: Callable[[], None]) -> _Report:
+        console.file, error = (said := io.StringIO()), None
+        try:
+            act()
+        except Exception as failure:
+            if (line := explained(failure)) is None:
+                raise
+            error = self._elsewhere + line
+        return _Report(said.getvalue(), error, 1 if self._session is None else self._session.batch_blocks)
+
+
+@dataclass
+class _Task:
+    """A call that a worker is busy with, and the blocks of it that were not seen committed yet."""
+
+    worker: Any
+    step: str
+    blocks: list[int] = field(default_factory=list)
+
+
+class RaySession:
+    """Workers that have the model loaded: the `Session` of a whole cluster. It opens as soon as one of them has.
+
+    Args:
+        n_workers: by default as many as the cluster's GPUs are enough for, or one a machine where there is none.
+
+    Raises:
+        RedpenError: what stopped a worker; or the model, or a block, ended one worker after another.
+    """
+
+    batch_blocks = 1
+
+    def __init__(self, work: Work, n_workers: int | None):
+        import ray
+
+        total, n_machines = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+        n_gpus = int(total.get("GPU", 0)) if work.gpus else 0
+        self._n_workers = n_workers or (max(1, n_gpus // work.gpus) if n_gpus else n_machines)
+        self._needs = {"num_cpus": 1.0, "num_gpus": _gpus_each(n_gpus, work.gpus, self._n_workers)}
+        threads = max(1, int(total.get("CPU", 1)) // self._n_workers)
+        environment = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}:${{PYTHONPATH}}"
+        self._new_worker = ray.remote(_Worker).options(
+            **self._needs, scheduling_strategy="SPREAD", runtime_env={"env_vars": environment}
+        )
+        self._work, self._work_ref = work, ray.put(work)
+        self._tasks: dict[Any, _Task] = {}
+        self._ready: list[Any] = []
+        self._queue: deque[int] = deque()
+        self._done: list[int] = []
+        self._deaths: Counter[int | None] = Counter()  # by block; None: before a model was loaded
+        self._has_opened = False
+        try:
+            for _ in range(self._n_workers):
+                self._start()
+            while not self._ready:
+                self._poll()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
+        """Hand out blocks until all are committed."""
+        group, looked = self._work.group(), time.monotonic()
+        self._queue.extend(blocks)
+        most = min(self.batch_blocks, math.ceil(len(blocks) / self._n_workers))
+        while self._queue or self._running():
+            while self._ready and self._queue:
+                # what was in a worker that died goes alone: if that was why, it is known now
+                size = 1 if self._deaths[self._queue[0]] else min(most, len(self._queue))
+                batch = [self._queue.popleft() for _ in range(size)]
+                worker = self._ready.pop()
+                self._tasks[worker.run.remote(batch)] = _Task(worker, "run", batch)
+            self._poll()
+            if time.monotonic() > looked + _POLL_SECONDS:
+                looked = time.monotonic()
+                for task in self._running().values():
+                    self._take_committed(group, task)
+            commits = [group.commit(block) for block in self._done]
+            self._done.clear()
+            on_progress(*(sum(int(commit[name]) for commit in commits) for name in ("rows", "tokens")))
+
+    def close(self) -> None:
+        """End all workers."""
+        import ray
+
+        closing = [worker.close.remote() for worker in self._ready]
+        _wait(closing)
+        for worker in [*self._ready, *(task.worker for task in self._tasks.values())]:
+            ray.kill(worker)
+        _wait(list(self._running()))  # none may still write when the cache's lock is given back
+
+    def _running(self) -> dict[Any, _Task]:
+        return {ref: task for ref, task in self._tasks.items() if task.step == "run"}
+
+    def _start(self) -> None:
+        worker = self._new_worker.remote(os.getcwd(), socket.gethostname())
+        self._tasks[worker.start.remote()] = _Task(worker, "start")
+        self._patient_until = time.monotonic() + _PATIENCE_SECONDS
+
+    def _poll(self) -> None:
+        """Take note of calls that have ended; waits up to a second for one."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        done, _ = ray.wait(list(self._tasks), timeout=_POLL_SECONDS)
+        for ref in done:
+            task = self._tasks.pop(ref)
+            try:
+                report = ray.get(ref)
+            except RayTaskError:
+                raise  # a bug, with its traceback
+            except RayError as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise RedpenError(
+                        f"a worker cannot start ({_reason(error)}); every machine of the cluster needs redpen, with "
+                        "the packages that the recipe uses, in the same versions"
+                    ) from error
+                self._replace(task, _reason(error))
+                continue
+            if task.step == "start":
+                self._tasks[task.worker.open.remote(self._work_ref)] = _Task(task.worker, "open")
+                continue
+            self._take(task, report)
+        if time.monotonic() > self._patient_until:
+            self._patient_until = math.inf
+            self._warn_of_missing(sum(task.step == "start" for task in self._tasks.values()))
+
+    def _take(self, task: _Task, report: _Report) -> None:
+        """A worker is ready again."""
+        if report.error is not None:
+            raise RedpenError(report.error)
+        if task.step == "run" or not self._has_opened:  # all say the same when they open
+            for line in report.said.splitlines():
+                say(line)
+        if task.step == "open":
+            self._has_opened, self.batch_blocks = True, report.batch_blocks
+            del self._deaths[None]
+        self._ready.append(task.worker)
+        self._done += task.blocks
+
+    def _replace(self, task: _Task, reason: str) -> None:
+        """A worker is dead: another one starts, and what it left undone comes first."""
+        import ray
+
+        ray.kill(task.worker)  # if it only cannot be reached
+        if task.step == "run":
+            self._take_committed(self._work.group(), task)
+            self._queue.extendleft(reversed(task.blocks))
+        lost: list[int] | list[None] = task.blocks if task.step == "run" else [None]
+        self._deaths.update(lost)
+        for what in lost:
+            if self._deaths[what] >= _MAX_DEATHS:
+                doing = "loading the model" if what is None else f"block {what}"
+                raise RedpenError(
+                    f"{doing} has ended {_MAX_DEATHS} workers ({reason}); Ray's logs may say why; what is finished "
+                    "is committed, and the same command continues"
+                )
+        undone = f"; to do again: block {', '.join(map(str, task.blocks))}" if task.blocks else ""
+        say(f"a worker's process has ended and is replaced{undone} ({reason})")
+        self._start()
+
+    def _take_committed(self, group: cs.BlockGroup, task: _Task) -> None:
+        committed = [block for block in task.blocks if group.is_committed(block)]
+        task.blocks = [block for block in task.blocks if block not in committed]
+        self._done += committed
+
+    def _warn_of_missing(self, n_missing: int) -> None:
+        import ray
+
+        if n_missing:
+            needs = " and ".join(f"{self._needs[f'num_{name.lower()}s']:g} {name}" for name in ("CPU", "GPU"))
+            total, free = ray.cluster_resources(), ray.available_resources()
+            has = ", ".join(
+                f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s free" for name in ("CPU", "GPU")
+            )
+            warn(
+                f"{n_missing} of {self._n_workers} workers have not started in {_PATIENCE_SECONDS:g} s: each needs "
+                f"{needs}, the cluster has {has}; {'the others work' if self._has_opened else 'waiting'}"
+            )
+
+
+def _require_answer(address: str) -> None:
+    """Raises `OSError` where nothing listens: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), _END_SECONDS).close()
+
+
+def _gpus_each(n_gpus: int, wanted: int, n_workers: int) -> float:
+    """GPUs for one worker: what it wants, or a part of one where several workers share it."""
+    if not n_gpus or wanted != 1:
+        return float(min(n_gpus, wanted))
+    return 1 / math.ceil(n_workers / n_gpus)
+
+
+def _wait(calls: list[Any]) -> None:
+    import ray
+
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS)
+
+
+def _reason(error: Exception) -> str:
+    """Ray's own reason, without its advice."""
+    last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return last.partition("Worker exit detail: ")[2].partition(" Some common causes")[0] or last[:300]

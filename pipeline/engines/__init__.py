@@ -1,0 +1,1 @@
+"""Samplers and scorers: transformers, vLLM, and served models."""

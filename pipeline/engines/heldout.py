@@ -1,0 +1,163 @@
+"""Right and legal responses of a model that is in memory: what evaluation reports, and training may watch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import cache_schema as cs
+from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.engines.sampling import PromptBlock, Sampling, require_room
+from pipeline.engines.transformers_sampler import TransformersSampler
+from pipeline.errors import ConfigError
+from pipeline.forward.head import unwrapped
+from pipeline.models import load as models
+from pipeline.text.answers import Checker
+from pipeline.text.prompts import load_prompts, render_all
+
+# Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
+_EVALUATION = -1
+
+
+def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """One greedy response a prompt, as `eval` wants them."""
+    return Sampling(
+        temperature=0.0,
+        top_p=1.0,
+        stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
+        rollouts_per_prompt=1,
+        max_response_tokens=max_response_tokens(recipe),
+        seed=recipe.rollouts.seed,
+        round_index=_EVALUATION,
+    )
+
+
+def held_out_prompts(
+    recipe: Recipe,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: ModelConfig,
+    *,
+    metric: str | None = None,
+    setting: str = "eval.path",
+) -> tuple[list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
+    """The first `limit` prompts of `eval.path`, for the metric "accuracy" those with an answer, and their token ids.
+
+    Args:
+        setting: that the path is from, for messages.
+
+    Raises:
+        PromptError, ConfigError: they cannot be read, there are none, or one does not fit the student `cfg`, alone or
+            with the longest response.
+    """
+    assert recipe.eval.path is not None
+    wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "skip": 0, "limit": limit})
+    records = load_prompts(wanted, setting)
+    if metric == "accuracy":
+        records = [record for record in records if "answer" in record]
+        if not records:
+            raise ConfigError(f"{setting} = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
+    context = models.model_facts(cfg).context
+    ids = render_all(records, tokenizer, wanted, recipe.rollouts.max_prompt_tokens, context)
+    require_room(ids, max_response_tokens(recipe), context, response_setting(recipe))
+    return records, ids
+
+
+def max_response_tokens(recipe: Recipe) -> int:
+    """Of a response that is evaluated."""
+    return recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
+
+
+def response_setting(recipe: Recipe) -> str:
+    """The setting that `max_response_tokens` is from."""
+    section = "rollouts" if recipe.eval.max_response_tokens is None else "eval"
+    return f"{section}.max_response_tokens"
+
+
+def texts_of(rollouts: cs.RolloutBlock, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The response of every row as text, without special tokens."""
+    ids = [rollouts.response(row) for row in range(rollouts.n_rows)]
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def right_answers(texts: Sequence[str], answers: Sequence[str | None], checker: Checker) -> npt.NDArray[np.bool_]:
+    """[P, S]: whether each response, S a prompt, gives its prompt's answer; without one it is never right."""
+    n_samples = len(texts) // len(answers)
+    wanted = [answer for answer in answers for _ in range(n_samples)]
+    right = [w is not None and checker.is_right(text, w) for text, w in zip(texts, wanted, strict=True)]
+    return np.array(right).reshape(len(answers), n_samples)
+
+
+def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> npt.NDArray[np.bool_]:
+    """[P, S]: whether each response has the form that the recipe wants."""
+    return np.array([checker.is_legal(text) for text in texts]).reshape(n_prompts, -1)
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """A model loaded for packed rollouts, or in training, as generation needs it: padded attention, eval mode."""
+    base = unwrapped(model)
+    attention = base.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """Prompts of `eval.path` as `(token ids, answer)`, and what counts of a greedy response to them.
+
+    Attributes:
+        metric: "accuracy" counts right responses, "format" legal ones.
+    """
+
+    metric: str
+    prompts: tuple[tuple[npt.NDArray[np.int32], str | None], ...]
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    checker: Checker
+    batch_size: int
+
+    @classmethod
+    def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
+        """The first `limit` prompts, as `held_out_prompts` has them. Raises `RedpenError`."""
+        tokenizer = models.load_tokenizer(recipe.student)
+        records, ids = held_out_prompts(recipe, limit, tokenizer, recipe.student, metric=metric, setting=setting)
+        return cls(
+            metric,
+            tuple((i, record.get("answer")) for i, record in zip(ids, records, strict=True)),
+            tokenizer,
+            greedy_sampling(recipe, recipe.student, tokenizer),
+            Checker.of(recipe.eval),
+            recipe.eval.batch_size,
+        )
+
+    def share(self, rank: int, world: int) -> HeldOutPrompts:
+        """Every `world`-th prompt, from `rank`."""
+        return replace(self, prompts=self.prompts[rank::world])
+
+    def count(self, model: PreTrainedModel) -> int:
+        """How many of them the model answers as the metric wants when it is greedy."""
+        if not self.prompts:
+            return 0
+        block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)])
+        with generating(model):
+            rollouts = TransformersSampler(model, self.sampling, batch_size=self.batch_size).sample_block(block)
+        texts = texts_of(rollouts, self.tokenizer)
+        if self.metric == "format":
+            return int(legal_responses(texts, len(self.prompts), self.checker).sum())
+        return int(right_answers(texts, [answer for _, answer in self.prompts], self.checker).sum())

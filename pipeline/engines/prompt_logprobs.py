@@ -1,0 +1,306 @@
+"""Scores from what an inference engine tells of a prompt: some tokens' log-probs at every position, never all.
+
+Engines tell the log-prob (fp32, at temperature 1 whatever the request's) of the prompt's own token, of their N
+likeliest tokens and, vLLM's newer runner, of any ids asked for. With p the next-token distribution, W the tokens told
+of at a position and C the student's candidates, that makes a *partial* `ScoreBlock`:
+
+    logprobs = log p(y_t),  candidate_logprobs = log p(v) where v in W,  NaN where the engine did not tell,
+    rest_logprob = log( sum_{v in W, not in C} p(v) + max(1 - sum_{v in W} p(v), 0) ), at least log REST_FLOOR
+
+and no entropy. The difference from 1 is rounding below about 1e-6, hence the floor: nothing is 0 because it was not
+told. `topk_rest_logprob` is likewise outside C and the engine's own likeliest.
+
+Shapes: T response tokens of a rollout, N tokens told of at a position, K candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from cache_schema.blocks import LOGPROB_TOLERANCE
+from pipeline.engines.scoring import TokenBatch, sequences
+from pipeline.errors import ModelError
+from pipeline.rounds.metrics import REST_FLOOR, first_occurrence
+
+#: Likeliest tokens asked for where an engine cannot be asked for the candidates themselves; vLLM's own bound.
+LIKELIEST = 20
+#: What vLLM's server writes for -inf, which JSON lacks.
+_MINUS_INFINITY = -9999.0
+_CHECKED_ROLLOUTS, _CHECKED_TOKENS = 4, 128
+#: Largest mean and single difference, nats, between two sound readings of the same tokens. Measured on the toy
+#: teacher, vLLM against the forward here: 1e-7 and 4e-6 in fp32, 7e-4 and 0.07 in bf16 (0.05 and 0.5 on random
+#: tokens); another model's are 0.1 and more apart.
+_BOUNDS = {"float32": (1e-3, 0.05), "other": (0.1, 3.0)}
+
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One rollout to be read.
+
+    Attributes:
+        token_ids: i4, prompt and response.
+        start: index of the first response token.
+        candidate_ids: i4 [T, K], the sampled token first; None to be told of the response alone.
+    """
+
+    token_ids: Int32
+    start: int
+    candidate_ids: Int32 | None
+
+    @property
+    def response(self) -> Int32:
+        return self.token_ids[self.start :]
+
+    @property
+    def n_candidates(self) -> int:
+        return 1 if self.candidate_ids is None else self.candidate_ids.shape[1]
+
+    def given_ids(self, limit: int, vocab_size: int) -> Int32:
+        """i4 [T, n]: up to `limit` tokens to ask for at each position, the response's first; -1 for ids that a
+        vocabulary of this size lacks.
+        """
+        ids = self.response[:, None] if self.candidate_ids is None else self.candidate_ids[:, :limit]
+        assert np.array_equal(ids[:, 0], self.response)
+        return np.where(ids < vocab_size, ids, -1).astype(np.int32)
+
+
+def questions(batch: TokenBatch, vocab_size: int, who: str) -> list[Question]:
+    """Every rollout of the batch, in order. Raises `ModelError` where a rollout holds ids that the model lacks."""
+    asked = []
+    offset = 0
+    for rollouts in batch.blocks:
+        for token_ids, start in zip(*sequences(rollouts, range(rollouts.n_rows)), strict=True):
+            if len(token_ids) and int(token_ids.max()) >= vocab_size:
+                raise ModelError(
+                    f"{who}: its vocabulary has {vocab_size} ids, a rollout holds {int(token_ids.max())}; choose a "
+                    "teacher with the student's tokenizer"
+                )
+            end = offset + len(token_ids) - start
+            ids = None if batch.candidate_ids is None else batch.candidate_ids[offset:end]
+            asked.append(Question(token_ids, start, ids))
+            offset = end
+    return asked
+
+
+@dataclass(frozen=True)
+class Told:
+    """Tokens that an engine told of at the response's positions, with their log-probs in nats.
+
+    Attributes:
+        ids: i8 [T, N]; -1 where there is nothing. The same id may stand twice.
+        logprobs: f8 [T, N]; NaN where unknown.
+    """
+
+    ids: Int64
+    logprobs: Float64
+
+    @classmethod
+    def given(cls, ids: Int32, logprobs: npt.ArrayLike) -> Told:
+        """Log-probs [T, N] of the ids that were asked for."""
+        told = np.asarray(logprobs, np.float64)
+        if told.shape != ids.shape:
+            raise ModelError(f"told log-probs of shape {told.shape}, asked for {ids.shape}")
+        refuse_nan(told[ids >= 0])
+        return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, told))
+
+    @classmethod
+    def positions(
+        cls,
+        told: Sequence[Mapping[str, Any] | None],
+        question: Question,
+        *,
+        vocab_size: int = 2**31,
+        at_most: int = 2**16,
+    ) -> Told:
+        """From the JSON of `prompt_logprobs`: at each position of prompt and response, `{id: {"logprob": x}}`.
+
+        Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent, of ids that
+        a vocabulary of this size lacks, of more than `at_most` tokens at a position, or of a log-prob that is NaN.
+        """
+        if len(told) != len(question.token_ids):
+            raise ModelError(f"told of {len(told)} positions, {len(question.token_ids)} tokens were sent")
+        rows = [position or {} for position in told[question.start :]]
+        width = max(1, *map(len, rows))
+        if width > at_most:
+            raise ModelError(f"told of {width} tokens at a position, asked for {at_most} at most")
+        ids = np.full((len(rows), width), -1, np.int64)
+        logprobs = np.full((len(rows), width), np.nan)
+        for row, position in enumerate(rows):
+            if position and str(question.response[row]) not in position:
+                raise misaligned(question.start + row, int(question.response[row]), ", ".join(list(position)[:3]))
+            for column, (token, entry) in enumerate(position.items()):
+                value = entry.get("logprob", "nothing") if isinstance(entry, Mapping) else "nothing"
+                if not (token.isascii() and token.isdigit() and len(token) < 11 and int(token) < vocab_size):
+                    raise ModelError(f"told of token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
+                ids[row, column] = int(token)
+                if value is not None:
+                    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                        raise ModelError(f"told {value!r:.40} as the log-prob of token {token}; expected a number")
+                    if value > LOGPROB_TOLERANCE:
+                        raise ModelError(f"told a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")
+                    logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
+        return cls(ids, logprobs)
+
+    def beside(self, other: Told) -> Told:
+        """Both."""
+        return Told(np.hstack([self.ids, other.ids]), np.hstack([self.logprobs, other.logprobs]))
+
+
+def refuse_nan(logprobs: npt.ArrayLike) -> None:
+    """Refuse log-probs of a model that computes no numbers. Raises `ModelError`."""
+    if np.isnan(np.asarray(logprobs, np.float64)).any():
+        raise ModelError(
+            "told log-probs that are not numbers, since its logits are not finite; most likely its values overflow "
+            "its dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
+        )
+
+
+def misaligned(position: int, sent: int, told: object) -> ModelError:
+    """The engine read another prompt than it was sent."""
+    return ModelError(
+        f"told of other tokens than were sent: at position {position} token {sent} was sent, told of {told}; "
+        "something between here and the model rewrites prompts"
+    )
+
+
+def partial_scores(
+    question: Question, told: Told, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
+) -> cs.ScoreBlock:
+    """What was told, as the scores of one rollout; see the module's head.
+
+    Args:
+        topk: also the engine's likeliest tokens; `told` must hold as many at least.
+        among: bool [V], the tokens that those are chosen from.
+
+    Raises:
+        ModelError: the told probabilities are none, or too few of them.
+    """
+    ids, known = told.ids, first_occurrence(told.ids) & (told.ids >= 0) & ~np.isnan(told.logprobs)
+    if (told.logprobs[known] > LOGPROB_TOLERANCE).any():
+        raise ModelError(f"told a log-prob of {told.logprobs[known].max():.3g}; log-probs are at most 0")
+    mass = np.exp(np.where(known, told.logprobs, -np.inf))
+    total = mass.sum(1)
+    if (total > 1 + LOGPROB_TOLERANCE).any():
+        raise ModelError(f"told probabilities that add up to {total.max():.4g}; they are of no one distribution")
+
+    table = _Table(ids, told.logprobs, known)
+    arrays: dict[str, npt.NDArray[Any]] = {"logprobs": table.at(question.response[:, None])[:, 0]}
+    # A token that cannot occur has no log-prob to learn from, and without it nothing else is stored of its position.
+    unscored = ~np.isfinite(arrays["logprobs"])
+    left = np.maximum(1 - total, 0)
+    outside = known.copy()
+    if question.candidate_ids is not None:
+        arrays["candidate_logprobs"] = table.at(question.candidate_ids)
+        outside &= ~table.among(question.candidate_ids)
+        arrays["rest_logprob"] = _log_rest(mass, outside, left)
+    if topk:
+        wanted = known if among is None else known & among[np.maximum(ids, 0)]
+        order = np.argsort(np.where(wanted, -told.logprobs, np.inf), axis=1, kind="stable")[:, :topk]
+        enough = wanted.sum(1) >= topk
+        if not (enough | unscored).all():
+            raise ModelError(
+                f"told of {wanted.sum(1)[~enough].min()} tokens at a position, expected {topk} likeliest"
+            )
+        likeliest = np.take_along_axis(ids, order, 1)
+        arrays["topk_logprobs"] = np.take_along_axis(told.logprobs, order, 1)
+        arrays["topk_rest_logprob"] = _log_rest(mass, outside & ~table.among(likeliest), left)
+        # ids must be ids, at positions of which nothing is known too
+        arrays["topk_ids"] = np.where((unscored & ~enough)[:, None], np.arange(topk), likeliest).astype(np.int32)
+    for name, value in arrays.items():
+        if name != "topk_ids":
+            value[unscored] = np.nan
+            arrays[name] = value.astype(np.float32)
+    return cs.ScoreBlock(**arrays)
+
+
+class _Table:
+    """Log-probs by position and id."""
+
+    def __init__(self, ids: Int64, logprobs: Float64, known: npt.NDArray[np.bool_]):
+        self._ids, self._known = ids, known
+        keys = _keys(ids)[known]
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._logprobs = keys[order], logprobs[known][order]
+
+    def at(self, ids: npt.NDArray[Any]) -> Float64:
+        """[T, M] log-probs of ids [T, M]; NaN where not told."""
+        keys = _keys(ids)
+        if not len(self._keys):
+            return np.full(keys.shape, np.nan)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._logprobs[place], np.nan)
+
+    def among(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """[T, N]: which told tokens are among ids [T, M] of their position."""
+        return self._known & np.isin(_keys(self._ids), _keys(ids))
+
+
+def _keys(ids: npt.NDArray[Any]) -> Int64:
+    """One number for each (position, id)."""
+    return np.asarray(np.arange(len(ids), dtype=np.int64)[:, None] * 2**32 + ids)
+
+
+def _log_rest(mass: Float64, counted: npt.NDArray[np.bool_], left: Float64) -> Float64:
+    return np.asarray(np.log(np.maximum(np.where(counted, mass, 0).sum(1) + left, REST_FLOOR)))
+
+
+def joined(parts: Sequence[cs.ScoreBlock]) -> cs.ScoreBlock:
+    """The scores of rollouts, end to end."""
+    names = [name for name, value in vars(parts[0]).items() if value is not None]
+    return cs.ScoreBlock(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+# -- checks --------------------------------------------------------------------------------------------------
+
+
+def sample_of(
+    rollouts: cs.RolloutBlock, candidate_ids: Int32 | None, vocab_size: int, key: tuple[int, ...] = ()
+) -> TokenBatch:
+    """A few rollouts of middling length, their responses cut short, for a scorer to be checked on."""
+    order = np.argsort(rollouts.response_length, kind="stable")
+    middle = max(len(order) // 2 - _CHECKED_ROLLOUTS // 2, 0)
+    prompts, rows, ids = [], [], []
+    for number, row in enumerate(order[middle : middle + _CHECKED_ROLLOUTS].tolist()):
+        tokens = rollouts.response_slice(row)
+        tokens = slice(tokens.start, min(tokens.stop, tokens.start + _CHECKED_TOKENS))
+        response = rollouts.token_ids[tokens]
+        prompts.append((number, rollouts.prompt(row)))
+        rows.append(cs.RolloutRow(number, 0, response, rollouts.rollout_logprobs[tokens], cs.FINISH_OTHER))
+        if candidate_ids is not None:
+            given = candidate_ids[tokens]
+            ids.append(np.where(given < vocab_size, given, response[:, None]))
+    return TokenBatch(
+        (cs.RolloutBlock.from_rows(prompts, rows),), np.concatenate(ids) if ids else None, (key,) if key else None
+    )
+
+
+def check_agreement(told: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str) -> str:
+    """How far two readings of the same tokens are apart, in words. Raises `ModelError` past a bound.
+
+    Candidates count by their probability: the log-probs of unlikely ones are apart in any two implementations.
+    """
+    apart = np.abs(told.logprobs.astype(np.float64) - expected.logprobs)
+    mean, largest = float(apart.mean()), float(apart.max())
+    if expected.candidate_logprobs is not None and told.candidate_logprobs is not None:
+        both = np.isfinite(told.candidate_logprobs) & np.isfinite(expected.candidate_logprobs)
+        between = np.abs(np.where(both, told.candidate_logprobs, 0) - np.where(both, expected.candidate_logprobs, 0))
+        mean = max(mean, float((np.exp(expected.candidate_logprobs) * between).sum(1).mean()))
+    mean_bound, bound = _BOUNDS.get(dtype, _BOUNDS["other"])
+    # a NaN is apart too
+    if not (mean <= mean_bound and largest <= bound):
+        raise ModelError(
+            f"differ by {mean:.2g} nats a token on average, {largest:.2g} at most, on {len(apart)} tokens; expected "
+            f"{mean_bound:g} and {bound:g} at most"
+        )
+    return f"to {mean:.1g} nats a token on average, {largest:.1g} at most, on {len(apart)} tokens"

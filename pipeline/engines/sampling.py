@@ -1,0 +1,102 @@
+"""Stage one, sampling: what every sampler takes and gives. The stage itself is `pipeline.rollouts.stage`.
+
+A sampler has one method. It may give blocks back in any order, each as soon as its last rollout has ended:
+
+    sample(blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, RolloutBlock, float]]    # block, rollouts,
+    seconds
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PromptBlock:
+    """The prompts of one block: `(index in the round, token ids)` each."""
+
+    block: int
+    prompts: list[tuple[int, npt.NDArray[np.int32]]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides a rollout, beside the student and the prompt.
+
+    Attributes:
+        temperature: 0 is greedy: the likeliest token, sampled with probability 1.
+        top_p: the smallest set of likeliest tokens that holds this much probability, renormalised.
+        stop_token_ids: a response ends with the first of these; it is kept.
+        max_response_tokens: a response that reaches it is cut there (finish_reason length).
+        seed, round_index: with the prompt's index and the sample's number they fix a rollout's random
+            numbers.
+    """
+
+    temperature: float
+    top_p: float
+    stop_token_ids: tuple[int, ...]
+    rollouts_per_prompt: int
+    max_response_tokens: int
+    seed: int
+    round_index: int = 0
+
+    @classmethod
+    def of(cls, manifest: cs.RoundManifest, round_index: int) -> Sampling:
+        return cls(
+            temperature=manifest.temperature,
+            top_p=manifest.top_p,
+            stop_token_ids=manifest.stop_token_ids,
+            rollouts_per_prompt=manifest.rollouts_per_prompt,
+            max_response_tokens=manifest.max_response_tokens,
+            seed=manifest.seed,
+            round_index=round_index,
+        )
+
+    def key(self, prompt_index: int, sample_index: int) -> int:
+        """128 bits that name one rollout."""
+        name = f"{self.seed}/{self.round_index}/{prompt_index}/{sample_index}"
+        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+
+    def uniforms(self, prompt_index: int, sample_index: int) -> npt.NDArray[np.float64]:
+        """A number in [0, 1) for every position of one rollout, from Philox keyed by `key`: 53 bits of each
+        raw draw, a stream that numpy guarantees.
+        """
+        raw = np.random.Philox(key=self.key(prompt_index, sample_index)).random_raw(self.max_response_tokens)
+        return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Sampler(Protocol):
+    """Samples every rollout of the blocks it is given."""
+
+    def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]: ...
+
+
+def require_room(
+    prompts: Sequence[npt.NDArray[np.int32]],
+    max_response_tokens: int,
+    context: int | None,
+    setting: str,
+    whose: str = "the student's",
+) -> None:
+    """Raise `ConfigError` naming `setting` where the longest prompt with the longest response does not fit a context.
+
+    Beyond it a model with rotary positions writes nonsense, and one with learned positions fails.
+
+    Args:
+        context: tokens, of a model that samples or scores; None where it does not say.
+    """
+    longest = max(map(len, prompts), default=0)
+    if context is not None and longest + max_response_tokens > context:
+        raise ConfigError(
+            f"{setting}: expected at most {context - longest} ({whose} context of {context} tokens less the longest "
+            f"prompt's {longest}), got {max_response_tokens}"
+        )

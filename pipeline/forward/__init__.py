@@ -1,0 +1,1 @@
+"""From token ids to log-probs: packing, attention and the head."""

@@ -1,0 +1,1 @@
+"""Resolving, loading and identifying models."""

@@ -1,0 +1,195 @@
+"""What of the student is trained, a LoRA or all of it, and how it is saved for peft, transformers and vLLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.console import warn
+from pipeline.errors import ModelError
+from pipeline.files import atomic_directory
+from pipeline.forward.finite import name_of
+from pipeline.forward.head import unwrapped
+from pipeline.forward.packing import decoder_body
+from pipeline.models import load as models
+
+_NAME = "default"
+
+
+def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
+    """Let `train.method` decide which weights of a loaded student require gradients: a LoRA's, or all.
+
+    Raises:
+        ModelError: what `add_lora` raises; or all weights are to be trained, and the student has an adapter or
+        weights that are no floating-point numbers.
+    """
+    if train.method == "lora":
+        adapted: nn.Module = add_lora(model, train)
+        return adapted
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            'student.adapter: train.method = "full" trains the weights themselves; merge the adapter into them first '
+            "(`redpen merge`), and set student.model to the result"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(
+                f'student.model: train.method = "full" cannot train weights of {parameter.dtype} ({name}); '
+                'set it to "lora", or take the model unquantised'
+            )
+    model.requires_grad_(True)
+    return model
+
+
+def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
+    """Freeze `model` and put a fresh LoRA on the linear layers of its decoder; its weights are fp32.
+
+    The head and what is beside the decoder (a vision tower) have none, nor have routers, which return more
+    than a product.
+
+    A = Kaiming uniform from `train.seed`, B = 0, so the first forward is the student's own. A model that came with an
+    adapter (`student.adapter`) goes on training that one, whose rank and alpha must be the recipe's.
+
+    Raises:
+        ModelError: no layer has one of the names in `lora_targets`, one is the head, or the adapter has other
+        settings.
+    """
+    if isinstance(model, PeftModel):
+        return _continued(model, train)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=train.lora_rank,
+        lora_alpha=train.lora_alpha,
+        lora_dropout=train.lora_dropout,
+        target_modules=train.lora_targets,
+        exclude_modules=_excluded(model),
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=_devices(model)):
+        torch.manual_seed(train.seed)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"train.lora_targets: {' '.join(str(error).split())[:200]}") from error
+    assert isinstance(adapted, PeftModel)
+    if train.lora_targets == "all-linear":
+        _warn_of_experts(adapted)
+    return adapted
+
+
+def _excluded(model: nn.Module) -> str | None:
+    """A pattern of the linear layers that no LoRA goes on, None if there are none."""
+    decoder = {id(module) for module in decoder_body(model).modules()}
+    head = unwrapped(model).get_output_embeddings()  # which peft leaves out
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and (id(module) not in decoder or _is_router(module))
+        and module is not head
+    ]
+    # By what they have in common in all layers, since the pattern is kept with the adapter.
+    patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
+    return "|".join(patterns) or None
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer is one of an architecture, which may return something else than a product."""
+    return type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+
+
+def _warn_of_experts(adapted: nn.Module) -> None:
+    """Say that a mixture's experts keep their weights, where peft finds no way to adapt them."""
+    weights = list(adapted.named_parameters())
+    adapted_experts = any(".experts." in name and p.requires_grad for name, p in weights)
+    count = sum(p.numel() for name, p in weights if ".experts." in name)
+    if count and not adapted_experts:
+        share = count / sum(p.numel() for _, p in weights)
+        warn(
+            f'train.lora_targets = "all-linear": the experts of {name_of(adapted)} ({share:.0%} of its weights) are '
+            "no linear layers and get no LoRA; the other layers are trained"
+        )
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that training moves, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def training_mode(model: nn.Module) -> None:
+    """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in
+    eval mode: a base model's own dropout would make the student another one than the cache was sampled from.
+
+    A layer checkpoints its gradients in training mode only, but may also drop out by it: its forward runs in eval
+    mode.
+    """
+    for name, module in model.named_modules():
+        module.training = "lora_dropout" in name
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            if _to_eval not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_to_eval, prepend=True)
+                module.register_forward_hook(_from_eval, always_call=True)
+
+
+def _to_eval(layer: nn.Module, args: Any) -> None:
+    layer._was_training = layer.training  # type: ignore[assignment]
+    layer.training = False
+
+
+def _from_eval(layer: nn.Module, args: Any, output: Any) -> None:
+    layer.training = bool(layer._was_training)
+
+
+def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, student: ModelConfig, card: str) -> None:
+    """Write what was trained, all at once: the adapter in PEFT's format, or the whole model with its tokenizer.
+
+    Args:
+        weights: what was trained, by its name in the model, whole.
+        student: what `model` was loaded from.
+        card: text of its README.md.
+    """
+    with atomic_directory(directory) as partial:
+        if isinstance(model, PeftModel):
+            config: Any = model.peft_config[_NAME]
+            config.base_model_name_or_path, config.revision = models.base_name(student), student.revision
+            if not isinstance(config.target_modules, str):
+                config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+            # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
+            model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        else:
+            assert isinstance(model, PreTrainedModel)
+            tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
+            models.save_model(model, partial, models.model_directory(student), buffers | dict(weights))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
+    config: Any = model.peft_config[_NAME]
+    wanted = {"r": train.lora_rank, "lora_alpha": train.lora_alpha, "lora_dropout": train.lora_dropout}
+    different = [
+        f"{name} {getattr(config, name, None)} and not {value:g}"
+        for name, value in wanted.items()
+        if getattr(config, name, None) != value
+    ]
+    if different:
+        raise ModelError(
+            f"student.adapter: goes on training, but has {', '.join(different)}; set train.lora_rank, "
+            "train.lora_alpha and train.lora_dropout to the adapter's, or merge it into the student first"
+        )
+    return model
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

@@ -1,0 +1,208 @@
+"""Where a run's curves go: metrics.jsonl and TensorBoard always, Weights & Biases and trackio where `track.trackers`
+asks for them.
+
+Both libraries hand what is logged to a process or thread of their own, so a step does not wait for a network.
+Whatever they raise costs one warning and their part of the curve, never the run. A run that continues continues
+theirs too: steps that a kill has taken from them are logged from metrics.jsonl, and those that they have already,
+which a run killed after its last checkpoint does again, are not logged twice.
+
+Weights & Biases keeps its files in RUN/wandb. Where nobody is logged in, or its server does not answer within
+`INIT_SECONDS`, it works offline: nothing is asked at the terminal, and RUN/wandb/latest-run has the whole curve for
+`wandb sync`. trackio writes to its own directory, TRACKIO_DIR, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say.
+WANDB_MODE, WANDB_ENTITY and the other variables of either hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.config.recipe import TrackConfig
+from pipeline.console import say, warn
+from pipeline.credentials import masked
+from pipeline.errors import ConfigError
+from pipeline.runs.directory import Result, RunDirectory
+
+#: What a server of Weights & Biases may take to answer at the start, and to take the rest of the curve at the end.
+INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0
+
+
+class Tracker(Protocol):
+    """A place where curves are looked at."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of a step, by name."""
+
+    def finish(self, result: Result | None) -> None:
+        """Take how the run ended, None where it has not, and see to it that everything is written."""
+
+
+class TensorBoard:
+    """Event files. What an earlier process drew from `first_step` on is hidden."""
+
+    def __init__(self, directory: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, result: Result | None) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, which knows it by the run directory's id."""
+
+    def __init__(self, track: TrackConfig, run: RunDirectory):
+        import wandb
+
+        def begin(mode: Any) -> Any:
+            return wandb.init(
+                project=track.project,
+                name=track.name or run.path.resolve().name,
+                group=track.group,
+                tags=track.tags,
+                id=run.id,
+                resume="allow",
+                config=masked(run.made_of),
+                dir=run.path,
+                mode=mode,
+                settings=wandb.Settings(
+                    console="off",  # standard output and error stay as they are
+                    silent=True,
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            )
+
+        wandb.setup(wandb.Settings(silent=True))  # for the login
+        kept = f"`wandb sync {run.path}/wandb/latest-run` sends the curves later"
+        try:
+            online = os.environ.get("WANDB_MODE", "online") == "online"
+            if lacks_login := online and not wandb.login(prompt=False, verify=False):
+                say(f"wandb: not logged in; {kept}")
+            self._run = begin("offline" if lacks_login else None)
+        except wandb.errors.Error as error:
+            warn(f"wandb: {_one_line(error)}; {kept}")
+            wandb.teardown()  # or the id would be in use
+            self._run = begin("offline")
+        if not (self._run.offline or self._run.disabled):
+            say(f"wandb: {self._run.url}")
+        self._first_step = self._run.step  # the first that a run which continues lacks; offline it knows of none
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if step >= self._first_step:
+            self._run.log(dict(metrics), step=step)
+
+    def finish(self, result: Result | None) -> None:
+        if result is not None:
+            self._run.summary.update({"result": result.sentence, "exit_code": result.exit_code})
+        self._run.finish(exit_code=1 if result is None else 0)
+
+
+class Trackio:
+    """A run of trackio, which knows it by its name: so the run directory's id is part of that."""
+
+    def __init__(self, track: TrackConfig, run: RunDirectory):
+        import trackio
+
+        name = f"{track.name or run.path.resolve().name}-{run.id}"
+        config = masked(run.made_of) | ({"tags": track.tags} if track.tags else {})
+        with _silence():
+            self._run = trackio.init(
+                project=track.project, name=name, group=track.group, config=config, resume="allow", embed=False
+            )
+        say(f"trackio: run {name}, to be seen with `trackio show --project {track.project}`")
+        self._first_step = getattr(self._run, "_next_step", 0)  # as for wandb; there is no public name for it
+        self._step = 0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if step >= self._first_step:
+            self._run.log(dict(metrics), step=step)
+        self._step = step
+
+    def finish(self, result: Result | None) -> None:
+        import trackio
+
+        if result is not None:
+            self._run.log({"result": result.sentence, "exit_code": result.exit_code}, step=self._step)
+        with _silence():
+            trackio.finish()  # type: ignore[no-untyped-call]
+
+
+_TRACKERS: dict[str, Callable[[TrackConfig, RunDirectory], Tracker]] = {"wandb": Wandb, "trackio": Trackio}
+
+
+def check_installed(track: TrackConfig) -> None:
+    """Raise `ConfigError` where the library of a tracker is not installed."""
+    for name in track.trackers:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a mere directory of that name, such as wandb's own, is no library
+            raise ConfigError(f"track.trackers: {name} is not installed; `pip install 'redpen[{name}]'`")
+
+
+class Recorder:
+    """Writes down every step of a run from `first_step` on, wherever its curves go. The first rank has one."""
+
+    def __init__(self, run: RunDirectory, first_step: int):
+        self._run, self._result = run, None
+        with run.writing():
+            self._tensorboard = TensorBoard(run.tensorboard, first_step)
+        self._trackers: dict[str, Tracker] = {}
+        for name in dict.fromkeys(run.track.trackers):
+            with self._unless_it_fails(name):
+                self._trackers[name] = _TRACKERS[name](run.track, run)
+        for metrics in run.steps() if self._trackers else ():
+            self._track(metrics, metrics.pop("time"))
+
+    def log(self, metrics: dict[str, Any], speed: dict[str, float]) -> None:
+        """Take a step's metrics, `step` among them, and what it took."""
+        self._run.append_metrics(metrics | {"time": speed})
+        with self._run.writing():
+            self._tensorboard.log(_named(metrics, speed), metrics["step"])
+        self._track(metrics, speed)
+
+    def close(self, result: Result | None) -> None:
+        """Everything is written when this returns; `result` is None where the run has not ended."""
+        with self._run.writing():
+            self._tensorboard.finish(result)
+        for name, tracker in list(self._trackers.items()):
+            with self._unless_it_fails(name):
+                tracker.finish(result)
+
+    def _track(self, metrics: dict[str, Any], speed: dict[str, float]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._unless_it_fails(name):
+                tracker.log(_named(metrics, speed), metrics["step"])
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self, name: str) -> Iterator[None]:
+        """Leave a tracker out from its first failure on."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            warn(f"{name} failed ({_one_line(error)}); training goes on without it, and {self._run.metrics} is whole")
+
+
+def _named(metrics: dict[str, Any], speed: dict[str, float]) -> dict[str, float]:
+    named = {f"train/{name}": value for name, value in metrics.items() if name != "step"}
+    return named | {f"time/{name}": value for name, value in speed.items()}
+
+
+def _silence() -> contextlib.AbstractContextManager[Any]:
+    """trackio prints on standard output, where results go."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:150]

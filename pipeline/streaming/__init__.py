@@ -1,0 +1,1 @@
+"""A model that does not fit the device, one decoder layer at a time."""

@@ -1,0 +1,23 @@
+"""Whether a student's files hold the student, for an engine that loads them in its own way."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.recipe import ModelConfig
+from pipeline.models import load as models
+from pipeline.models.files import check_model_files
+from pipeline.streaming.weights import Checkpoint, locate
+
+
+def check_checkpoint(cfg: ModelConfig) -> None:
+    """Refuse weights that are not the whole model, or more than it, for an engine that would not say so. Reads names
+    and shapes alone; what is quantised is left to that engine. Raises `ModelError`.
+    """
+    if models.model_facts(cfg).quantisation is not None:
+        return
+    directory = models.model_directory(cfg)
+    check_model_files(directory)
+    model = models.load_skeleton(cfg, torch.device("meta"))
+    places = locate(model, Checkpoint(directory))
+    models.check_places(cfg, places.lacking(model), places.unexpected)

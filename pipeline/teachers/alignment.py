@@ -1,0 +1,320 @@
+"""A teacher with other ids, or another view of the prompt, than the student: what it reads, and back.
+
+The student's token v is the teacher's token a(v) where both have the same text: a sparse matrix with at most one 1 in
+each row and column. So log p_T(v | x) = log p_T(a(v) | a(x)), for the sampled token, candidates and the teacher's
+likeliest alike, and the rest stays the rest: nothing is approximated. A token that one of both lacks is in the rest.
+
+This holds where both cut text into the same pieces, which `align` checks from the tokenizers' own rules: their merges
+(BPE), scored pieces (Unigram) or words. Padding, permuted ids and added tokens are such differences.
+
+A teacher may also read prompts in its own way (another template, a system message or prefix that the student does not
+see, as in context distillation); the response's tokens are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.config.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
+from pipeline.errors import ModelError
+from pipeline.models import load as models
+from pipeline.teachers.spans import SpanView, span_view
+from pipeline.text.prompts import render_all, template_identity, with_prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The teacher's id of each of the student's tokens, and the other way round.
+
+    Attributes:
+        to_teacher: i4 [V_student]; -1 where the teacher has no such token.
+        to_student: i4 [V_teacher]; -1 likewise.
+    """
+
+    to_teacher: Int32
+    to_student: Int32
+
+    @classmethod
+    def of(cls, pairs: Mapping[int, int], student_size: int, teacher_size: int) -> Alignment:
+        """From the teacher's id by the student's."""
+        found = cls(np.full(student_size, -1, np.int32), np.full(teacher_size, -1, np.int32))
+        ours, theirs = (np.fromiter(ids, np.int64, len(pairs)) for ids in (pairs.keys(), pairs.values()))
+        found.to_teacher[ours], found.to_student[theirs] = theirs, ours
+        return found
+
+    def is_identity(self, student: PreTrainedTokenizerBase) -> bool:
+        """Whether the teacher has every token that the student's tokenizer knows, with the same id."""
+        n_known = max(student.get_vocab().values()) + 1
+        return bool((self.to_teacher[:n_known] == np.arange(n_known)).all())
+
+    def exchanged(self, student_id: int, teacher_id: int) -> Alignment:
+        """The same but for one token of the student, which is now `teacher_id`; what that was, is what it had."""
+        ours, theirs = self.to_teacher.copy(), self.to_student.copy()
+        before, other = int(ours[student_id]), int(theirs[teacher_id])
+        ours[student_id], theirs[teacher_id] = teacher_id, student_id
+        if other >= 0:
+            ours[other] = before
+        if before >= 0:
+            theirs[before] = other
+        return Alignment(ours, theirs)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a teacher reads in place of the student's tokens.
+
+    Attributes:
+        prompts: its own token ids of every prompt of the round; None: the student's.
+        alignment: its ids of the student's tokens; None: the same.
+        shared: [V_teacher] which of its tokens the student has too; None: all.
+    """
+
+    prompts: Sequence[Int32] | None = None
+    alignment: Alignment | None = None
+    shared: npt.NDArray[np.bool_] | None = None
+
+    def scorer(self, scorer: Scorer) -> Scorer:
+        """The same scorer, for batches and scores in the student's ids."""
+        return scorer if self.prompts is None and self.alignment is None else _Seeing(scorer, self)
+
+    def leaves_out(self, n_tokens: int) -> bool:
+        """Whether it lacks a token of the student's below this id."""
+        return self.alignment is not None and bool((self.alignment.to_teacher[:n_tokens] < 0).any())
+
+    def of(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as the teacher reads it.
+
+        A candidate that the teacher lacks becomes the sampled token once more, which takes nothing from the rest.
+        """
+        blocks = tuple(self._block(block) for block in batch.blocks)
+        ids = batch.candidate_ids
+        if ids is not None and self.alignment is not None:
+            theirs = self.alignment.to_teacher[ids]
+            ids = np.where(theirs < 0, theirs[:, :1], theirs)
+        return replace(batch, blocks=blocks, candidate_ids=ids)
+
+    def back(self, scores: cs.ScoreBlock, batch: TokenBatch) -> cs.ScoreBlock:
+        """The teacher's scores of `batch`, in the student's ids; NaN at candidates that it lacks."""
+        if self.alignment is None:
+            return scores
+        if batch.candidate_ids is not None and scores.candidate_logprobs is not None:
+            lacking = self.alignment.to_teacher[batch.candidate_ids] < 0
+            scores = replace(
+                scores, candidate_logprobs=np.where(lacking, np.float32(np.nan), scores.candidate_logprobs)
+            )
+        if scores.topk_ids is not None:
+            scores = replace(scores, topk_ids=self.alignment.to_student[scores.topk_ids])
+        return scores
+
+    def _block(self, block: cs.RolloutBlock) -> cs.RolloutBlock:
+        if self.alignment is not None:
+            block = replace(
+                block,
+                token_ids=self._ids(block.token_ids, "a response"),
+                prompt_token_ids=block.prompt_token_ids
+                if self.prompts is not None
+                else self._ids(block.prompt_token_ids, "a prompt"),
+            )
+        if self.prompts is not None:
+            prompts = [self.prompts[index] for index in block.prompt_index]
+            lengths = np.array([len(ids) for ids in prompts], np.int32)
+            starts = (np.cumsum(lengths) - lengths).astype(np.int32)
+            joined = np.concatenate(prompts).astype(np.int32)
+            block = replace(block, prompt_token_ids=joined, prompt_start=starts, prompt_length=lengths)
+        return block
+
+    def _ids(self, ids: Int32, where: str) -> Int32:
+        assert self.alignment is not None
+        theirs = self.alignment.to_teacher[ids]
+        if (theirs < 0).any():
+            raise ModelError(
+                f"teacher: {where} holds the student's token {int(ids[theirs < 0][0])}, which the teacher's "
+                "tokenizer lacks, so it cannot read on; choose a teacher that has it"
+            )
+        return theirs
+
+
+class _Seeing:
+    """A scorer behind a view."""
+
+    def __init__(self, scorer: Scorer, view: View):
+        self._scorer, self._view = scorer, view
+        self.batch_tokens = scorer.batch_tokens
+
+    def compute_logprobs(self, batch: TokenBatch | cs.RolloutBlock) -> cs.ScoreBlock:
+        batch = as_batch(batch)
+        return self._view.back(self._scorer.compute_logprobs(self._view.of(batch)), batch)
+
+
+def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View | SpanView:
+    """What a teacher reads of a round. Raises as `view_on`."""
+    sampled = round_.manifest
+    size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
+    every = teacher.renders or recipe.score.alignment == "spans"
+    records = [round_.prompts[index] for index in range(round_.n_prompts)] if every else []
+    name = f"cache {round_.cache.url} round {round_.index}"
+    return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids, name)
+
+
+def view_on(
+    recipe: Recipe,
+    teacher: TeacherConfig,
+    records: Sequence[dict[str, Any]],
+    tokenizer_digest: str,
+    vocab_size: int,
+    stop_token_ids: Sequence[int],
+    source: str,
+) -> View | SpanView:
+    """What a teacher reads of responses to these prompts.
+
+    Args:
+        records: the prompts.
+        tokenizer_digest, vocab_size, stop_token_ids: of the student; the size is that of its head or of its
+            tokenizer, whichever is larger.
+        source: where the prompts are from, for messages.
+
+    Raises:
+        ModelError: its tokenizer cuts text in another way than the student's, or lacks `stop_token`.
+        PromptError: a prompt does not fit its template.
+    """
+    tokenizer, facts = models.load_tokenizer(teacher), models.model_facts(teacher)
+    same = models.tokenizer_identity(tokenizer, teacher.model).digest == tokenizer_digest
+    student = tokenizer if same else models.load_tokenizer(recipe.student)
+    if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
+        rendered = _prompts(recipe, teacher, tokenizer, facts, records, source)
+        stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
+        return span_view(student, tokenizer, teacher.model, rendered, stop_token_ids, stop)
+    alignment = align(student, tokenizer, (recipe.student.model, teacher.model), (vocab_size, facts.vocab_size))
+    shared = alignment.to_student >= 0
+    if teacher.stop_token is not None:
+        stop = _stop(teacher, tokenizer)
+        eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
+        alignment = alignment.exchanged(eos, stop)
+    prompts = _prompts(recipe, teacher, tokenizer, facts, records, source) if teacher.renders else None
+    return View(prompts, None if alignment.is_identity(student) else alignment, None if shared.all() else shared)
+
+
+def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    assert teacher.stop_token is not None
+    stop = tokenizer.get_vocab().get(teacher.stop_token)
+    if stop is None:
+        raise ModelError(
+            f"teacher.stop_token = {teacher.stop_token!r}: expected a token of {teacher.model}, such as "
+            f"{tokenizer.eos_token!r}"
+        )
+    return int(stop)
+
+
+def _prompts(
+    recipe: Recipe,
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: models.ModelFacts,
+    records: Sequence[dict[str, Any]],
+    source: str,
+) -> list[Int32]:
+    """The prompts as the teacher's own tokenizer and template make them."""
+    seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
+    longest = facts.context or np.iinfo(np.int32).max
+    named = {name: f"teacher.{name}" for name in ("system", "template_args") if getattr(teacher, name) is not None}
+    cfg = _rendering(recipe, teacher).model_copy(update={"path": source})
+    return render_all(seen, tokenizer, cfg, longest, facts.context, reader="teacher", named=named)
+
+
+def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
+    """Tokens of a block's longest rollout, as the teacher reads it."""
+    if isinstance(view, SpanView):
+        (theirs,) = view.of(TokenBatch((round_.rollouts.read(block),))).blocks
+        return int((theirs.prompt_length[theirs.row_prompt] + theirs.response_length).max())
+    rows = round_.rollouts.read_arrays(block, ("prompt_index", "prompt_length", "row_prompt", "response_length"))
+    prompts = rows["prompt_length"]
+    if view.prompts is not None:
+        prompts = np.array([len(view.prompts[index]) for index in rows["prompt_index"]])
+    return int((prompts[rows["row_prompt"]] + rows["response_length"]).max())
+
+
+def template_of(recipe: Recipe, teacher: TeacherConfig, students: dict[str, Any]) -> dict[str, Any]:
+    """How a teacher reads prompts and ends, as JSON for the provenance of its scores; `students` is how the student
+    reads them."""
+    told = dict(students)
+    if teacher.renders:
+        told = template_identity(models.load_tokenizer(teacher), _rendering(recipe, teacher))
+        told |= {"prefix": teacher.prompt_prefix} if teacher.prompt_prefix is not None else {}
+    return told | ({"stop_token": teacher.stop_token} if teacher.stop_token is not None else {})
+
+
+def _rendering(recipe: Recipe, teacher: TeacherConfig) -> PromptsConfig:
+    own = {"template": teacher.template, "template_args": teacher.template_args, "system": teacher.system}
+    return recipe.prompts.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
+def align(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str], sizes: tuple[int, int]
+) -> Alignment:
+    """Pair the tokens of two tokenizers that cut text into the same pieces.
+
+    Args:
+        names: of both models, for the message.
+        sizes: ids of both models, padding included.
+
+    Raises:
+        ModelError: they do not.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if not cut_alike(student, teacher):
+        differing, more = sum(theirs.get(token) != index for token, index in ours.items()), len(theirs.keys() - ours)
+        raise ModelError(
+            f"{names[1]}: its tokenizer cuts text into other pieces than that of {names[0]} (of {len(ours):,} tokens "
+            f"{differing:,} differ, and it has {more:,} more), so their log-probs cannot be compared token by token; "
+            'choose a teacher with the student\'s tokenizer, or set score.alignment = "spans" to compare the spans '
+            "of text that both share"
+        )
+    pairs = {index: theirs[token] for token, index in ours.items() if token in theirs}
+    if all(pairs.get(index) == index for index in ours.values()):
+        pairs = {index: index for index in range(min(sizes))}  # what pads both is the same too
+    return Alignment.of({v: theirs_v for v, theirs_v in pairs.items() if theirs_v < sizes[1]}, *sizes)
+
+
+def cut_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether both cut every text into the same pieces, whatever ids these have.
+
+    Equal pieces with equal ids are taken for one tokenizer; a teacher that has more joins what the student leaves
+    apart. Added tokens (of a chat, of tools) are not pieces: nothing is merged into them.
+    """
+    return student is teacher or _pieces(student) == _pieces(teacher) or _rules(student) == _rules(teacher)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    added = tokenizer.get_added_vocab()
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in added}
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What decides into which pieces text is cut, ids aside; None, like nothing else, where that is not known."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return object()
+    told = json.loads(backend.to_str())
+    model = dict(told["model"])
+    vocab, kind = model.pop("vocab"), model["type"]
+    if kind == "Unigram":
+        pieces: Any = sorted(map(tuple, vocab))
+    elif kind == "BPE" and not model.get("ignore_merges"):
+        pieces = None  # the merges say all
+    else:
+        pieces = sorted(vocab)
+    model.pop("unk_id", None)
+    return model, pieces, told["normalizer"], told["pre_tokenizer"]

@@ -1,0 +1,170 @@
+"""Whether a chat template does what the settings ask of it: the first chats are rendered with and without.
+
+A template is free to leave out a system message, to ignore the generation prompt, and never to read a variable;
+nothing fails then, and the student samples from other prompts than the recipe says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import settings
+from pipeline.config.recipe import PromptsConfig
+from pipeline.console import warn
+from pipeline.errors import PromptError
+from pipeline.text.chat_template import Chat, chat_text, variables_read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Chats that are looked at, and messages of each.
+N_CHATS, _N_MESSAGES = 8, 16
+_OTHER = "\nredpen looks whether this is read"
+
+
+def warn_without_effect(
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    named: Mapping[str, str] | None = None,
+) -> None:
+    """One warning for each setting that changes none of the first chats; each once in a process.
+
+    Args:
+        chats: as they are in the data, and end before the assistant's turn.
+        named: the names of `system` and `template_args` in the recipe, where they are not those of [prompts].
+    """
+    for line in without_effect(chats, tokenizer, cfg, named):
+        _warn_once(line)
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    warn(line)
+
+
+def without_effect(
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    named: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The lines of `warn_without_effect`."""
+    names = {"system": "prompts.system", "template_args": "prompts.template_args"} | dict(named or {})
+    if not tokenizer.chat_template:
+        if not cfg.template_args:
+            return []
+        return [f"{names['template_args']} has no effect: the tokenizer has no chat template; remove it"]
+    chats = [chat for chat in chats[:N_CHATS] if chat]
+    try:
+        look = _Look(chats, tokenizer, cfg)
+    except PromptError:  # which rendering the prompts will say, with the place
+        return []
+    return [*look.system(names["system"]), *look.arguments(names["template_args"]), *look.generation_prompt()]
+
+
+class _Look:
+    """The first chats, rendered in several ways."""
+
+    def __init__(self, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig):
+        self._bare, self._tokenizer, self._cfg = chats, tokenizer, cfg
+        self._chats = [with_system(chat, cfg.system) for chat in chats]
+        self._texts = [self._text(chat, cfg.template_args) for chat in self._chats]
+        self._first = "the first prompt" if len(chats) == 1 else f"the first {len(chats)} prompts"
+
+    def system(self, name: str) -> Iterator[str]:
+        own = [chat[0]["role"] == "system" for chat in self._bare]
+        if self._cfg.system is not None and own and all(own):
+            yield f"{name} is not used in {self._first}, which have a system message already; remove one of both"
+        ignored: dict[str, bool] = {}
+        for chat, text in zip(self._chats, self._texts, strict=True):
+            for number, message in enumerate(chat[:_N_MESSAGES]):
+                if ignored.get(message["role"], True):
+                    other = [*chat[:number], {**message, "content": message["content"] + _OTHER}, *chat[number + 1 :]]
+                    ignored[message["role"]] = not self._changes(other, text, self._cfg.template_args)
+        for role, is_ignored in ignored.items():
+            if is_ignored and role == "system" and self._cfg.system is not None and not all(own):
+                yield (
+                    f"{name} has no effect: the chat template leaves out system messages; put its text into the "
+                    "prompts, or remove it"
+                )
+            elif is_ignored:
+                yield (
+                    f"the chat template leaves out messages with the role {settings.show(role)} in {self._first}, so "
+                    "the model does not see them; put their text into the user's message"
+                )
+
+    def arguments(self, name: str) -> Iterator[str]:
+        args = self._cfg.template_args
+        for key, value in args.items():
+            without = {other: item for other, item in args.items() if other != key}
+            probes = [without, *({**args, key: other} for other in _others(value))]
+            if any(
+                self._changes(chat, text, probe)
+                for probe in probes
+                for chat, text in zip(self._chats, self._texts, strict=True)
+            ):
+                continue
+            read = variables_read(self._tokenizer)
+            # a hint only where a variable is close in spelling: others are tools, messages, tokens
+            hint = settings.did_you_mean(key, read) or "; see the model's card for its name, or remove it"
+            yield (
+                f"{name}.{key} = {settings.show(value)} changes nothing in {self._first}"
+                + ("" if key in read else f", and the chat template reads no such variable{hint}")
+            )
+
+    def generation_prompt(self) -> Iterator[str]:
+        for chat, text in zip(self._chats, self._texts, strict=True):
+            with contextlib.suppress(PromptError):
+                args = self._cfg.template_args
+                if chat_text(chat, self._tokenizer, args, reply_follows=False) != text:
+                    return
+                replied = [*chat, {"role": "assistant", "content": _OTHER.strip()}]
+                whole = chat_text(replied, self._tokenizer, args, reply_follows=False)
+                between, found, _ = whole.removeprefix(text).partition(_OTHER.strip())
+                if not whole.startswith(text) or not found:
+                    yield (
+                        "the chat template writes prompts the same with and without add_generation_prompt: that is "
+                        "right only where a reply follows the user's message directly, which cannot be seen from it; "
+                        "look at a response, and use the template of the model's instruct version if it goes on with "
+                        "the user's turn"
+                    )
+                elif between.strip():
+                    yield (
+                        f"the chat template ignores add_generation_prompt: prompts end without the "
+                        f"{settings.show(between)} that it writes before a reply, so the student goes on with the "
+                        "user's turn; use a chat template that writes it"
+                    )
+                return  # else a reply follows the user's message directly, as in Llama 2 and Mistral: nothing lacks
+
+    def _changes(self, chat: Chat, text: str, args: Mapping[str, Any]) -> bool:
+        try:
+            return self._text(chat, args) != text
+        except PromptError:  # it is looked at, and refused
+            return True
+
+    def _text(self, chat: Chat, args: Mapping[str, Any]) -> str:
+        return chat_text(chat, self._tokenizer, args, reply_follows=True)
+
+
+def with_system(chat: Chat, system: str | None) -> list[dict[str, str]]:
+    """The chat after a system message, if there is one to add and it has none."""
+    messages = [dict(message) for message in chat]
+    if system is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _others(value: Any) -> list[Any]:
+    """Other values of an argument: one that is the template's own default changes nothing, and is read."""
+    match value:
+        case bool():
+            return [not value]
+        case int() | float():
+            return [value + 1, 0]
+        case str():
+            return [value + "_", ""]
+    return [type(value)()]
