@@ -1,4 +1,4 @@
-"""WaveBudget of a card by part, for each step of a recipe. Bytes throughout."""
+"""Memory of a card by part, for each step of a recipe. Bytes throughout."""
 
 from __future__ import annotations
 
