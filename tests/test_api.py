@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache
 from torch import Tensor
 
 import cache_schema as cs
+from helpers.caches import make_cache
 from pipeline.api import Rollouts, Student, Teacher, Trainer
 from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError, PromptError, RedpenError
