@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import numpy as np
-import preloaded
 import pytest
 import torch
-from conftest import small_recipe, tree_digest
 from safetensors import safe_open
 
 import cache_schema as cs
+from helpers import killing, preloaded
+from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
 from pipeline.config.recipe import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cache_factory as factory
 import numpy as np
 import pytest
-from conftest import make_cache, small_recipe
 from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.models.identity import cache_identity
