@@ -18,11 +18,11 @@ from helpers import cache_factory as factory
 from helpers.caches import make_cache, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.models.identity import cache_identity
 from pipeline.report import choose, collect, encode, judge, scan, stage
 from pipeline.report import string_table as pieces
 from pipeline.report.page_rows import Request
 from pipeline.rounds import metrics
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import read_record, write_record
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import load_decoder
