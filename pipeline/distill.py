@@ -225,7 +225,7 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
-        made = models.made_student(student, _directory(run, index - 1))
+        made = models.trained_student(student, _directory(run, index - 1))
         assert made is not None, "the round before has ended, and its training puts back what was removed"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
