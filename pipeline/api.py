@@ -42,9 +42,8 @@ from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.teachers.alignment import View, align
 from pipeline.text.prompts import check_record, render_all
-from pipeline.train import in_memory as given
-from pipeline.train import trainer
-from pipeline.train.objective import Objective
+from pipeline.train import in_memory, trainer
+from pipeline.train.objective import DistillationObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -245,7 +244,7 @@ class Trainer:
         self.student = student
         self._train = train
         student.model = make_trainable(student.model, train)
-        self._trainer = trainer.Trainer(student.model, self._objective("importance_sampling"), train)
+        self._trainer = trainer.StudentTrainer(student.model, self._objective("importance_sampling"), train)
         self._used: set[bytes] = set()
 
     @property
@@ -279,7 +278,7 @@ class Trainer:
                     f"importance_sampling: the rollouts were sampled at top_p {rollouts.top_p:g}, and tokens outside "
                     'the nucleus have no ratio; sample at 1, or use loss_fn="reverse_kl"'
                 )
-            advantage = given.read_advantage(signal, rollouts.block)
+            advantage = in_memory.read_advantage(signal, rollouts.block)
             use = _digest(rollouts, advantage)
             if use in self._used:
                 raise RedpenError(
@@ -288,26 +287,30 @@ class Trainer:
                     "is a point mass on the best rollout. Sample again, or recompute student_logp as it now is with "
                     "student.compute_logprobs(rollouts)"
                 )
-            metrics = self._update(rollouts, given.as_teacher(advantage, rollouts.block, rollouts.logprobs), loss_fn)
+            metrics = self._update(
+                rollouts, in_memory.as_teacher(advantage, rollouts.block, rollouts.logprobs), loss_fn
+            )
             self._used.add(use)
             del metrics["reverse_kl"]  # an advantage tells of the sampled token alone
             return metrics
         if loss_fn == "reverse_kl":
             assert rollouts.scores.candidate_ids is not None
-            return self._update(rollouts, given.at_candidates(signal, rollouts.scores.candidate_ids), loss_fn)
+            return self._update(rollouts, in_memory.at_candidates(signal, rollouts.scores.candidate_ids), loss_fn)
         raise RedpenError(f'loss_fn: expected "importance_sampling" or "reverse_kl", got {loss_fn!r}')
 
-    def _update(self, rollouts: Rollouts, columns: given.Columns, loss_fn: LossFn) -> dict[str, float]:
-        batch = given.batch(self.step, rollouts.block, rollouts.logprobs, columns)
+    def _update(self, rollouts: Rollouts, columns: in_memory.Columns, loss_fn: LossFn) -> dict[str, float]:
+        batch = in_memory.batch(self.step, rollouts.block, rollouts.logprobs, columns)
         if self.step == 0:
             self._trainer.check(batch.rollouts[:_CHECKED_ROLLOUTS])
         self._trainer.objective = self._objective(loss_fn)
         training_mode(self.student.model)
         return self._trainer.update(batch)
 
-    def _objective(self, loss_fn: LossFn) -> Objective:
+    def _objective(self, loss_fn: LossFn) -> DistillationObjective:
         train = self._train.model_copy(update={"loss": loss_fn, "advantage": "cached"})
-        return Objective(train, given.Given({}), models.model_facts(self.student.config).vocab_size)
+        return DistillationObjective(
+            train, in_memory.InMemoryTeacher({}), models.model_facts(self.student.config).vocab_size
+        )
 
 
 def _config(model: str | ModelConfig) -> ModelConfig:

@@ -47,7 +47,7 @@ from pipeline.score import stage as score
 from pipeline.text.prompts import load_prompts
 from pipeline.train import inputs, ledger
 from pipeline.train import stage as train
-from pipeline.train.stopping import badness
+from pipeline.train.stopping import heldout_loss
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
@@ -144,7 +144,7 @@ def verdict(recipe: Recipe, rounds: Sequence[Round]) -> Result | None:
     else:
         student = len(rounds)
         by_student = {
-            index: Estimate(badness(recipe.train, found.heldout))
+            index: Estimate(heldout_loss(recipe.train, found.heldout))
             for index, found in enumerate(rounds, 1)
             if found.heldout is not None
         }
@@ -233,7 +233,7 @@ def _trained(found: Round, recipe: Recipe, directory: Path) -> Round:
     """The round with what its run tells: how many steps it took, and the held-out metric of its result."""
     steps = list(read_steps(directory))
     measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
-    best = min(measured, key=functools.partial(badness, recipe.train), default=None)
+    best = min(measured, key=functools.partial(heldout_loss, recipe.train), default=None)
     return replace(found, steps=len(steps), heldout=best)
 
 

@@ -32,7 +32,7 @@ from pipeline.errors import Interrupted, ModelError
 from pipeline.models import load as models
 from pipeline.models import lora
 from pipeline.train import inputs, stage, stopping
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 STEPS = 6
 KILLED_STEPS = 40
@@ -84,7 +84,7 @@ def measure(cache: Path, out: Path, ranks: workers.Team, cases: Iterable[str] = 
             generator = torch.Generator().manual_seed(1)
             for parameter in lora.trainable(model).values():  # with B = 0 half of a LoRA's gradient is 0
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-            trainer = Trainer(model, learnt, recipe.train, layout)
+            trainer = StudentTrainer(model, learnt, recipe.train, layout)
             for parameter in model.parameters():  # a LoRA stays whole, all else is in shards
                 adapter = recipe.train.method == "lora" and parameter.requires_grad
                 assert isinstance(parameter, DTensor) == (layout.mesh is not None and not adapter)
@@ -143,14 +143,14 @@ def broken(cache: Path, out: Path) -> None:
     from pipeline import cli
     from pipeline.distributed import signals
 
-    real, signals._OTHERS_WAIT_SECONDS = Trainer.update, 1
+    real, signals._OTHERS_WAIT_SECONDS = StudentTrainer.update, 1
 
-    def fails(self: Trainer, batch: Any) -> dict[str, float]:
+    def fails(self: StudentTrainer, batch: Any) -> dict[str, float]:
         if (self.layout.rank, self.step) == (1, 2):
             raise ModelError("something that only rank 1 has")
         return real(self, batch)
 
-    Trainer.update = fails  # type: ignore[method-assign]
+    StudentTrainer.update = fails  # type: ignore[method-assign]
     sys.exit(cli.main(command(cache, out / "run")[3:]))
 
 

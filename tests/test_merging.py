@@ -16,7 +16,7 @@ from torch import Tensor
 import cache_schema as cs
 from pipeline.config.recipe import Recipe
 from pipeline.train.mixture import Teachers
-from pipeline.train.objective import Objective
+from pipeline.train.objective import DistillationObjective
 from pipeline.train.policy_gradient import PolicyGradient
 from pipeline.train.replay import BEHAVIOUR, Batch, LoadedBlock, MicroBatch, Rollout
 from pipeline.train.reward import ADVANTAGE
@@ -35,18 +35,18 @@ REWARDED = ("reward.coefficient=0.5",)
 SAMPLED = ("train.loss=importance_sampling", "train.ppo_clip=0.2", "train.ratio_truncation=1.1")
 
 
-def over_columns(recipe: Recipe, draws: int = 0) -> Objective:
-    return Objective(
+def over_columns(recipe: Recipe, draws: int = 0) -> DistillationObjective:
+    return DistillationObjective(
         recipe.train, Teachers({"teacher": factory.scores_manifest("teacher")}), VOCAB, draws, recipe.reward
     )
 
 
-def of_sampled_token(recipe: Recipe) -> Objective:
+def of_sampled_token(recipe: Recipe) -> DistillationObjective:
     told = factory.scores_manifest("teacher", candidates=0)
-    return Objective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
+    return DistillationObjective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
 
 
-OBJECTIVES: dict[str, Callable[[], Objective | PolicyGradient]] = {
+OBJECTIVES: dict[str, Callable[[], DistillationObjective | PolicyGradient]] = {
     "reverse_kl": lambda: over_columns(small_recipe(*REWARDED)),
     "forward_kl": lambda: over_columns(small_recipe("train.loss=forward_kl")),
     "draws": lambda: over_columns(small_recipe("train.loss=jsd"), N_CANDIDATES - 1),
@@ -87,7 +87,7 @@ def batch_of(seed: int, words: list[int], counted: list[int], variants: dict[str
     return Batch(0, tuple(Rollout(block, row) for row in range(N_ROWS)))
 
 
-def gradient(objective: Objective | PolicyGradient, parts: list[MicroBatch], n_tokens: float) -> Tensor:
+def gradient(objective: DistillationObjective | PolicyGradient, parts: list[MicroBatch], n_tokens: float) -> Tensor:
     """Of a student in float64, in which logits are a function of all tokens so far."""
     table = torch.randn(97, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     total = torch.zeros((), dtype=torch.float64)

@@ -25,7 +25,7 @@ import pipeline.score.stage
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import inputs, stage
-from pipeline.train.mixture import Told, mixed, routed
+from pipeline.train.mixture import TeacherColumns, mixed, routed
 
 Make = Callable[..., Recipe]
 T, V, C = 7, 12, 4
@@ -37,12 +37,12 @@ def distributions(seed: int) -> Tensor:
     )
 
 
-def told(logprobs: Tensor, untold: Tensor | None = None) -> Told:
+def told(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
     """The first C tokens of a teacher, some of them untold and so in its rest."""
     ids = torch.arange(C).repeat(T, 1)
     hidden = torch.zeros(T, C, dtype=torch.bool) if untold is None else untold
     rest = torch.cat([logprobs[:, :C].masked_fill(~hidden, -torch.inf), logprobs[:, C:]], 1).logsumexp(1)
-    return Told(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
+    return TeacherColumns(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
 
 
 weights = st.lists(st.floats(0.05, 1), min_size=2, max_size=3).map(lambda drawn: [w / sum(drawn) for w in drawn])

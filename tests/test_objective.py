@@ -21,7 +21,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import inputs, stage
 from pipeline.train.replay import Batch, Rollout
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 Make = Callable[..., Recipe]
 
@@ -34,7 +34,7 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(path, small_recipe("rollouts.temperature=1.3", "prompts.limit=8", *drawn))
 
 
-def naive_gradient(trainer: Trainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
+def naive_gradient(trainer: StudentTrainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
     """Each rollout alone, full log-probs [T, V], autograd, one division; `loss_of` gives the sum over tokens."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)

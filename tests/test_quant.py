@@ -25,7 +25,7 @@ from pipeline.forward.head import Head
 from pipeline.models import load as models
 from pipeline.runs import checkpoint
 from pipeline.train import stage
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 pytest.importorskip("bitsandbytes")
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 # -- 8 bits ---------------------------------------------------------------------------------------------------
 
 
-def weights(trainer: Trainer) -> torch.Tensor:
+def weights(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([w.detach().flatten() for w in trainer.masters.values()])
 
 

@@ -30,7 +30,7 @@ from pipeline.toy import world
 from pipeline.train import inputs, stage
 from pipeline.train.replay import Replay, Rollout
 from pipeline.train.reward import ADVANTAGE, VALUE, group_advantages
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 Make = Callable[..., Recipe]
 REWARD = ("reward.coefficient=0.5", "rollouts.temperature=2")
@@ -43,12 +43,12 @@ def mixed_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("warm") / "c.zarr", small_recipe(*REWARD))
 
 
-def made(cache: Path, recipe: Recipe) -> tuple[Trainer, Replay]:
+def made(cache: Path, recipe: Recipe) -> tuple[StudentTrainer, Replay]:
     """As `redpen train` makes them, whichever teachers that needs."""
     round_ = cs.open(cache).round()
     objective = inputs.objective(recipe, round_, inputs.teacher_names(recipe, round_, str(cache)))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
+    return StudentTrainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
 
 
 def is_right(rollout: Rollout) -> bool:

@@ -25,19 +25,19 @@ from pipeline.models import lora
 from pipeline.train import inputs, ledger, stage
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
-from pipeline.train.trainer import Trainer, learning_rate
+from pipeline.train.trainer import StudentTrainer, learning_rate
 
 Make = Callable[..., Recipe]
 
 
-def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[Trainer, Replay]:
+def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[StudentTrainer, Replay]:
     round_ = cs.open(cache).round()
     objective = inputs.objective(recipe, round_, teachers or ("teacher",))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
+    return StudentTrainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
 
 
-def moved(trainer: Trainer) -> Trainer:
+def moved(trainer: StudentTrainer) -> StudentTrainer:
     """A student that has left the one that was sampled: with B = 0 half of the gradient is 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -46,12 +46,12 @@ def moved(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def gradient(trainer: Trainer, batch: Batch) -> torch.Tensor:
+def gradient(trainer: StudentTrainer, batch: Batch) -> torch.Tensor:
     trainer.gradient(batch)
     return flat_gradient(trainer)
 
 
-def flat_gradient(trainer: Trainer) -> torch.Tensor:
+def flat_gradient(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None])
 
 
@@ -62,7 +62,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 # -- the gradient -------------------------------------------------------------------------------------------------
 
 
-def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
+def naive_gradient(trainer: StudentTrainer, batch: Batch, loss: str) -> torch.Tensor:
     """The objective as its formula stands: each rollout alone, full logits, autograd, one division."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)

@@ -14,14 +14,14 @@ import torch
 
 from pipeline.config.recipe import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
-from pipeline.train.objective import Sums
+from pipeline.train.objective import MetricSums
 from pipeline.train.replay import Replay
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 Metric = Callable[[], float]
 
 
-def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric | None:
+def heldout_metric(recipe: Recipe, trainer: StudentTrainer, replay: Replay) -> Metric | None:
     """A function that measures `train.heldout_metric` of the student as it is, for every rank to call together; None
     where the recipe asks for none.
 
@@ -32,7 +32,7 @@ def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric |
 
         def reverse_kl() -> float:
             measured = [trainer.measure(batch) for batch in replay.held_back(train.prompts_per_step)]
-            return Sums.merge(measured).metrics()["reverse_kl"]
+            return MetricSums.merge(measured).metrics()["reverse_kl"]
 
         return reverse_kl
     if train.heldout_metric is not None:

@@ -16,7 +16,7 @@ import cache_schema as cs
 from pipeline.errors import RedpenError
 from pipeline.forward.head import without_repeats
 from pipeline.rounds.metrics import rest_of
-from pipeline.train.mixture import Teachers, Told
+from pipeline.train.mixture import TeacherColumns, Teachers
 from pipeline.train.replay import Batch, LoadedBlock, Rollout
 
 Float32 = npt.NDArray[np.float32]
@@ -25,13 +25,15 @@ Columns = dict[str, npt.NDArray[Any]]
 _TOLD, _REST = "signal/candidate_logprobs", "signal/rest_logprob"
 
 
-class Given(Teachers):
+class InMemoryTeacher(Teachers):
     """What the signal says of the columns, in place of scores in a cache."""
 
-    def told(self, column: Callable[[str], Tensor], candidate_ids_TK: Tensor, prompts_T: object) -> Told:
+    def told(self, column: Callable[[str], Tensor], candidate_ids_TK: Tensor, prompts_T: object) -> TeacherColumns:
         logprobs_TK = column(_TOLD)
         untold_TK = logprobs_TK.isnan()  # the teacher has no such token: it is in the rest
-        return Told(without_repeats(candidate_ids_TK.masked_fill(untold_TK, -1)), logprobs_TK, column(_REST))
+        return TeacherColumns(
+            without_repeats(candidate_ids_TK.masked_fill(untold_TK, -1)), logprobs_TK, column(_REST)
+        )
 
 
 def read_advantage(signal: object, rollouts: cs.RolloutBlock) -> Float32:

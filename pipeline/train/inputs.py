@@ -17,14 +17,14 @@ from pipeline.models.identity import IMPORTED
 from pipeline.text.answers import Checker
 from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
-from pipeline.train.objective import Objective
+from pipeline.train.objective import DistillationObjective
 from pipeline.train.order import Order
 from pipeline.train.policy_gradient import PolicyGradient
 from pipeline.train.replay import Derived, Replay, behaviour
 from pipeline.train.reward import Rewards, check_answers, check_comparable
 from pipeline.train.selection import Selection
 
-Learnt = Objective | CrossEntropy | PolicyGradient
+Objective = DistillationObjective | CrossEntropy | PolicyGradient
 
 
 def teacher_names(recipe: Recipe, round_: cs.Round, cache_url: str) -> tuple[str, ...]:
@@ -115,22 +115,22 @@ def _route(train: TrainConfig, round_: cs.Round, names: Sequence[str]) -> npt.ND
     return route_P
 
 
-def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Learnt:
+def objective(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
     """What is minimised on this round."""
     if names:
         return _of_teachers(recipe, round_, names)
     return CrossEntropy() if recipe.train.loss == "cross_entropy" else PolicyGradient(recipe.train, recipe.reward)
 
 
-def _of_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Objective:
+def _of_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> DistillationObjective:
     student = round_.scores(cs.STUDENT).manifest
     assert isinstance(student, cs.ScoresManifest)
     draws = student.candidates - 1 if student.candidate_kind == "sampled" else 0
     told = teachers(recipe, round_, names)
-    return Objective(recipe.train, told, round_.manifest.vocab_size, draws, recipe.reward)
+    return DistillationObjective(recipe.train, told, round_.manifest.vocab_size, draws, recipe.reward)
 
 
-def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
+def replay(recipe: Recipe, round_: cs.Round, learnt: Objective) -> Replay:
     """The batches that `learnt` is minimised on. Raises `ConfigError` where every prompt is held back."""
     train, select = recipe.train, recipe.select
     stop_ids, special_ids = round_.manifest.stop_token_ids, ()
@@ -145,7 +145,7 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
         held_back(recipe),
     )
     selection = Selection(select, stop_ids, special_ids)
-    taught = learnt.teachers.taught if isinstance(learnt, Objective) else {}
+    taught = learnt.teachers.taught if isinstance(learnt, DistillationObjective) else {}
     derived: list[Derived] = []
     if recipe.reward.coefficient:
         tokenizer, checker = models.load_tokenizer(recipe.student), Checker.of(recipe.eval)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.forward.head import HeadLoss
 from pipeline.train import losses
-from pipeline.train.objective import Sums, weighted_total
+from pipeline.train.objective import MetricSums, weighted_total
 from pipeline.train.replay import MicroBatch
 
 
@@ -43,14 +43,14 @@ class CrossEntropy:
         """A chunk's share of the mean over the global batch's `n_tokens`; a pure function for `chunked_head_loss`."""
         return losses.token_sum(-student_nC[:, 0], targets.weights_T[rows], n_tokens)
 
-    def measure(self, targets: Tokens, result: HeadLoss) -> Sums:
+    def measure(self, targets: Tokens, result: HeadLoss) -> MetricSums:
         assert result.entropy_T is not None
         weights_T = targets.weights_T.double()
         zero = weights_T.new_zeros(())
         totals = [result.loss.detach().double(), weights_T.sum(), zero, zero]
-        return Sums.of(torch.stack([*totals, weighted_total(result.entropy_T, weights_T)]))
+        return MetricSums.of(torch.stack([*totals, weighted_total(result.entropy_T, weights_T)]))
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         """Means over the trained tokens, in nats."""
         measured = sums.metrics()
         return {name: measured[name] for name in ("loss", "entropy")}

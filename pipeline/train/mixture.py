@@ -25,7 +25,7 @@ from pipeline.rounds.metrics import rest_of
 
 
 @dataclass(frozen=True)
-class Told:
+class TeacherColumns:
     """What is known of a teacher, or of several, at T positions; nats.
 
     Attributes:
@@ -81,7 +81,7 @@ class Teachers:
 
     def told(
         self, column: Callable[[str], Tensor], candidate_ids_TK: Tensor, prompts_T: npt.NDArray[np.int64]
-    ) -> Told:
+    ) -> TeacherColumns:
         """All that they told together.
 
         Args:
@@ -107,7 +107,7 @@ class Teachers:
                 rest_T = column(f"{name}/rest_logprob")
             else:
                 rest_T = torch.from_numpy(rest_of(sampled_T.cpu().numpy())).to(sampled_T)
-            told.append(Told(without_repeats(ids), logprobs, rest_T))
+            told.append(TeacherColumns(without_repeats(ids), logprobs, rest_T))
         told = _same_width(told)
         if self.route_P is not None:
             return routed(told, torch.from_numpy(self.route_P[prompts_T]).to(candidate_ids_TK.device))
@@ -117,7 +117,9 @@ class Teachers:
         return 0 if self.mixed else scores.topk
 
 
-def mixed(told: Sequence[Told], weights: Sequence[float], mixture: Literal["arithmetic", "geometric"]) -> Told:
+def mixed(
+    told: Sequence[TeacherColumns], weights: Sequence[float], mixture: Literal["arithmetic", "geometric"]
+) -> TeacherColumns:
     """One distribution of several teachers that were asked for the same columns.
 
         arithmetic:  p(v) = sum over i of w_i p_i(v),       exact for every column and for the rest
@@ -139,22 +141,24 @@ def mixed(told: Sequence[Told], weights: Sequence[float], mixture: Literal["arit
     else:
         logprobs_TC = (logprobs_NTC * weights_N11).sum(0)
         logprobs_TC = logprobs_TC - logprobs_TC.logsumexp(1, keepdim=True)
-    return Told(told[0].ids_TC.masked_fill(~common_TC, -1), logprobs_TC[:, :-1], logprobs_TC[:, -1])
+    return TeacherColumns(told[0].ids_TC.masked_fill(~common_TC, -1), logprobs_TC[:, :-1], logprobs_TC[:, -1])
 
 
-def routed(told: Sequence[Told], route_T: Tensor) -> Told:
+def routed(told: Sequence[TeacherColumns], route_T: Tensor) -> TeacherColumns:
     """At each position what one teacher told, number `route_T`."""
     rows_T = torch.arange(len(route_T), device=route_T.device)
     ids_NTC, logprobs_NTC = torch.stack([one.ids_TC for one in told]), torch.stack([one.logprobs_TC for one in told])
     rest_NT = torch.stack([one.rest_T for one in told])
-    return Told(ids_NTC[route_T, rows_T], logprobs_NTC[route_T, rows_T], rest_NT[route_T, rows_T])
+    return TeacherColumns(ids_NTC[route_T, rows_T], logprobs_NTC[route_T, rows_T], rest_NT[route_T, rows_T])
 
 
-def _same_width(told: Sequence[Told]) -> list[Told]:
+def _same_width(told: Sequence[TeacherColumns]) -> list[TeacherColumns]:
     """With columns of padding where one has fewer than another."""
     width = max(one.ids_TC.shape[1] for one in told)
     missing = [width - one.ids_TC.shape[1] for one in told]
     return [
-        Told(F.pad(one.ids_TC, (0, n), value=-1), F.pad(one.logprobs_TC, (0, n), value=-torch.inf), one.rest_T)
+        TeacherColumns(
+            F.pad(one.ids_TC, (0, n), value=-1), F.pad(one.logprobs_TC, (0, n), value=-torch.inf), one.rest_T
+        )
         for one, n in zip(told, missing, strict=True)
     ]

@@ -57,7 +57,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Sums:
+class MetricSums:
     """Totals over a micro-batch, on its device; they add up over micro-batches (and ranks) by `merge`.
 
     Attributes:
@@ -69,18 +69,18 @@ class Sums:
     drift: Tensor
 
     @staticmethod
-    def of(totals: Tensor) -> Sums:
+    def of(totals: Tensor) -> MetricSums:
         """Without drift."""
         empty = totals.new_zeros(0)
-        return Sums(totals, drift_sums(empty, empty, empty))
+        return MetricSums(totals, drift_sums(empty, empty, empty))
 
     @staticmethod
-    def zero(device: torch.device | str) -> Sums:
-        return Sums.of(torch.zeros(5, dtype=torch.float64, device=device))
+    def zero(device: torch.device | str) -> MetricSums:
+        return MetricSums.of(torch.zeros(5, dtype=torch.float64, device=device))
 
     @staticmethod
-    def merge(parts: list[Sums]) -> Sums:
-        return Sums(torch.stack([p.totals for p in parts]).sum(0), merge_drift_sums([p.drift for p in parts]))
+    def merge(parts: list[MetricSums]) -> MetricSums:
+        return MetricSums(torch.stack([p.totals for p in parts]).sum(0), merge_drift_sums([p.drift for p in parts]))
 
     def metrics(self) -> dict[str, float]:
         """Means over the trained tokens. `reverse_kl` is KL(S || T) over candidates + rest at the cached prefixes;
@@ -97,7 +97,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Objective:
+class DistillationObjective:
     """What is minimised, over which columns.
 
     Attributes:
@@ -193,7 +193,7 @@ class Objective:
             loss_n = loss_n + surrogate(self.train, sampled_n, old_n, reward_n, behaviour_n)
         return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
 
-    def measure(self, targets: Targets, result: HeadLoss) -> Sums:
+    def measure(self, targets: Targets, result: HeadLoss) -> MetricSums:
         """What is reported of a micro-batch, from log-probs that the loss already made."""
         assert result.entropy_T is not None
         reverse_kl_T, _ = losses.reverse_kl(
@@ -204,9 +204,9 @@ class Objective:
         measured = (reverse_kl_T, sampled_T - targets.teacher_T, result.entropy_T)
         totals += [weighted_total(values_T, weights_T) for values_T in measured]
         every = (v.repeat_interleave(targets.copies_T) for v in (sampled_T, targets.old_T, targets.weights_T))
-        return Sums(torch.stack(totals), drift_sums(*every))
+        return MetricSums(torch.stack(totals), drift_sums(*every))
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         """What a step reports: means over the trained tokens, and how far the student is from the one that sampled
         them."""
         return sums.metrics()

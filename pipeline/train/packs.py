@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """A rollout to pack: its prompt's name, and how many tokens prompt and response have. Rows of one prompt in one
     pack read it once; rows that are to share nothing have prompts of their own."""
 
@@ -20,7 +20,7 @@ class Row:
         return self.prompt_tokens + self.response_tokens
 
 
-def pack_rows(rows: Sequence[Row], budget: int, ranks: int = 1) -> list[list[int]]:
+def pack_rows(rows: Sequence[PackedRow], budget: int, ranks: int = 1) -> list[list[int]]:
     """Rows in packs of at most `budget` tokens, as `tokens_of` counts them; a longer row has a pack to itself.
 
     First fit, longest first; rows of a prompt go where it already is, if there is room. One rank gets as few packs as
@@ -42,7 +42,7 @@ def pack_rows(rows: Sequence[Row], budget: int, ranks: int = 1) -> list[list[int
     return [sorted(pack) for pack in packs]
 
 
-def tokens_of(rows: Sequence[Row]) -> int:
+def tokens_of(rows: Sequence[PackedRow]) -> int:
     """Tokens that a pack of these rows reads."""
     prompts = {row.prompt: row.prompt_tokens for row in rows}
     return sum(prompts.values()) + sum(row.response_tokens for row in rows)
@@ -61,7 +61,7 @@ def _side_by_side(packs: list[list[int]], loads: Sequence[int], ranks: int) -> l
     return [packs[i] for number, turn in enumerate(turns) for i in (turn if number % 2 == 0 else reversed(turn))]
 
 
-def _first_fit(rows: Sequence[Row], budget: int) -> list[list[int]]:
+def _first_fit(rows: Sequence[PackedRow], budget: int) -> list[list[int]]:
     longest: dict[int, int] = {}
     for row in rows:
         longest[row.prompt] = max(longest.get(row.prompt, 0), row.tokens)

@@ -18,7 +18,7 @@ from pipeline.config.recipe import RewardConfig, TrainConfig
 from pipeline.forward.head import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_sums
-from pipeline.train.objective import Sums, surrogate, weighted_total
+from pipeline.train.objective import MetricSums, surrogate, weighted_total
 from pipeline.train.replay import BEHAVIOUR, MicroBatch
 from pipeline.train.reward import ADVANTAGE
 
@@ -68,7 +68,7 @@ class PolicyGradient:
         loss_n = surrogate(self.train, student_nC[:, 0], targets.old_T[rows], targets.advantage_T[rows], behaviour_n)
         return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
 
-    def measure(self, targets: Sampled, result: HeadLoss) -> Sums:
+    def measure(self, targets: Sampled, result: HeadLoss) -> MetricSums:
         assert result.entropy_T is not None
         weights_T = targets.weights_T.double()
         zero = weights_T.new_zeros(())
@@ -78,9 +78,9 @@ class PolicyGradient:
             v.repeat_interleave(targets.copies_T)
             for v in (result.logprobs_TC[:, 0], targets.old_T, targets.weights_T)
         )
-        return Sums(torch.stack(totals), drift_sums(*every))
+        return MetricSums(torch.stack(totals), drift_sums(*every))
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         """Means over the trained tokens, and how far the student is from the one that sampled them."""
         of_teachers = ("reverse_kl", "sampled_logprob_gap")
         return {name: value for name, value in sums.metrics().items() if name not in of_teachers}

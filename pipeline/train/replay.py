@@ -23,7 +23,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.errors import ConfigError
 from pipeline.train.order import Int64, Order
-from pipeline.train.packs import Row, deal, pack_rows
+from pipeline.train.packs import PackedRow, deal, pack_rows
 from pipeline.train.selection import Selection, Weights
 
 Array = npt.NDArray[Any]
@@ -187,13 +187,13 @@ class Batch:
                 copies.setdefault(rollout.content, []).append(rollout)
         return tuple((same[0], len(same)) for same in copies.values())
 
-    def rows(self, share_prompts_from: int | None = None) -> list[Row]:
+    def rows(self, share_prompts_from: int | None = None) -> list[PackedRow]:
         """`distinct`, as it is packed: with prompts that its rollouts have in common, or each with its own."""
         made = []
         for i, (rollout, _) in enumerate(self.distinct):
             n_prompt = len(rollout.prompt_ids)
             shared = share_prompts_from is not None and n_prompt >= share_prompts_from
-            made.append(Row(rollout.prompt_index if shared else -1 - i, n_prompt, len(rollout.weights)))
+            made.append(PackedRow(rollout.prompt_index if shared else -1 - i, n_prompt, len(rollout.weights)))
         return made
 
     def micro_batches(

@@ -72,8 +72,8 @@ from pipeline.train.heldout import Metric, heldout_metric
 from pipeline.train.packs import tokens_of
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.reward import mean_reward
-from pipeline.train.stopping import GAUGES, Memory, best_step, told_metric, verdict
-from pipeline.train.trainer import Trainer
+from pipeline.train.stopping import GAUGES, TrainingHistory, best_step, format_metric, stop_result
+from pipeline.train.trainer import StudentTrainer
 
 _CHECKED_ROLLOUTS = 4
 
@@ -108,23 +108,23 @@ def run(
         replay = inputs.replay(recipe, round_, objective)
         with distributed.layout(ranks, recipe.student, train) as layout:
             model = lora.make_trainable(models.load_model(layout.placed(recipe.student), trainable=True), train)
-            trainer = Trainer(model, objective, train, layout)
-            memory = _resume(run, trainer, start)
+            trainer = StudentTrainer(model, objective, train, layout)
+            history = _resume(run, trainer, start)
             worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
             say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
 
             heldout = heldout_metric(recipe, trainer, replay)
             if layout.leads:
                 run.start()
-            result = _train(run, trainer, replay, memory, heldout)
-            _return_to_best(run, trainer, best_step(train, memory))
+            result = _train(run, trainer, replay, history, heldout)
+            _return_to_best(run, trainer, best_step(train, history))
             weights = trainer.weights()
             if layout.leads:
                 with run.writing():
                     lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
-                    costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
+                    costs["train"] = ledger.training(recipe, adapter_parameters, history.tokens, history.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 show(result.sentence)
@@ -159,8 +159,10 @@ def _open(
     return run, result, round_.index, teachers
 
 
-def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, heldout: Metric | None) -> Result:
-    """Update until there is a verdict, which is every rank's; the last step is then checkpointed."""
+def _train(
+    run: RunDirectory, trainer: StudentTrainer, replay: Replay, history: TrainingHistory, heldout: Metric | None
+) -> Result:
+    """Update until there is a stop_result, which is every rank's; the last step is then checkpointed."""
     train, layout, saved = trainer.train, trainer.layout, trainer.step
     saving = checkpoint.Checkpoints(run.checkpoints, train.keep_checkpoints, before=run.sync_metrics)
 
@@ -170,7 +172,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
             tensors, saved = trainer.tensors(), trainer.step
             if layout.leads:
                 with run.writing():
-                    saving.save(saved, tensors, asdict(memory), best_step(train, memory))
+                    saving.save(saved, tensors, asdict(history), best_step(train, history))
         if wait:
             with run.writing():
                 saving.wait()
@@ -182,10 +184,10 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
         graceful() as stop,
         contextlib.closing(saving),
         batches as stream,
-        _recorder(run, trainer, memory) as recorder,
+        _recorder(run, trainer, history) as recorder,
         bar as shown,
     ):
-        while (result := verdict(train, trainer.step, memory)) is None:
+        while (result := stop_result(train, trainer.step, history)) is None:
             started = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - started
@@ -195,14 +197,16 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
             metrics = {"step": trainer.step, **measured, **_counts(train, batch)}
             speed = {"seconds": seconds, "waited": waited, "tokens_per_second": metrics["tokens_read"] / seconds}
             if heldout is not None and (trainer.step % train.heldout_every == 0 or trainer.step == train.steps):
-                metrics[f"heldout_{train.heldout_metric}"] = memory.heldout[str(trainer.step)] = heldout()
+                metrics[f"heldout_{train.heldout_metric}"] = history.heldout[str(trainer.step)] = heldout()
             if recorder is not None:
                 recorder.log(metrics, speed)
-            shown.advance(note=_note(train, metrics, speed, memory), trend=metrics.get("reverse_kl", metrics["loss"]))
+            shown.advance(
+                note=_note(train, metrics, speed, history), trend=metrics.get("reverse_kl", metrics["loss"])
+            )
             gauges = {key: metrics[key] for key in GAUGES if key in metrics}
-            memory.window = [*memory.window, gauges][-train.stop_window :]
-            memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
-            if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, memory):
+            history.window = [*history.window, gauges][-train.stop_window :]
+            history.seconds, history.tokens = history.seconds + seconds, history.tokens + metrics["tokens_read"]
+            if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, history):
                 save()
             if signum := layout.highest(stop.signum or 0):  # of any rank: all stop at this step
                 save(wait=True)
@@ -211,7 +215,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
     return result
 
 
-def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
+def _resume(run: RunDirectory, trainer: StudentTrainer, start: Path | None) -> TrainingHistory:
     """Put the trainer where the last whole checkpoint is, and the curve with it."""
     found = _restore(trainer, lambda: checkpoint.latest(run.checkpoints, warn))
     if found is None and start is not None:
@@ -220,7 +224,7 @@ def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
     if trainer.layout.leads:
         run.rewind_metrics(trainer.step)
-    return _memory(run.checkpoints, found) if found is not None else Memory()
+    return _memory(run.checkpoints, found) if found is not None else TrainingHistory()
 
 
 def _final(checkpoints: Path, train: TrainConfig) -> checkpoint.Checkpoint:
@@ -233,15 +237,15 @@ def _final(checkpoints: Path, train: TrainConfig) -> checkpoint.Checkpoint:
 
 
 class _State(BaseModel):
-    memory: Memory
+    history: TrainingHistory
 
 
-def _memory(checkpoints: Path, found: checkpoint.Checkpoint) -> Memory:
+def _memory(checkpoints: Path, found: checkpoint.Checkpoint) -> TrainingHistory:
     name = f"{checkpoint.path_of(checkpoints, found.step)}: state"
-    return parse_model({"memory": found.state}, _State, name).memory
+    return parse_model({"history": found.state}, _State, name).history
 
 
-def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> None:
+def _return_to_best(run: RunDirectory, trainer: StudentTrainer, best: int | None) -> None:
     """Put the trainer where the held-out metric was best; where there is none it stays."""
     if best not in (None, trainer.step):
         assert best is not None
@@ -254,7 +258,9 @@ def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> No
             ) from error
 
 
-def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None]) -> checkpoint.Checkpoint | None:
+def _restore(
+    trainer: StudentTrainer, read: Callable[[], checkpoint.Checkpoint | None]
+) -> checkpoint.Checkpoint | None:
     """Put the trainer where a checkpoint is, if there is one. The first rank reads it."""
     layout = trainer.layout
     found = read() if layout.leads else None
@@ -279,7 +285,9 @@ def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[tracking.Recorder | None]:
+def _recorder(
+    run: RunDirectory, trainer: StudentTrainer, history: TrainingHistory
+) -> Iterator[tracking.Recorder | None]:
     """Writes down the steps after the trainer's and at the end how the run ended, if it has; on the first rank."""
     if not trainer.layout.leads:
         yield None
@@ -288,14 +296,14 @@ def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[t
     try:
         yield recorder
     finally:
-        recorder.close(verdict(trainer.train, trainer.step, memory))
+        recorder.close(stop_result(trainer.train, trainer.step, history))
 
 
-def _note(train: TrainConfig, metrics: dict[str, Any], speed: dict[str, float], memory: Memory) -> str:
+def _note(train: TrainConfig, metrics: dict[str, Any], speed: dict[str, float], history: TrainingHistory) -> str:
     """What is worth watching, in a few words."""
     parts = [f"loss {metrics['loss']:.4f}"]
     if "reverse_kl" in metrics:
         parts = [f"reverse KL {metrics['reverse_kl']:.4f}", f"ESS {metrics['ess']:.3f}"]
-    if memory.heldout:
-        parts.append("held-out " + told_metric(train, [*memory.heldout.values()][-1]))
+    if history.heldout:
+        parts.append("held-out " + format_metric(train, [*history.heldout.values()][-1]))
     return ", ".join([*parts, f"{short(speed['tokens_per_second'])} tokens/s"])

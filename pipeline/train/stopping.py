@@ -14,7 +14,7 @@ GAUGES = ("loss", "reverse_kl", "ess")
 
 
 @dataclass
-class Memory:
+class TrainingHistory:
     """What a run remembers beside weights and optimizer; it is part of every checkpoint.
 
     Attributes:
@@ -29,39 +29,39 @@ class Memory:
     tokens: int = 0
 
 
-def badness(train: TrainConfig, value: float) -> float:
+def heldout_loss(train: TrainConfig, value: float) -> float:
     """A value of `train.heldout_metric` such that less is better; NaN is worse than any."""
     if math.isnan(value):
         return math.inf
     return value if train.heldout_metric == "reverse_kl" else -value
 
 
-def best_step(train: TrainConfig, memory: Memory) -> int | None:
+def best_step(train: TrainConfig, history: TrainingHistory) -> int | None:
     """The first step with the best held-out metric; None before the first measurement."""
-    steps = (int(step) for step in memory.heldout)
-    return min(steps, key=lambda step: (badness(train, memory.heldout[str(step)]), step), default=None)
+    steps = (int(step) for step in history.heldout)
+    return min(steps, key=lambda step: (heldout_loss(train, history.heldout[str(step)]), step), default=None)
 
 
-def told_metric(train: TrainConfig, value: float) -> str:
+def format_metric(train: TrainConfig, value: float) -> str:
     """A value of `train.heldout_metric` in words."""
     if train.heldout_metric == "reverse_kl":
         return f"reverse KL {value:.5f}"
     return f"{train.heldout_metric} {value:.1%}"
 
 
-def verdict(train: TrainConfig, step: int, memory: Memory) -> Result | None:
+def stop_result(train: TrainConfig, step: int, history: TrainingHistory) -> Result | None:
     """Whether, and how, training ends after `step` steps. Exit code 0, or `EXIT_STALE`."""
-    n, best = len(memory.window), best_step(train, memory)
+    n, best = len(history.window), best_step(train, history)
     full = n == train.stop_window
-    told = memory.window[-1] if memory.window else {}
-    means = {key: sum(gauges.get(key, 0.0) for gauges in memory.window) / n for key in told}
+    told = history.window[-1] if history.window else {}
+    means = {key: sum(gauges.get(key, 0.0) for gauges in history.window) / n for key in told}
     reverse_kl, ess = means.get("reverse_kl", math.inf), means.get("ess", math.inf)
     over = f"mean of the last {n} step{'s' * (n != 1)}"
     code, kept, since = 0, "", 0
     if best is not None:
-        since = sum(int(measured) > best for measured in memory.heldout)
-        value = memory.heldout[str(best)]
-        kept = f"; the result is step {best}, the best by held-out {told_metric(train, value)}"
+        since = sum(int(measured) > best for measured in history.heldout)
+        value = history.heldout[str(best)]
+        kept = f"; the result is step {best}, the best by held-out {format_metric(train, value)}"
     if full and reverse_kl < train.stop_reverse_kl:
         sentence = (
             f"round done after {step} steps: reverse KL on the cached rollouts is {reverse_kl:.5f} nats a token "

@@ -21,7 +21,7 @@ from pipeline.forward.head import Head, HeadLoss, chunked_head_loss, unwrapped
 from pipeline.forward.packing import check_packing, pack, packed_hidden
 from pipeline.models.lora import trainable, training_mode
 from pipeline.runs.checkpoint import Checkpoint, Tensors
-from pipeline.train.objective import Sums
+from pipeline.train.objective import MetricSums
 from pipeline.train.optimizer import make_optimizer, master_weights, round_from_masters, set_state, state_tensors
 from pipeline.train.replay import Batch, MicroBatch, Rollout
 
@@ -44,14 +44,14 @@ class Objective(Protocol):
     def loss(self, targets: Any, n_tokens: float, rows: slice, student_nC: Tensor, rest_n: Tensor) -> Tensor:
         """A chunk's share of the mean over the global batch's `n_tokens`."""
 
-    def measure(self, targets: Any, result: HeadLoss) -> Sums:
+    def measure(self, targets: Any, result: HeadLoss) -> MetricSums:
         """Totals over the micro-batch."""
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
+    def metrics(self, sums: MetricSums) -> dict[str, float]:
         """What a step reports of the totals over its global batch, `loss` among it."""
 
 
-class Trainer:
+class StudentTrainer:
     """Moves a student along an objective.
 
     Args:
@@ -121,7 +121,7 @@ class Trainer:
         self.step += 1
         return metrics
 
-    def gradient(self, batch: Batch) -> Sums:
+    def gradient(self, batch: Batch) -> MetricSums:
         """Set every `.grad` to the gradient of the mean loss over the batch's trained tokens, whichever ranks read
         them; what is measured is that of the whole batch too."""
         if self.train.lora_dropout:
@@ -129,29 +129,29 @@ class Trainer:
             torch.manual_seed(hash((self.train.seed, self.step, self.layout.rank)) % 2**63)
         self.gradients.clear()
         n_tokens = batch.n_tokens
-        parts = [Sums.zero(self.device)]
+        parts = [MetricSums.zero(self.device)]
         for micro_batch in self._micro_batches(batch):
             loss, sums = self._forward(micro_batch, n_tokens)
             torch.autograd.backward(loss)
             parts.append(sums)
         self.gradients.add_up()
-        return self._over_ranks(Sums.merge(parts))
+        return self._over_ranks(MetricSums.merge(parts))
 
     @torch.no_grad()
-    def measure(self, batch: Batch) -> Sums:
+    def measure(self, batch: Batch) -> MetricSums:
         """What `gradient` measures of a batch, by a forward pass alone and without dropout."""
         self.model.eval()
         try:
             parts = [self._forward(micro_batch, batch.n_tokens)[1] for micro_batch in self._micro_batches(batch)]
         finally:
             training_mode(self.model)
-        return self._over_ranks(Sums.merge([Sums.zero(self.device), *parts]))
+        return self._over_ranks(MetricSums.merge([MetricSums.zero(self.device), *parts]))
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
         return batch.micro_batches(budget, self.layout.rank, self.layout.size, share_prompts_from=share)
 
-    def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, Sums]:
+    def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, MetricSums]:
         """A micro-batch's share of the loss, and what is measured of it; `n_tokens` counts the whole global batch."""
         rollouts = micro_batch.rollouts
         starts, share = [len(r.prompt_ids) for r in rollouts], self.train.share_prompts_from
@@ -172,10 +172,10 @@ class Trainer:
         loss, result = self.within(forward)
         return loss, self.objective.measure(targets, result)
 
-    def _over_ranks(self, sums: Sums) -> Sums:
+    def _over_ranks(self, sums: MetricSums) -> MetricSums:
         sizes = [sums.totals.numel(), sums.drift.numel()]
         told = self.layout.gather(torch.cat([sums.totals, sums.drift]))
-        return Sums.merge([Sums(*torch.split(values, sizes)) for values in told])
+        return MetricSums.merge([MetricSums(*torch.split(values, sizes)) for values in told])
 
     # -- state ------------------------------------------------------------------------------------------------------
 
