@@ -133,8 +133,8 @@ def train(shape: Shape, device: str, rank: int) -> Iterator[dict[str, Any]]:
     import cache_schema as cs
     from pipeline.models.lora import make_trainable
     from pipeline.plan import Device, memory
-    from pipeline.train.mixture import Teachers
     from pipeline.train.objective import DistillationObjective
+    from pipeline.train.teachers import Teachers
     from pipeline.train.trainer import StudentTrainer
 
     cap(device)

@@ -45,9 +45,10 @@ from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import METRICS, check, read_record, read_steps
 from pipeline.score import stage as score
 from pipeline.text.prompts import load_prompts
-from pipeline.train import inputs, ledger
+from pipeline.train import ledger
 from pipeline.train import stage as train
 from pipeline.train.stopping import heldout_loss
+from pipeline.train.teachers import load_teachers, select_teachers
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
@@ -171,7 +172,7 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
     several are mixed, the weighted mean to each, which the divergence from their mixture does not exceed. The
     standard error is over prompts (that of a ratio of sums), since rollouts of one prompt fail together."""
     round_ = cs.open(cache_url).round(index)
-    teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
+    teachers = load_teachers(recipe, round_, select_teachers(recipe, round_, cache_url))
     weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
     kl_P, tokens_P = np.zeros(round_.n_prompts), np.zeros(round_.n_prompts)
     for scored in scored_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):

@@ -31,7 +31,9 @@ from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, ModelError
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.train import inputs, stage, stopping
+from pipeline.train import stage, stopping
+from pipeline.train.build import make_objective, make_replay
+from pipeline.train.teachers import select_teachers
 from pipeline.train.trainer import StudentTrainer
 
 STEPS = 6
@@ -74,8 +76,8 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
     for case in cases:
         recipe = small_recipe(*CASES[case])
         round_ = cs.open(cache).round()
-        learnt = inputs.objective(recipe, round_, inputs.teacher_names(recipe, round_, str(cache)))
-        replay = inputs.replay(recipe, round_, learnt)
+        learnt = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
+        replay = make_replay(recipe, round_, learnt)
         with weight_sharding(ranks, recipe.student, recipe.train) as sharding:
             other = models.load_model(sharding.load_config(recipe.student))
             model = lora.make_trainable(

@@ -15,11 +15,11 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import small_recipe
 from pipeline.config.recipe import Recipe
-from pipeline.train.mixture import Teachers
-from pipeline.train.objective import DistillationObjective
-from pipeline.train.policy_gradient import PolicyGradient
+from pipeline.train import losses
+from pipeline.train.objective import DistillationObjective, PolicyGradient
 from pipeline.train.replay import BEHAVIOUR, Batch, LoadedBlock, MicroBatch, Rollout
 from pipeline.train.reward import ADVANTAGE
+from pipeline.train.teachers import Teachers
 
 VOCAB, LENGTH, N_PROMPTS, N_SAMPLES, N_CANDIDATES = 12, 4, 2, 4, 4
 N_ROWS = N_PROMPTS * N_SAMPLES
@@ -103,7 +103,8 @@ def gradient(objective: DistillationObjective | PolicyGradient, parts: list[Micr
         outside = torch.ones(len(contexts), VOCAB + 1, dtype=torch.bool).scatter_(1, places, False)[:, :VOCAB]
         rest = logprobs.masked_fill(~outside, -torch.inf).logsumexp(1)
         of_columns = logprobs.gather(1, targets.ids_TC.clamp(min=0))
-        total = total + objective.loss(targets, n_tokens, slice(None), of_columns, rest)
+        loss = objective.token_loss(targets, of_columns, rest)
+        total = total + losses.token_sum(loss, targets.weights_T, n_tokens)
     return torch.autograd.grad(total, table)[0]
 
 

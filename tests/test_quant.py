@@ -106,7 +106,7 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     ):
         stage.run(small_recipe(), str(nf4_cache), tmp_path / "run")
     with pytest.raises(
-        ModelError, match=r"was scored unquantised and would be trained in nf4, which is another model"
+        ModelError, match=r"was scored unquantised and would be trained in nf4, which is a different model"
     ):
         stage.run(small_recipe(NF4), str(toy_cache), tmp_path / "run")
     with pytest.raises(cs.ProvenanceError, match="quantisation"):

@@ -60,8 +60,8 @@ def test_a_plateau_is_several_measurements_without_a_new_best(recipe: Make) -> N
     ended = stop_result(train, 40, after(HIGH, heldout=rising | {"30": 0.6, "40": 0.7}))
     assert ended is not None and ended.exit_code == 0
     assert ended.sentence == (
-        "plateau after 40 steps: no better in the last 2 measurements; the result is step 20, the best by held-out "
-        "accuracy 70.0%"
+        "plateau after 40 steps: no improvement in the last 2 measurements; the result is step 20, the best by "
+        "held-out accuracy 70.0%"
     )
     last = stop_result(train, 50, after(HIGH, heldout=rising | {"50": 0.9}))
     assert last is not None and last.sentence.endswith("the result is step 50, the best by held-out accuracy 90.0%")

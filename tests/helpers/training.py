@@ -16,16 +16,16 @@ from pipeline.config.recipe import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.train import inputs
+from pipeline.train.build import make_objective, make_replay
 from pipeline.train.replay import Batch, Replay, Rollout
 from pipeline.train.trainer import StudentTrainer
 
 
 def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[StudentTrainer, Replay]:
     round_ = cs.open(cache).round()
-    objective = inputs.objective(recipe, round_, teachers or ("teacher",))
+    objective = make_objective(recipe, round_, teachers or ("teacher",))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return StudentTrainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
+    return StudentTrainer(model, objective, recipe.train), make_replay(recipe, round_, objective)
 
 
 def moved(trainer: StudentTrainer) -> StudentTrainer:
