@@ -22,7 +22,7 @@ from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait
 import cache_schema as cs
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import ray as ray_launcher
-from pipeline.distributed.ranks import Ranks, gpu_share
+from pipeline.distributed.ranks import Ranks, rank_gpus
 from pipeline.errors import ConfigError, ModelError
 from pipeline.rollouts import stage as rollouts_stage
 
@@ -245,7 +245,7 @@ def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monk
     ],
 )
 def test_ranks_share_the_gpus_of_their_machine(gpus: str, n_ranks: int, shares: list[str]) -> None:
-    assert ["".join(gpu_share(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
+    assert ["".join(rank_gpus(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def cluster(n_workers: int | None) -> Iterator[Ranks]:
     try:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)  # Ray has put its own in its place
-        yield Ranks(open=lambda work: RaySession(work, n_workers))
+        yield Ranks(open_session=lambda work: RaySession(work, n_workers))
     finally:
         ray.shutdown()
 
