@@ -71,11 +71,11 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             ranks.broadcast(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
             if ranks.is_main_process:
                 made.start()
-            if models.made_student(recipe.student, made.path / "sft") is None:
+            if models.trained_student(recipe.student, made.path / "sft") is None:
                 with under_way():
                     sft.run(recipe, (), made.path / "sft")
                 models.free_memory()
-            tuned = models.made_student(recipe.student, made.path / "sft")
+            tuned = models.trained_student(recipe.student, made.path / "sft")
             assert tuned is not None
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
             models.free_memory()
@@ -102,8 +102,8 @@ def _open(
 
 def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
-    after = models.made_student(tuned, made.path / "distill") or tuned
-    kept, source = made.made, after.adapter if recipe.train.method == "lora" else after.model
+    after = models.trained_student(tuned, made.path / "distill") or tuned
+    kept, source = made.trained, after.adapter if recipe.train.method == "lora" else after.model
     with made.writing(), atomic_directory(kept) as partial:
         assert source is not None
         shutil.copytree(source, partial, dirs_exist_ok=True)

@@ -225,7 +225,7 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
-        made = models.made_student(student, _directory(run, index - 1))
+        made = models.trained_student(student, _directory(run, index - 1))
         assert made is not None, "the round before has ended, and its training puts back what was removed"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})
@@ -256,11 +256,11 @@ def _finish(run: RunDirectory, recipe: Recipe, cache_url: str, rounds: Sequence[
         write_atomically(run.ledger, json.dumps(ledger.table(ledger.total(costs)), indent=1) + "\n")
         if result.step:
             source = made[result.step - 1]
-            check(source, run.made.name)
-            with atomic_directory(run.made) as partial:
-                shutil.copytree(source / run.made.name, partial, dirs_exist_ok=True)
-        elif run.made.exists():  # of an earlier result, when there were fewer rounds
-            shutil.rmtree(run.made)
+            check(source, run.trained.name)
+            with atomic_directory(run.trained) as partial:
+                shutil.copytree(source / run.trained.name, partial, dirs_exist_ok=True)
+        elif run.trained.exists():  # of an earlier result, when there were fewer rounds
+            shutil.rmtree(run.trained)
     run.finish(result)
 
 

@@ -31,9 +31,9 @@ from pipeline.errors import RedpenError
 from pipeline.files import PARTIAL, append, sync, write_atomically
 from pipeline.runs.files import (
     LEDGER,
-    MADE,
     METRICS,
     RECIPE,
+    TRAINED,
     Record,
     Result,
     check,
@@ -64,7 +64,7 @@ _OPERATIONAL = frozenset(
     }
 )
 #: What a run ends with, as far as it has it.
-_RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *MADE)
+_RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *TRAINED)
 # What a kill may leave of a run that had not started, beside temporary files.
 _BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
 
@@ -78,12 +78,12 @@ class RunDirectory:
         self.metrics = path / METRICS
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self.adapter, self.model = (path / name for name in MADE)
+        self.adapter, self.model = (path / name for name in TRAINED)
         self.ledger = path / LEDGER
         self.track = recipe.track
 
     @property
-    def made(self) -> Path:
+    def trained(self) -> Path:
         """Where the result goes: the adapter, or the whole model."""
         return self.adapter if self._now.train.method == "lora" else self.model
 
@@ -97,7 +97,7 @@ class RunDirectory:
         record = self._record()
         if record.result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
             return None
-        wanted = [self.made] if record.result.step else []  # else the result is the student as it was
+        wanted = [self.trained] if record.result.step else []  # else the result is the student as it was
         if gone := [path for path in (*wanted, self.ledger) if not path.exists()]:
             say(f"run {self.path}: {gone[0].name} is no longer there; it is made again")
             return None

@@ -1,17 +1,32 @@
-"""What a run says about itself, for every command that reads one: how it ended, and the digests of what it made.
+"""The files of a run: what each is called, and what the run's record says about them.
 
-run.json is the record. A run has ended when its `result` says so, never because some file exists. From then on
-`files` holds a digest of every file that is part of the result, and each reader checks the ones that it uses:
+    recipe.toml          the resolved recipe
+    run.json             the record: the cache that the run learns from, an id and, once it has ended, its result
+    metrics.jsonl        one object a step
+    ledger.json          seconds, tokens and FLOPs by stage, once training has ended
+    adapter/ or model/   what was trained: a PEFT adapter, or the whole model with train.method = "full"
+    checkpoints/         see pipeline.runs.checkpoint
+    tensorboard/ wandb/  curves (wandb: only if the recipe asks for it)
+    data.zarr            `redpen sft`: the round of documents and chats that it learns from
+    rounds/NNNNN/        `redpen distill`: the run of each round
+    sft/ distill/        `redpen continual`: the runs of its two stages
+    gate.json            `redpen continual`: what the gate measured
+    eval.json            `redpen eval`: the figures
+    eval.zarr            `redpen eval`: the rollouts that it sampled
+    reread.safetensors   `redpen eval`: the trained student's scores of cached rollouts
 
-    check(run, "ledger.json")                              raises `DamagedRunError` where it is not what was recorded
+A run has ended when `result` in its record says so, never because a file exists. From then on the record's `files`
+holds a digest of every file that belongs to the result, and each reader checks the files that it uses:
 
-A command that adds to a finished run, as `redpen eval` does, holds the run's lock and says what it replaces:
+    check(run, LEDGER)                                     raises `DamagedRunError` if it is not what was recorded
 
-    with locked(run), replacing(run, "eval.json", "eval.zarr"):
-        ...                                                # write them by the doors of pipeline.files
+A command that adds to a finished run, as `redpen eval` does, holds the run's lock and names what it replaces:
 
-A run that was made before there were digests has no `files`, and nothing of it is checked. README.md of an adapter or
-a model has no digest: it is for people to edit.
+    with locked(run), replacing(run, EVAL_FIGURES, EVAL_CACHE):
+        ...                                                # write them with the functions of pipeline.files
+
+A run from before there were digests has no `files`, and nothing of it is checked. The README.md of an adapter or a
+model has no digest: people may edit it.
 """
 
 from __future__ import annotations
@@ -32,16 +47,29 @@ from pipeline.errors import RedpenError
 from pipeline.files import file_digest, parse_json, parse_model, read_bytes, read_json, refuse_link, write_atomically
 from pipeline.runs.lock import locked as locked
 
-RUN, RECIPE, METRICS, LEDGER = "run.json", "recipe.toml", "metrics.jsonl", "ledger.json"
-#: What training makes: one of these.
-MADE = ("adapter", "model")
-#: Any of these makes a directory a run.
-MARKS = (RUN, RECIPE, METRICS)
-#: These are there before a run has ended too.
-_EARLY = frozenset({RUN, RECIPE, METRICS})
+RECIPE = "recipe.toml"
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.json"
+ADAPTER, MODEL = TRAINED = ("adapter", "model")  # a run has one of these
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+LOCK = ".lock"
+SFT_ROUND = "data.zarr"
+ROUNDS, SFT, DISTILL = "rounds", "sft", "distill"  # runs within a run
+GATE = "gate.json"
+EVAL_FIGURES = "eval.json"
+EVAL_CACHE = "eval.zarr"
+REREAD = "reread.safetensors"
+
+#: What training ends with, if the run has it, and what `redpen eval` adds.
+RESULTS = (RECIPE, METRICS, LEDGER, GATE, *TRAINED)
+EVALUATION = (EVAL_FIGURES, EVAL_CACHE, REREAD)
+#: Any of these makes a directory a run; they exist before a run has ended.
+MARKERS = (RECORD, RECIPE, METRICS)
 _EDITABLE = "README.md"
-#: Bytes of metrics.jsonl at most: a million steps have less.
-_METRICS_AT_MOST = 2**31
+_MAX_METRICS_BYTES = 2**31  # a million steps have less
 
 
 class DamagedRunError(RedpenError):
@@ -91,12 +119,12 @@ class Record(BaseModel):
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether a directory is a run, finished or not."""
-    return any((Path(path) / name).is_file() for name in MARKS)
+    return any((Path(path) / name).is_file() for name in MARKERS)
 
 
 def read_record(run: Path) -> Record | None:
     """What run.json holds; None where there is none. Raises `DamagedRunError` where it is not what was written."""
-    path = run / RUN
+    path = run / RECORD
     try:
         found = read_json(path, error=DamagedRunError, follow_links=False)
     except FileNotFoundError:
@@ -109,7 +137,7 @@ def read_record(run: Path) -> Record | None:
 def write_record(run: Path, record: Record) -> None:
     """Replace run.json."""
     value = record.model_dump(exclude={"result"}) | {"result": asdict(record.result) if record.result else None}
-    write_atomically(run / RUN, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
+    write_atomically(run / RECORD, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
 
 
 def read_steps(run: Path) -> Iterator[dict[str, Any]]:
@@ -124,7 +152,7 @@ def read_steps(run: Path) -> Iterator[dict[str, Any]]:
 def read_lines(path: Path) -> list[bytes]:
     """The lines of a metrics.jsonl as they are; none where there is no such file."""
     try:
-        return read_bytes(path, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
+        return read_bytes(path, at_most=_MAX_METRICS_BYTES, follow_links=False).splitlines()
     except FileNotFoundError:
         return []
 
@@ -179,7 +207,7 @@ def check(run: str | os.PathLike[str], *names: str, record: Record | None = None
         return
     for name in names:
         if record.result is None or (record.files is not None and not _recorded(record.files, name)):
-            if name not in _EARLY and (run / name).exists():
+            if name not in MARKERS and (run / name).exists():
                 raise DamagedRunError(
                     f"{run / name}: does not belong to the run's result, which was "
                     f"{'not reached yet' if record.result is None else 'reached later'}; {_remedy(run, name)}"
@@ -194,10 +222,10 @@ def check(run: str | os.PathLike[str], *names: str, record: Record | None = None
                     raise DamagedRunError(f"{run / file}: {what}; {_remedy(run, name)}")
 
 
-def check_made(directory: Path) -> None:
+def check_trained(directory: Path) -> None:
     """The same for an adapter or a model that may be a run's; any other directory is right."""
     run = directory.resolve().parent
-    if directory.name in MADE and (run / RUN).is_file() and (run / RECIPE).is_file():
+    if directory.name in TRAINED and (run / RECORD).is_file() and (run / RECIPE).is_file():
         check(run, directory.name)
 
 
@@ -248,7 +276,7 @@ def _recorded(files: dict[str, str], name: str) -> dict[str, str]:
 
 
 def _remedy(run: Path, name: str) -> str:
-    if name in MADE:
+    if name in TRAINED:
         return f"remove {run / name} and run the command that made the run again, which writes it from its checkpoint"
     if name.startswith(("eval.", "reread.")):
         return f"`redpen eval {run}` makes it again"

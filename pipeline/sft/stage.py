@@ -27,12 +27,10 @@ from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
 from pipeline.models import load as models
 from pipeline.models.identity import DATA, created_by
+from pipeline.runs.files import SFT_ROUND
 from pipeline.sft.examples import FIELDS, Example, Reader, mixed
 from pipeline.text.prompts import raw_rows, template_identity
 from pipeline.train import stage as train
-
-#: The round of examples, in the run's directory.
-ROUND = "data.zarr"
 
 
 def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) -> int:
@@ -48,7 +46,7 @@ def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) ->
         CacheError: the run's round holds other examples, or its disk is full.
     """
     recipe = _of_sft(recipe, data)
-    url = str(Path(run_dir) / ROUND)
+    url = str(Path(run_dir) / SFT_ROUND)
     with join_ranks() as ranks:
         ranks.broadcast(lambda: _write_round(recipe, url))
     return train.run(recipe, url, run_dir)

@@ -123,14 +123,14 @@ def run(
             weights = trainer.weights()
             if ranks.is_main_process:
                 with run.writing():
-                    lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
+                    lora.save(model, weights, run.trained, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
                     costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 show(result.sentence)
-                show(f"{run.made.name}: {run.made}")
+                show(f"{run.trained.name}: {run.trained}")
                 suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.is_main_process else 0
 
