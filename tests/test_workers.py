@@ -115,18 +115,18 @@ def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
     assert "train.step" in done.stderr and "did you mean train.steps" in done.stderr
 
 
-def test_what_the_leader_finds_every_rank_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_receives_what_the_main_process_made(monkeypatch: pytest.MonkeyPatch) -> None:
     store = torch.distributed.HashStore()
-    leader, other = (Ranks(rank, 2, store) for rank in range(2))
+    main, other = (Ranks(rank, 2, store) for rank in range(2))
     found = np.arange(3_000_000), "more than torchrun's store takes at a time"
-    assert leader.broadcast(lambda: found) is found
-    array, text = other.broadcast(lambda: pytest.fail("only the leader looks"))
+    assert main.broadcast(lambda: found) is found
+    array, text = other.broadcast(lambda: pytest.fail("only the main process calls it"))
     np.testing.assert_array_equal(array, found[0])
     assert text == found[1]
-    assert leader.broadcast(lambda: None) is other.broadcast(lambda: None) is None
+    assert main.broadcast(lambda: None) is other.broadcast(lambda: None) is None
 
     with pytest.raises(ModelError, match="no such model"):
-        leader.broadcast(functools.partial(fail, ModelError("no such model")))
+        main.broadcast(functools.partial(fail, ModelError("no such model")))
     waited: list[bool] = []
     monkeypatch.setattr("pipeline.distributed.ranks.defer_to_main_process", lambda: waited.append(True))
     with pytest.raises(SystemExit):
@@ -158,7 +158,7 @@ def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> No
 STAGES = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import ray_launcher
+from pipeline.distributed import ray as ray_launcher
 from pipeline.errors import ModelError, RedpenError
 
 class Group:
@@ -184,13 +184,13 @@ class Work:
 ray_launcher._MAX_DEATHS = 2
 handler = lambda signum, frame: None
 signal.signal(signal.SIGTERM, handler)
-with ray_launcher.cluster(1) as team:
+with ray_launcher.cluster(1) as ranks:
     assert signal.getsignal(signal.SIGTERM) is handler
     for FATAL, WRONG, LOADS in ((8, None, True), (None, 5, True), (None, None, False)):
         for name in "0123456789": Path(name).unlink(missing_ok=True)
         counts = []
         try:
-            team.open(Work()).run(range(10), lambda *count: counts.append(count))
+            ranks.open_session(Work()).run(range(10), lambda *count: counts.append(count))
         except RedpenError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         print(*sorted(path.name for path in Path().iterdir()), *map(sum, zip(*counts)))
