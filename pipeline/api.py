@@ -138,7 +138,8 @@ class Student:
         """
         if settings.engine != "transformers":
             raise ConfigError(
-                f'rollouts.engine = {settings.engine!r}: vLLM cannot sample a student while it is trained; use "transformers"'
+                f'rollouts.engine = {settings.engine!r}: expected "transformers", vLLM cannot sample a student that '
+                "is being trained"
             )
         if not prompts:
             raise PromptError("prompts: expected at least one, got none")
