@@ -22,7 +22,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import preloaded
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,9 +30,10 @@ from transformers import PreTrainedModel
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
+from helpers import preloaded
 from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
-from pipeline.engines.prompt_logprobs import Question, EngineLogprobs, check_agreement, partial_scores
+from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError

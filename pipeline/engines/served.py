@@ -37,7 +37,15 @@ import cache_schema as cs
 from pipeline.config.recipe import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.credentials import mask
-from pipeline.engines.prompt_logprobs import LIKELIEST, Question, EngineLogprobs, joined, misaligned, partial_scores, questions
+from pipeline.engines.prompt_logprobs import (
+    LIKELIEST,
+    EngineLogprobs,
+    Question,
+    joined,
+    misaligned,
+    partial_scores,
+    questions,
+)
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.files import parse_json, parse_model
@@ -323,7 +331,9 @@ class ServerScorer:
                 raise misaligned(*_first_difference(sent, echoed))
             told = None
             if (positions := answer.prompt_logprobs or choice.prompt_logprobs) is not None:
-                told = EngineLogprobs.positions(positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16)
+                told = EngineLogprobs.positions(
+                    positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16
+                )
             if way.given:
                 if echoed is None or (encoded := answer.prompt_token_id_logprobs) is None:
                     raise _Refused(501, "did not tell the log-probs of the ids asked for")

@@ -24,7 +24,7 @@ from pipeline.text.prompts import prompts_sha256, template_identity
 _SLOT_ELEMENTS = 2**26
 
 
-class Keeper:
+class EvalCacheWriter:
     """Writes the cache, a round at a time.
 
     Args:

@@ -214,7 +214,7 @@ _NOT_TEXT = re.compile(
 )
 
 
-def without_place(unexpected: Iterable[str], config: ConfigFile) -> list[str]:
+def misplaced_tensors(unexpected: Iterable[str], config: ConfigFile) -> list[str]:
     """Those of a checkpoint's tensors that find no place in its model, and make it another model if they are left
     out."""
     text = config.text_config or config

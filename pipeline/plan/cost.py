@@ -9,8 +9,7 @@ from typing import Any
 import cache_schema as cs
 from pipeline.config.recipe import Recipe
 from pipeline.disk import bytes_per_token
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.plan.assumed import Device, Lengths
 from pipeline.plan.memory import PlannedModels, StepMemory
 
@@ -111,7 +110,7 @@ def _sampling_seconds(
 ) -> float:
     """Each decoding step reads all weights and the batch's KV cache, half full on average, from the GPU's memory."""
     weights = models.weights[cs.STUDENT].nbytes
-    per_token = shadow.cache_bytes(models.meta[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
+    per_token = meta_model.cache_bytes(models.meta_models[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
     cached = together * (lengths.prompt + lengths.response / 2) * per_token
     reading = samples * lengths.response / together * (weights + cached) / (device.gbps * 1e9)
     computing = sampling_flops / (device.tflops * 1e12 * device.utilisation)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.models.identity import cache_identity
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import REREAD, DamagedRunError, check
 
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.

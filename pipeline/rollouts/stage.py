@@ -40,7 +40,7 @@ from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_ro
 from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
-from pipeline.rollouts.format_check import check_entry
+from pipeline.rollouts.format_check import check_format
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts, prompts_sha256, render_all, template_identity
 
@@ -66,7 +66,7 @@ def run(
 
     Raises:
         PromptError, ModelError, ConfigError: the recipe does not fit its prompts or its model.
-        RedpenError: the student does not pass the entry check.
+        RedpenError: the student does not pass the format check.
         CacheError: the cache was made otherwise, is locked, or its disk is too small.
     """
     with join_ranks(launcher, n_workers) as ranks, ExitStack() as stack:
@@ -182,14 +182,14 @@ class RolloutsSession:
         settings, manifest = work.recipe.rollouts, self._round.manifest
         rollouts = _FILLS * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        enters = work.enters and work.recipe.eval.format is not None and settings.entry_prompts > 0
+        enters = work.enters and work.recipe.eval.format is not None and settings.format_check_prompts > 0
         begun = bool(self._round.rollouts.committed().any())
         checker = Checker.of(work.recipe.eval) if enters and not begun else None
         with ExitStack() as stack:
             sampler = _samplers(work.recipe, stack)
             if checker is not None:
                 once = functools.partial(sampler, replace(sampling, rollouts_per_prompt=1))
-                check_entry(work.recipe, checker, once, work.prompts, models.load_tokenizer(work.recipe.student))
+                check_format(work.recipe, checker, once, work.prompts, models.load_tokenizer(work.recipe.student))
             self._sampler = sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
 

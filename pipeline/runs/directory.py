@@ -62,7 +62,7 @@ _BEFORE_START = frozenset({LOCK, RECIPE, SFT_ROUND})
 
 
 class RunDirectory:
-    """One run of a recipe on a cache (see `pipeline.models.identity.cache_identity`). Use `open_run`."""
+    """One run of a recipe on a cache (see `pipeline.rounds.identity.cache_identity`). Use `open_run`."""
 
     def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
         self.path, self._requested, self._cache = path, recipe, cache
@@ -194,7 +194,7 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
     """The run at `path`, created if it is missing and locked against other processes.
 
     Args:
-        cache: what the run learns from; see `pipeline.models.identity.cache_identity`.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
 
     Raises:
         RedpenError: the run was started with different settings or on a different cache, another process has the

@@ -102,7 +102,7 @@ class Record(BaseModel):
     """The content of run.json.
 
     Attributes:
-        cache: what the run learns from; see `pipeline.models.identity.cache_identity`.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
         id: stays the same while training continues from the checkpoints here; trackers know the run by it.
         result: None until the run has ended.
         files: digests by path in the run; None until it has ended, and in a run from before there were digests.

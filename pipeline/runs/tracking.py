@@ -191,7 +191,7 @@ class Recorder:
         except Exception as error:
             self._trackers.pop(name, None)
             warn(
-                f"{name} failed ({_one_line(error)}); training continues without it; {self._run.metrics} has every step"
+                f"{name} failed ({_one_line(error)}); training continues without it; {self._run.metrics} is complete"
             )
 
 

@@ -103,7 +103,7 @@ def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Score
     if name in round_.scorer_names() and round_.scores(name).manifest.engine == IMPORTED:
         show(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
         return None
-    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_here(cfg):
+    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_available(cfg):
         # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
         show(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
         return None
