@@ -135,8 +135,8 @@ def test_a_ray_run_outlives_its_workers(undisturbed_cache: Path, tmp_path: Path)
     assert run.returncode == 0, err
     assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts"]
     assert err.count("next: redpen score") == 1
-    assert len(re.findall("a worker's process has ended and is replaced", err)) == 1
-    expected = re.compile(r"(student|format check|rollouts|next|a worker's process)\b")
+    assert len(re.findall("a worker process has died and is replaced", err)) == 1
+    expected = re.compile(r"(student|format check|rollouts|next|a worker process)\b")
     assert all(expected.match(line) for line in err.splitlines()), err
     assert_same_cache(cache, undisturbed_cache, ["rollouts"])
 
@@ -197,13 +197,13 @@ def test_what_ends_every_worker_or_stops_one_is_one_line(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     # what could be done is done, and counted: blocks, rows, tokens
     assert done.stdout.splitlines() == ["0 1 2 3 4 5 6 7 8 80", "0 1 2 3 4 3 30", ""]
-    ended = r"a worker's process has ended and is replaced"
+    ended = r"a worker process has died and is replaced"
     patterns = [
-        rf"{ended}; to do again: block 8 \(.*\)",
-        r"RedpenError: block 8 has ended 2 workers \(.*\).*",
+        rf"{ended}; to be repeated: block 8 \(.*\)",
+        r"RedpenError: block 8 has killed 2 workers \(.*\).*",
         r"RedpenError: block 5 is wrong",
         rf"{ended} \(.*\)",
-        r"RedpenError: loading the model has ended 2 workers \(.*\).*",
+        r"RedpenError: loading the model has killed 2 workers \(.*\).*",
     ]
     for line, pattern in zip(done.stderr.splitlines(), patterns, strict=True):
         assert re.fullmatch(pattern, line)

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m pipeline -- sft RECIPE --run DIR      with [[sft.data]] in the recipe
 
 The examples of all steps, mixed by share, become a round of a cache, RUN/data.zarr, which is trained on with
-cross-entropy. Everything else is `redpen train`: replay, packing, LoRA or all weights, several ranks, checkpoints, the
-same bits after a kill. The adapter is the next stage's student (`student.adapter`), which continues training it.
+cross-entropy. Everything else is `redpen train`: replay, packing, LoRA or all weights, several ranks, checkpoints,
+the same bits after a kill. The adapter is the next stage's student (`student.adapter`), which continues training it.
 """
 
 from __future__ import annotations
@@ -97,10 +97,8 @@ def _train_recipe(recipe: Recipe) -> Recipe:
 
 def _prepare_round(recipe: Recipe, url: str) -> None:
     """Write the round of examples, or what is missing of it. A complete one is kept without tokenizing anything."""
-    sources = [
-        list(raw_rows(PromptsConfig(path=each.path, split=each.split), FIELDS, "sft.data"))
-        for each in recipe.sft.data
-    ]
+    files = [PromptsConfig(path=each.path, split=each.split) for each in recipe.sft.data]
+    sources = [list(raw_rows(file, FIELDS, "sft.data")) for file in files]
     settings = recipe.sft.model_dump(exclude={"learning_rate"}) | {"seed": recipe.train.seed}
     provenance = {"data": settings, "sha256": _sha256(sources)}
     if _is_complete(url, provenance):
