@@ -124,7 +124,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
 
 
 def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None:
-    """How it all ends after these rounds, or None if it goes on; the last round may not have trained yet.
+    """The result after these rounds, or None if another one follows; the last round may not have trained yet.
 
     The result's `step` is the number of the student that is kept: as many rounds have trained it.
     """

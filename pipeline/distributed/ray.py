@@ -57,8 +57,8 @@ def cluster(n_workers: int | None) -> Iterator[Ranks]:
         _require_answer(address or "local")
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"RAY_ADDRESS = {address!r}: no such cluster" if address else "--launcher ray: Ray failed to start"
-        raise ConfigError(f"{where} ({_reason(error)})") from error
+        failure = f"RAY_ADDRESS = {address!r}: no such cluster" if address else "--launcher ray: Ray failed to start"
+        raise ConfigError(f"{failure} ({_reason(error)})") from error
     try:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)  # Ray has replaced them

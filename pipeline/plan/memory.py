@@ -71,7 +71,7 @@ class PlannedModels:
 
     Attributes:
         adapter: parameters of the LoRA; None with train.method = "full".
-        trainer: the student as it is trained.
+        trainer: the student with its LoRA or trainable weights.
     """
 
     configs: dict[str, ModelConfig]

@@ -108,7 +108,7 @@ class RunDirectory:
         return self._requested.model_dump(mode="json", exclude={"track"}) | {"cache": self._cache}
 
     def start(self) -> None:
-        """Record what the run is made of. Call it once everything that could be refused has been checked."""
+        """Record recipe and cache. Call it after every check that may refuse the run."""
         known = self._record().id if self.checkpoints.exists() else None
         with self.writing():
             # The record first: a finished run that continues for more steps must not be taken for finished.
@@ -221,7 +221,7 @@ def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
             if (section, key) == ("train", "steps") and is_[key] > was[key]:
                 if now.train.schedule == "constant":
                     continue  # the steps so far are the first ones of the longer run
-                found.append(f'train.steps = {was[key]}, now {is_[key]} (only schedule = "constant" can go on)')
+                found.append(f'train.steps = {was[key]}, now {is_[key]} (only schedule = "constant" can be extended)')
             else:
                 found.append(f"{section}.{key} = {was[key]}, now {is_[key]}")
     return found
