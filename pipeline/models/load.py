@@ -49,7 +49,7 @@ from pipeline.models.identity import (
     tokenizer_digest,
     weight_files,
 )
-from pipeline.runs.files import MADE, check, check_made, read_record
+from pipeline.runs.files import TRAINED, check, check_trained, read_record
 from pipeline.toy import asset_names, asset_path
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _directory(model: str, revision: str | None, with_code: bool, label: str, we
         raise ModelNotFoundError(f"{label} = {_shown(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
     if _is_directory(path):
-        check_made(path)
+        check_trained(path)
         return path
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         found = "this is a file" if path.exists() else "there is no such directory"
@@ -279,7 +279,7 @@ def trained_student(student: StudentConfig, directory: Path) -> StudentConfig | 
         return None
     if record.result.step == 0:
         return student
-    for name in MADE:
+    for name in TRAINED:
         if (directory / name).is_dir():
             check(directory, name, record=record)
             made = str(directory / name)
