@@ -28,8 +28,10 @@ from transformers import (
 import cache_schema as cs
 from pipeline import cli, plan
 from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.forward.attention import register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models import flops
 from pipeline.models import meta_model as shadow
 from pipeline.models.load import load_model

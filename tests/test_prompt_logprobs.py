@@ -33,7 +33,7 @@ import cache_schema as cs
 import pipeline.train.stage as train_stage
 from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
-from pipeline.engines.prompt_logprobs import Question, EngineLogprobs, check_agreement, partial_scores
+from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError

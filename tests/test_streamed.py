@@ -31,7 +31,7 @@ from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import PackPlan
+from pipeline.forward.attention import PackPlan
 from pipeline.models import load as models
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.score import stage
@@ -259,7 +259,9 @@ def test_large_weights_outside_the_layers_stay_in_their_file_if_they_are_not_cas
     mapped: list[str] = []
     look = weights.SafetensorsCheckpoint.mapped
     monkeypatch.setattr(layers, "_MAPPED_BYTES", 0)
-    monkeypatch.setattr(weights.SafetensorsCheckpoint, "mapped", lambda self, w: mapped.append(w.name) or look(self, w))
+    monkeypatch.setattr(
+        weights.SafetensorsCheckpoint, "mapped", lambda self, w: mapped.append(w.name) or look(self, w)
+    )
     cfg = config(saved("llama", stored), "bfloat16")
     assert_same_bits(StreamedScorer(cfg, OPTIONS).compute_logprobs(block()), resident(cfg, block()))
     assert len(mapped) == n_mapped
@@ -299,7 +301,9 @@ def test_what_the_file_cache_cannot_keep_is_dropped(
 
     monkeypatch.setattr(weights.SafetensorsCheckpoint, "uncache", uncache)
     cfg = config(saved("qwen3"))
-    one_layer = sum(s.nbytes for s in weights.SafetensorsCheckpoint(saved("qwen3")).stored.values() if ".layers.0." in s.name)
+    one_layer = sum(
+        s.nbytes for s in weights.SafetensorsCheckpoint(saved("qwen3")).stored.values() if ".layers.0." in s.name
+    )
     monkeypatch.setattr(streamed, "free_bytes", lambda device: 2.5 * one_layer)
     scorer = StreamedScorer(cfg, OPTIONS)
     assert_same_bits(scorer.compute_logprobs(block()), resident(cfg, block()))

@@ -19,8 +19,8 @@ from pipeline.config.recipe import ModelConfig, VllmConfig
 from pipeline.console import say
 from pipeline.engines.prompt_logprobs import (
     LIKELIEST,
-    Question,
     EngineLogprobs,
+    Question,
     joined,
     misaligned,
     partial_scores,
