@@ -36,11 +36,11 @@ import numpy as np
 import cache_schema as cs
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.console import say, show, under_way
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.rollouts import stage as rollouts
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import METRICS, check, read_record, read_steps
 from pipeline.score import stage as score
@@ -92,29 +92,31 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
         RedpenError, CacheError: what the stages raise, or the run was started with other settings, or is held by
             another process.
     """
-    with contextlib.ExitStack() as held, workers.team() as ranks:
-        run, result, n_slices = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
+    with contextlib.ExitStack() as held, join_ranks() as ranks:
+        run, result, n_slices = ranks.broadcast(lambda: _open(held, recipe, cache_url, run_dir))
         rounds: list[Round] = []
         taught = recipe.reward.teacher_weight > 0
         while result is None:
             index = len(rounds)
             now, directory = _of_round(recipe, run, index, n_slices), _directory(run, index)
-            if ranks.agree(functools.partial(_has_to_train, directory)):
-                if ranks.leads:
+            if ranks.broadcast(functools.partial(_has_to_train, directory)):
+                if ranks.is_main_process:
                     say(f"round {index} of {recipe.distill.rounds} at most")
                 _stage(rollouts.run, now, cache_url, index)
                 _stage(score.run, now, cache_url, None if taught else cs.STUDENT, index)
-            found = Round(ranks.agree(functools.partial(fresh_reverse_kl, now, cache_url, index)) if taught else None)
+            found = Round(
+                ranks.broadcast(functools.partial(fresh_reverse_kl, now, cache_url, index)) if taught else None
+            )
             if (result := verdict(recipe, [*rounds, found])) is None:
                 carried = index > 0 and recipe.distill.carry == "adapter+optimizer"
                 start = _directory(run, index - 1) / "checkpoints" if carried else None
                 _stage(train.run, now, cache_url, directory, index, start=start)
-                found = ranks.agree(functools.partial(_trained, found, recipe, directory))
+                found = ranks.broadcast(functools.partial(_trained, found, recipe, directory))
                 result = verdict(recipe, [*rounds, found])
             rounds.append(found)
-            if result is not None and ranks.leads:
+            if result is not None and ranks.is_main_process:
                 _finish(run, recipe, cache_url, rounds, result)
-        if ranks.leads:
+        if ranks.is_main_process:
             show(f"{run.path}: {result.sentence}")
     return 0
 
@@ -172,13 +174,13 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
     teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
     weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
     kl_P, tokens_P = np.zeros(round_.n_prompts), np.zeros(round_.n_prompts)
-    for marked in marked_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
-        for name in marked.teachers:
-            chosen, weight = marked.counts(name), weights.get(name, 1.0)
-            prompt_T = marked.rollouts.token_prompts
+    for scored in scored_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
+        for name in scored.teachers:
+            chosen, weight = scored.mask(name), weights.get(name, 1.0)
+            prompt_T = scored.rollouts.token_prompts
             if name in teachers.taught:
                 chosen &= teachers.taught[name][prompt_T]
-            np.add.at(kl_P, prompt_T[chosen], weight * marked.reverse_kl[name][chosen])
+            np.add.at(kl_P, prompt_T[chosen], weight * scored.reverse_kl[name][chosen])
             np.add.at(tokens_P, prompt_T[chosen], weight)
     mean = float(kl_P.sum() / tokens_P.sum())
     return Estimate(mean, float(np.linalg.norm(kl_P - mean * tokens_P) / tokens_P.sum()))
@@ -223,7 +225,7 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
-        made = models.made_student(student, _directory(run, index - 1))
+        made = models.trained_student(student, _directory(run, index - 1))
         assert made is not None, "the round before has ended, and its training puts back what was removed"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})

@@ -116,7 +116,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
             raise RedpenError(
                 f"{target}: all weights were trained, {run / 'model'} is a whole model, nothing to merge"
             )
-        made = models.made_student(recipe.student, run)
+        made = models.trained_student(recipe.student, run)
         if made is None:
             raise RedpenError(f"run {target}: has no adapter yet; finish it with the command that began it")
         if made == recipe.student:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ import cache_schema as cs
 import pipeline.models.load
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers.caches import make_cache, small_recipe
 from pipeline.cli import main
 from pipeline.config.recipe import Recipe
 from pipeline.diagnose import reading, stage
@@ -40,7 +40,7 @@ from pipeline.toy import asset_path, build
 Model = Any
 END, IM_END = build.END_OF_TEXT_ID, build.IM_END_ID
 #: In one block, which is faster, and without sampling's own look at the form of the first responses.
-UNCHECKED = ("rollouts.prompts_per_block=24", "rollouts.entry_prompts=0")
+UNCHECKED = ("rollouts.prompts_per_block=24", "rollouts.format_check_prompts=0")
 
 
 def diagnosed(cache: Path, teachers: Sequence[str] = ("teacher",)) -> dict[str, Any]:

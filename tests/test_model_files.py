@@ -29,7 +29,7 @@ import pipeline.models.load as models
 from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
 from pipeline.models.architecture import check_architecture
-from pipeline.models.files import ConfigFile, without_place
+from pipeline.models.files import ConfigFile, misplaced_tensors
 from pipeline.streaming.header_check import check_checkpoint
 from pipeline.streaming.streamed import StreamedScorer
 from pipeline.toy import asset_path
@@ -123,8 +123,8 @@ def test_tensors_that_no_model_needs_may_be_left_over(tiny: Path) -> None:
 
 def test_a_vision_tower_is_left_over_only_by_a_wrapper() -> None:
     names = ["model.visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.bias"]
-    assert without_place(names, ConfigFile()) == sorted(names)
-    assert without_place(names, ConfigFile(vision_config={})) == names[1:]
+    assert misplaced_tensors(names, ConfigFile()) == sorted(names)
+    assert misplaced_tensors(names, ConfigFile(vision_config={})) == names[1:]
 
 
 def test_an_adapter_with_tensors_for_other_layers_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_name_that_is_none_is_not_repeated_in_full(name: str) -> None:
             models.model_directory(cfg)
             models.adapter_directory(cfg)
         assert len(one_line(error)) < 500
-        assert not models.is_here(ModelConfig(model=name))
+        assert not models.is_available(ModelConfig(model=name))
 
 
 def test_whatever_is_changed_there_is_one_line_or_a_model(tiny: Path, tmp_path: Path) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
-from test_packing import FAMILIES
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -26,14 +24,15 @@ from transformers import (
 )
 
 import cache_schema as cs
+from helpers.caches import small_recipe
+from helpers.models import FAMILIES
 from pipeline import cli, plan
 from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
 from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import Head
 from pipeline.forward.loss_head import chunked_head_loss
 from pipeline.forward.packing import pack, packed_hidden
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.models.load import load_model
 from pipeline.models.lora import make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes
@@ -81,7 +80,7 @@ Planned = Callable[..., tuple[Recipe, memory.Models]]
 
 @pytest.fixture(scope="session")
 def planned(configs: Path) -> Planned:
-    """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their shadows."""
+    """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their meta_models."""
 
     @functools.cache
     def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.Models]:
@@ -100,16 +99,16 @@ def test_parameters_are_those_of_the_model_itself(family: str, tmp_path: Path) -
     config = FAMILIES[family]
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
-    counted = shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32")))
+    counted = meta_model.Weights.of(meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype="float32")))
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     assert counted.nbytes == 4 * counted.parameters
 
 
 def test_parameters_of_the_toy_are_those_in_its_files() -> None:
     student = ModelConfig(model="toy:student", dtype="float32")
-    counted, model = shadow.Weights.of(shadow.shadow(student)), load_model(student)
+    counted, model = meta_model.Weights.of(meta_model.load_meta_model(student)), load_model(student)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
-    assert counted == shadow.Weights.of(model)
+    assert counted == meta_model.Weights.of(model)
 
 
 def test_qwen3_has_the_parameters_that_its_makers_tell(planned: Planned) -> None:
@@ -130,7 +129,7 @@ def test_a_token_is_multiplied_by_the_chosen_experts_only(tmp_path: Path) -> Non
             moe_intermediate_size=24, num_experts=8, num_experts_per_tok=chosen, vocab_size=100,
         )  # fmt: skip
         config.save_pretrained(tmp_path)
-        return shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path)))).multiplied
+        return meta_model.Weights.of(meta_model.load_meta_model(ModelConfig(model=str(tmp_path)))).multiplied
 
     an_expert = 3 * 32 * 24
     assert multiplied(3) - multiplied(2) == 2 * an_expert
@@ -138,7 +137,9 @@ def test_a_token_is_multiplied_by_the_chosen_experts_only(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("rank", "parameters"), [(32, 87_293_952), (128, 349_175_808)])
 def test_lora_on_qwen3_has_the_parameters_that_others_count(configs: Path, rank: int, parameters: int) -> None:
-    student = make_trainable(shadow.shadow(ModelConfig(model=str(configs / "8b"))), TrainConfig(lora_rank=rank))
+    student = make_trainable(
+        meta_model.load_meta_model(ModelConfig(model=str(configs / "8b"))), TrainConfig(lora_rank=rank)
+    )
     assert sum(p.numel() for p in trainable(student).values()) == parameters
 
 
@@ -177,13 +178,13 @@ def test_activations_are_those_of_a_real_micro_batch(dtype: str, checkpointing: 
     real: Any = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation="redpen_packed"
     )
-    shade = shadow.shadow(ModelConfig(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
+    shade = meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
     for model in (real, shade):
         make_trainable(model.eval().requires_grad_(False), train)
         if checkpointing:
-            shadow.checkpoint_gradients(model)
+            meta_model.checkpoint_gradients(model)
         training_mode(model)
-    predicted = shadow.training_bytes(shade, 512)
+    predicted = meta_model.training_bytes(shade, 512)
 
     for parameter in trainable(real).values():
         parameter.grad = torch.zeros_like(parameter)
@@ -202,7 +203,7 @@ def test_head_takes_what_is_planned(trained: bool, tmp_path: Path) -> None:
     rows, vocabulary, hidden = 600, 40_000, 32
     config = Qwen3Config(**QWEN3 | dict(vocab_size=vocabulary), hidden_size=hidden, num_hidden_layers=1)
     config.save_pretrained(tmp_path)
-    model = shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32"))
+    model = meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype="float32"))
     model.get_output_embeddings().weight.requires_grad_(trained)
     planned = memory.head_bytes(model, TrainConfig(rows_per_chunk=256), rows)
 
@@ -218,8 +219,8 @@ def test_head_takes_what_is_planned(trained: bool, tmp_path: Path) -> None:
 
 
 def test_cache_of_a_rollout_is_its_keys_and_values(planned: Planned) -> None:
-    model = planned()[1].shadows["student"]
-    assert shadow.cache_bytes(model, 100) == 100 * SHALLOW * 2 * 8 * 128 * 2
+    model = planned()[1].meta_models["student"]
+    assert meta_model.cache_bytes(model, 100) == 100 * SHALLOW * 2 * 8 * 128 * 2
 
 
 def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:

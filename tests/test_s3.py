@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
-import s3_server
-from conftest import SMALL, make_cache, small_recipe
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import cache_schema as cs
 from cache_schema import locks, s3, stores
+from helpers import cache_factory as factory
+from helpers import s3_server
+from helpers.caches import SMALL, make_cache, small_recipe
 from pipeline import cli
 
 pytest.importorskip("obstore")
@@ -163,7 +163,7 @@ def test_a_whole_run_over_a_bad_line_equals_a_local_one(
     there = capsys.readouterr().out
     assert cli.main(["inspect", str(local), "--json"]) == 0
     here = capsys.readouterr().out
-    assert without_place(there) == without_place(here)
+    assert misplaced_tensors(there) == misplaced_tensors(here)
 
     store = cs.open(url)._store
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -174,7 +174,7 @@ def test_a_whole_run_over_a_bad_line_equals_a_local_one(
     assert secret.encode() not in kept and b"127.0.0.1" not in kept
 
 
-def without_place(inspected: str) -> str:
+def misplaced_tensors(inspected: str) -> str:
     """What does not depend on where and when."""
     return re.sub(r'"(cache|url|bytes|\w*seconds\w*|\w+_per_second)": [^\n]*', "", inspected)
 

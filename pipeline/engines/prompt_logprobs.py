@@ -15,7 +15,6 @@ Shapes: T response tokens of a rollout, N tokens told of at a position, K candid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +144,7 @@ class EngineLogprobs:
                     raise ModelError(f"told of token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
                 ids[row, column] = int(token)
                 if value is not None:
-                    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                         raise ModelError(f"told {value!r:.40} as the log-prob of token {token}; expected a number")
                     if value > LOGPROB_TOLERANCE:
                         raise ModelError(f"told a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")

@@ -25,7 +25,7 @@ EVAL_CACHE = "eval.zarr"
 _SLOT_ELEMENTS = 2**26
 
 
-class Keeper:
+class EvalCacheWriter:
     """Writes the cache, a round at a time.
 
     Args:

@@ -45,7 +45,7 @@ class Job:
 def kept_in(target: str, out: str | os.PathLike[str] | None) -> Path | None:
     """The run that keeps what is measured; None for a bare model, and where the figures go elsewhere."""
     run_dir = Path(target)
-    elsewhere = out is not None and Path(out).resolve() != (run_dir / FIGURES).resolve()
+    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / FIGURES)
     return run_dir if _is_run(run_dir) and not elsewhere else None
 
 
@@ -67,7 +67,7 @@ def job_of(
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
         recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
-        trained = models.made_student(recipe.student, run_dir)
+        trained = models.trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"
             raise RedpenError(f"run {target}: has no {made} yet; finish it with the same `redpen train` command")

@@ -53,7 +53,7 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
-from pipeline.evaluate.eval_cache import EVAL_CACHE, Keeper
+from pipeline.evaluate.eval_cache import EVAL_CACHE, EvalCacheWriter
 from pipeline.evaluate.job import AFTER, FIGURES, Job, job_of, kept_in
 from pipeline.evaluate.reread import REREAD, reread
 from pipeline.evaluate.table import show
@@ -356,7 +356,7 @@ def _reverse_kl(
     estimates, keeper = {}, None
     if job.run is not None:
         directory = results.enter_context(atomic_directory(job.run / EVAL_CACHE))
-        keeper = Keeper(directory, job.recipe, cfg, given.records, given.view)
+        keeper = EvalCacheWriter(directory, job.recipe, cfg, given.records, given.view)
     read = _reader(job.recipe, cfg)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh

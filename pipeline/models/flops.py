@@ -1,6 +1,6 @@
 """FLOPs of a model, counted alike by what predicts them and by what adds them up afterwards.
 
-With N parameters of a model that a token is multiplied by (`shadow.Weights.multiplied`), of which F are frozen, A
+With N parameters of a model that a token is multiplied by (`meta_model.Weights.multiplied`), of which F are frozen, A
 trained ones (an adapter's, or all), and n tokens read:
 
     sampling, scoring    2 N n      one forward; a sampler reads a prompt once, scorers for every rollout

@@ -35,11 +35,11 @@ from pipeline.forward.finite import set_name
 from pipeline.models.files import (
     check_model_files,
     check_tokenizer_files,
+    misplaced_tensors,
     named,
     read_adapter_config,
     read_config,
     read_generation_config,
-    without_place,
 )
 from pipeline.models.identity import (
     adapter_digest,
@@ -130,7 +130,7 @@ def model_directory(cfg: ModelConfig, *, weights: bool = True) -> Path:
     return directory
 
 
-def is_here(cfg: ModelConfig) -> bool:
+def is_available(cfg: ModelConfig) -> bool:
     """Whether the model, its weights included, can be read without a download."""
     try:
         directory = Path(resolve_path(cfg.model)).expanduser()
@@ -268,7 +268,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.Toke
     return cs.TokenizerIdentity(name, tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def made_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
+def trained_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
     """The student that the run in `directory` has made of this one, which is this one where training gained nothing;
     None while the run has not ended, or where what it made has been removed.
 
@@ -398,7 +398,7 @@ def load_model(
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         # transformers would go on without some tensors, and with random numbers in the place of others
-        check_places(cfg, loaded["missing_keys"], loaded["unexpected_keys"], loaded["mismatched_keys"])
+        check_weight_names(cfg, loaded["missing_keys"], loaded["unexpected_keys"], loaded["mismatched_keys"])
         if cfg.adapter is not None:
             model = with_adapter(model, cfg, trainable=trainable)
     model.eval()
@@ -503,7 +503,7 @@ def _load_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
         return AutoConfig.from_pretrained(directory, trust_remote_code=cfg.trust_remote_code, local_files_only=True)
 
 
-def check_places(
+def check_weight_names(
     cfg: ModelConfig, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[Any] = ()
 ) -> None:
     """Refuse a checkpoint that is not the whole model, or not this one. Raises `ModelError`.
@@ -514,7 +514,7 @@ def check_places(
     """
     wrong = {
         "are missing from its files": sorted(missing),
-        "of its files have no place in the model": without_place(unexpected, read_config(model_directory(cfg))),
+        "of its files have no place in the model": misplaced_tensors(unexpected, read_config(model_directory(cfg))),
         "have another shape than its config.json says": sorted(str(key) for key in mismatched),
     }
     for what, names in wrong.items():

@@ -72,7 +72,7 @@ class WithoutValues(_DispatchMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
-def shadow(cfg: ModelConfig) -> Any:
+def load_meta_model(cfg: ModelConfig) -> Any:
     """The model without weights, without its adapter and without a mask. Raises `ModelError`."""
     AttentionInterface.register(_ATTENTION, _attention)
     model = models.load_skeleton(cfg, _META)

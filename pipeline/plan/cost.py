@@ -9,8 +9,7 @@ from typing import Any
 import cache_schema as cs
 from pipeline.config.recipe import Recipe
 from pipeline.disk import bytes_per_token
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.plan.assumed import Device, Lengths
 from pipeline.plan.memory import Models, Need
 
@@ -107,7 +106,7 @@ def _sampling_seconds(
 ) -> float:
     """Every token of a batch reads all weights and the batch's cache, half full on average, from memory."""
     weights = models.weights[cs.STUDENT].nbytes
-    of_a_token = shadow.cache_bytes(models.shadows[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
+    of_a_token = meta_model.cache_bytes(models.meta_models[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
     cached = together * (lengths.prompt + lengths.response / 2) * of_a_token
     reading = samples * lengths.response / together * (weights + cached) / (device.gbps * 1e9)
     computing = sampling_flops / (device.tflops * 1e12 * device.utilisation)

@@ -13,7 +13,7 @@ from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
-from pipeline.models import meta_model as shadow
+from pipeline.models import meta_model
 from pipeline.models.lora import make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.plan.assumed import Device
@@ -67,15 +67,15 @@ class Need:
 
 @dataclass
 class Models:
-    """The shadows of a recipe's models, and how many weights they have.
+    """The meta_models of a recipe's models, and how many weights they have.
 
     Attributes:
         adapter: parameters of the LoRA to train; None with train.method = "full".
     """
 
     configs: dict[str, ModelConfig]
-    shadows: dict[str, Any]
-    weights: dict[str, shadow.Weights]
+    meta_models: dict[str, Any]
+    weights: dict[str, meta_model.Weights]
     adapter: int | None
     trainer: Any = field(repr=False)
 
@@ -83,14 +83,14 @@ class Models:
     def of(cls, recipe: Recipe) -> Models:
         """Raises `ModelError`."""
         configs: dict[str, ModelConfig] = {"student": recipe.student} | {t.name: t for t in recipe.teacher}
-        shadows = {name: shadow.shadow(cfg) for name, cfg in configs.items()}
-        weights = {name: shadow.Weights.of(shadows[name], cfg.quantisation) for name, cfg in configs.items()}
-        trainer = make_trainable(shadow.shadow(recipe.student), recipe.train)
+        meta_models = {name: meta_model.load_meta_model(cfg) for name, cfg in configs.items()}
+        weights = {name: meta_model.Weights.of(meta_models[name], cfg.quantisation) for name, cfg in configs.items()}
+        trainer = make_trainable(meta_model.load_meta_model(recipe.student), recipe.train)
         if recipe.train.gradient_checkpointing:
-            shadow.checkpoint_gradients(trainer)
+            meta_model.checkpoint_gradients(trainer)
         training_mode(trainer)
         adapter = sum(p.numel() for p in trainable(trainer).values()) if recipe.train.method == "lora" else None
-        return cls(configs, shadows, weights, adapter, trainer)
+        return cls(configs, meta_models, weights, adapter, trainer)
 
     def parameters(self) -> dict[str, dict[str, float]]:
         found = {
@@ -116,15 +116,15 @@ def needs(recipe: Recipe, models: Models, device: Device) -> list[Need]:
 
 
 def _sampling(recipe: Recipe, models: Models, device: Device) -> Need:
-    model, weights, rollouts = models.shadows["student"], models.weights["student"], recipe.rollouts
+    model, weights, rollouts = models.meta_models["student"], models.weights["student"], recipe.rollouts
     longest = rollouts.max_prompt_tokens + rollouts.max_response_tokens
-    a_rollout = shadow.cache_bytes(model, longest)
+    a_rollout = meta_model.cache_bytes(model, longest)
     parts = {"context and libraries": CONTEXT_BYTES, "weights": weights.nbytes}
     together = min(rollouts.batch_size, rollouts.prompts_per_block * rollouts.rollouts_per_prompt)
     if rollouts.engine == "vllm":
         share = (recipe.vllm.gpu_memory_utilization or 0.9) * device.gib * GIB
         together = rollouts.batch_size
-        working = shadow.forward_bytes(model, _PREFILL_TOKENS) + together * _vocabulary(model) * 4
+        working = meta_model.forward_bytes(model, _PREFILL_TOKENS) + together * _vocabulary(model) * 4
         room = share - sum(parts.values()) - working
         together = min(together, int(room / a_rollout))
         if together < 1:
@@ -132,17 +132,17 @@ def _sampling(recipe: Recipe, models: Models, device: Device) -> Need:
     else:
         prompts = -(-together // rollouts.rollouts_per_prompt)
         logits = together * _vocabulary(model) * 4
-        working = max(shadow.forward_bytes(model, prompts * rollouts.max_prompt_tokens), 2 * logits)
+        working = max(meta_model.forward_bytes(model, prompts * rollouts.max_prompt_tokens), 2 * logits)
     cache = f"cache of {together} rollouts of {longest:,} tokens"
     return Need("sampling", parts | {cache: together * a_rollout, "activations": working}, together=together)
 
 
 def _resident(recipe: Recipe, models: Models, name: str) -> Need:
-    model, score = models.shadows[name], recipe.score
+    model, score = models.meta_models[name], recipe.score
     parts = {
         "context and libraries": CONTEXT_BYTES,
         "weights": models.weights[name].nbytes,
-        f"activations of a tile of {score.tile_tokens:,} tokens": shadow.forward_bytes(model, score.tile_tokens),
+        f"activations of a tile of {score.tile_tokens:,} tokens": meta_model.forward_bytes(model, score.tile_tokens),
         "logits of a chunk": _scored_logits(recipe, model),
     }
     return Need(f"scoring, {name}", parts)
@@ -150,7 +150,7 @@ def _resident(recipe: Recipe, models: Models, name: str) -> Need:
 
 def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need:
     """As `pipeline.streaming.streamed` goes about it, by its own rules."""
-    model, weights = models.shadows[name], models.weights[name]
+    model, weights = models.meta_models[name], models.weights[name]
     layered = LayeredModel(model)
     memory = WaveBudget(torch.device("cuda"), recipe.score.memory_gib or 0.9 * device.gib)
     step = f"scoring, {name}, streamed"
@@ -163,7 +163,7 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
         memory.take(f"{SLOTS} layers", SLOTS * weights.largest_layer)
         tokens = min(recipe.score.tile_tokens, 4096)
         body, ids = decoder_body(model), torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad(), shadow.WithoutValues():
+        with torch.no_grad(), meta_model.WithoutValues():
             noted = layered.note(partial(body, input_ids=ids, use_cache=False))
             with PeakBytes() as peak:
                 layered.step(0, noted)
@@ -195,7 +195,7 @@ def training(recipe: Recipe, models: Models, device: Device) -> Need:
     batch = train.prompts_per_step * rollouts.rollouts_per_prompt * longest
     tokens = max(longest, min(train.tokens_per_microbatch, batch))
     resting = _resting(recipe, models, device.gpus)
-    one, two = (shadow.training_bytes(models.trainer, n) for n in (tokens, 2 * tokens))
+    one, two = (meta_model.training_bytes(models.trainer, n) for n in (tokens, 2 * tokens))
 
     def parts(n: int) -> dict[str, float]:
         grown = (n - tokens) / tokens
@@ -238,7 +238,7 @@ def _resting(recipe: Recipe, models: Models, gpus: int) -> dict[str, float]:
     shards = gpus if train.parallel == "fsdp" else 1
     gathered = 0.0
     if shards > 1:  # two layers at a time, and what is in none of them throughout
-        in_layers = bytes_of([list(x.parameters()) for x in LayeredModel(models.shadows["student"]).layers])
+        in_layers = bytes_of([list(x.parameters()) for x in LayeredModel(models.meta_models["student"]).layers])
         gathered = 2 * weights.largest_layer + weights.nbytes - in_layers
     found = {"context and libraries": CONTEXT_BYTES, "weights": weights.nbytes / shards}
     if models.adapter is None:  # every weight is in shards, and what belongs to it
@@ -247,7 +247,7 @@ def _resting(recipe: Recipe, models: Models, gpus: int) -> dict[str, float]:
     else:
         found["adapter, fp32"] = 4.0 * count
     if recipe.student.quantisation:
-        found["a dequantised matrix"] = _largest_matrix(models.shadows["student"])
+        found["a dequantised matrix"] = _largest_matrix(models.meta_models["student"])
     if gathered:
         found["weights gathered from other ranks"] = gathered
     return found | {"gradients, fp32": 4.0 * count, f"optimizer, {train.optimizer}": state}
@@ -261,7 +261,7 @@ def _state_bytes(train: TrainConfig, parameter: torch.Tensor) -> float:
 
 def _largest_matrix(model: Any) -> float:
     head = model.get_output_embeddings().weight
-    linear = (m.weight for m in model.modules() if isinstance(m, shadow.LINEAR) and m.weight is not head)
+    linear = (m.weight for m in model.modules() if isinstance(m, meta_model.LINEAR) and m.weight is not head)
     return float(max((weight.nbytes for weight in linear), default=0))
 
 

@@ -46,7 +46,7 @@ def open_engine(
     sample = sample_of(first.blocks[0], first.candidate_ids, facts.vocab_size)
     expected: cs.ScoreBlock | None = None
     try:
-        if placement == "vllm" or models.is_here(teacher):
+        if placement == "vllm" or models.is_available(teacher):
             expected = _read_here(recipe, teacher, facts, sample)
         else:
             warn(f"{teacher.name}: its weights are not here to check the server against")

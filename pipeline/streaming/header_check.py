@@ -20,4 +20,4 @@ def check_checkpoint(cfg: ModelConfig) -> None:
     check_model_files(directory)
     model = models.load_skeleton(cfg, torch.device("meta"))
     places = locate(model, SafetensorsCheckpoint(directory))
-    models.check_places(cfg, places.lacking(model), places.unexpected)
+    models.check_weight_names(cfg, places.lacking(model), places.unexpected)

@@ -149,7 +149,7 @@ class StreamedScorer:
         checkpoint, layer_of = transfer.checkpoint, self._layered.layer_of
         places = locate(skeleton, checkpoint)
         in_layers = {name for name in places.missing if layer_of(name) is not None}
-        models.check_places(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
+        models.check_weight_names(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
         layers, others = Group.partition(places, layer_of, self._device)
         # An adapter belongs to the device, and may be on the embedding.
         aside = self._layered.embedding_alone() if self._device.type == "cuda" and not self._cfg.adapter else None

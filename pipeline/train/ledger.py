@@ -13,8 +13,7 @@ import cache_schema as cs
 from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import ModelError, RedpenError
 from pipeline.files import parse_model, read_json
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.models.identity import DATA, IMPORTED
 from pipeline.models.load import resolve_path
 from pipeline.runs import files as run_files
@@ -94,7 +93,7 @@ def parameters(cfg: ModelConfig | None) -> int | None:
         return None
     try:
         here = cfg.model_copy(update={"model": str(directory), "revision": None})
-        return shadow.Weights.of(shadow.shadow(here)).multiplied
+        return meta_model.Weights.of(meta_model.load_meta_model(here)).multiplied
     except ModelError:
         return None
 
