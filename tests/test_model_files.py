@@ -296,7 +296,7 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
 
 def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
     from pipeline.engines.resident import ResidentScorer
-    from pipeline.forward.packing import check_packing
+    from pipeline.forward.packing_check import check_packing
 
     damage(tiny)
     model, sequences = models.load_model(config(tiny)), [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]

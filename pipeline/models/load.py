@@ -372,7 +372,7 @@ def load_model(
     """
     started = time.perf_counter()
     if attention == "redpen_packed":
-        from pipeline.forward.packing import register_packed_attention
+        from pipeline.forward.attention import register_packed_attention
 
         register_packed_attention()
     directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
@@ -445,7 +445,7 @@ def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTr
     Raises:
         ModelError: not found, not a causal language model.
     """
-    from pipeline.forward.packing import register_packed_attention
+    from pipeline.forward.attention import register_packed_attention
 
     register_packed_attention()
     config, device, facts = _load_config(cfg), device or pick_device(cfg), model_facts(cfg)

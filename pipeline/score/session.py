@@ -17,7 +17,7 @@ from pipeline.console import say
 from pipeline.distributed.blocks import OnProgress
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
-from pipeline.forward.packing import check_packing
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.teachers.alignment import View, view_of
 from pipeline.teachers.spans import SpanView

@@ -28,7 +28,8 @@ from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.tiles import Tile, joined, score_tile, tiles_of
 from pipeline.errors import ModelError
 from pipeline.forward.head import Head
-from pipeline.forward.packing import check_packing, pack, packed_hidden, tiles
+from pipeline.forward.packing import pack, packed_hidden, tiles
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
 from pipeline.models.peak_memory import PeakBytes, bytes_of
