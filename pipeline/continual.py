@@ -36,6 +36,7 @@ from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.runs.directory import Result, RunDirectory, open_run
+from pipeline.runs.trained_student import trained_student
 from pipeline.sft import stage as sft
 from pipeline.text.answers import share_right
 from pipeline.train import ledger
@@ -71,11 +72,11 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             ranks.broadcast(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
             if ranks.is_main_process:
                 made.start()
-            if models.trained_student(recipe.student, made.path / "sft") is None:
+            if trained_student(recipe.student, made.path / "sft") is None:
                 with under_way():
                     sft.run(recipe, (), made.path / "sft")
                 models.free_memory()
-            tuned = models.trained_student(recipe.student, made.path / "sft")
+            tuned = trained_student(recipe.student, made.path / "sft")
             assert tuned is not None
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
             models.free_memory()
@@ -102,7 +103,7 @@ def _open(
 
 def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Keep what was made, measure the gate, and record how it ended."""
-    after = models.trained_student(tuned, made.path / "distill") or tuned
+    after = trained_student(tuned, made.path / "distill") or tuned
     kept, source = made.made, after.adapter if recipe.train.method == "lora" else after.model
     with made.writing(), atomic_directory(kept) as partial:
         assert source is not None

@@ -43,6 +43,7 @@ from pipeline.rollouts import stage as rollouts
 from pipeline.rounds.scored_block import marked_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import METRICS, check, read_record, read_steps
+from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
 from pipeline.text.prompts import load_prompts
 from pipeline.train import inputs, ledger
@@ -225,7 +226,7 @@ def _of_round(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> R
     slower = recipe.train.model_copy(update={"learning_rate": rate})
     prompts = prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)})
     if index:
-        made = models.trained_student(student, _directory(run, index - 1))
+        made = trained_student(student, _directory(run, index - 1))
         assert made is not None, "the round before has ended, and its training puts back what was removed"
         student = made
     return recipe.model_copy(update={"prompts": prompts, "student": student, "train": slower})

@@ -14,6 +14,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import harness, stage
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.text.prompts import load_prompts
 
 N = 12
@@ -113,7 +114,7 @@ def test_a_task_whose_responses_do_not_fit_is_refused_first(directory: Path) -> 
 
 def test_prompts_that_the_harness_shortens_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=508", "eval.task_limit=2"))
-    model, tokenizer = models.load_model(recipe.student), models.load_tokenizer(recipe.student)
+    model, tokenizer = models.load_model(recipe.student), resolve(recipe.student).tokenizer
     harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval, 512))
     assert "2 prompts lost their beginning" in capsys.readouterr().err
 
@@ -123,7 +124,7 @@ def test_a_model_with_an_adapter_as_training_loads_it(directory: Path) -> None:
     from pipeline.models.lora import add_lora
 
     recipe = recipe_with(directory, "sums", "choice", more=("eval.task_limit=4",))
-    tokenizer, tasks = models.load_tokenizer(recipe.student), harness.load_tasks(recipe.eval)
+    tokenizer, tasks = resolve(recipe.student).tokenizer, harness.load_tasks(recipe.eval)
     model = add_lora(models.load_model(recipe.student), recipe.train)
     model.train()
     first, second = (harness.measure(model, tokenizer, recipe, tasks) for _ in range(2))
@@ -146,7 +147,7 @@ def test_the_chat_template_is_applied_where_the_recipe_does(
     for template in ("prompts.template=none", "prompts.template=chat"):
         system = () if template.endswith("none") else ("prompts.system=Add.",)
         recipe = recipe_with(directory, "sums", more=("eval.task_limit=1", template, *system))
-        tokenizer = models.load_tokenizer(recipe.student)
+        tokenizer = resolve(recipe.student).tokenizer
         model = models.load_model(recipe.student)
         harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval))
     plain, chat = prompts
@@ -170,7 +171,7 @@ def test_a_task_that_cannot_be_had_is_one_line(
 
 def test_a_task_longer_than_the_context_names_the_setting(directory: Path) -> None:
     recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=600", "eval.task_limit=1"))
-    tokenizer, model = models.load_tokenizer(recipe.student), models.load_model(recipe.student)
+    tokenizer, model = resolve(recipe.student).tokenizer, models.load_model(recipe.student)
     with pytest.raises(RedpenError, match=r"refuses \(AssertionError: .*\); .*set eval\.max_response_tokens$"):
         harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval))
 

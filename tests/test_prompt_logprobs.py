@@ -38,6 +38,7 @@ from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.rounds.metrics import REST_FLOOR
 from pipeline.score import stage
 from pipeline.toy import asset_path
@@ -567,8 +568,8 @@ def test_the_weights_of_a_served_teacher_are_not_fetched(
     assert "its weights are not here to check the server against" in capsys.readouterr().err
     identity = cs.open(unscored).round().scores("teacher").manifest.model  # type: ignore[union-attr]
     beside = TeacherConfig(model="toy:teacher", served_name="teach")
-    assert identity.digest == models.served_identity(beside).digest
-    assert models.served_identity(TeacherConfig(model="toy:teacher")).digest != identity.digest
+    assert identity.digest == resolve(beside).served_identity.digest
+    assert resolve(TeacherConfig(model="toy:teacher")).served_identity.digest != identity.digest
     assert not list(cs.verify(cs.open(unscored)))
 
 

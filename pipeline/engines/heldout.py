@@ -18,7 +18,7 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts, render_all
 
@@ -31,7 +31,7 @@ def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedToken
     return Sampling(
         temperature=0.0,
         top_p=1.0,
-        stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
+        stop_token_ids=resolve(cfg).stop_token_ids(recipe.rollouts),
         rollouts_per_prompt=1,
         max_response_tokens=max_response_tokens(recipe),
         seed=recipe.rollouts.seed,
@@ -64,7 +64,7 @@ def held_out_prompts(
         records = [record for record in records if "answer" in record]
         if not records:
             raise ConfigError(f"{setting} = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
-    context = models.model_facts(cfg).context
+    context = resolve(cfg).context
     ids = render_all(records, tokenizer, wanted, recipe.rollouts.max_prompt_tokens, context)
     require_room(ids, max_response_tokens(recipe), context, response_setting(recipe))
     return records, ids
@@ -135,7 +135,7 @@ class HeldOutPrompts:
     @classmethod
     def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
         """The first `limit` prompts, as `held_out_prompts` has them. Raises `RedpenError`."""
-        tokenizer = models.load_tokenizer(recipe.student)
+        tokenizer = resolve(recipe.student).tokenizer
         records, ids = held_out_prompts(recipe, limit, tokenizer, recipe.student, metric=metric, setting=setting)
         return cls(
             metric,

@@ -15,8 +15,8 @@ import cache_schema as cs
 from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
 from pipeline.engines.sampling import Sampling
 from pipeline.engines.scoring import TokenBatch
-from pipeline.models import load as models
 from pipeline.models.identity import created_by
+from pipeline.models.resolve import resolve, tokenizer_identity
 from pipeline.teachers.alignment import View, template_of
 from pipeline.text.prompts import prompts_sha256, template_identity
 
@@ -67,11 +67,11 @@ class EvalCacheWriter:
 
     def _manifest(self, cfg: ModelConfig, sampling: Sampling, n_candidates: int) -> cs.RoundManifest:
         recipe = self._recipe
-        tokenizer, facts = models.load_tokenizer(cfg), models.model_facts(cfg)
+        tokenizer, facts = resolve(cfg).tokenizer, resolve(cfg)
         per_prompt = sampling.rollouts_per_prompt * sampling.max_response_tokens * n_candidates
         return cs.RoundManifest(
-            student=models.model_identity(cfg),
-            tokenizer=models.tokenizer_identity(tokenizer, cfg.model),
+            student=resolve(cfg).identity,
+            tokenizer=tokenizer_identity(tokenizer, cfg.model),
             template=template_identity(tokenizer, recipe.prompts),
             stop_token_ids=sampling.stop_token_ids,
             temperature=sampling.temperature,
@@ -92,13 +92,13 @@ class EvalCacheWriter:
     def _scores_manifest(
         self, name: str, cfg: ModelConfig, sampled: cs.RoundManifest, n_candidates: int
     ) -> cs.ScoresManifest:
-        is_student, facts, template, partial = name == cs.STUDENT, models.model_facts(cfg), sampled.template, False
+        is_student, facts, template, partial = name == cs.STUDENT, resolve(cfg), sampled.template, False
         if not is_student:
             template = template_of(self._recipe, self._teacher, sampled.template)
             partial = self._view.leaves_out(sampled.tokenizer.vocab_size)
         return cs.ScoresManifest(
             role="student" if is_student else "teacher",
-            model=sampled.student if is_student else models.model_identity(cfg),
+            model=sampled.student if is_student else resolve(cfg).identity,
             tokenizer=sampled.tokenizer,
             template=template,
             dtype=facts.dtype,

@@ -27,7 +27,7 @@ from pipeline.console import console, warn
 from pipeline.engines.heldout import generating
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.forward.head import unwrapped
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.text.answers import END_OF_REASONING
 from pipeline.text.prompts import template_identity
 
@@ -153,7 +153,7 @@ def _stopping(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedToken
     """Generation that ends at the recipe's stop tokens; what else the model's generation_config says is left out."""
     base = unwrapped(model)
     own = base.generation_config
-    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
+    stop_ids = resolve(recipe.student).stop_token_ids(recipe.rollouts)
     base.generation_config = GenerationConfig(eos_token_id=list(stop_ids))
     try:
         yield

@@ -11,7 +11,7 @@ from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig, load_reci
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import read_json, refuse_link
-from pipeline.models import load as models
+from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
 #: The figures of a run's evaluation.
@@ -67,7 +67,7 @@ def job_of(
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
         recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
-        trained = models.trained_student(recipe.student, run_dir)
+        trained = trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"
             raise RedpenError(f"run {target}: has no {made} yet; finish it with the same `redpen train` command")

@@ -59,6 +59,7 @@ from pipeline.evaluate.reread import REREAD, reread
 from pipeline.evaluate.table import show
 from pipeline.files import atomic_directory, remove, staged_file, write_atomically
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve, tokenizer_identity
 from pipeline.rounds.intervals import mean_per_token
 from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.runs.files import replacing
@@ -140,7 +141,7 @@ def run(
 def _measure(job: Job, started: float, *, teacher_required: bool) -> None:
     """Do the job, and keep what comes of it once all of it has succeeded."""
     settings, checker = job.recipe.eval, Checker.of(job.recipe.eval)
-    tokenizer = models.load_tokenizer(next(iter(job.students.values())))
+    tokenizer = resolve(next(iter(job.students.values()))).tokenizer
     job, given = _prompts(job, tokenizer, required=teacher_required)
     measure_tasks = _tasks(job, tokenizer)
 
@@ -251,7 +252,7 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
         warn(f"{settings.path}: {len(records) - n_answers} of {len(records)} prompts have no answer")
     view = View()
     if job.teacher is not None:
-        identity, facts = models.tokenizer_identity(tokenizer, student.model), models.model_facts(student)
+        identity, facts = tokenizer_identity(tokenizer, student.model), resolve(student)
         size, stops = max(identity.vocab_size, facts.vocab_size), greedy_sampling(job.recipe, student, tokenizer)
         try:
             found = view_on(
@@ -270,7 +271,7 @@ def _prompts(job: Job, tokenizer: PreTrainedTokenizerBase, *, required: bool) ->
             job = replace(job, teacher=None)
     if job.teacher is not None:
         # what it reads is fresh: sampled after hours that would be lost
-        context, longest = models.model_facts(job.teacher).context, max_response_tokens(job.recipe)
+        context, longest = resolve(job.teacher).context, max_response_tokens(job.recipe)
         whose = f"the teacher {job.teacher.model}'s"
         require_room(view.prompts or ids, longest, context, response_setting(job.recipe), whose)
     return job, Prompts(records, PromptBlock(0, list(enumerate(ids))), view)
@@ -285,7 +286,7 @@ def _tasks(job: Job, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrained
         raise ConfigError("eval.tasks needs lm-evaluation-harness: pip install 'redpen[eval]'")
     from pipeline.evaluate import harness
 
-    tasks = harness.load_tasks(recipe.eval, models.model_facts(next(iter(job.students.values()))).context)
+    tasks = harness.load_tasks(recipe.eval, resolve(next(iter(job.students.values()))).context)
     return lambda model: harness.measure(model, tokenizer, recipe, tasks)
 
 
@@ -321,7 +322,7 @@ def _respond(
     rollouts.setdefault("fresh", rollouts["sampled"])
     scores = None
     if job.teacher is not None:
-        known = min(models.tokenizer_identity(tokenizer, cfg.model).vocab_size, models.model_facts(cfg).vocab_size)
+        known = min(tokenizer_identity(tokenizer, cfg.model).vocab_size, resolve(cfg).vocab_size)
         options = _options(recipe, min(settings.candidates, known), known)
         make = functools.partial(ResidentScorer, model)
         scores = _read(make, rollouts["fresh"], None, options, f"{label}: reading")

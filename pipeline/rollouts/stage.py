@@ -40,6 +40,7 @@ from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_ro
 from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
+from pipeline.models.resolve import resolve, tokenizer_identity
 from pipeline.rollouts.format_check import check_format
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts, prompts_sha256, render_all, template_identity
@@ -89,16 +90,16 @@ def _plan(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[
     """What the round will be recorded as, its prompt records, and their token ids."""
     settings = recipe.rollouts
     _check_architectures(recipe)
-    tokenizer = models.load_tokenizer(recipe.student)
-    facts = models.model_facts(recipe.student)
+    tokenizer = resolve(recipe.student).tokenizer
+    facts = resolve(recipe.student)
     records = load_prompts(recipe.prompts)
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, facts.context)
     require_room(prompts, settings.max_response_tokens, facts.context, "rollouts.max_response_tokens")
     manifest = cs.RoundManifest(
-        student=models.model_identity(recipe.student),
-        tokenizer=models.tokenizer_identity(tokenizer, recipe.student.model),
+        student=resolve(recipe.student).identity,
+        tokenizer=tokenizer_identity(tokenizer, recipe.student.model),
         template=template_identity(tokenizer, recipe.prompts),
-        stop_token_ids=models.stop_token_ids(recipe.student, tokenizer, settings),
+        stop_token_ids=resolve(recipe.student).stop_token_ids(settings),
         temperature=settings.temperature,
         top_p=settings.top_p,
         rollouts_per_prompt=settings.rollouts_per_prompt,
@@ -189,7 +190,7 @@ class RolloutsSession:
             sampler = _samplers(work.recipe, stack)
             if checker is not None:
                 once = functools.partial(sampler, replace(sampling, rollouts_per_prompt=1))
-                check_format(work.recipe, checker, once, work.prompts, models.load_tokenizer(work.recipe.student))
+                check_format(work.recipe, checker, once, work.prompts, resolve(work.recipe.student).tokenizer)
             self._sampler = sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
 
@@ -213,7 +214,7 @@ def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, OnProgres
         from pipeline.engines.vllm_sampler import VllmSampler
 
         longest = settings.max_prompt_tokens + settings.max_response_tokens
-        context = models.model_facts(recipe.student).context or longest
+        context = resolve(recipe.student).context or longest
         engine = Engine(
             recipe.student, recipe.vllm, max_length=min(longest, context), max_sequences=settings.batch_size
         )

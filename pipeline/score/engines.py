@@ -21,6 +21,8 @@ from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.errors import ModelError
 from pipeline.models import load as models
+from pipeline.models.paths import is_available
+from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.teachers.alignment import View, longest_of
 
 
@@ -38,7 +40,7 @@ def open_engine(
 
     Raises `ModelError` where the engine's log-probs are not the model's, and whatever starting it raises.
     """
-    facts, student, placement = models.model_facts(teacher), round_.scores(cs.STUDENT), recipe.placement(teacher)
+    facts, student, placement = resolve(teacher), round_.scores(cs.STUDENT), recipe.placement(teacher)
     readable = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
     candidate_ids = student.read_arrays(readable[0], ["candidate_ids"])["candidate_ids"]
     first = view.of(TokenBatch((round_.rollouts.read(readable[0]),), candidate_ids))
@@ -46,7 +48,7 @@ def open_engine(
     sample = sample_of(first.blocks[0], first.candidate_ids, facts.vocab_size)
     expected: cs.ScoreBlock | None = None
     try:
-        if placement == "vllm" or models.is_available(teacher):
+        if placement == "vllm" or is_available(teacher):
             expected = _read_here(recipe, teacher, facts, sample)
         else:
             warn(f"{teacher.name}: its weights are not here to check the server against")
@@ -83,7 +85,7 @@ def open_engine(
     return scorer
 
 
-def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: models.ModelFacts, sample: TokenBatch) -> cs.ScoreBlock:
+def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: ResolvedModel, sample: TokenBatch) -> cs.ScoreBlock:
     """The sample by the training forward, streamed where there is a card, so that it fits on any."""
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
     if models.pick_device(teacher).type == "cuda" and facts.quantisation is None:

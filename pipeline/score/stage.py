@@ -39,6 +39,8 @@ from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED, created_by
+from pipeline.models.paths import is_available
+from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 from pipeline.rounds.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.score.session import ScoreWork
 from pipeline.teachers.alignment import View, longest_of, template_of, view_of
@@ -103,11 +105,11 @@ def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Score
     if name in round_.scorer_names() and round_.scores(name).manifest.engine == IMPORTED:
         show(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
         return None
-    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_available(cfg):
+    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not is_available(cfg):
         # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
         show(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
         return None
-    manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
+    manifest = _manifest(recipe, round_, name, cfg, resolve(cfg))
     if manifest.engine == "vllm" and not (name in round_.scorer_names() and round_.scores(name).committed().all()):
         from pipeline.engines.vllm import import_vllm
 
@@ -184,28 +186,27 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
 
 
 def _manifest(
-    recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig, facts: models.ModelFacts
+    recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig, facts: ResolvedModel
 ) -> cs.ScoresManifest:
     """Who scores how. Refuses a student that did not sample the round, a teacher that reads other tokens."""
     sampled, is_student = round_.manifest, name == cs.STUDENT
-    tokenizer = models.load_tokenizer(cfg)
-    tokenizer_identity, placement = models.tokenizer_identity(tokenizer, cfg.model), recipe.placement(cfg)
+    identity_of_tokenizer, placement = facts.tokenizer_identity, recipe.placement(cfg)
     by_engine = placement in ("vllm", "server")
     template, partial, spelt = sampled.template, by_engine, False
     if placement == "server":
         assert isinstance(cfg, TeacherConfig)
-        identity = models.served_identity(cfg)
+        identity = resolve(cfg).served_identity
     else:
-        identity = models.model_identity(cfg)
+        identity = resolve(cfg).identity
     if is_student:
-        differing = sampled.differences(replace(sampled, student=identity, tokenizer=tokenizer_identity))
+        differing = sampled.differences(replace(sampled, student=identity, tokenizer=identity_of_tokenizer))
         if differing:
             raise cs.ProvenanceError(
                 f"cache {round_.cache.url} round {round_.index}: sampled by another student "
                 f"({'; '.join(differing)}); set [student] back, or sample a round by this one with "
                 f"`redpen rollouts RECIPE --round {round_.index + 1}`"
             )
-        known = min(facts.vocab_size, tokenizer_identity.vocab_size)
+        known = min(facts.vocab_size, identity_of_tokenizer.vocab_size)
         if recipe.score.candidates > known:
             raise ConfigError(
                 f"score.candidates: expected at most {known}, the student's vocabulary, got {recipe.score.candidates}"
@@ -219,7 +220,7 @@ def _manifest(
     return cs.ScoresManifest(
         role="student" if is_student else "teacher",
         model=identity,
-        tokenizer=tokenizer_identity,
+        tokenizer=identity_of_tokenizer,
         template=template,
         dtype="served" if placement == "server" else facts.dtype,
         quantisation=facts.quantisation,
@@ -242,7 +243,7 @@ def _require_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> Non
     nothing.
     """
     sampled, cfg = round_.manifest, work.cfg
-    facts, own = models.model_facts(cfg), isinstance(cfg, TeacherConfig) and cfg.renders
+    facts, own = resolve(cfg), isinstance(cfg, TeacherConfig) and cfg.renders
     if facts.context is None:
         return
     if not own and sampled.max_prompt_tokens + sampled.max_response_tokens <= facts.context:
@@ -252,7 +253,7 @@ def _require_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> Non
         longest = longest_of(round_, block, view)
         if longest > facts.context:
             raise ModelError(
-                f"{models.setting(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, "
+                f"{setting_name(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, "
                 f"a rollout of block {block} has {longest}; choose a model with a longer context"
             )
 

@@ -25,8 +25,8 @@ from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
-from pipeline.models import load as models
 from pipeline.models.identity import DATA, created_by
+from pipeline.models.resolve import resolve
 from pipeline.sft.examples import FIELDS, Example, Reader, mixed
 from pipeline.text.prompts import raw_rows, template_identity
 from pipeline.train import stage as train
@@ -106,9 +106,9 @@ def _write_round(recipe: Recipe, url: str) -> None:
     made_of = {"data": settings, "sha256": digest.hexdigest()}
     if _is_there(url, made_of):
         return
-    tokenizer, facts = models.load_tokenizer(recipe.student), models.model_facts(recipe.student)
-    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
-    longest = min(recipe.sft.max_tokens, facts.context or recipe.sft.max_tokens)
+    student = resolve(recipe.student)
+    tokenizer, stop_ids = student.tokenizer, student.stop_token_ids(recipe.rollouts)
+    longest = min(recipe.sft.max_tokens, student.context or recipe.sft.max_tokens)
     reader = Reader(tokenizer, recipe.prompts, stop_ids, longest)
     sources = [_read(reader, source.path, found) for source, found in zip(recipe.sft.data, lines, strict=True)]
     reader.warn_without_effect(example for found in sources for example in found)
@@ -118,8 +118,8 @@ def _write_round(recipe: Recipe, url: str) -> None:
     examples = mixed(sources, weights, count, recipe.train.seed)
     records = [example.record for example in examples]
     manifest = cs.RoundManifest(
-        student=models.model_identity(recipe.student),
-        tokenizer=models.tokenizer_identity(tokenizer, recipe.student.model),
+        student=student.identity,
+        tokenizer=student.tokenizer_identity,
         template=template_identity(tokenizer, recipe.prompts),
         stop_token_ids=stop_ids,
         temperature=1.0,
@@ -132,8 +132,8 @@ def _write_round(recipe: Recipe, url: str) -> None:
         engine=DATA,
         prompts_sha256=cs.prompts_sha256(records),
         n_prompts=count,
-        vocab_size=facts.vocab_size,
-        dtype=facts.dtype,
+        vocab_size=student.vocab_size,
+        dtype=student.dtype,
         sampler_settings=made_of,
         created_by=created_by(),
     )
