@@ -40,7 +40,7 @@ from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.rollouts import stage as rollouts
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import METRICS, check, read_record, read_steps
 from pipeline.runs.trained_student import trained_student
@@ -175,13 +175,13 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
     teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
     weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
     kl_P, tokens_P = np.zeros(round_.n_prompts), np.zeros(round_.n_prompts)
-    for marked in marked_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
-        for name in marked.teachers:
-            chosen, weight = marked.counts(name), weights.get(name, 1.0)
-            prompt_T = marked.rollouts.token_prompts
+    for scored in scored_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
+        for name in scored.teachers:
+            chosen, weight = scored.mask(name), weights.get(name, 1.0)
+            prompt_T = scored.rollouts.token_prompts
             if name in teachers.taught:
                 chosen &= teachers.taught[name][prompt_T]
-            np.add.at(kl_P, prompt_T[chosen], weight * marked.reverse_kl[name][chosen])
+            np.add.at(kl_P, prompt_T[chosen], weight * scored.reverse_kl[name][chosen])
             np.add.at(tokens_P, prompt_T[chosen], weight)
     mean = float(kl_P.sum() / tokens_P.sum())
     return Estimate(mean, float(np.linalg.norm(kl_P - mean * tokens_P) / tokens_P.sum()))

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_recipe
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
-from test_train import distance, gradient, moved, naive_gradient, trainer_of
-from test_train_resume import curve, stop_after_one_step
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from peft import PeftModel
 
 import pipeline.evaluate.stage
+from helpers.caches import small_recipe
+from helpers.models import IDS, logits, plain, random_adapter, small_model
+from helpers.training import curve, distance, gradient, moved, naive_gradient, stop_after_one_step, trainer_of
 from pipeline import merge
 from pipeline.cli import main
 from pipeline.config.recipe import ModelConfig, Recipe
@@ -33,49 +32,6 @@ from pipeline.train import stage
 Make = Callable[..., Recipe]
 
 FULL = ("train.method=full", "train.learning_rate=1e-4")
-IDS = torch.arange(40)[None] * 5 % 259
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model.eval()(input_ids=IDS).logits.float()
-    return out
-
-
-def plain(path: str | Path, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
-    """A model as anyone would load it."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-
-
-def small_model(path: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
-    """A random student with the toy's tokenizer."""
-    torch.manual_seed(3)
-    config = Qwen3Config(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        eos_token_id=256,
-    )
-    Qwen3ForCausalLM(config).to(dtype).save_pretrained(path)
-    resolve(small_recipe().student).tokenizer.save_pretrained(path)
-    return path
-
-
-def random_adapter(base: Path | str, path: Path, **settings: object) -> Path:
-    """A LoRA that changes its base a lot."""
-    torch.manual_seed(4)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": LAYERS} | settings
-    adapted = get_peft_model(plain(base), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
-    adapted.save_pretrained(path, save_embedding_layers=False)
-    return path
 
 
 @pytest.fixture(scope="module")

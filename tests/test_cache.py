@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import zarr
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore, MemoryStore
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 
 SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 

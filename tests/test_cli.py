@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cache_factory
 import pytest
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 from pipeline import cli, console, errors
 from pipeline.environment import ENVIRONMENT
 
@@ -70,7 +70,7 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
     Path("file").touch()
     Path("directory").mkdir()
     Path("directory/file").touch()
-    cache_factory.filled("full")
+    factory.filled("full")
     cs.create("empty")
     cs.create("newer")._root.attrs["redpen"] = {"format": "redpen", "version": 2}
     assert cli.main(args.split()) == 1
@@ -187,7 +187,7 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 
 
 def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
-    cache = cache_factory.filled("c.zarr", n_prompts=10)
+    cache = factory.filled("c.zarr", n_prompts=10)
     assert cli.main(["verify", "c.zarr"]) == 0
     assert "9 of 9 blocks are committed, nothing wrong with them" in capsys.readouterr().out
     shard = next(path for path in Path("c.zarr").rglob("rollouts/token_ids/c/1/*") if path.is_file())
@@ -204,7 +204,7 @@ def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_repair_waits_for_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    with cache_factory.filled("c.zarr").lock("redpen rollouts"):
+    with factory.filled("c.zarr").lock("redpen rollouts"):
         assert cli.main(["verify", "c.zarr"]) == 0
         capsys.readouterr()
         assert cli.main(["verify", "c.zarr", "--repair"]) == 1

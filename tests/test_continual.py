@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import killing
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import cache_schema as cs
+from helpers import killing
 from pipeline import continual
 from pipeline.cli import main
 from pipeline.config.recipe import GateConfig, load_recipe

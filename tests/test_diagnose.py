@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ import cache_schema as cs
 import pipeline.models.load
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers.caches import make_cache, small_recipe
 from pipeline.cli import main
 from pipeline.config.recipe import Recipe
 from pipeline.diagnose import reading, stage

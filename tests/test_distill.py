@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, small_recipe
 from safetensors.torch import load_file
 
 import cache_schema as cs
+from helpers.caches import SMALL, small_recipe
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config.recipe import Recipe

@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import preloaded
 import pytest
 import torch
-from conftest import SMALL, small_recipe
 from safetensors.torch import load_file, save_file
-from test_workers import processes
 from torch.distributed.tensor import DTensor
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import SMALL, small_recipe
+from helpers.preloaded import processes
 from pipeline import environment
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import Ranks, join_ranks

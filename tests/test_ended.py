@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import pytest
-from conftest import SMALL, small_recipe
 
 import cache_schema as cs
+from helpers import killing
+from helpers.caches import SMALL, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
 from pipeline.config.recipe import ModelConfig

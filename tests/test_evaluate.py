@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import numpy as np
-import preloaded
 import pytest
 import torch
-from conftest import small_recipe, tree_digest
 from safetensors import safe_open
 
 import cache_schema as cs
+from helpers import killing, preloaded
+from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
 from pipeline.config.recipe import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -29,7 +28,7 @@ from pipeline.models import load as models
 from pipeline.models.paths import resolve_path
 from pipeline.models.resolve import resolve
 from pipeline.report.runs import read_run
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.files import fault, read_record, write_record
 from pipeline.runs.lock import locked
 from pipeline.text.prompts import load_prompts, render
@@ -221,7 +220,7 @@ def test_the_fresh_rollouts_are_kept_as_a_cache(
         round_ = cache.round(index)
         assert round_.manifest.engine == "eval" and round_.prompts[3] == load_prompts(heldout(N_PROMPTS))[3]
         assert (round_.n_blocks, bool(round_.manifest.student.adapter_digest)) == (3, label == "after")
-        kl = [m.reverse_kl["teacher"] for m in marked_blocks(round_)]
+        kl = [m.reverse_kl["teacher"] for m in scored_blocks(round_)]
         assert np.concatenate(kl).mean() == pytest.approx(measured[label]["reverse_kl"]["value"], rel=1e-6)
         tokenizer, n_right = resolve(recipes_student(kept, label).student).tokenizer, 0
         for block in range(round_.n_blocks):
@@ -342,22 +341,22 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
     assert about == {key: str(value) for key, value in json.loads((kept / "run.json").read_text())["cache"].items()}
     round_ = cs.open(toy_cache).round()
     worst, place = {}, {}
-    for marked in marked_blocks(round_):
-        rollouts = marked.rollouts
+    for scored in scored_blocks(round_):
+        rollouts = scored.rollouts
         for row in range(rollouts.n_rows):
             number = int(rollouts.prompt_index[rollouts.row_prompt[row]] * 4 + rollouts.sample_index[row])
-            worst[number] = marked.reverse_kl["teacher"][rollouts.response_slice(row)].max()
-            place[number] = (marked, row)
+            worst[number] = scored.reverse_kl["teacher"][rollouts.response_slice(row)].max()
+            place[number] = (scored, row)
     assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
     assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
     model = models.load_model(recipes_student(kept, "after").student, attention="sdpa")
     for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
-        marked, row = place[int(number)]
-        prompt, response = marked.rollouts.prompt(row), marked.rollouts.response(row)
+        scored, row = place[int(number)]
+        prompt, response = scored.rollouts.prompt(row), scored.rollouts.response(row)
         sequence = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
         logp = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double().log_softmax(1)
         logp_TV, span = logp.numpy(), slice(int(start), int(start + length))
-        candidates = marked.student.candidate_ids[marked.rollouts.response_slice(row)]
+        candidates = scored.student.candidate_ids[scored.rollouts.response_slice(row)]
         of_candidates = np.take_along_axis(logp_TV, candidates.astype(np.int64), 1)
         np.testing.assert_allclose(told["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
         np.testing.assert_allclose(told["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)

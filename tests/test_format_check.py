@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_recipe
 
 import cache_schema as cs
+from helpers.caches import small_recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.rollouts import stage
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
-from test_packing import FAMILIES, LENGTHS, STARTS, STARTS_OF_FEW, of_few_prompts, random_model
 
+from helpers.caches import make_cache, small_recipe
+from helpers.models import FAMILIES, LENGTHS, STARTS, STARTS_OF_FEW, of_few_prompts, random_model
 from pipeline.forward.head import Head, chunked_head_loss, score_rows
 from pipeline.forward.packing import check_packing, register_packed_attention
 from pipeline.train import stage as train_stage

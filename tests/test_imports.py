@@ -98,6 +98,12 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not {(own, name) for name in others & STAGES} - BORROWS, "stages meet in the cache and the run alone"
 
 
+@pytest.mark.parametrize("path", modules("tests"), ids=lambda path: path.name)
+def test_no_test_module_imports_another(path: Path) -> None:
+    others = {file.stem for file in (ROOT / "tests").glob("*.py")}
+    assert not {name.partition(".")[0] for name in imports(path)} & others, "what tests share is in tests/helpers"
+
+
 def test_the_top_is_short() -> None:
     assert len(list((ROOT / "pipeline").glob("*.py"))) <= 14
 

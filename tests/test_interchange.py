@@ -10,16 +10,16 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import cache_factory
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import SMALL, tree_digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import SMALL, tree_digest
 from pipeline import cli
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import RedpenError
@@ -433,7 +433,7 @@ def test_what_is_not_scored_is_null(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
-    cache_factory.filled(tmp_path / "c")
+    factory.filled(tmp_path / "c")
     file = tmp_path / "x.parquet"
     assert exporting.run(str(tmp_path / "c"), str(file)) == 0
     before = file.read_bytes()
@@ -447,8 +447,8 @@ def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
     (tmp_path / "link.parquet").symlink_to(file)
     with pytest.raises(RedpenError, match=r"link\.parquet.*symbolic link"):
         exporting.run(str(tmp_path / "c"), str(tmp_path / "link.parquet"))
-    records = cache_factory.prompts(4)
-    cs.create(tmp_path / "empty").start_round(cache_factory.round_manifest(records), records)
+    records = factory.prompts(4)
+    cs.create(tmp_path / "empty").start_round(factory.round_manifest(records), records)
     with pytest.raises(cs.CacheError, match="no block of rollouts is finished, nothing to export"):
         exporting.run(str(tmp_path / "empty"), str(file))
 
@@ -459,11 +459,11 @@ def test_round_trip(seed: int, n_prompts: int, per_block: int, tmp_path_factory:
     """Prompts may be equal, have unlike numbers of rollouts, be chats; behaviour may be unknown, tokens untrained."""
     rng, directory = np.random.default_rng(seed), tmp_path_factory.mktemp("trip")
     chats: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "a\n\U0001f600"}], "source": "chat"}]
-    records = [[*cache_factory.prompts(2), *chats][i] for i in rng.integers(0, 3, n_prompts)]
-    manifest = cache_factory.round_manifest(records, prompts_per_block=per_block)
+    records = [[*factory.prompts(2), *chats][i] for i in rng.integers(0, 3, n_prompts)]
+    manifest = factory.round_manifest(records, prompts_per_block=per_block)
     round_ = cs.create(directory / "a").start_round(manifest, records)
     for block in range(round_.n_blocks):
-        made = cache_factory.rollout_block(manifest, block, rng)
+        made = factory.rollout_block(manifest, block, rng)
         rows = []
         for row in range(made.n_rows):
             if made.sample_index[row] <= rng.integers(0, 3):

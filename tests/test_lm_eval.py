@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_recipe
 
+from helpers.caches import small_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import harness, stage

@@ -1,17 +1,14 @@
 """The head in row chunks: against a dense float64 oracle, with the naive fp32 form's own error as the yardstick."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
 
+from helpers.models import largest_output
 from pipeline.errors import ModelError
 from pipeline.forward.head import Head, chunked_head_loss, logits, score_rows, without_repeats
 from pipeline.forward.packing import decoder_body
@@ -26,23 +23,6 @@ HEADS = {
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "softcap": 4.0, "scale": 0.6},
 }
-
-
-class _LargestOutput(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
-@contextmanager
-def largest_output() -> Iterator[_LargestOutput]:
-    """Everything inside is watched; `.numel` is that of the largest tensor that came out of an operation."""
-    with _LargestOutput() as mode:
-        yield mode
 
 
 def random_head(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import small_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective

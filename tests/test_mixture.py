@@ -13,15 +13,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_partial_scores import poorer
-from test_train import distance, flat_gradient, metrics_of, moved, trainer_of
 from torch import Tensor
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers.caches import poorer, small_recipe
+from helpers.training import curve, distance, flat_gradient, moved, trainer_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import inputs, stage
@@ -233,7 +232,7 @@ def test_several_teachers_train(
     settings: list[str], two: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stage.run(recipe(*settings, "train.steps=3"), str(two), tmp_path / "run") == 0
-    first, *_, last = metrics_of(tmp_path / "run")
+    first, *_, last = curve(tmp_path / "run")
     assert all(np.isfinite(value) for line in (first, last) for value in line.values())
     assert ("(k2)" in capsys.readouterr().err) == ("alone" in str(settings))
     learnt_from = json.loads((tmp_path / "run/run.json").read_text())["cache"]["teacher"]

@@ -6,22 +6,23 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_logprobs import largest_output
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
+from helpers.models import (
+    FAMILIES,
+    LENGTHS,
+    SMALL_CONFIG,
+    STARTS,
+    STARTS_OF_FEW,
+    largest_output,
+    of_few_prompts,
+    random_model,
+    random_sequences,
+)
 from pipeline.errors import ModelError
 from pipeline.forward import packing
 from pipeline.forward.head import Head, chunked_head_loss
@@ -36,63 +37,10 @@ from pipeline.forward.packing import (
     tiles,
 )
 
-V = 71
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-FAMILIES = {
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "llama": LlamaConfig(**SMALL),
-    "mistral-window": MistralConfig(**SMALL, sliding_window=5),
-    "gemma2": Gemma2Config(
-        **SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
-    ),
-    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-    "qwen3-moe": Qwen3MoeConfig(**SMALL, head_dim=8, **MOE),
-}
-LENGTHS, STARTS = (12, 30, 5, 41, 30, 2, 7, 1), (4, 10, 5, 1, 29, 1, 3, 1)
-
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     register_packed_attention()
-
-
-def random_model(config: PreTrainedConfig, attention: str = ATTENTION):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:  # the library's 0.02 makes attention uniform, which hides mistakes
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def random_sequences(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(3, V, length).astype(np.int32) for length in lengths]
-
-
-def of_few_prompts() -> list[np.ndarray]:
-    """The same with rollouts 1 and 3, 4 and 7, and 0, 2 and 6 beginning alike, as far as `STARTS_OF_FEW` says."""
-    sequences = random_sequences()
-    for copy, first in ((3, 1), (7, 4), (2, 0), (6, 0)):
-        shared = STARTS_OF_FEW[copy]
-        sequences[copy][:shared] = sequences[first][:shared]
-    return sequences
-
-
-STARTS_OF_FEW = (4, 10, 4, 10, 1, 1, 4, 1)
 
 
 @pytest.mark.parametrize("share_prompts_from", [None, 1])
@@ -204,11 +152,11 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     packed = pack(random_sequences(), STARTS)
     with pytest.raises(ModelError, match="attn_implementation='redpen_packed', got 'sdpa'"):
         packed_hidden(random_model(FAMILIES["qwen3"], "sdpa"), packed)
-    sinks = GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    sinks = GptOssConfig(**SMALL_CONFIG, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(ModelError, match="attention sinks"):
         packed_hidden(random_model(sinks), packed)
     chunked = Llama4TextConfig(
-        **SMALL, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
+        **SMALL_CONFIG, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
     )
     with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         packed_hidden(random_model(chunked), packed)
@@ -294,7 +242,8 @@ def test_no_square_mask_is_built() -> None:
     packed = pack(random_sequences((32,) * 64), (8,) * 64)
     with largest_output() as largest, torch.no_grad():
         packed_hidden(model, packed)
-    assert largest.numel <= packed.input_ids.numel() * SMALL["intermediate_size"]  # the MLP's; S x S is 42 times that
+    # the MLP's; S x S is 42 times that
+    assert largest.numel <= packed.input_ids.numel() * SMALL_CONFIG["intermediate_size"]
 
 
 def test_a_long_windowed_sequence_builds_no_square_mask() -> None:

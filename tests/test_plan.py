@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
-from test_packing import FAMILIES
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -26,6 +24,8 @@ from transformers import (
 )
 
 import cache_schema as cs
+from helpers.caches import small_recipe
+from helpers.models import FAMILIES
 from pipeline import cli, plan
 from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
 from pipeline.forward.head import Head, chunked_head_loss

@@ -22,7 +22,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-import preloaded
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +30,7 @@ from transformers import PreTrainedModel
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
+from helpers import preloaded
 from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
 from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cache, small_recipe
-from test_adapters import IDS, logits, plain, random_adapter, small_model
-from test_train import distance, trainer_of
-from test_train_resume import assert_same, stop_after_one_step
 from torch import nn
 
 import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers.caches import make_cache, small_recipe
+from helpers.models import IDS, logits, plain, random_adapter, small_model
+from helpers.training import assert_same_run, distance, stop_after_one_step, trainer_of
 from pipeline import merge
 from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
@@ -216,7 +215,7 @@ def test_interrupted_after_every_step_nf4_and_8_bits_are_those_of_the_undisturbe
         with pytest.raises(Interrupted):
             stage.run(recipe, str(nf4_cache), tmp_path / "run")
     assert stage.run(recipe, str(nf4_cache), tmp_path / "run") == 0
-    assert_same(tmp_path / "run", tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_missing_bitsandbytes_is_one_line(toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

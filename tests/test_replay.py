@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 from pipeline.errors import ConfigError
 from pipeline.train import order as order_module
 from pipeline.train import replay

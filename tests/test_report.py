@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cache_factory as factory
 import numpy as np
 import pytest
-from conftest import make_cache, small_recipe
 from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.models.identity import cache_identity
 from pipeline.report import choose, collect, encode, judge, scan, stage
 from pipeline.report import string_table as pieces
 from pipeline.report.page_rows import Request
 from pipeline.rounds import metrics
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import read_record, write_record
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import load_decoder

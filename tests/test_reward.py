@@ -6,20 +6,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_objective import buckets, columns, kl, naive_gradient
-from test_train import distance, flat_gradient, moved
 from torch import Tensor
 
 import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
+from helpers.training import buckets, columns, distance, flat_gradient, kl, moved, naive_gradient_of
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config.recipe import Recipe
@@ -144,7 +143,7 @@ def test_gradient_is_that_of_the_formula(
     assert len(batch.distinct) < len(batch.rollouts) or "select.first_tokens=1" not in settings
     moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
-    assert distance(found, naive_gradient(trainer, batch, formula)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, formula)) < 1e-5
 
 
 def test_rewards_alone_need_no_teacher_and_make_right_responses_likelier(tmp_path: Path) -> None:

@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
-import s3_server
-from conftest import SMALL, make_cache, small_recipe
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import cache_schema as cs
 from cache_schema import locks, s3, stores
+from helpers import cache_factory as factory
+from helpers import s3_server
+from helpers.caches import SMALL, make_cache, small_recipe
 from pipeline import cli
 
 pytest.importorskip("obstore")

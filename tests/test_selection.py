@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import distance, flat_gradient, moved, trainer_of
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.training import distance, flat_gradient, moved, trainer_of
 from pipeline.config.recipe import Recipe, SelectConfig
 from pipeline.errors import ConfigError
 from pipeline.models.resolve import resolve

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train_resume import curve
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import small_recipe
+from helpers.training import curve
 from pipeline.cli import main
 from pipeline.config.recipe import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -20,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers.caches import small_recipe
 from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate

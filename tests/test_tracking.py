@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_recipe
 
+from helpers.caches import small_recipe
 from pipeline import console
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError

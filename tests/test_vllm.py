@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_rollouts import oracle_logits, processed_logprobs, prompt_block, sampling
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling

@@ -10,23 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait_for_commits, without_scores
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import MANY_BLOCKS, ROOT, assert_same_cache, wait_for_commits, without_scores
+from helpers.preloaded import processes
 from pipeline.config.recipe import load_recipe
 from pipeline.distributed import ray as ray_launcher
 from pipeline.distributed.ranks import Ranks, gpu_share
 from pipeline.errors import ConfigError, ModelError
 from pipeline.rollouts import stage as rollouts_stage
-
-__all__ = ["undisturbed"]  # a fixture
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 RANKS = ["--nproc-per-node", "2"]
@@ -37,7 +35,7 @@ RAY = ["--launcher", "ray", "--workers", "2"]
 def start(launcher: list[str], command: str, cache: Path) -> subprocess.Popen[str]:
     """A stage by two workers of one thread each, in a process group of its own."""
     before, after = ([], launcher) if launcher is RAY else (launcher, [])
-    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    settings = [argument for setting in MANY_BLOCKS for argument in ("--set", setting)]
     return subprocess.Popen(
         [sys.executable, *before, "-m", "pipeline", command, "toy", "--cache", str(cache), *settings, *after],
         cwd=ROOT,
@@ -47,17 +45,6 @@ def start(launcher: list[str], command: str, cache: Path) -> subprocess.Popen[st
         text=True,
         start_new_session=True,
     )
-
-
-def processes(pid: int) -> Iterator[tuple[int, str]]:
-    """The processes that one has started, directly or not, with their command lines."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for child in map(int, children):
-            yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            yield from processes(child)
-    except OSError:
-        return  # it has just ended
 
 
 def kill_one(process: subprocess.Popen[str], command_line: str) -> None:
@@ -81,9 +68,9 @@ def kill_rank(job: subprocess.Popen[str] | preloaded.Process, rank: int) -> None
     os.kill(ranks[1 - rank], signal.SIGCONT)
 
 
-def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Path, tmp_path: Path) -> None:
-    cache = without_scores(undisturbed, tmp_path / "toy.zarr")
-    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed_cache: Path, tmp_path: Path) -> None:
+    cache = without_scores(undisturbed_cache, tmp_path / "toy.zarr")
+    settings = [argument for setting in MANY_BLOCKS for argument in ("--set", setting)]
     forked = preloaded.torchrun(*RANKS, "-m", "pipeline", "--", "score", "toy", "--cache", str(cache), *settings)
     wait_for_commits(forked, cache / "rounds/00000/scores/student", 2)
     kill_rank(forked, 1)
@@ -104,7 +91,7 @@ def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Pa
         "redpen: rank 1: stopped by SIGTERM; the same command continues"
     ]
     assert "Traceback" not in err and "Warning" not in err
-    assert_same(cache, undisturbed, ["student", "teacher"])
+    assert_same_cache(cache, undisturbed_cache, ["student", "teacher"])
 
 
 def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
@@ -139,7 +126,7 @@ def fail(error: Exception) -> None:
 
 
 @needs_ray
-def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_ray_run_outlives_its_workers(undisturbed_cache: Path, tmp_path: Path) -> None:
     cache = tmp_path / "toy.zarr"
     run = start(RAY, "rollouts", cache)
     wait_for_commits(run, cache / "rounds/00000/rollouts", 2)
@@ -151,7 +138,7 @@ def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> No
     assert len(re.findall("a worker's process has ended and is replaced", err)) == 1
     expected = re.compile(r"(student|format check|rollouts|next|a worker's process)\b")
     assert all(expected.match(line) for line in err.splitlines()), err
-    assert_same(cache, undisturbed, ["rollouts"])
+    assert_same_cache(cache, undisturbed_cache, ["rollouts"])
 
 
 #: Stages whose blocks are empty files: block 8 ends its workers, block 5 is refused, no model loads.

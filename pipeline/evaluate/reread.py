@@ -27,8 +27,8 @@ from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
-from pipeline.models.identity import cache_identity
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.identity import cache_identity
+from pipeline.rounds.scored_block import scored_blocks
 
 REREAD = "reread.safetensors"
 
@@ -68,9 +68,9 @@ def worst_rollouts(round_: cs.Round, teachers: Sequence[str], n_wanted: int) -> 
     """Numbers of the rollouts with the highest reverse KL at one token, to any of the teachers, ascending."""
     numbers, worst = [], []
     with progress("cached rollouts: worst tokens", round_.n_blocks) as bar:
-        for marked in marked_blocks(round_, teachers):
-            kl_T = np.max([np.where(marked.counts(t), marked.reverse_kl[t], 0.0) for t in marked.teachers], axis=0)
-            rollouts = marked.rollouts
+        for scored in scored_blocks(round_, teachers):
+            kl_T = np.max([np.where(scored.mask(t), scored.reverse_kl[t], 0.0) for t in scored.teachers], axis=0)
+            rollouts = scored.rollouts
             numbers.append(_numbers(rollouts, round_.manifest.rollouts_per_prompt))
             worst.append(np.maximum.reduceat(kl_T, rollouts.response_start))
             bar.advance()

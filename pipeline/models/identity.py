@@ -12,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cache_schema as cs
 from pipeline.errors import ModelError
 from pipeline.models.files import read_index, read_settings
 
@@ -63,26 +61,6 @@ def adapter_digest(directory: Path) -> str:
     # peft writes target_modules as the list of a set, in any order
     config = {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
     return _digest({"config": config, "weights": _contents([weights])})
-
-
-def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) -> dict[str, Any]:
-    """What a run learns from: the round, the teachers' names, and digests of every block's content.
-
-    Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
-    """
-    scored = [cs.STUDENT] if cs.STUDENT in round_.scorer_names() else []
-    groups = {
-        "rollouts": [round_.rollouts],
-        "student": [round_.scores(name) for name in scored],
-        "teacher": [round_.scores(name) for name in teachers],
-    }
-    digests = {
-        f"{name} digest": hashlib.blake2b(
-            b"".join(group.commits()["digest"].tobytes() for group in members), digest_size=8
-        ).hexdigest()
-        for name, members in groups.items()
-    }
-    return {"url": cache_url, "round": round_.index, "teacher": ", ".join(teachers)} | digests
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

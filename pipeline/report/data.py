@@ -16,7 +16,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.errors import RedpenError
 from pipeline.rounds.metrics import first_occurrence, scores_reverse_kl
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.text.detokenize import Decoder, labels, pieces
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
@@ -91,8 +91,8 @@ def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, 
 def _mean_reverse_kl(round_: cs.Round, teacher: str) -> dict[str, Any]:
     """Mean over the trained tokens of the scored blocks, or of as many of them as make up SUMMARY_TOKENS."""
     total, count = 0.0, 0
-    for marked in marked_blocks(round_, [teacher], at_most_tokens=SUMMARY_TOKENS):
-        kl = marked.reverse_kl[teacher][marked.counts(teacher)]
+    for marked in scored_blocks(round_, [teacher], at_most_tokens=SUMMARY_TOKENS):
+        kl = marked.reverse_kl[teacher][marked.mask(teacher)]
         total, count = total + float(kl.sum()), count + len(kl)
     return {"reverse_kl": _number(total / count) if count else None, "reverse_kl_tokens": count}
 

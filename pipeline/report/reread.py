@@ -13,7 +13,7 @@ from typing import Any
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.models.identity import cache_identity
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import DamagedRunError, check
 
 REREAD = "reread.safetensors"

@@ -16,7 +16,7 @@ from pipeline.rounds.metrics import Float64, scores_reverse_kl
 
 
 @dataclass(frozen=True)
-class MarkedBlock:
+class ScoredBlock:
     """One block that the student and at least one of the teachers have scored.
 
     Attributes:
@@ -31,14 +31,14 @@ class MarkedBlock:
     teachers: dict[str, cs.ScoreBlock]
     reverse_kl: dict[str, Float64]
 
-    def counts(self, teacher: str) -> npt.NDArray[np.bool_]:
+    def mask(self, teacher: str) -> npt.NDArray[np.bool_]:
         """[T]: the student's own tokens (`trained`) of which this teacher told something."""
         return np.asarray((self.rollouts.trained == 1) & ~np.isnan(self.reverse_kl[teacher]))
 
 
-def marked_blocks(
+def scored_blocks(
     round_: cs.Round, teachers: Sequence[str] | None = None, *, at_most_tokens: int | None = None
-) -> Iterator[MarkedBlock]:
+) -> Iterator[ScoredBlock]:
     """The round's blocks that the student and any of `teachers` (default: all) have scored, in order.
 
     Args:
@@ -63,4 +63,4 @@ def marked_blocks(
         own = student.read(block)
         told = {name: groups[name].read(block) for name in names if scored[name][block]}
         kl = {name: scores_reverse_kl(own, scores) for name, scores in told.items()}
-        yield MarkedBlock(block, round_.rollouts.read(block), own, told, kl)
+        yield ScoredBlock(block, round_.rollouts.read(block), own, told, kl)

@@ -70,7 +70,7 @@ _BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
 
 
 class RunDirectory:
-    """The files of one run of a recipe on a cache (see `provenance.cache_identity`). Use `open_run`."""
+    """The files of one run of a recipe on a cache (see `pipeline.rounds.identity.cache_identity`). Use `open_run`."""
 
     def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
         self.path, self._now, self._cache = path, recipe, cache
@@ -206,7 +206,7 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
     """The run at `path`, held against other processes.
 
     Args:
-        cache: what the run learns from; see `provenance.cache_identity`.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
 
     Raises:
         RedpenError: the run was started with other settings or another cache, is held by another process, or the

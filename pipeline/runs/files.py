@@ -75,7 +75,7 @@ class Record(BaseModel):
     """What run.json holds.
 
     Attributes:
-        cache: what the run learns from; see `provenance.cache_identity`.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
         id: the same for as long as training goes on from what is here.
         result: None until the run has ended.
         files: digests by path in the run; None until it has ended, and in a run made before there were digests.

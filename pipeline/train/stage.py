@@ -63,8 +63,8 @@ from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import parse_model, write_atomically
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.models.identity import cache_identity
 from pipeline.models.model_card import run_card
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs import checkpoint, tracking
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.train import inputs, ledger
