@@ -136,7 +136,7 @@ def test_lightning_opd_is_imported_scored_and_trained_on(
         assert teacher.entropy is None and teacher.candidate_logprobs is None
 
     code, out, _ = redpen("score toy --cache c")
-    assert code == 0 and "teacher: imported, taken as it is" in out and "student: mean log-prob" in out
+    assert code == 0 and "teacher: imported scores are kept" in out and "student: mean log-prob" in out
     assert redpen("inspect c --rollout 3")[0] == 0 and redpen("verify c")[0] == 0
     code, _, err = redpen("train toy --cache c --run refused --set train.loss=jsd")
     assert code == 1 and "the scores by 'teacher' hold no candidates (engine import)" in err

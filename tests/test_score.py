@@ -266,7 +266,7 @@ def test_a_finished_cache_does_not_ask_for_its_teacher_again(
     find_directory.cache_clear()  # the next command is another process
     capsys.readouterr()
     assert stage.run(recipe(f"teacher.model={teacher}"), str(fresh)) == 0
-    assert f"taken as it is: {teacher} is not on this machine" in capsys.readouterr().out
+    assert f"nothing to do ({teacher} is not on this machine)" in capsys.readouterr().out
     with pytest.raises(ModelError, match="no such directory"):
         stage.run(recipe(f"teacher.model={teacher}2"), str(fresh))
 
@@ -344,7 +344,7 @@ def too_many_candidates(path: Path) -> Recipe:
         (
             other_student,
             cs.ProvenanceError,
-            r"sampled by another student \(student\.digest: cached .*--round 1",
+            r"sampled by a different student \(student\.digest: cached .*--round 1",
         ),
         (
             other_vocabulary,
