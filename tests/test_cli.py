@@ -259,7 +259,8 @@ def test_progress_in_a_log_is_a_few_plain_lines(
 
 WORK = textwrap.dedent("""
     import sys, time
-    from pipeline import cli, signals
+    from pipeline import cli
+    from pipeline.distributed import signals
     from pipeline.report import terminal
 
     def run(*_):
