@@ -15,7 +15,7 @@ from helpers.caches import SMALL, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
 from pipeline.config.recipe import ModelConfig
-from pipeline.distill import Estimate
+from pipeline.distill import Measurement
 from pipeline.errors import RedpenError
 from pipeline.models.paths import find_directory
 from pipeline.models.resolve import resolve
@@ -166,7 +166,7 @@ def test_the_student_as_it_was_is_a_result(
 ) -> None:
     """A second round shows that the first one made the student worse; nothing of the earlier finish is left."""
     cache, run = str(tmp_path / "cache.zarr"), tmp_path / "run"
-    kls = {0: Estimate(0.1), 1: Estimate(0.9)}
+    kls = {0: Measurement(0.1), 1: Measurement(0.9)}
     monkeypatch.setattr(distill, "fresh_reverse_kl", lambda recipe, url, index: kls[index])
     assert distill.run(small_recipe(*TINY, "distill.rounds=1"), cache, run) == 0
     recipe = small_recipe(*TINY, "distill.rounds=3")
@@ -174,12 +174,12 @@ def test_the_student_as_it_was_is_a_result(
     (run / "eval.json").write_text("{}")
     capsys.readouterr()
     assert distill.run(recipe, cache, run) == 0
-    assert "the result is the student as it was" in capsys.readouterr().out
+    assert "the result is the student of the recipe" in capsys.readouterr().out
     record = read_record(run)
     assert record is not None and record.result is not None and record.result.step == 0
     assert not (run / "adapter").exists()
     assert trained_student(recipe.student, run) == recipe.student
-    with pytest.raises(RedpenError, match="as it was"):
+    with pytest.raises(RedpenError, match="nothing to merge"):
         merge.run(str(run), str(tmp_path / "merged"))
     (note,) = runs.read_run(run)["notes"]
     assert "eval.json" in note

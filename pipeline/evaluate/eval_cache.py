@@ -20,7 +20,6 @@ from pipeline.models.resolve import resolve, tokenizer_identity
 from pipeline.teachers.alignment import View, template_of
 from pipeline.text.prompts import prompts_sha256, template_identity
 
-EVAL_CACHE = "eval.zarr"
 # A writer holds a block's widest array in memory, padded to its slot.
 _SLOT_ELEMENTS = 2**26
 

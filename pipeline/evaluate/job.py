@@ -11,11 +11,11 @@ from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig, load_reci
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import read_json, refuse_link
+from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD
 from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
 #: The figures of a run's evaluation.
-FIGURES = "eval.json"
 _WANTED = {
     "--prompts": "a file of prompts",
     "--teacher": "a model's path or Hub id",
@@ -45,7 +45,7 @@ class Job:
 def kept_in(target: str, out: str | os.PathLike[str] | None) -> Path | None:
     """The run that keeps what is measured; None for a bare model, and where the figures go elsewhere."""
     run_dir = Path(target)
-    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / FIGURES)
+    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / EVAL_FIGURES)
     return run_dir if _is_run(run_dir) and not elsewhere else None
 
 
@@ -66,7 +66,7 @@ def job_of(
     if is_run:
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
-        recipe = load_recipe(str(run_dir / "recipe.toml"), overrides)
+        recipe = load_recipe(str(run_dir / RECIPE), overrides)
         trained = trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"
@@ -93,7 +93,7 @@ def job_of(
             "the prompts with --prompts FILE, or leave --teacher out"
         )
     run = kept_in(target, out)
-    written = run / FIGURES if run else Path(out) if out is not None else None
+    written = run / EVAL_FIGURES if run else Path(out) if out is not None else None
     if written is not None:
         _require_writable(written, out)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"path": path})})
@@ -101,7 +101,7 @@ def job_of(
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "recipe.toml").is_file()
+    return (path / RECIPE).is_file()
 
 
 def _refuse_two_answers(overrides: Sequence[str], prompts: str | None, is_run: bool) -> None:
@@ -124,7 +124,7 @@ def _require_writable(path: Path, out: str | os.PathLike[str] | None) -> None:
     if not directory.is_dir():
         raise ConfigError(f"{name}: there is no directory {directory}")
     if path.is_dir():
-        raise ConfigError(f"{name}: expected a file such as {path / FIGURES}, found a directory")
+        raise ConfigError(f"{name}: expected a file such as {path / EVAL_FIGURES}, found a directory")
     refuse_link(path)
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"{name}: {directory} cannot be written; choose another file with --out")
@@ -148,7 +148,7 @@ def _recipe_for(
 def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
     """The teacher that the run learned from."""
     try:
-        name = read_json(run_dir / "run.json")["cache"]["teacher"]
+        name = read_json(run_dir / RECORD)["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
     found = next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])

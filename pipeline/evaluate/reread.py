@@ -29,8 +29,7 @@ from pipeline.errors import RedpenError
 from pipeline.files import read_json
 from pipeline.rounds.identity import cache_identity
 from pipeline.rounds.scored_block import scored_blocks
-
-REREAD = "reread.safetensors"
+from pipeline.runs.files import RECORD
 
 
 def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> bytes | None:
@@ -51,7 +50,7 @@ def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDA
     """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending; None
     where that is no single round, or where no teacher marked it."""
     try:
-        known = read_json(run / "run.json")["cache"]
+        known = read_json(run / RECORD)["cache"]
         if known.keys() <= {"url", "teacher"} or known["teacher"] == "":
             return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")

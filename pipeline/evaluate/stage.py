@@ -53,16 +53,16 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
-from pipeline.evaluate.eval_cache import EVAL_CACHE, EvalCacheWriter
-from pipeline.evaluate.job import AFTER, FIGURES, Job, job_of, kept_in
-from pipeline.evaluate.reread import REREAD, reread
+from pipeline.evaluate.eval_cache import EvalCacheWriter
+from pipeline.evaluate.job import AFTER, Job, job_of, kept_in
+from pipeline.evaluate.reread import reread
 from pipeline.evaluate.table import show
 from pipeline.files import atomic_directory, remove, staged_file, write_atomically
 from pipeline.models import load as models
 from pipeline.models.resolve import resolve, tokenizer_identity
 from pipeline.rounds.intervals import mean_per_token
 from pipeline.rounds.metrics import scores_reverse_kl
-from pipeline.runs.files import replacing
+from pipeline.runs.files import EVAL_CACHE, EVAL_FIGURES, REREAD, replacing
 from pipeline.runs.lock import locked, replacing_results
 from pipeline.teachers.alignment import View, view_on
 from pipeline.teachers.spans import SpanView
@@ -196,7 +196,7 @@ def _keep(job: Job, figures: str, read_again: bytes | None, results: ExitStack) 
         results.enter_context(staged_file(job.run / REREAD, read_again))
     else:
         old.append(job.run / REREAD)
-    with replacing_results(job.run), graceful(), replacing(job.run, FIGURES, EVAL_CACHE, REREAD):
+    with replacing_results(job.run), graceful(), replacing(job.run, EVAL_FIGURES, EVAL_CACHE, REREAD):
         for path in old:
             remove(path)
         results.close()
@@ -211,7 +211,7 @@ def _keep_part(job: Job, given: Prompts | None, figures: dict[str, Figures], sta
     if job.out.exists() or (job.run is not None and (job.run / EVAL_CACHE).exists()):
         warn(f"{job.out} is still that of an earlier evaluation; what was measured now is above")
     else:
-        with replacing(job.run, FIGURES) if job.run is not None else nullcontext():
+        with replacing(job.run, EVAL_FIGURES) if job.run is not None else nullcontext():
             write_atomically(job.out, _as_json(about, figures))
 
 

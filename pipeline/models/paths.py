@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config.recipe import ModelConfig
 from pipeline.errors import ModelError, ModelNotFoundError, one_line
 from pipeline.models.identity import weight_files
-from pipeline.runs.files import check_made
+from pipeline.runs.files import check_trained
 from pipeline.toy import asset_names, asset_path
 
 #: Files beside a model's weights that belong to it: tokenizer, chat template, generation settings.
@@ -75,7 +75,7 @@ def find_directory(
         raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
     if _is_directory(path):
-        check_made(path)
+        check_trained(path)
         return path
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
         found = "this is a file" if path.exists() else "there is no such directory"

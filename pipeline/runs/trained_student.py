@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.recipe import StudentConfig
-from pipeline.runs.files import MADE, check, read_record
+from pipeline.runs.files import TRAINED, check, read_record
 
 
 def trained_student(student: StudentConfig, directory: Path) -> StudentConfig | None:
@@ -19,7 +19,7 @@ def trained_student(student: StudentConfig, directory: Path) -> StudentConfig | 
         return None
     if record.result.step == 0:
         return student
-    for name in MADE:
+    for name in TRAINED:
         if (directory / name).is_dir():
             check(directory, name, record=record)
             made = str(directory / name)

@@ -116,21 +116,21 @@ def run(
             say(f"packing check: packed and unpacked log-probs agree to {worst:.1g} nats")
 
             heldout = heldout_metric(recipe, trainer, replay)
-            if sharding.is_main_process:
+            if ranks.is_main_process:
                 run.start()
             result = _train(run, trainer, replay, memory, heldout)
             _return_to_best(run, trainer, best_step(train, memory))
             weights = trainer.weights()
-            if sharding.is_main_process:
+            if ranks.is_main_process:
                 with run.writing():
-                    lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
+                    lora.save(model, weights, run.trained, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
                     costs["train"] = ledger.training(recipe, adapter_parameters, memory.tokens, memory.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 show(result.sentence)
-                show(f"{run.made.name}: {run.made}")
+                show(f"{run.trained.name}: {run.trained}")
                 suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
         return result.exit_code if ranks.is_main_process else 0
 
@@ -163,20 +163,20 @@ def _open(
 
 def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, heldout: Metric | None) -> Result:
     """Update until there is a verdict, which is every rank's; the last step is then checkpointed."""
-    train, sharding, saved = trainer.train, trainer.sharding, trainer.step
+    train, ranks, saved = trainer.train, trainer.ranks, trainer.step
     saving = checkpoint.Checkpoints(run.checkpoints, train.keep_checkpoints, before=run.sync_metrics)
 
     def save(*, wait: bool = False) -> None:
         nonlocal saved
         if saved < trainer.step:
             tensors, saved = trainer.tensors(), trainer.step
-            if sharding.is_main_process:
+            if ranks.is_main_process:
                 with run.writing():
                     saving.save(saved, tensors, asdict(memory), best_step(train, memory))
         if wait:
             with run.writing():
                 saving.wait()
-            sharding.barrier()
+            ranks.barrier()
 
     batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
     bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
@@ -206,7 +206,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
             memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
             if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, memory):
                 save()
-            if signum := sharding.maximum(stop.signum or 0):  # of any rank: all stop at this step
+            if signum := ranks.maximum(stop.signum or 0):  # of any rank: all stop at this step
                 save(wait=True)
                 raise Interrupted(signum, f"step {trainer.step} of {train.steps} is in {run.checkpoints}")
         save(wait=True)
@@ -220,7 +220,7 @@ def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
         _restore(trainer, lambda: replace(_final(start, trainer.train), step=0))
     if found is not None:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
-    if trainer.sharding.is_main_process:
+    if trainer.ranks.is_main_process:
         run.rewind_metrics(trainer.step)
     return _memory(run.checkpoints, found) if found is not None else Memory()
 
@@ -258,10 +258,15 @@ def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> No
 
 def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None]) -> checkpoint.Checkpoint | None:
     """Put the trainer where a checkpoint is, if there is one. The first rank reads it."""
-    sharding = trainer.sharding
-    found = read() if sharding.is_main_process else None
-    outline = sharding.broadcast(None if found is None else found.outline())
-    found = found or outline
+    found = None
+
+    def outline() -> checkpoint.Checkpoint | None:
+        nonlocal found
+        found = read()
+        return found.outline() if found is not None else None
+
+    outlined = trainer.ranks.broadcast(outline)
+    found = found or outlined
     if found is not None:
         trainer.restore(found)
     return found
@@ -283,7 +288,7 @@ def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
 @contextlib.contextmanager
 def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[tracking.Recorder | None]:
     """Writes down the steps after the trainer's and at the end how the run ended, if it has; on the first rank."""
-    if not trainer.sharding.is_main_process:
+    if not trainer.ranks.is_main_process:
         yield None
         return
     recorder = tracking.Recorder(run, trainer.step + 1)

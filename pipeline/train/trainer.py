@@ -72,14 +72,15 @@ class Trainer:
         train: TrainConfig,
         sharding: WeightSharding = WeightSharding(),  # noqa: B008  frozen
     ):
-        self.model, self.objective, self.train, self.sharding = model, objective, train, sharding
+        self.model, self.objective, self.train = model, objective, train
+        self.sharding, self.ranks = sharding, sharding.ranks
         Head.of(model)  # what it refuses is refused before the first forward pass
         if train.gradient_checkpointing:
             unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.within = sharding.parallelize(model)
         self.parameters = trainable(model)
         self.masters = master_weights(self.parameters)
-        self.gradients = Gradients(self.masters, sharding)
+        self.gradients = Gradients(self.masters, self.ranks)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = make_optimizer(self.masters, train)
         self.step = 0
@@ -126,7 +127,7 @@ class Trainer:
         them; what is measured is that of the whole batch too."""
         if self.train.lora_dropout:
             # Masks are a function of seed, step and rank, so there is no generator state to keep.
-            torch.manual_seed(hash((self.train.seed, self.step, self.sharding.rank)) % 2**63)
+            torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
         self.gradients.clear()
         n_tokens = batch.n_tokens
         parts = [Sums.zero(self.device)]
@@ -149,7 +150,7 @@ class Trainer:
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
-        return batch.micro_batches(budget, self.sharding.rank, self.sharding.size, share_prompts_from=share)
+        return batch.micro_batches(budget, self.ranks.rank, self.ranks.size, share_prompts_from=share)
 
     def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, Sums]:
         """A micro-batch's share of the loss, and what is measured of it; `n_tokens` counts the whole global batch."""
@@ -174,7 +175,7 @@ class Trainer:
 
     def _over_ranks(self, sums: Sums) -> Sums:
         sizes = [sums.totals.numel(), sums.drift.numel()]
-        told = self.sharding.gather(torch.cat([sums.totals, sums.drift]))
+        told = self.ranks.gather(torch.cat([sums.totals, sums.drift]))
         return Sums.merge([Sums(*torch.split(values, sizes)) for values in told])
 
     # -- state ------------------------------------------------------------------------------------------------------
