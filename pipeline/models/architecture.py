@@ -20,6 +20,7 @@ from pipeline.forward.attention import ATTENTION, watched
 from pipeline.forward.head import Head, unwrapped
 from pipeline.models import load as models
 from pipeline.models.meta_model import WithoutValues
+from pipeline.models.resolve import resolve, setting_name
 
 _META = torch.device("meta")
 _LENGTHS = (5, 3)
@@ -33,12 +34,12 @@ def check_architecture(cfg: ModelConfig) -> None:
     Raises:
         ModelError: naming the model, its architecture and the reason.
     """
-    label = f"{models.setting(cfg, 'model')} = {cfg.model!r}"
+    label = f"{setting_name(cfg, 'model')} = {cfg.model!r}"
     try:
         model = models.load_skeleton(cfg, _META)
     except ModelError as error:
         if isinstance(error.__cause__, KeyError) and ATTENTION in str(error.__cause__):
-            name = " ".join(models.architectures(cfg))
+            name = " ".join(resolve(cfg).architectures)
             raise _refusal(label, name, "it does not use transformers' attention interface") from error
         raise
     name = type(unwrapped(model)).__name__
