@@ -37,9 +37,10 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.forward.packing import check_packing
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
+from pipeline.models.resolve import resolve
 from pipeline.teachers.alignment import View, align
 from pipeline.text.prompts import check_record, render_all
 from pipeline.train import in_memory, trainer
@@ -116,13 +117,13 @@ class Student:
         tile_tokens: int = 8192,
     ):
         self.config = _config(model)
-        self.tokenizer = models.load_tokenizer(self.config)
+        self._facts = resolve(self.config)
+        self.tokenizer = self._facts.tokenizer
         self.model: Any = models.load_model(self.config, trainable=True)
         self._prompts = PromptsConfig(path="prompts", template=template, template_args=template_args or {})
-        self._facts = models.model_facts(self.config)
-        known = models.tokenizer_identity(self.tokenizer, self.config.model).vocab_size
-        known = min(known, self._facts.vocab_size)
-        self._options = ScoreOptions(candidates=candidates, candidate_vocab=known, tile_tokens=tile_tokens)
+        self._options = ScoreOptions(
+            candidates=candidates, candidate_vocab=self._facts.known_tokens, tile_tokens=tile_tokens
+        )
         self._passes = 0
 
     def sample(self, prompts: Sequence[Prompt], settings: RolloutsConfig = RolloutsConfig()) -> Rollouts:  # noqa: B008
@@ -150,7 +151,7 @@ class Student:
         sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,
-            stop_token_ids=models.stop_token_ids(self.config, self.tokenizer, settings),
+            stop_token_ids=self._facts.stop_token_ids(settings),
             rollouts_per_prompt=settings.rollouts_per_prompt,
             max_response_tokens=settings.max_response_tokens,
             seed=settings.seed,
@@ -177,7 +178,7 @@ class Student:
             ModelError: a different student sampled it, or its candidates were drawn at random, which only
                 `redpen train` can learn from.
         """
-        cached, own = round_.manifest.student, models.model_identity(self.config)
+        cached, own = round_.manifest.student, self._facts.identity
         read = round_.scores(cs.STUDENT)
         if (cached.digest, cached.adapter_digest) != (own.digest, own.adapter_digest):
             raise ModelError(
@@ -205,7 +206,7 @@ class Teacher:
 
     def __init__(self, model: str | ModelConfig, *, tile_tokens: int = 8192):
         self.config = TeacherConfig(**_config(model).model_dump())
-        self.tokenizer = models.load_tokenizer(self.config)
+        self.tokenizer = resolve(self.config).tokenizer
         self.model = models.load_model(self.config)
         self._options = ScoreOptions(tile_tokens=tile_tokens)
         self._aligned_with: PreTrainedTokenizerBase | None = None
@@ -226,7 +227,7 @@ class Teacher:
         """
         student, batch = rollouts.tokenizer, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids)
         if self._aligned_with is not student:
-            sizes = max(rollouts.vocab_size, len(student)), models.model_facts(self.config).vocab_size
+            sizes = max(rollouts.vocab_size, len(student)), resolve(self.config).vocab_size
             alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
             self._view = View(alignment=None if alignment.is_identity(student) else alignment)
             (theirs,) = self._view.of(batch).blocks
@@ -312,7 +313,7 @@ class Trainer:
 
     def _objective(self, loss_fn: LossFn) -> Objective:
         train = self._train.model_copy(update={"loss": loss_fn, "advantage": "cached"})
-        return Objective(train, in_memory.Given({}), models.model_facts(self.student.config).vocab_size)
+        return Objective(train, in_memory.Given({}), resolve(self.student.config).vocab_size)
 
 
 def _config(model: str | ModelConfig) -> ModelConfig:

@@ -35,6 +35,7 @@ from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import DISTILL, GATE, SFT
+from pipeline.runs.trained_student import trained_student
 from pipeline.sft import stage as sft
 from pipeline.text.answers import share_right
 from pipeline.train import ledger
@@ -70,10 +71,10 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             if ranks.is_main_process:
                 run.start()
             with under_way():
-                if models.trained_student(recipe.student, run.path / SFT) is None:
+                if trained_student(recipe.student, run.path / SFT) is None:
                     sft.run(recipe, (), run.path / SFT)
                     models.free_memory()
-                tuned = models.trained_student(recipe.student, run.path / SFT)
+                tuned = trained_student(recipe.student, run.path / SFT)
                 assert tuned is not None
                 distill.run(recipe.model_copy(update={"student": tuned}), cache_url, run.path / DISTILL)
                 models.free_memory()
@@ -100,7 +101,7 @@ def _open(
 
 def _finish(run: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     """Copy the trained student, measure the gate, and record how it ended."""
-    after = models.trained_student(tuned, run.path / DISTILL) or tuned
+    after = trained_student(tuned, run.path / DISTILL) or tuned
     source = after.adapter if recipe.train.method == "lora" else after.model
     with run.writing(), atomic_directory(run.trained) as partial:
         assert source is not None

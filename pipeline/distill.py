@@ -43,6 +43,7 @@ from pipeline.rollouts import stage as rollouts
 from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, read_record, read_steps
+from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
 from pipeline.text.prompts import load_prompts
 from pipeline.train import inputs, ledger
@@ -226,7 +227,7 @@ def _round_recipe(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) 
     prompts, student = recipe.prompts, recipe.student
     rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
     if index:
-        trained = models.trained_student(student, _round_directory(run, index - 1))
+        trained = trained_student(student, _round_directory(run, index - 1))
         assert trained is not None, "the round before has ended, and its training writes removed files again"
         student = trained
     return recipe.model_copy(

@@ -24,7 +24,10 @@ from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
 from pipeline.models.files import read_adapter_config
 from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
+from pipeline.models.paths import base_name
+from pipeline.models.resolve import resolve
 from pipeline.runs.files import MODEL, RECIPE
+from pipeline.runs.trained_student import trained_student
 
 
 class _AdapterConfig(BaseModel):
@@ -50,7 +53,8 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
         raise RedpenError(f"--output {output}: expected a new or empty directory; choose another, or remove it first")
     cfg = _with_adapter(target, base)
     try:
-        source, facts = models.model_directory(cfg), models.model_facts(cfg)
+        facts = resolve(cfg)
+        source = facts.directory
     except ModelNotFoundError as error:
         raise ModelError(f"--base: {error}") from error
     if facts.quantisation is not None:
@@ -69,7 +73,7 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
     try:
         with atomic_directory(to) as partial:
             models.save_model(merged, partial, source)
-            write_atomically(partial / "README.md", mask(_merged_card(models.base_name(cfg), name, card)))
+            write_atomically(partial / "README.md", mask(_merged_card(base_name(cfg), name, card)))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
@@ -114,14 +118,14 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
         recipe = load_recipe(str(run / RECIPE))
         if recipe.train.method == "full":
             raise RedpenError(f"run {target}: trained all weights, so {run / MODEL} is a whole model already")
-        trained = models.trained_student(recipe.student, run)
+        trained = trained_student(recipe.student, run)
         if trained is None:
             raise RedpenError(f"run {target}: has no adapter yet; repeat the command that started it")
         if trained == recipe.student:
             raise RedpenError(f"run {target}: its result is the student of the recipe, so there is nothing to merge")
         cfg: ModelConfig = trained.model_copy(update={"quantisation": None})
     else:
-        directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
+        directory = resolve(ModelConfig(model="-", adapter=target)).adapter_directory
         assert directory is not None
         settings = read_adapter_config(directory)
         name = base or settings.base_model_name_or_path
@@ -135,7 +139,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
 
 def _card_of(cfg: ModelConfig) -> ModelCard | None:
     """The adapter's model card, or None if there is none that can be parsed."""
-    directory = models.adapter_directory(cfg)
+    directory = resolve(cfg).adapter_directory
     assert directory is not None
     try:
         card: ModelCard = ModelCard.load(directory / "README.md")

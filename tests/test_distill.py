@@ -22,7 +22,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.distill import Measurement, RoundResult, final_result
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.rounds.metrics import scores_reverse_kl
 
 Make = Callable[..., Recipe]
@@ -53,7 +53,7 @@ def test_each_round_is_sampled_by_the_student_before(undisturbed: Path) -> None:
     cache, run = cs.open(undisturbed / "cache.zarr"), undisturbed / "run"
     assert cache.round_indices() == [0, 1] and not list(cs.verify(cache))
     first, second = cache.round(0), cache.round(1)
-    adapter = models.model_identity(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student)
+    adapter = resolve(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student).identity
     assert first.manifest.student.adapter_digest is None
     assert second.manifest.student.adapter_digest == adapter.adapter_digest is not None
     asked = [{round_.prompts[i]["prompt"] for i in range(12)} for round_ in (first, second)]

@@ -24,7 +24,7 @@ from pipeline import cli
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 #: The student's ids that the made-up rollouts use, and the one that ends them.
 A, B, EOS = 65, 66, 256
@@ -136,7 +136,7 @@ def test_lightning_opd_is_imported_scored_and_trained_on(
         assert teacher.entropy is None and teacher.candidate_logprobs is None
 
     code, out, _ = redpen("score toy --cache c")
-    assert code == 0 and "teacher: imported, taken as it is" in out and "student: mean log-prob" in out
+    assert code == 0 and "teacher: imported scores are kept" in out and "student: mean log-prob" in out
     assert redpen("inspect c --rollout 3")[0] == 0 and redpen("verify c")[0] == 0
     code, _, err = redpen("train toy --cache c --run refused --set train.loss=jsd")
     assert code == 1 and "the scores by 'teacher' hold no candidates (engine import)" in err
@@ -219,7 +219,7 @@ def test_finish_reason(
 def test_a_prompt_is_rendered_once(tmp_path: Path) -> None:
     """By the recipe's template, or by whoever wrote the file, never by both."""
     chat = ("prompts.template=chat", "rollouts.max_prompt_tokens=80")
-    tokenizer = models.load_tokenizer(toy().student)
+    tokenizer = resolve(toy().student).tokenizer
     messages = [{"role": "user", "content": "1+1="}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -38,8 +38,8 @@ from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.interchange.rows import Float32, Int32, Row, read_rows
-from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED, created_by
+from pipeline.models.resolve import ResolvedModel, resolve, tokenizer_identity
 from pipeline.text.prompts import check_record, render, template_identity
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ def run(
         RedpenError: the file cannot be read, or a row of it is no rollout of this student; nothing was written then.
         CacheError: the cache holds something else, is locked, or its disk is too small.
     """
-    settings, facts = recipe.rollouts, models.model_facts(recipe.student)
-    tokenizer = models.load_tokenizer(recipe.student)
+    settings, facts = recipe.rollouts, resolve(recipe.student)
+    tokenizer = resolve(recipe.student).tokenizer
     reader = _Reader(
         Path(file),
         recipe,
         tokenizer,
-        models.tokenizer_identity(tokenizer, recipe.student.model),
-        models.stop_token_ids(recipe.student, tokenizer, settings),
+        tokenizer_identity(tokenizer, recipe.student.model),
+        resolve(recipe.student).stop_token_ids(settings),
         facts,
     )
     say(f"checking {file}")
@@ -79,7 +79,7 @@ def run(
     with Path(file).open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     manifest = cs.RoundManifest(
-        student=models.model_identity(recipe.student),
+        student=resolve(recipe.student).identity,
         tokenizer=reader.tokenizer_identity,
         template=reader.template(found.renderings),
         stop_token_ids=reader.stop_ids,
@@ -206,7 +206,7 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_identity: cs.TokenizerIdentity
     stop_ids: tuple[int, ...]
-    facts: models.ModelFacts
+    facts: ResolvedModel
 
     def survey(self) -> _Survey:
         """Check every row. Raises `RedpenError` naming the first bad one and how many there are."""

@@ -10,7 +10,7 @@ from rich.text import Text
 from pipeline.config.recipe import Recipe
 from pipeline.console import escape_control, results
 from pipeline.disk import readable
-from pipeline.models.load import model_facts
+from pipeline.models.resolve import resolve
 from pipeline.plan.assumed import Device, Lengths
 from pipeline.plan.cost import RecipeCost
 from pipeline.plan.memory import GIB, PlannedModels, StepMemory
@@ -101,7 +101,7 @@ def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: 
         share = recipe.vllm.gpu_memory_utilization or 0.9
         found.append(f"vLLM reserves {share:.0%} of the GPU in any case, and uses the rest for more KV cache")
     for name, cfg in models.configs.items():
-        if cfg.quantisation is None and (method := model_facts(cfg).quantisation):
+        if cfg.quantisation is None and (method := resolve(cfg).quantisation):
             found.append(f"{name}: its checkpoint is quantised ({method}), its weights are counted as {cfg.dtype}")
         if cfg.adapter and name != "student":
             found.append(f"{name}: its adapter is not counted")

@@ -25,11 +25,12 @@ from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
-from pipeline.models import load as models
-from pipeline.models.identity import DATA, created_by
+from pipeline.models.identity import created_by
+from pipeline.models.resolve import resolve
+from pipeline.rounds.manifests import examples_round
 from pipeline.runs.files import SFT_ROUND
 from pipeline.sft.examples import FIELDS, Example, ExampleReader, mix
-from pipeline.text.prompts import raw_rows, template_identity
+from pipeline.text.prompts import raw_rows
 from pipeline.train import stage as train
 
 #: A line of a data file: its place, for messages, and its value.
@@ -103,30 +104,18 @@ def _prepare_round(recipe: Recipe, url: str) -> None:
     provenance = {"data": settings, "sha256": _sha256(sources)}
     if _is_complete(url, provenance):
         return
-    tokenizer, facts = models.load_tokenizer(recipe.student), models.model_facts(recipe.student)
-    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
-    max_tokens = min(recipe.sft.max_tokens, facts.context or recipe.sft.max_tokens)
-    examples = _examples(recipe, sources, ExampleReader(tokenizer, recipe.prompts, stop_ids, max_tokens))
+    student = resolve(recipe.student)
+    stop_ids = student.stop_token_ids(recipe.rollouts)
+    max_tokens = min(recipe.sft.max_tokens, student.context or recipe.sft.max_tokens)
+    examples = _examples(recipe, sources, ExampleReader(student.tokenizer, recipe.prompts, stop_ids, max_tokens))
     records = [example.record for example in examples]
-    manifest = cs.RoundManifest(
-        student=models.model_identity(recipe.student),
-        tokenizer=models.tokenizer_identity(tokenizer, recipe.student.model),
-        template=template_identity(tokenizer, recipe.prompts),
-        stop_token_ids=stop_ids,
-        temperature=1.0,
-        top_p=1.0,
-        rollouts_per_prompt=1,
+    manifest = examples_round(
+        recipe,
+        student,
+        records,
         max_prompt_tokens=max(len(example.prompt) for example in examples),
         max_response_tokens=max(len(example.response) for example in examples),
-        prompts_per_block=min(recipe.rollouts.prompts_per_block, len(examples)),
-        seed=recipe.train.seed,
-        engine=DATA,
-        prompts_sha256=cs.prompts_sha256(records),
-        n_prompts=len(examples),
-        vocab_size=facts.vocab_size,
-        dtype=facts.dtype,
-        sampler_settings=provenance,
-        created_by=created_by(),
+        data=provenance,
     )
     cache = cs.create(url, created_by=created_by())
     with cache.lock("redpen sft"), graceful() as stop, progress("examples", len(examples), "examples") as bar:

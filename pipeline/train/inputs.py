@@ -12,8 +12,8 @@ from pipeline.config.recipe import Recipe, TrainConfig
 from pipeline.config.settings import did_you_mean
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED
+from pipeline.models.resolve import resolve
 from pipeline.text.answers import Checker
 from pipeline.train.likelihood import CrossEntropy
 from pipeline.train.mixture import Teachers
@@ -135,7 +135,7 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
     train, select = recipe.train, recipe.select
     stop_ids, special_ids = round_.manifest.stop_token_ids, ()
     if not select.special_tokens:
-        special_ids = tuple(set(models.load_tokenizer(recipe.student).all_special_ids) - set(stop_ids))
+        special_ids = tuple(set(resolve(recipe.student).tokenizer.all_special_ids) - set(stop_ids))
     order = Order(
         round_.n_prompts,
         round_.manifest.prompts_per_block,
@@ -148,7 +148,7 @@ def replay(recipe: Recipe, round_: cs.Round, learnt: Learnt) -> Replay:
     taught = learnt.teachers.taught if isinstance(learnt, Objective) else {}
     derived: list[Derived] = []
     if recipe.reward.coefficient:
-        tokenizer, checker = models.load_tokenizer(recipe.student), Checker.of(recipe.eval)
+        tokenizer, checker = resolve(recipe.student).tokenizer, Checker.of(recipe.eval)
         derived.append(Rewards(round_, tokenizer, checker, recipe.reward).columns)
     if train.behaviour_correction:
         derived.append(behaviour)
@@ -263,7 +263,7 @@ def check_behaviour(round_: cs.Round) -> None:
 
 def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     """The student must be the one that sampled the rollouts, and should be read in the type it was scored in."""
-    cached, now = round_.manifest.student, models.model_identity(recipe.student)
+    cached, now = round_.manifest.student, resolve(recipe.student).identity
     differing = [
         f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's {getattr(now, field)} ({now.name})"
         for field in ("digest", "adapter_digest")
@@ -276,7 +276,7 @@ def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
         )
     if recipe.train.loss == "cross_entropy":
         return
-    facts, scores = models.model_facts(recipe.student), round_.scores(cs.STUDENT).manifest
+    facts, scores = resolve(recipe.student), round_.scores(cs.STUDENT).manifest
     assert isinstance(scores, cs.ScoresManifest)
     if scores.quantisation != facts.quantisation:
         raise ModelError(

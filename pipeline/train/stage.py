@@ -113,7 +113,7 @@ def run(
             trainer = Trainer(model, objective, train, sharding)
             memory = _resume(run, trainer, start)
             worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
-            say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
+            say(f"packing check: packed and unpacked log-probs agree to {worst:.1g} nats")
 
             heldout = heldout_metric(recipe, trainer, replay)
             if ranks.is_main_process:
