@@ -109,7 +109,7 @@ def child(form: str, directory: Path, tokens: int, out: Path) -> dict[str, float
     from pipeline.config.recipe import ModelConfig
     from pipeline.engines.resident import ResidentScorer
     from pipeline.engines.scoring import ScoreOptions
-    from pipeline.forward.packing import register_packed_attention
+    from pipeline.forward.attention import register_packed_attention
     from pipeline.models import load as models
     from pipeline.models.resolve import resolve
     from pipeline.streaming.streamed import StreamedScorer

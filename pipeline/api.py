@@ -37,7 +37,7 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.forward.packing import check_packing
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.models.resolve import resolve

@@ -52,7 +52,7 @@ def one_line(captured: str) -> str:
         ("verify nothing", "cache nothing: nothing is there"),
         ("verify file", "cache file: this is a file"),
         ("verify directory", "cache directory: this is not a redpen cache"),
-        ("inspect newer", "cache newer: format version 2, this redpen reads up to 1; upgrade it"),
+        ("inspect newer", "cache newer: expected format version 1 at most, found 2; upgrade redpen"),
         ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` makes one"),
         ("inspect empty --rollout 0", "cache empty: holds no rollouts yet"),
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),

@@ -185,9 +185,7 @@ def test_an_index_names_files_beside_it(tiny: Path, weight_map: object) -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize(
-    "name", ["x" * 100_000, "/" + "x/" * 50_000, "toy:" + "x" * 100_000, "file://host/x", "a\0b"]
-)
+@pytest.mark.parametrize("name", ["x" * 4000, "/" + "x/" * 2000, "toy:" + "x" * 4000, "file://host/x", "a\0b"])
 def test_a_name_that_is_none_is_not_repeated_in_full(name: str) -> None:
     for cfg in (ModelConfig(model=name), ModelConfig(model="toy:student", adapter=name)):
         with pytest.raises(ModelError) as error:
@@ -299,7 +297,7 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
 
 def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
     from pipeline.engines.resident import ResidentScorer
-    from pipeline.forward.packing import check_packing
+    from pipeline.forward.packing_check import check_packing
 
     damage(tiny)
     model, sequences = models.load_model(config(tiny)), [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]
@@ -335,7 +333,7 @@ def test_an_engine_that_tells_no_numbers_is_refused() -> None:
     with pytest.raises(ModelError, match="not finite"):
         EngineLogprobs.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
     EngineLogprobs.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(ModelError, match="log-prob of token 2"):
         EngineLogprobs.positions(
             [None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None)
         )

@@ -28,8 +28,10 @@ from helpers.caches import small_recipe
 from helpers.models import FAMILIES
 from pipeline import cli, plan
 from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.forward.attention import register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models import flops, meta_model
 from pipeline.models.load import load_model
 from pipeline.models.lora import make_trainable, trainable, training_mode

@@ -23,7 +23,7 @@ from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import register_packed_attention
+from pipeline.forward.attention import register_packed_attention
 from pipeline.models import load as models
 from pipeline.models.paths import find_directory
 from pipeline.rounds.metrics import reverse_kl

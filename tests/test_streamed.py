@@ -31,7 +31,7 @@ from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import PackPlan
+from pipeline.forward.attention import PackPlan
 from pipeline.models import load as models
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.score import stage

@@ -65,7 +65,7 @@ def load_model(
     """
     started = time.perf_counter()
     if attention == "redpen_packed":
-        from pipeline.forward.packing import register_packed_attention
+        from pipeline.forward.attention import register_packed_attention
 
         register_packed_attention()
     source = resolve(model)
@@ -117,7 +117,7 @@ def load_skeleton(model: ModelConfig | ResolvedModel, device: torch.device | Non
     Raises:
         ModelError: not found, or not a causal language model.
     """
-    from pipeline.forward.packing import register_packed_attention
+    from pipeline.forward.attention import register_packed_attention
 
     register_packed_attention()
     source = resolve(model)

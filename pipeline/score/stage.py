@@ -41,7 +41,7 @@ from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import check_packing
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED
 from pipeline.models.paths import is_available

@@ -28,7 +28,8 @@ from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.tiles import Tile, joined, score_tile, tiles_of
 from pipeline.errors import ModelError
 from pipeline.forward.head import Head
-from pipeline.forward.packing import check_packing, pack, packed_hidden, tiles
+from pipeline.forward.packing import pack, packed_hidden, tiles
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.adapters import with_adapter
 from pipeline.models.files import check_model_files
@@ -126,7 +127,7 @@ class StreamedScorer:
         return joined(parts)
 
     def check_packing(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> float:
-        """`pipeline.forward.packing.check_packing`, all of it as one wave. Raises `ModelError`."""
+        """`pipeline.forward.packing_check.check_packing`, all of it as one wave. Raises `ModelError`."""
 
         def run(forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
             with self._stream.passes(1) as weights:

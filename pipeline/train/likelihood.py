@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.forward.head import HeadLoss
+from pipeline.forward.loss_head import HeadLoss
 from pipeline.train import losses
 from pipeline.train.objective import Sums, weighted_total
 from pipeline.train.replay import MicroBatch

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cache_schema as cs
 from pipeline.config.recipe import RewardConfig, TrainConfig
-from pipeline.forward.head import HeadLoss
+from pipeline.forward.loss_head import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums
 from pipeline.train.mixture import Teachers

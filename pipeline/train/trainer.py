@@ -17,8 +17,10 @@ from pipeline.config.recipe import TrainConfig
 from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
-from pipeline.forward.head import Head, HeadLoss, chunked_head_loss, unwrapped
-from pipeline.forward.packing import check_packing, pack, packed_hidden
+from pipeline.forward.head import Head, unwrapped
+from pipeline.forward.loss_head import HeadLoss, chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
+from pipeline.forward.packing_check import check_packing
 from pipeline.models.lora import trainable, training_mode
 from pipeline.runs.checkpoint import Checkpoint, Tensors
 from pipeline.train.objective import Sums

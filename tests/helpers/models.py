@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from helpers.caches import small_recipe
-from pipeline.forward.packing import ATTENTION
+from pipeline.forward.attention import ATTENTION
 from pipeline.models.resolve import resolve
 
 V = 71
