@@ -75,7 +75,8 @@ def prepare(
         return reverse_kl(slice(None), logprobs.gather(1, columns), rest)
 
     def redpen() -> Tensor:
-        from pipeline.forward.head import Head, chunked_head_loss
+        from pipeline.forward.head import Head
+        from pipeline.forward.loss_head import chunked_head_loss
 
         return chunked_head_loss(states, Head(weight), columns, reverse_kl, rows_per_chunk, entropy=True).loss
 

@@ -79,7 +79,7 @@ class Shape:
         import torch
         from transformers import AutoModelForCausalLM, Qwen3Config
 
-        from pipeline.forward.packing import register_packed_attention
+        from pipeline.forward.attention import register_packed_attention
 
         register_packed_attention()
         torch.manual_seed(0)

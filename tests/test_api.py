@@ -246,7 +246,7 @@ def test_a_cached_round_is_read_as_rollouts(toy_cache: Path, recipe: Callable[..
     trainer.update(rollouts, -(rollouts.logprobs - teacher_logp), loss_fn="importance_sampling")
     with pytest.raises(RedpenError, match=r"one pass only"):  # read anew, they are still the same rollouts
         trainer.update(student.cached(round_, 2), -(rollouts.logprobs - teacher_logp), loss_fn="importance_sampling")
-    with pytest.raises(ModelError, match=r"was sampled by another student, toy:student"):
+    with pytest.raises(ModelError, match=r"was sampled by a different student, toy:student"):
         Student(ModelConfig(model="toy:teacher", **FP32)).cached(round_, 2)
     drawn = make_cache(tmp_path / "drawn.zarr", recipe("score.candidate_kind=sampled", "prompts.limit=4"))
     with pytest.raises(ModelError, match=r'expected candidates of kind "topk", got "sampled"; use `redpen train`'):

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from helpers.models import largest_output
 from pipeline.errors import ModelError
-from pipeline.forward.head import Head, chunked_head_loss, logits, score_rows, without_repeats
+from pipeline.forward.head import Head, logits, score_rows, without_repeats
+from pipeline.forward.loss_head import chunked_head_loss
 from pipeline.forward.packing import decoder_body
 from pipeline.models.peak_memory import PeakBytes
 from pipeline.train import losses

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, BioGptConfig, Gemma3Config, OPTConfig, PhimoeConfig, XGLMConfig
 
 from pipeline.config.recipe import TrainConfig
+from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import unwrapped
-from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models.lora import add_lora, trainable, training_mode
 
 SHAPE: dict[str, Any] = dict(

@@ -22,6 +22,7 @@ from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.runs import checkpoint
 from pipeline.train import stage
 from pipeline.train.trainer import StudentTrainer
@@ -158,7 +159,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match=r'student\.quantisation = "nf4": .* is quantised already \(gptq\)'):
-        models.model_facts(ModelConfig(model=str(base), quantisation="nf4"))
+        resolve(ModelConfig(model=str(base), quantisation="nf4"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         ConfigError, match=r'student\.quantisation = "nf4": needs bitsandbytes, .*install redpen\[quant\]'

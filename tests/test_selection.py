@@ -17,7 +17,7 @@ from helpers import cache_factory as factory
 from helpers.training import distance, flat_gradient, moved, trainer_of
 from pipeline.config.recipe import Recipe, SelectConfig
 from pipeline.errors import ConfigError
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.train import stage
 from pipeline.train.build import make_objective, make_replay
 from pipeline.train.order import Order
@@ -201,7 +201,7 @@ def test_special_tokens_are_the_tokenizers(toy_cache: Path, recipe: Make) -> Non
     settings, round_ = recipe("select.special_tokens=false"), cs.open(toy_cache).round()
     selection = make_replay(settings, round_, make_objective(settings, round_, ["teacher"])).selection
     assert selection.stop_ids == round_.manifest.stop_token_ids
-    every = set(models.load_tokenizer(settings.student).all_special_ids)
+    every = set(resolve(settings.student).tokenizer.all_special_ids)
     assert set(selection.special_ids) == every - set(selection.stop_ids) != every
 
 

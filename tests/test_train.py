@@ -21,8 +21,8 @@ from helpers.caches import make_cache, small_recipe, tree_digest
 from helpers.training import curve, distance, flat_gradient, gradient, moved, naive_gradient, trainer_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.models import load as models
 from pipeline.models import lora
+from pipeline.models.paths import resolve_path
 from pipeline.train import ledger, stage
 from pipeline.train.packs import tokens_of
 from pipeline.train.trainer import learning_rate
@@ -257,7 +257,7 @@ def test_only_the_student_is_loaded_and_the_cache_untouched(
     before = tree_digest(toy_cache)
     gone = recipe(f"teacher.model={tmp_path / 'deleted'}", "train.steps=2")
     assert stage.run(gone, str(toy_cache), tmp_path / "run") == 0
-    assert opened == [models.resolve_path("toy:student")]
+    assert opened == [resolve_path("toy:student")]
     assert tree_digest(toy_cache) == before
 
 

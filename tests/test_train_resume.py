@@ -211,7 +211,7 @@ def test_a_finished_run_goes_on_for_more_steps(toy_cache: Path, tmp_path: Path) 
     cooled = tmp_path / "cooled"
     assert stage.run(small_recipe("train.steps=3", "train.schedule=linear"), str(toy_cache), cooled) == 0
     with pytest.raises(
-        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can go on\); choose'
+        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can be extended\); choose'
     ):
         stage.run(small_recipe("train.steps=7", "train.schedule=linear"), str(toy_cache), cooled)
 

@@ -16,9 +16,11 @@ from torch import nn
 from pipeline.config.recipe import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.forward import packing
+from pipeline.forward.attention import ATTENTION, watched
 from pipeline.forward.head import Head, unwrapped
 from pipeline.models import load as models
 from pipeline.models.meta_model import WithoutValues
+from pipeline.models.resolve import resolve, setting_name
 
 _META = torch.device("meta")
 _LENGTHS = (5, 3)
@@ -32,12 +34,12 @@ def check_architecture(cfg: ModelConfig) -> None:
     Raises:
         ModelError: naming the model, its architecture and the reason.
     """
-    label = f"{models.setting(cfg, 'model')} = {cfg.model!r}"
+    label = f"{setting_name(cfg, 'model')} = {cfg.model!r}"
     try:
         model = models.load_skeleton(cfg, _META)
     except ModelError as error:
-        if isinstance(error.__cause__, KeyError) and packing.ATTENTION in str(error.__cause__):
-            name = " ".join(models.architectures(cfg))
+        if isinstance(error.__cause__, KeyError) and ATTENTION in str(error.__cause__):
+            name = " ".join(resolve(cfg).architectures)
             raise _refusal(label, name, "it does not use transformers' attention interface") from error
         raise
     name = type(unwrapped(model)).__name__
@@ -85,7 +87,7 @@ def _reason(model: Any) -> str | None:
     for index, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(enter(index)))
     try:
-        with torch.no_grad(), WithoutValues(), packing.watched(lambda: attending.add(current[0])):
+        with torch.no_grad(), WithoutValues(), watched(lambda: attending.add(current[0])):
             packing.packed_hidden(model, packing.pack(sequences, [1] * len(sequences), _META))
     finally:
         for handle in handles:

@@ -231,7 +231,7 @@ def misplaced_tensors(unexpected: Iterable[str], config: ConfigFile) -> list[str
     return sorted(name for name in unexpected if not harmless(name))
 
 
-def named(names: Collection[str], shown: int = 3) -> str:
-    """A few of many names, for a message."""
+def shortened(names: Collection[str], shown: int = 3) -> str:
+    """The first few of many names, for a message."""
     some = ", ".join(sorted(names)[:shown])
     return f"{some} and {len(names) - shown} more" if len(names) > shown else some

@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.recipe import ModelConfig, TrainConfig
 from pipeline.console import warn
@@ -22,6 +20,9 @@ from pipeline.forward.finite import name_of
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
+from pipeline.models._transformers_compat import Conv1D, GradientCheckpointingLayer
+from pipeline.models.paths import base_name
+from pipeline.models.resolve import resolve
 
 _NAME = "default"
 
@@ -162,7 +163,7 @@ def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, stude
     with atomic_directory(directory) as partial:
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[_NAME]
-            config.base_model_name_or_path, config.revision = models.base_name(student), student.revision
+            config.base_model_name_or_path, config.revision = base_name(student), student.revision
             if not isinstance(config.target_modules, str):
                 config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
             # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
@@ -171,7 +172,7 @@ def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, stude
             assert isinstance(model, PreTrainedModel)
             tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
-            models.save_model(model, partial, models.model_directory(student), buffers | dict(weights))
+            models.save_model(model, partial, resolve(student).directory, buffers | dict(weights))
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

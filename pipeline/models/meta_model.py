@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import AttentionInterface
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.recipe import ModelConfig
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
+from pipeline.models._transformers_compat import Conv1D
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 
 _DispatchMode: Any = _python_dispatch.TorchDispatchMode  # has no types

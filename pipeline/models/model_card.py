@@ -10,8 +10,8 @@ from typing import Any
 import cache_schema as cs
 from pipeline.config.recipe import Recipe, TrainConfig
 from pipeline.credentials import mask
-from pipeline.models import load as models
 from pipeline.models.identity import DATA, created_by
+from pipeline.models.paths import base_name
 from pipeline.runs.directory import Result
 
 #: Heading of the part that a merged model's card takes over.
@@ -25,7 +25,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result: Result) -> str:
     """The card of what a run made on a round: an adapter, or a whole model."""
-    base = models.base_name(recipe.student)
+    base = base_name(recipe.student)
     is_adapter = recipe.train.method == "lora"
     loading = _load_adapter(base, recipe) if is_adapter else load_model("THIS_DIRECTORY", recipe.student.dtype)
     made, how = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import cache_schema as cs
 from pipeline.config.recipe import Recipe
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.text.answers import Checker
 from pipeline.train.objective import CrossEntropy, DistillationObjective, Objective, PolicyGradient
 from pipeline.train.order import Order
@@ -41,11 +41,11 @@ def make_replay(recipe: Recipe, round_: cs.Round, objective: Objective) -> Repla
     )
     stop_ids, special_ids = round_.manifest.stop_token_ids, ()
     if not select.special_tokens:
-        special_ids = tuple(set(models.load_tokenizer(recipe.student).all_special_ids) - set(stop_ids))
+        special_ids = tuple(set(resolve(recipe.student).tokenizer.all_special_ids) - set(stop_ids))
     taught = objective.teachers.taught if isinstance(objective, DistillationObjective) else {}
     derived: list[Derived] = []
     if recipe.reward.coefficient:
-        tokenizer, checker = models.load_tokenizer(recipe.student), Checker.of(recipe.eval)
+        tokenizer, checker = resolve(recipe.student).tokenizer, Checker.of(recipe.eval)
         derived.append(Rewards(round_, tokenizer, checker, recipe.reward).columns)
     if train.behaviour_correction:
         derived.append(behaviour)

@@ -10,8 +10,8 @@ import cache_schema as cs
 from pipeline.config.recipe import Recipe, RewardConfig
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED
+from pipeline.models.resolve import resolve
 from pipeline.train.build import make_objective, n_held_back
 from pipeline.train.objective import DistillationObjective
 from pipeline.train.teachers import Teachers
@@ -157,7 +157,7 @@ def check_draws(loss: str, teachers: Teachers) -> None:
 def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     """The student must be the one that sampled the rollouts, in the quantisation and preferably the dtype it was
     scored in. Raises `ModelError`."""
-    cached, now = round_.manifest.student, models.model_identity(recipe.student)
+    cached, now = round_.manifest.student, resolve(recipe.student).identity
     differing = [
         f"student.{field} {getattr(cached, field)} ({cached.name}), the recipe's {getattr(now, field)} ({now.name})"
         for field in ("digest", "adapter_digest")
@@ -171,7 +171,7 @@ def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
         )
     if recipe.train.loss == "cross_entropy":
         return
-    facts, scores = models.model_facts(recipe.student), round_.scores(cs.STUDENT).manifest
+    facts, scores = resolve(recipe.student), round_.scores(cs.STUDENT).manifest
     assert isinstance(scores, cs.ScoresManifest)
     if scores.quantisation != facts.quantisation:
         scored, trained = (

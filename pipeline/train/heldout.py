@@ -26,7 +26,7 @@ def heldout_metric(recipe: Recipe, trainer: StudentTrainer, replay: Replay) -> M
 
     Raises `RedpenError` if the prompts cannot be used.
     """
-    train, sharding = recipe.train, trainer.sharding
+    train, ranks = recipe.train, trainer.ranks
     if train.heldout_metric is None:
         return None
     if train.heldout_metric == "reverse_kl":
@@ -38,11 +38,11 @@ def heldout_metric(recipe: Recipe, trainer: StudentTrainer, replay: Replay) -> M
         return reverse_kl
     prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
     # Sharded weights are gathered by all ranks at once, so every rank then answers all prompts.
-    mine = prompts.shard(sharding.rank, sharding.size) if sharding.mesh is None else prompts
+    mine = prompts.shard(ranks.rank, ranks.size) if trainer.sharding.mesh is None else prompts
 
     def rate() -> float:
         count = trainer.within(lambda: mine.count(trainer.model))
-        counts = sharding.gather(torch.tensor([count, len(mine.prompts)]))
+        counts = ranks.gather(torch.tensor([count, len(mine.prompts)]))
         total, n_prompts = torch.stack(counts).sum(0).tolist()
         return float(total / n_prompts)
 

@@ -15,7 +15,7 @@ from pipeline.errors import ModelError, RedpenError
 from pipeline.files import parse_model, read_json
 from pipeline.models import flops, meta_model
 from pipeline.models.identity import DATA, IMPORTED
-from pipeline.models.load import resolve_path
+from pipeline.models.paths import resolve_path
 from pipeline.runs import files as run_files
 
 _Number = Annotated[float, Field(ge=0)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.forward.head import HeadLoss
+from pipeline.forward.loss_head import HeadLoss
 from pipeline.train import losses
 
 if TYPE_CHECKING:

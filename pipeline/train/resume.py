@@ -32,14 +32,14 @@ class CheckpointSaver:
         trainer = self._trainer
         if self._saved_step < trainer.step:
             tensors, self._saved_step = trainer.tensors(), trainer.step
-            if trainer.sharding.is_main_process:
+            if trainer.ranks.is_main_process:
                 best = best_step(trainer.train, self._history)
                 with self._run.writing():
                     self._checkpoints.save(trainer.step, tensors, asdict(self._history), best)
         if wait:
             with self._run.writing():
                 self._checkpoints.wait()
-            trainer.sharding.barrier()
+            trainer.ranks.barrier()
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -57,7 +57,7 @@ def resume(run: RunDirectory, trainer: StudentTrainer, start: Path | None) -> Tr
         _restore(trainer, lambda: replace(_result_checkpoint(start, trainer.train), step=0))
     if found is not None:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
-    if trainer.sharding.is_main_process:
+    if trainer.ranks.is_main_process:
         run.rewind_metrics(trainer.step)
     return _history(run.checkpoints, found) if found is not None else TrainingHistory()
 
@@ -87,9 +87,15 @@ def _result_checkpoint(checkpoints: Path, train: TrainConfig) -> Checkpoint:
 
 def _restore(trainer: StudentTrainer, read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Restore the checkpoint, if any, that `read` returns on the main process."""
-    found = read() if trainer.sharding.is_main_process else None
-    outline = trainer.sharding.broadcast(None if found is None else found.outline())
-    found = found or outline
+    found = None
+
+    def outline() -> Checkpoint | None:
+        nonlocal found
+        found = read()
+        return found.outline() if found is not None else None
+
+    outlined = trainer.ranks.broadcast(outline)
+    found = found or outlined
     if found is not None:
         trainer.restore(found)
     return found

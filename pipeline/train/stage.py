@@ -120,23 +120,23 @@ def run(
             heldout = heldout_metric(recipe, trainer, replay)
 
             # Train.
-            if sharding.is_main_process:
+            if ranks.is_main_process:
                 run.start()
             result = _train(run, trainer, replay, history, heldout)
 
             # Save the best step.
             restore_best(run, trainer, history)
             weights = trainer.weights()
-            if sharding.is_main_process:
+            if ranks.is_main_process:
                 with run.writing():
-                    lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
+                    lora.save(model, weights, run.trained, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
                     costs = ledger.stage_one(recipe, round_)
                     costs["train"] = ledger.training(recipe, adapter_parameters, history.tokens, history.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
                 show(result.sentence)
-                show(f"{run.made.name}: {run.made}")
+                show(f"{run.trained.name}: {run.trained}")
                 suggest(f"redpen eval {run.path} for scores, redpen report {run.path} for a per-token view")
         return result.exit_code if ranks.is_main_process else 0
 
@@ -198,7 +198,7 @@ def _train(
 
             if step % train.checkpoint_every == 0 or step == best_step(train, history):
                 checkpoints.save()
-            if signum := trainer.sharding.maximum(stop.signum or 0):  # of any rank, so that all stop at this step
+            if signum := trainer.ranks.maximum(stop.signum or 0):  # of any rank, so that all stop at this step
                 checkpoints.save(wait=True)
                 raise Interrupted(signum, f"step {step} of {train.steps} is in {run.checkpoints}")
         checkpoints.save(wait=True)
@@ -223,7 +223,7 @@ def _recorder(
     run: RunDirectory, trainer: StudentTrainer, history: TrainingHistory
 ) -> Iterator[tracking.Recorder | None]:
     """On the main process, a recorder of the steps to come; it is closed with the result, if training has ended."""
-    if not trainer.sharding.is_main_process:
+    if not trainer.ranks.is_main_process:
         yield None
         return
     recorder = tracking.Recorder(run, trainer.step + 1)

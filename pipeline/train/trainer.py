@@ -15,8 +15,10 @@ from pipeline.config.recipe import TrainConfig
 from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
-from pipeline.forward.head import Head, HeadLoss, chunked_head_loss, unwrapped
-from pipeline.forward.packing import check_packing, pack, packed_hidden
+from pipeline.forward.head import Head, unwrapped
+from pipeline.forward.loss_head import HeadLoss, chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
+from pipeline.forward.packing_check import check_packing
 from pipeline.models.lora import trainable, training_mode
 from pipeline.runs.checkpoint import Checkpoint, Tensors
 from pipeline.train import losses
@@ -39,7 +41,7 @@ class StudentTrainer:
     """Trains a student on an objective.
 
     Args:
-        sharding: of the job, in which every rank has such a trainer; by default this process is alone.
+        sharding: how the ranks of the job, each with such a trainer, hold the weights; by default a single process.
 
     Attributes:
         parameters: the trained parameters, by name.
@@ -56,14 +58,15 @@ class StudentTrainer:
         train: TrainConfig,
         sharding: WeightSharding = WeightSharding(),  # noqa: B008  frozen
     ):
-        self.model, self.objective, self.train, self.sharding = model, objective, train, sharding
+        self.model, self.objective, self.train = model, objective, train
+        self.sharding, self.ranks = sharding, sharding.ranks
         Head.of(model)  # raises for an unsupported head before the first forward pass
         if train.gradient_checkpointing:
             unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.within = sharding.parallelize(model)
         self.parameters = trainable(model)
         self.masters = master_weights(self.parameters)
-        self.gradients = Gradients(self.masters, sharding)
+        self.gradients = Gradients(self.masters, self.ranks)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = make_optimizer(self.masters, train)
         self.step = 0
@@ -108,7 +111,7 @@ class StudentTrainer:
         the sums of the whole batch."""
         if self.train.lora_dropout:
             # Masks are a function of seed, step and rank, so there is no generator state to keep.
-            torch.manual_seed(hash((self.train.seed, self.step, self.sharding.rank)) % 2**63)
+            torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
         self.gradients.clear()
         parts = [MetricSums.zero(self.device)]
         for micro_batch in self._micro_batches(batch):
@@ -130,7 +133,7 @@ class StudentTrainer:
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
-        return batch.micro_batches(budget, self.sharding.rank, self.sharding.size, share_prompts_from=share)
+        return batch.micro_batches(budget, self.ranks.rank, self.ranks.size, share_prompts_from=share)
 
     def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, MetricSums]:
         """The micro-batch's part of the mean loss over the global batch's `n_tokens`, and its metrics."""
@@ -155,7 +158,7 @@ class StudentTrainer:
     def _over_ranks(self, parts: Sequence[MetricSums]) -> MetricSums:
         sums = MetricSums.merge(parts)
         sizes = [sums.totals.numel(), sums.drift.numel()]
-        gathered = self.sharding.gather(torch.cat([sums.totals, sums.drift]))
+        gathered = self.ranks.gather(torch.cat([sums.totals, sums.drift]))
         return MetricSums.merge([MetricSums(*torch.split(values, sizes)) for values in gathered])
 
     # -- state ------------------------------------------------------------------------------------------------------
