@@ -511,7 +511,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "another student": (
         another_student,
         [],
-        "is another student's: it has student.digest ssssssssssssssss (student)",
+        "was sampled by a different student: it has student.digest ssssssssssssssss (student)",
     ),
     "another teacher": (
         lambda p, t: shutil.copytree(t, p) and None,
