@@ -189,7 +189,7 @@ def test_the_first_loss_is_transformers_own(tuned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(asset_path("student"), dtype=torch.float64)
     round_ = cs.open(tuned / "run/data.zarr").round()
     losses = []
-    recipe = stage._of_sft(small_recipe(*SMALL), [str(tuned / "facts.jsonl")])
+    recipe = stage._train_recipe(stage.with_data(small_recipe(*SMALL), [str(tuned / "facts.jsonl")]))
     assert recipe.train.loss == "cross_entropy" and recipe.train.learning_rate == 1e-3
     order = stage.train.inputs.replay(recipe, round_, stage.train.inputs.objective(recipe, round_, ())).order
     for number in order.step(0).tolist():
