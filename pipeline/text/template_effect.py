@@ -129,8 +129,8 @@ class _Look:
                     yield (
                         "the chat template writes prompts the same with and without add_generation_prompt: that is "
                         "right only if a reply follows the user's message directly, which the template does not "
-                        "show; look at a response, and use the template of the model's instruct version if it goes on with "
-                        "the user's turn"
+                        "show; look at a response, and use the template of the model's instruct version if it "
+                        "continues the user's turn"
                     )
                 elif between.strip():
                     yield (
