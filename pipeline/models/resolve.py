@@ -132,7 +132,8 @@ class ResolvedModel:
     @property
     def dtype(self) -> str:
         """Type of the weights once loaded, e.g. "bfloat16"."""
-        dtype = _DTYPES.get(self.settings.dtype) or self.config.dtype or torch.float32
+        config = self.config  # read in any case, so that a bad one is refused before the weights are loaded
+        dtype = _DTYPES.get(self.settings.dtype) or config.dtype or torch.float32
         return str(dtype).removeprefix("torch.")
 
     @property
