@@ -86,7 +86,8 @@ class Checker:
     def answer(self, response: str) -> str | None:
         """What the response gives as its answer, stripped; None if it gives none."""
         if self.pattern is not None:
-            return extract_answer(response, self.pattern)
+            *_, found = None, *re.finditer(self.pattern, response)
+            return None if found is None else found[1].strip()
         if self.match == "number":
             *_, last = None, *_NUMBER.finditer(response)
             return None if last is None else last[0].strip()
@@ -114,17 +115,6 @@ class Checker:
         if self.format == "answer":
             return bool(self.answer(said))
         return re.fullmatch(self.format, said) is not None
-
-
-def extract_answer(response: str, pattern: str | None) -> str | None:
-    """The group of the pattern's last match, stripped; None if nothing matches. Without a pattern the whole
-    response."""
-    if pattern is None:
-        return response.strip()
-    answer = None
-    for match in re.finditer(pattern, response):
-        answer = match[1]
-    return None if answer is None else answer.strip()
 
 
 def as_number(text: str) -> Fraction | None:
