@@ -96,9 +96,8 @@ def test_blobs_of_the_hub_are_taken_by_their_name(student_copy: Path, tmp_path: 
 
 def test_tokenizers_are_compared_by_their_map(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     found = tokenizer_digest(tokenizer)
-    assert resolve(ModelConfig(model="toy:student")).tokenizer_identity == cs.TokenizerIdentity(
-        "toy:student", found, 259
-    )
+    identity = resolve(ModelConfig(model="toy:student")).tokenizer_identity
+    assert (identity.digest, identity.vocab_size) == (found, 259)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     again.chat_template = "another"
