@@ -159,7 +159,7 @@ def test_the_chat_template_is_applied_where_the_recipe_does(
     ("task", "kind", "message"),
     [
         ("sum_s", ConfigError, r"^eval\.tasks: 'sum_s' is no task .* did you mean sums\?$"),
-        ("lost", RedpenError, r"^eval\.tasks: 'lost' or its data set cannot be had \(\w+: .*lost\.jsonl.*\)$"),
+        ("lost", RedpenError, r"^eval\.tasks: 'lost' or its data set is not available \(\w+: .*lost\.jsonl.*\)$"),
     ],
 )
 def test_a_task_that_cannot_be_had_is_one_line(

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import pipeline.models.load as models
 from pipeline.config.recipe import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError
-from pipeline.models.identity import hub_commit
-from pipeline.models.resolve import resolve, tokenizer_identity
+from pipeline.models.identity import hub_commit, tokenizer_digest
+from pipeline.models.resolve import resolve
 from pipeline.toy import asset_path
 
 
@@ -95,14 +95,15 @@ def test_blobs_of_the_hub_are_taken_by_their_name(student_copy: Path, tmp_path: 
 
 
 def test_tokenizers_are_compared_by_their_map(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    found = tokenizer_identity(tokenizer, "toy")
-    assert found.vocab_size == 259
+    found = tokenizer_digest(tokenizer)
+    identity = resolve(ModelConfig(model="toy:student")).tokenizer_identity
+    assert (identity.digest, identity.vocab_size) == (found, 259)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     again.chat_template = "another"
-    assert tokenizer_identity(again, "toy") == found
+    assert tokenizer_digest(again) == found
     again.add_tokens(["<tool>"])
-    assert tokenizer_identity(again, "toy").digest != found.digest
+    assert tokenizer_digest(again) != found
 
 
 # -- facts ---------------------------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ def _reverse_kl(
                 f"{teacher.model}: {unknown} of {len(kl_T)} tokens of {label} have no finite reverse KL to it, so "
                 "its log-probs are not finite; load it in another dtype (teacher.dtype)"
             )
-        prompt_T = np.repeat(rollouts.row_prompt, rollouts.response_length)
+        prompt_T = rollouts.token_prompts
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
         tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
         estimate = mean_per_token(totals_P, tokens_P)

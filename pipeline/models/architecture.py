@@ -1,8 +1,8 @@
-"""What an architecture cannot do is found from its configuration, before hours are spent on rollouts.
+"""Whether an architecture can score packed rollouts, from its configuration alone, before hours of sampling.
 
-The model is run on torch's meta device, without weights: packed rollouts must meet in attention alone, in every
-layer, through transformers' attention interface. What a layer carries from token to token besides (a
-convolution, a recurrent state) would leak from one rollout into the next.
+The model runs on torch's meta device, without weights: tokens of packed rollouts may only mix in attention, in every
+layer, through transformers' attention interface. Anything else that carries state from token to token (a convolution,
+a recurrent state) would leak from one rollout into the next.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LENGTHS = (5, 3)
 
 
 def check_architecture(cfg: ModelConfig) -> None:
-    """Refuse a model that cannot read packed rollouts. Looks at its configuration alone.
+    """Refuse a model that cannot score packed rollouts. Loads only its configuration.
 
-    A forward that does not run on the meta device, since it looks at values, is left to `check_packing`.
+    A forward that needs values, so that it does not run on the meta device, is left to `check_packing`.
 
     Raises:
         ModelError: naming the model, its architecture and the reason.
@@ -48,10 +48,10 @@ def check_architecture(cfg: ModelConfig) -> None:
         reason = _reason(model)
     except ModelError as error:
         raise _refusal(label, name, str(error)) from error
-    except (RuntimeError, NotImplementedError):  # something that the meta device does not do
+    except (RuntimeError, NotImplementedError):  # unsupported on the meta device
         return
-    except Exception as error:  # whatever a forward raises that is called with what it does not take
-        reason = f"its forward does not take them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    except Exception as error:  # whatever a forward raises for arguments that it does not accept
+        reason = f"its forward does not accept them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if reason:
         raise _refusal(label, name, reason)
 
@@ -64,7 +64,7 @@ def _refusal(label: str, name: str, reason: str) -> ModelError:
 
 
 def _reason(model: Any) -> str | None:
-    """Why packed rollouts would see one another, None if they would not."""
+    """Why packed rollouts would see one another; None if they would not."""
     body = packing.decoder_body(model)
     layers = next((m for m in body.children() if isinstance(m, nn.ModuleList)), None)
     if layers is None or not len(layers):

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pipeline.config.recipe import ModelConfig
 from pipeline.console import console, say
-from pipeline.errors import ConfigError, ModelError, one_line
+from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
 from pipeline.forward.finite import set_name
 from pipeline.models._transformers_compat import initialize_on_meta, quiet, save_weights
-from pipeline.models.adapters import with_adapter
-from pipeline.models.files import check_model_files, misplaced_tensors, read_config, shortened
+from pipeline.models.files import (
+    check_model_files,
+    misplaced_tensors,
+    read_adapter_config,
+    read_config,
+    shortened,
+)
 from pipeline.models.identity import weight_files
 from pipeline.models.paths import COMPANIONS
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
@@ -106,6 +112,39 @@ def load_model(
         f"parameters in {quantised}{source.dtype} on {device.type}, loaded in {time.perf_counter() - started:.1f} s"
     )
     return loaded
+
+
+def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *, trainable: bool = False) -> Any:
+    """The model with the adapter of its settings, not merged. Raises `ModelError`."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    source = resolve(source)
+    directory, base, label = source.adapter_directory, source.settings.model, source.setting("adapter")
+    assert directory is not None
+    read_adapter_config(directory)
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+            # Loaded once more, since only this reports tensors that belong nowhere in the model.
+            loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device="cpu"))
+        except (torch.OutOfMemoryError, RedpenError):
+            raise
+        except Exception as error:  # whatever peft, safetensors and torch raise
+            raise ModelError(
+                f"{label}: cannot be loaded as a PEFT adapter of {base} ({one_line(error)}); train or copy it again"
+            ) from error
+    if unexpected := loaded.unexpected_keys:
+        raise ModelError(
+            f"{label}: {len(unexpected)} of its tensors have no place in {base} ({shortened(unexpected)}); choose "
+            "the model that it was trained on"
+        )
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ModelError(f"{label}: does not fit {base} ({one_line(warning.message)})")
+    return adapted
 
 
 def load_skeleton(model: ModelConfig | ResolvedModel, device: torch.device | None = None) -> PreTrainedModel:

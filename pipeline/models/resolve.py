@@ -132,7 +132,8 @@ class ResolvedModel:
     @property
     def dtype(self) -> str:
         """Type of the weights once loaded, e.g. "bfloat16"."""
-        dtype = _DTYPES.get(self.settings.dtype) or self.config.dtype or torch.float32
+        config = self.config  # read in any case, so that a bad one is refused before the weights are loaded
+        dtype = _DTYPES.get(self.settings.dtype) or config.dtype or torch.float32
         return str(dtype).removeprefix("torch.")
 
     @property
@@ -166,7 +167,8 @@ class ResolvedModel:
     @cached_property
     def tokenizer_identity(self) -> cs.TokenizerIdentity:
         """The tokenizer by digest; its `vocab_size` is the highest id plus one."""
-        return tokenizer_identity(self.tokenizer, self.settings.model)
+        size = max(self.tokenizer.get_vocab().values()) + 1
+        return cs.TokenizerIdentity(self.settings.model, tokenizer_digest(self.tokenizer), size)
 
     @property
     def known_tokens(self) -> int:
@@ -241,11 +243,6 @@ class ResolvedModel:
                 raise
             message = f"{self.setting('model')}: {failed} ({one_line(error)})"
             raise ModelError(message + (remedy and f"; {remedy}")) from error
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, name: str) -> cs.TokenizerIdentity:
-    """A tokenizer by digest; `vocab_size` is its highest id plus one."""
-    return cs.TokenizerIdentity(name, tokenizer_digest(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def _quantisation(config: PretrainedConfig) -> str | None:

@@ -31,8 +31,8 @@ from pipeline.forward.head import Head
 from pipeline.forward.packing import pack, packed_hidden, tiles
 from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
-from pipeline.models.adapters import with_adapter
 from pipeline.models.files import check_model_files
+from pipeline.models.load import with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.models.resolve import resolve, setting_name
 from pipeline.streaming.layered import LayeredModel

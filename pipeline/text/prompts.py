@@ -43,7 +43,7 @@ def raw_rows(
     cfg: PromptsConfig, fields: Sequence[str] = FIELDS, setting: str = "prompts.path"
 ) -> Iterator[tuple[str, Any]]:
     """Pairs of place (`file:line`) and raw record of `cfg.path`; of Parquet only these fields are read. Raises
-    `PromptError`, naming `setting` where the path is wrong."""
+    `PromptError`, naming `setting` if the path is wrong."""
     if cfg.path.startswith("toy:"):
         return json_lines(_toy_path(cfg.path, setting), cfg.path)
     path = Path(cfg.path)

@@ -87,8 +87,8 @@ def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
     checked = _check_messages(messages, place)
     if checked[-1]["role"] != "assistant":
         raise PromptError(
-            f"{place}: messages: expected a chat that ends with the assistant's reply, which is learnt, got one that "
-            f"ends with role {checked[-1]['role']}; add the reply, or remove the line"
+            f"{place}: messages: expected a chat that ends with the assistant's reply, which is trained, got one "
+            f"that ends with role {checked[-1]['role']}; add the reply, or remove the line"
         )
     return checked
 
@@ -144,7 +144,7 @@ def _digits(value: float | Decimal) -> str:
 
 
 def check_text(value: Any, name: str, place: str) -> None:
-    """Raises `PromptError` naming `place` where the value is no text that can be written as UTF-8."""
+    """Raise `PromptError` naming `place` if the value is not text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise PromptError(f"{place}: {name}: expected text, got {_kind(value)}")
     try:

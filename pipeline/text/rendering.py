@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class TooLongError(PromptError):
-    """A prompt that cannot fit, found before it was tokenised.
+    """A prompt that cannot fit, found without tokenizing it.
 
     Attributes:
-        least: tokens that it has at least.
+        least: a lower bound of its tokens.
     """
 
     def __init__(self, least: int, at_most: int):
@@ -38,15 +38,15 @@ def render(
     """Token ids of one prompt: through the chat template, ready for the student's turn, or as plain text.
 
     Args:
-        at_most: tokens; a text that is certain to have more is not tokenised.
+        at_most: tokens; a text that certainly has more is not tokenized.
 
     Raises:
-        TooLongError: it has more than `at_most` tokens. What is just a little too long is returned.
+        TooLongError: it has more than `at_most` tokens. One that is only slightly longer is returned.
         PromptError: the template is missing or refuses the record.
     """
     if not uses_chat(tokenizer, cfg):
         if "messages" in record:
-            return render_chat(record["messages"], tokenizer, cfg)  # which says what is missing
+            return render_chat(record["messages"], tokenizer, cfg)  # which raises
         if cfg.system is not None:
             raise PromptError(f"prompts.system needs a chat template, {_no_template(cfg)}; remove it")
         return plain_ids(record["prompt"], tokenizer, at_most)
@@ -73,7 +73,7 @@ def render_chat(
     try:
         # the template writes every special token itself, a BOS included
         return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    except Exception as error:  # of text that no tokenizer was made for, as half a surrogate pair
+    except Exception as error:  # for text such as half a surrogate pair
         raise PromptError(f"the tokenizer refuses what the chat template writes: {one_line(error)}") from None
 
 
@@ -89,11 +89,11 @@ def render_all(
 ) -> list[npt.NDArray[np.int32]]:
     """Token ids of every prompt, checked against the longest accepted and the reader's `context` length (tokens).
 
-    Warns of settings that change nothing in the first prompts. What is much too long is not tokenised.
+    Warns of settings without effect on the first prompts. Prompts that are much too long are not tokenized.
 
     Args:
-        reader: who reads them, for the messages.
-        named: the names of `system` and `template_args` in the recipe, where they are not those of [prompts].
+        reader: whose prompts they are, for messages.
+        named: names of `system` and `template_args` in the recipe, if they are not in [prompts].
 
     Raises:
         PromptError: names the first prompt at fault, its length, the limit, how many there are in all, and the
@@ -159,7 +159,7 @@ def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) ->
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
-    """Whether prompts go through the tokenizer's chat template. Raises `PromptError` where it has none and should."""
+    """Whether prompts go through the tokenizer's chat template. Raises `PromptError` if it needs one and has none."""
     has_template = bool(tokenizer.chat_template)
     if cfg.template == "chat" and not has_template:
         raise PromptError(
@@ -170,9 +170,9 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> list[int]:
-    """Tokens of `text`, after a BOS where the tokenizer puts one itself; never with an EOS, which would end it.
+    """Tokens of `text`, after a BOS if the tokenizer adds one; never with an EOS, which would end it.
 
-    Raises `TooLongError` where it is certain to have more than `at_most`.
+    Raises `TooLongError` if it certainly has more than `at_most`.
     """
     _check_length(text, tokenizer, at_most)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
