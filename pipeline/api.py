@@ -42,7 +42,8 @@ from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.models.resolve import resolve
 from pipeline.teachers.alignment import View, align
-from pipeline.text.prompts import check_record, render_all
+from pipeline.text.records import check_record
+from pipeline.text.rendering import render_all
 from pipeline.train import in_memory, trainer
 from pipeline.train.objective import Objective
 

@@ -35,7 +35,8 @@ from pipeline.diagnose import rollout_checks as written
 from pipeline.errors import RedpenError
 from pipeline.models.resolve import resolve
 from pipeline.text.detokenize import local_tokenizer
-from pipeline.text.prompts import load_prompts, render_all
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
 from pipeline.toy import asset_path, build
 
 Model = Any
@@ -182,7 +183,7 @@ def read_in_a_chat_template(toy_cache: Path, cache: Path, *, recorded: bool) -> 
     original = cs.open(str(toy_cache)).round()
     manifest = replace(original.manifest, max_prompt_tokens=64)
     if recorded:
-        manifest = replace(manifest, template=pipeline.text.prompts.template_identity(tokenizer, recipe.prompts))
+        manifest = replace(manifest, template=pipeline.text.rendering.template_identity(tokenizer, recipe.prompts))
     other = cs.create(str(cache.with_suffix(".chat"))).start_round(manifest, records)
     student = other.start_scores("student", replace(original.scores("student").manifest, template=manifest.template))
     for block in range(original.n_blocks):

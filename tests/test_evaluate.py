@@ -31,7 +31,8 @@ from pipeline.report.runs import read_run
 from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.files import fault, read_record, write_record
 from pipeline.runs.lock import locked
-from pipeline.text.prompts import load_prompts, render
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20

@@ -212,7 +212,7 @@ def test_finish_reason(
     round_ = imported(jsonl(tmp_path / "x.jsonl", [row]), tmp_path / "c")
     assert round_.rollouts.read(0).finish_reason.tolist() == [expected]
     assert (
-        "finished by stop, but not with one of the stop ids" in " ".join(capsys.readouterr().err.split())
+        "finish_reason stop, but do not end with one of the stop ids" in " ".join(capsys.readouterr().err.split())
     ) == warned
 
 
@@ -342,7 +342,7 @@ def test_whose_log_probs(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
     assert "x.parquet: expected a Parquet file: ArrowInvalid" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
     two = toy().model_copy(update={"teacher": [toy().teacher[0].model_copy(update={"name": n}) for n in "ab"]})
-    with pytest.raises(RedpenError, match="say with --teacher whose, one of a, b"):
+    with pytest.raises(RedpenError, match="name the teacher with --teacher, one of a, b"):
         importing.run(told, two, str(tmp_path / "c"))
     assert importing.run(told, two, str(tmp_path / "c"), teacher="b") == 0
     assert cs.open(str(tmp_path / "c")).round().teacher_names() == ["b"]

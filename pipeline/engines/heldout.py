@@ -20,7 +20,8 @@ from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.text.answers import Checker
-from pipeline.text.prompts import load_prompts, render_all
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
 
 # Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
 _EVALUATION = -1

@@ -29,7 +29,7 @@ from pipeline.errors import ConfigError, RedpenError, one_line
 from pipeline.forward.head import unwrapped
 from pipeline.models.resolve import ResolvedModel
 from pipeline.text.answers import END_OF_REASONING
-from pipeline.text.prompts import uses_chat
+from pipeline.text.rendering import uses_chat
 
 #: `value` and `stderr` (None if the harness gives none) by task and metric.
 Scores = dict[str, dict[str, dict[str, float | None]]]

@@ -44,7 +44,8 @@ from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rollouts.format_check import check_format
 from pipeline.rounds.manifests import sampled_round
 from pipeline.text.answers import Checker
-from pipeline.text.prompts import load_prompts, render_all
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
 
 #: Warn from this fraction of responses that reached the length limit.
 MANY_TRUNCATED = 0.05

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import cache_schema as cs
 from pipeline.config.recipe import Recipe, RolloutsConfig, TeacherConfig
 from pipeline.models.identity import DATA, IMPORTED, created_by
-from pipeline.text.prompts import template_identity
+from pipeline.text.rendering import template_identity
 
 if TYPE_CHECKING:
     from pipeline.engines.sampling import Sampling

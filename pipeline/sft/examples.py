@@ -21,16 +21,8 @@ import numpy.typing as npt
 
 from pipeline.config.recipe import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.text.prompts import (
-    TooLongError,
-    check_chat,
-    check_text,
-    named_messages,
-    plain_ids,
-    render,
-    render_chat,
-    uses_chat,
-)
+from pipeline.text.records import check_chat, check_text, conversations_to_messages
+from pipeline.text.rendering import TooLongError, plain_ids, render, render_chat, uses_chat
 from pipeline.text.template_effect import N_CHATS, warn_without_effect
 from pipeline.text.token_length import least_tokens
 
@@ -83,7 +75,9 @@ class ExampleReader:
         """
         if not isinstance(value, dict):
             raise PromptError(f"{place}: expected an object with {_KINDS}, got {type(value).__name__}")
-        fields = named_messages({name: value[name] for name in FIELDS if value.get(name) is not None}, place)
+        fields = conversations_to_messages(
+            {name: value[name] for name in FIELDS if value.get(name) is not None}, place
+        )
         about = {"source": str(fields.get("source", source))} | ({"id": str(fields["id"])} if "id" in fields else {})
         kinds = sorted(fields.keys() & {"text", "messages", "prompt"})
         if len(kinds) != 1 or ("response" in fields) != ("prompt" in fields):

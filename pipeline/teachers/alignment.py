@@ -27,7 +27,7 @@ from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.teachers.spans import SpanView, span_view
-from pipeline.text.prompts import render_all, template_identity, with_prefix
+from pipeline.text.rendering import render_all, template_identity, with_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from pipeline.config import settings
 from pipeline.config.recipe import PromptsConfig
 from pipeline.console import warn
 from pipeline.errors import PromptError
-from pipeline.text.chat_template import Chat, chat_text, variables_read
+from pipeline.text.chat_template import Chat, chat_text, template_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ class _Look:
                 for chat, text in zip(self._chats, self._texts, strict=True)
             ):
                 continue
-            read = variables_read(self._tokenizer)
+            read = template_variables(self._tokenizer)
             # a hint only where a variable is close in spelling: others are tools, messages, tokens
             hint = settings.did_you_mean(key, read) or "; see the model's card for its name, or remove it"
             yield (
