@@ -395,7 +395,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
     run.mkdir()
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RedpenError, match="another process works in it"):
+        with pytest.raises(RedpenError, match="another process is working on it"):
             stage.run(small_recipe(), str(toy_cache), run)
 
 
