@@ -24,18 +24,12 @@ from helpers.models import (
     random_sequences,
 )
 from pipeline.errors import ModelError
-from pipeline.forward import packing
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import (
-    ATTENTION,
-    PackPlan,
-    check_packing,
-    pack,
-    packed_attention,
-    packed_hidden,
-    register_packed_attention,
-    tiles,
-)
+from pipeline.forward import attention, packing_check
+from pipeline.forward.attention import ATTENTION, PackPlan, packed_attention, register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden, tiles
+from pipeline.forward.packing_check import check_packing
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +110,7 @@ def test_ordinary_calls_and_generate_are_unchanged(family: str) -> None:
 
 def test_check_packing_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     model, one_sequence = random_model(FAMILIES["qwen3"]), PackPlan.of([sum(LENGTHS)], "cpu")
-    monkeypatch.setattr(packing.PackPlan, "of", lambda *_: one_sequence)
+    monkeypatch.setattr(PackPlan, "of", lambda *_: one_sequence)
     with pytest.raises(ModelError, match=r"packing: expected .* within 0\.0001 .* Qwen3ForCausalLM"):
         check_packing(model, random_sequences(), STARTS)
 
@@ -161,7 +155,7 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         packed_hidden(random_model(chunked), packed)
     with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
-        packing._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
+        attention._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
     with pytest.raises(ModelError, match="bidirectional"):
         attend(random_qkv(10), lengths=(4, 6), is_causal=False)
     with pytest.raises(ModelError, match="attention mask of its own"):
@@ -201,8 +195,8 @@ def dense(qkv: list[Tensor], lengths: tuple[int, ...], *, sliding_window=None, s
 def test_attention_equals_a_dense_mask(
     settings: dict, lengths: tuple[int, ...], free_padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_FREE_PADDING_TOKENS", free_padding)
-    monkeypatch.setattr(packing, "_QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "_FREE_PADDING_TOKENS", free_padding)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 4)
     qkv = [x.requires_grad_() for x in random_qkv(sum(lengths))]
     ours, theirs = attend(qkv, lengths=lengths, **settings), dense(qkv, lengths, **settings)
     torch.testing.assert_close(ours, theirs)
@@ -229,8 +223,8 @@ def test_the_varlen_kernel_is_asked_for_the_same(settings: dict, monkeypatch: py
         batched = [x.transpose(0, 1)[None] for x in (q, k, v)]
         return dense(batched, tuple(cu_q.diff().tolist()), scaling=scale, sliding_window=window)[0]
 
-    monkeypatch.setattr(packing, "_varlen_fits", lambda *_: True)
-    monkeypatch.setattr(packing, "_varlen_kernel", lambda: varlen)
+    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: True)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: varlen)
     qkv, lengths = random_qkv(15), (4, 9, 2)
     torch.testing.assert_close(attend(qkv, lengths=lengths, **settings), dense(qkv, lengths, **settings))
     narrow = [*qkv[:2], qkv[2][..., :5]]
@@ -250,7 +244,7 @@ def test_a_long_windowed_sequence_builds_no_square_mask() -> None:
     qkv = [x.float() for x in random_qkv(8192, heads=2, groups=1, size=4)]
     with largest_output() as largest:
         attend(qkv, lengths=(8192,), sliding_window=64)
-    assert largest.numel <= packing._QUERY_BLOCK * (packing._QUERY_BLOCK + 64) * 2
+    assert largest.numel <= attention._QUERY_BLOCK * (attention._QUERY_BLOCK + 64) * 2
 
 
 def test_short_sequences_take_few_calls_and_little_padding() -> None:
@@ -260,7 +254,7 @@ def test_short_sequences_take_few_calls_and_little_padding() -> None:
     mixed = generator.integers(1, 4096, 64).tolist()
     plan = PackPlan.of(mixed, "cpu")
     padding = sum(len(batch.rows) for batch in plan.batches) - sum(mixed)
-    assert padding <= packing._FREE_PADDING_TOKENS * len(plan.batches) + packing._PADDING_SHARE * sum(mixed)
+    assert padding <= attention._FREE_PADDING_TOKENS * len(plan.batches) + attention._PADDING_SHARE * sum(mixed)
     assert len(plan.batches) < 40
     assert PackPlan.of([7, 7, 7], "cpu").order is None
 
@@ -301,6 +295,6 @@ def test_a_model_without_sdpa_is_compared_with_eager(monkeypatch: pytest.MonkeyP
         _supports_sdpa=False,
         set_attn_implementation=asked.append,
     )
-    with packing._own_attention(base):
+    with packing_check._own_attention(base):
         pass
     assert asked == ["eager", ATTENTION]

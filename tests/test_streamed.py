@@ -31,7 +31,7 @@ from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import PackPlan
+from pipeline.forward.attention import PackPlan
 from pipeline.models import load as models
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.score import stage
@@ -504,7 +504,7 @@ def test_a_cache_may_be_scored_resident_and_streamed(tmp_path: Path, capsys: pyt
         capsys.readouterr()
         stage.run(toy("score.placement=streamed", "score.memory_gib=1"), str(tmp_path / name))
         said = capsys.readouterr().err
-        assert "toy:student streamed to cpu" in said and said.count("packing: a rollout among others") == 2
+        assert "toy:student streamed to cpu" in said and said.count("packing check: packed and unpacked") == 2
         round_ = cs.open(tmp_path / name).round()
         for scorer in ("student", "teacher"):
             assert round_.scores(scorer).manifest == expected.scores(scorer).manifest
