@@ -381,7 +381,7 @@ def interval(measure: str, estimate: Mapping[str, Any]) -> str:
         return f"{estimate['value']:.4f}{error}"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     if measure == "reverse_kl":
-        return f"{value:.4f} ({low:.3f} to {high:.3f})"
+        return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.3f} to {high:.3f})"
     return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
