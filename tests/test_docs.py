@@ -193,7 +193,7 @@ def messages() -> list[str]:
 def test_quoted_messages_are_in_the_sources() -> None:
     """The first column of the tables of errors; … stands for what differs."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    errors = page[page.index("## What a message means") :]
+    errors = page[page.index("## Error messages") :]
     quoted = re.findall(r"^\| `([^`]+)`", errors, re.M)
     sources = messages()
     assert len(quoted) > 30
