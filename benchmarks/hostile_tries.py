@@ -52,7 +52,7 @@ SETTINGS = (
     "rollouts.rollouts_per_prompt=2",
     "rollouts.prompts_per_block=4",
     "rollouts.max_response_tokens=16",
-    "rollouts.entry_prompts=0",
+    "rollouts.format_check_prompts=0",
     "score.candidates=4",
     "score.server_retries=1",
     "score.server_timeout=3",
@@ -109,7 +109,7 @@ def page(path: str) -> Callable[[Path, str], Any]:
 
     def read(directory: Path, out: str) -> Any:
         text = stdout(directory, (directory / path).read_text(encoding="utf-8"))
-        return hashlib.sha256(re.sub(r'"bytes": ?\d+', "", text).encode()).hexdigest()
+        return hashlib.sha256(re.sub(r'"bytes\w*": ?[\d.]+', "", text).encode()).hexdigest()
 
     return read
 

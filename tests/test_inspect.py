@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cache_factory
 import numpy as np
 import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 from pipeline import cli, console
 from pipeline.errors import RedpenError
 from pipeline.report import inspect, terminal
@@ -42,7 +42,7 @@ def shown(what: dict[str, Any], *, colour: bool) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> cs.Cache:
-    return cache_factory.filled(tmp_path / "c.zarr", n_prompts=10, topk=3)
+    return factory.filled(tmp_path / "c.zarr", n_prompts=10, topk=3)
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -108,7 +108,7 @@ def test_summary_of_a_large_round_reads_some_blocks(cache: cs.Cache, monkeypatch
 
 
 def test_summary_leaves_untrained_tokens_out(tmp_path: Path) -> None:
-    cache = cache_factory.filled(tmp_path / "c.zarr", n_prompts=2)
+    cache = factory.filled(tmp_path / "c.zarr", n_prompts=2)
     round_ = cache.round()
     block = round_.rollouts.read(0)
     rng = np.random.default_rng(1)
@@ -117,15 +117,15 @@ def test_summary_leaves_untrained_tokens_out(tmp_path: Path) -> None:
     for name in ("student", "teacher"):
         group = round_.scores(name)
         ids = round_.scores("student").read(0).candidate_ids if name == "teacher" else None
-        group.write(0, cache_factory.score_block(group.manifest, block, rng, ids))
+        group.write(0, factory.score_block(group.manifest, block, rng, ids))
     assert inspect.summary(cache)["rounds"][0]["scores"][1]["reverse_kl_tokens"] == trained.sum()
 
 
 def test_summary_of_caches_without_scores_or_rounds(tmp_path: Path) -> None:
     cache = cs.create(tmp_path / "c.zarr")
     assert "no rounds yet" in shown(inspect.summary(cache), colour=False)
-    records = cache_factory.prompts(3)
-    cache.start_round(cache_factory.round_manifest(records), records)
+    records = factory.prompts(3)
+    cache.start_round(factory.round_manifest(records), records)
     found = inspect.summary(cache)
     assert found["rounds"][0]["rollouts"] == 0 and found["rounds"][0]["mean_response_tokens"] is None
     assert "0 of 1 block committed" in shown(found, colour=False)
@@ -177,14 +177,14 @@ def test_rollout_without_scores_is_shown_unmarked(cache: cs.Cache) -> None:
 
 
 def test_one_thing_is_not_several(tmp_path: Path) -> None:
-    cache = cache_factory.filled(tmp_path / "c.zarr", n_prompts=1, rollouts_per_prompt=1)
+    cache = factory.filled(tmp_path / "c.zarr", n_prompts=1, rollouts_per_prompt=1)
     text = shown(inspect.summary(cache), colour=False)
     assert "1 rollout of each of 1 prompt by" in text and "1 of 1 block committed: 1 rollout, " in text
 
 
 def test_one_of_several_teachers_is_chosen(cache: cs.Cache) -> None:
     round_ = cache.round()
-    round_.start_scores("other", cache_factory.scores_manifest("teacher"))
+    round_.start_scores("other", factory.scores_manifest("teacher"))
     with pytest.raises(RedpenError, match="choose one of other, teacher"):
         inspect.rollout(round_, 0, None, Letters)
     assert inspect.rollout(round_, 0, "teacher", Letters)["scored"]
@@ -240,7 +240,7 @@ def toy_cache(path: Path) -> cs.Cache:
     from pipeline.models.identity import tokenizer_digest
 
     digest = tokenizer_digest(AutoTokenizer.from_pretrained(asset_path("student")))
-    return cache_factory.filled(path, tokenizer=cs.TokenizerIdentity("toy:student", digest, 259))
+    return factory.filled(path, tokenizer=cs.TokenizerIdentity("toy:student", digest, 259))
 
 
 def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +262,7 @@ def test_inspect_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_inspect_shows_each_teacher_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     location = str(tmp_path / "c.zarr")
     round_ = toy_cache(tmp_path / "c.zarr").round()
-    round_.start_scores("other", cache_factory.scores_manifest("teacher"))
+    round_.start_scores("other", factory.scores_manifest("teacher"))
     assert cli.main(["inspect", location, "--rollout", "4"]) == 0
     out = capsys.readouterr().out
     assert out.count("prompt  ") == 1 and out.count("response  ") == 2
@@ -302,7 +302,7 @@ def test_colours_are_the_environments_to_say(
 
 
 def test_inspect_without_the_tokenizer_shows_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache = cache_factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("no/where", "t" * 16, 40))
+    cache = factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("no/where", "t" * 16, 40))
     assert cli.main(["inspect", str(tmp_path / "c.zarr"), "--rollout", "0", "--json"]) == 0
     captured = capsys.readouterr()
     assert "tokenizer no/where is not on this machine" in captured.err
@@ -311,9 +311,9 @@ def test_inspect_without_the_tokenizer_shows_ids(tmp_path: Path, capsys: pytest.
 
 
 def test_inspect_says_when_the_tokenizer_is_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cache_factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("toy:student", "t" * 16, 259))
+    factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("toy:student", "t" * 16, 259))
     assert cli.main(["inspect", str(tmp_path / "c.zarr"), "--rollout", "0"]) == 0
-    assert "is not the one that the cache was made with" in capsys.readouterr().err
+    assert "differs from the one that the cache was made with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["prompts/bytes/c/0", "scores/teacher/logprobs/zarr.json", "rollouts/zarr.json"])

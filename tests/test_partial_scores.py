@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from test_train import flat_gradient, moved, trainer_of
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import poorer
+from helpers.training import flat_gradient, moved, trainer_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
 from pipeline.report import inspect
@@ -21,24 +22,6 @@ from pipeline.rounds.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl,
 from pipeline.train import stage
 
 Make = Callable[..., Recipe]
-
-
-def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float = 0.1) -> cs.ScoreBlock:
-    """The same teacher, some of its candidates untold (so in its rest), and some tokens not scored at all."""
-    assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
-    untold = rng.random(scores.candidate_logprobs.shape) < 0.4
-    untold[:, 0] = False
-    told = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
-    rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
-        untold, np.exp(scores.candidate_logprobs), 0
-    ).sum(1)
-    missing = rng.random(scores.n_tokens) < unscored
-    arrays = {"logprobs": scores.logprobs, "candidate_logprobs": told, "rest_logprob": np.log(rest)}
-    for name, value in arrays.items():
-        value = value.astype(np.float32)
-        value[missing] = np.nan
-        arrays[name] = value
-    return cs.ScoreBlock(**arrays)
 
 
 @pytest.fixture

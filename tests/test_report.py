@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cache_factory as factory
 import numpy as np
 import pytest
-from conftest import make_cache, small_recipe
 from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.report import read, stage
@@ -320,7 +320,9 @@ def test_pieces_of_letters_made_of_several_tokens(toy_cache: Path) -> None:
 
 def test_rollouts_that_repeat_another_say_so(toy_cache: Path) -> None:
     found = collected(cs.open(toy_cache))
-    texts = {row["number"]: unpacked(found["tokens"], "<u4")[tokens_of(found)[row["number"]]] for row in found["rows"]}
+    texts = {
+        row["number"]: unpacked(found["tokens"], "<u4")[tokens_of(found)[row["number"]]] for row in found["rows"]
+    }
     first: dict[tuple[int, bytes], int] = {}
     for row in found["rows"]:
         earlier = first.setdefault((row["prompt_index"], texts[row["number"]].tobytes()), row["number"])

@@ -11,10 +11,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.caches import small_recipe
 from pipeline.errors import RedpenError
 from pipeline.report import charts, page, runs, terminal
 

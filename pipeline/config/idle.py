@@ -44,8 +44,12 @@ def _rules(recipe: Recipe) -> Iterator[Rule]:
     by_sampled_token = taught and train.loss == "importance_sampling"
 
     yield ("rollouts.top_p",), rollouts.temperature > 0, "rollouts.temperature is 0, which is greedy"
-    yield ("rollouts.entry_prompts", "rollouts.entry_share"), recipe.eval.format is not None, "eval.format is not set"
-    yield ("rollouts.entry_share",), rollouts.entry_prompts > 0, "rollouts.entry_prompts is 0"
+    yield (
+        ("rollouts.format_check_prompts", "rollouts.format_check_min"),
+        recipe.eval.format is not None,
+        "eval.format is not set",
+    )
+    yield ("rollouts.format_check_min",), rollouts.format_check_prompts > 0, "rollouts.format_check_prompts is 0"
     yield ("score.candidate_kind",), score.candidates > 1, "score.candidates is 1, the sampled token alone"
 
     yield ("train.jsd_beta",), train.loss == "jsd", f'train.loss is "{train.loss}", not "jsd"'

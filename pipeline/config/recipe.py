@@ -195,13 +195,13 @@ class RolloutsConfig(Section):
         default=64, ge=1, le=2**16, description="prompts in a block, the unit of writing and resuming"
     )
     batch_size: int = Field(default=256, ge=1, le=2**20, description="rollouts decoded together")
-    entry_prompts: int = Field(
+    format_check_prompts: int = Field(
         default=32,
         ge=0,
         le=MANY,
         description="responses looked at before the round starts, where eval.format is set; 0: none",
     )
-    entry_share: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
+    format_check_min: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
 
 
 class ScoreConfig(Section):

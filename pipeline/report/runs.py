@@ -26,10 +26,12 @@ from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
 from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import (
+    EVAL_FIGURES,
     LEDGER,
-    MARKS,
+    MARKERS,
     METRICS,
     RECIPE,
+    REREAD,
     DamagedRunError,
     Record,
     check,
@@ -64,8 +66,6 @@ MEASURES = {
     "reverse_kl": "fresh reverse KL",
 }
 
-#: Scores of cached rollouts by the trained student, written by `redpen eval`.
-REREAD = "reread.safetensors"
 #: Digests of the cache that these scores depend on. A teacher that was scored again changes nothing in them.
 _DEPENDS_ON = ("rollouts digest", "student digest")
 _PLACES, _SCORES = ("numbers", "start", "length"), ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")
@@ -93,7 +93,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     directory = Path(path)
     if not is_run(directory):
         raise RedpenError(
-            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKS)}"
+            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKERS)}"
         )
     files = _Files(directory)
     result, cache = files.record.result, files.record.cache
@@ -109,7 +109,7 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": files.read("eval.json", _evaluation),
+        "eval": files.read(EVAL_FIGURES, _evaluation),
         "card": _card(recipe, cache),
         "differs": [],
         "notes": files.notes,

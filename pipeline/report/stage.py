@@ -24,15 +24,13 @@ from pipeline.report.document import Document, RolloutSet, SetRequest, rollout_s
 from pipeline.report.read import answer_check
 from pipeline.report.runs import Reread, RunRecord
 from pipeline.rounds.scored_block import Int64
-from pipeline.runs.files import check, is_run
+from pipeline.runs.files import EVAL_CACHE, RECIPE, check, is_run
 from pipeline.runs.lock import reading_results
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import Decoder, Ids, load_decoder
 
 #: Bytes of a page that its rollouts may fill, and the share of held-out rollouts if a run has them.
 PAGE_BYTES, HELDOUT_SHARE = 32_000_000, 0.3
-#: The cache of fresh rollouts that `redpen eval` writes into a run.
-_EVAL_CACHE = "eval.zarr"
 _PHASES = ("before", "after")
 
 
@@ -78,7 +76,9 @@ def run(
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; create it, or choose another file")
     check_output(path)
-    if not os.access(path if path.exists() and not path.is_file() else path.resolve().parent, os.W_OK):
+    if not os.access(
+        path if path.exists() and not path.is_file() else os.path.dirname(os.path.realpath(path)), os.W_OK
+    ):
         raise ConfigError(f"-o {output}: cannot be written; choose another file")
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:
@@ -98,7 +98,7 @@ def assemble(
     """The page's document; arguments and errors as of `run`."""
     with reading_results(target for target in targets if is_run(target)):
         sources, records = _open(targets, round_index)
-        heldout = [run for run in sources.runs if (Path(run) / _EVAL_CACHE).is_dir()]
+        heldout = [run for run in sources.runs if (Path(run) / EVAL_CACHE).is_dir()]
         share = (HELDOUT_SHARE if sources.round else 1.0) / max(len(heldout), 1)
         sets = []
         if sources.round is not None:
@@ -187,7 +187,7 @@ def _checker(sources: _Sources, recipe: str | None, run_paths: Sequence[str]) ->
     """What a right answer is, by the given recipe or the first run's; None without either."""
     if recipe is not None:
         return Checker.of(load_recipe(recipe).eval)
-    paths = [path for run in run_paths if (path := Path(run) / "recipe.toml").is_file()]
+    paths = [path for run in run_paths if (path := Path(run) / RECIPE).is_file()]
     try:
         return Checker.of(load_recipe(str(paths[0])).eval) if paths else None
     except ConfigError as error:
@@ -225,12 +225,12 @@ def _heldout_sets(
 ) -> list[RolloutSet]:
     """Fresh rollouts before and after training, of the same prompts: the worst of either, in both."""
     try:
-        check(run, _EVAL_CACHE)
-        cache = cs.open(Path(run) / _EVAL_CACHE)
+        check(run, EVAL_CACHE)
+        cache = cs.open(Path(run) / EVAL_CACHE)
         rounds = [cache.round(index) for index in cache.round_indices()[: len(_PHASES)]]
         if rounds:
             return _pair(sources, run, rounds, recipe, rollouts, page_bytes)
-        sources.note(f"held-out rollouts of {run} are not shown: its {_EVAL_CACHE} holds none")
+        sources.note(f"held-out rollouts of {run} are not shown: its {EVAL_CACHE} holds none")
     except (cs.CacheError, RedpenError) as error:
         sources.note(f"held-out rollouts of {run} are not shown: {error}; run `redpen eval {run}` to make them again")
     return []

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError
-from pipeline.streaming.weights import SafetensorsCheckpoint, Conversion, Places, Stored, Weight
+from pipeline.streaming.weights import Conversion, Places, SafetensorsCheckpoint, Stored, Weight
 
 SLOTS = 2
 _cuda: Any = torch.cuda  # its streams and events have no types
