@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs import zstd  # type: ignore[import-untyped]
 from zarr.abc.buffer import Buffer
 from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
@@ -48,5 +47,5 @@ class BoundedZstd(ZstdCodec):
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
         size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
         chunk = np.zeros(size, np.uint8)
-        zstd.decompress(chunk_bytes.as_numpy_array(), chunk)
+        self._zstd_codec.decode(chunk_bytes.as_numpy_array(), chunk)
         return chunk_spec.prototype.buffer.from_array_like(chunk)

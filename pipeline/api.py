@@ -45,7 +45,7 @@ from pipeline.teachers.alignment import View, align
 from pipeline.text.records import check_record
 from pipeline.text.rendering import render_all
 from pipeline.train import in_memory, trainer
-from pipeline.train.objective import Objective
+from pipeline.train.objective import DistillationObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -250,7 +250,7 @@ class Trainer:
         self.student = student
         self._train = train
         student.model = make_trainable(student.model, train)
-        self._trainer = trainer.Trainer(student.model, self._objective("importance_sampling"), train)
+        self._trainer = trainer.StudentTrainer(student.model, self._objective("importance_sampling"), train)
         self._used: set[bytes] = set()
 
     @property
@@ -312,9 +312,9 @@ class Trainer:
         training_mode(self.student.model)
         return self._trainer.update(batch)
 
-    def _objective(self, loss_fn: LossFn) -> Objective:
+    def _objective(self, loss_fn: LossFn) -> DistillationObjective:
         train = self._train.model_copy(update={"loss": loss_fn, "advantage": "cached"})
-        return Objective(train, in_memory.Given({}), resolve(self.student.config).vocab_size)
+        return DistillationObjective(train, in_memory.InMemoryTeacher({}), resolve(self.student.config).vocab_size)
 
 
 def _config(model: str | ModelConfig) -> ModelConfig:

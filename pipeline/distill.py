@@ -46,9 +46,10 @@ from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, read_record
 from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
 from pipeline.text.prompts import load_prompts
-from pipeline.train import inputs, ledger
+from pipeline.train import ledger
 from pipeline.train import stage as train
-from pipeline.train.stopping import badness
+from pipeline.train.stopping import heldout_loss
+from pipeline.train.teachers import load_teachers, select_teachers
 
 #: Tokens of a round over which its fresh reverse KL is measured; of a larger round evenly spaced blocks are read.
 MEASURED_TOKENS = 4_000_000
@@ -150,7 +151,7 @@ def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None
         student = len(rounds)
         metric = f"held-out {(recipe.train.heldout_metric or '').replace('_kl', ' KL')}"
         by_student = {
-            index: Measurement(badness(recipe.train, each.heldout))
+            index: Measurement(heldout_loss(recipe.train, each.heldout))
             for index, each in enumerate(rounds, 1)
             if each.heldout is not None
         }
@@ -175,7 +176,7 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Measurement:
     The standard error is over prompts (that of a ratio of sums), because rollouts of one prompt fail together.
     """
     round_ = cs.open(cache_url).round(index)
-    teachers = inputs.teachers(recipe, round_, inputs.teacher_names(recipe, round_, cache_url))
+    teachers = load_teachers(recipe, round_, select_teachers(recipe, round_, cache_url))
     weights = dict(zip(teachers.scores, teachers.weights, strict=False)) if teachers.mixed else {}
     kl_P, tokens_P = np.zeros(round_.n_prompts), np.zeros(round_.n_prompts)
     for scored in scored_blocks(round_, list(teachers.scores), at_most_tokens=MEASURED_TOKENS):
@@ -243,7 +244,7 @@ def _after_training(current: RoundResult, recipe: Recipe, directory: Path) -> Ro
     """The round with its number of steps and the held-out metric of the student that it keeps."""
     steps = list(read_steps(directory))
     measured = [step[key] for step in steps if (key := f"heldout_{recipe.train.heldout_metric}") in step]
-    best = min(measured, key=functools.partial(badness, recipe.train), default=None)
+    best = min(measured, key=functools.partial(heldout_loss, recipe.train), default=None)
     return replace(current, steps=len(steps), heldout=best)
 
 

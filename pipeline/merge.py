@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from pipeline.config.recipe import ModelConfig, load_recipe
@@ -28,13 +27,6 @@ from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
 from pipeline.runs.files import MODEL, RECIPE
 from pipeline.runs.trained_student import trained_student
-
-
-class _AdapterConfig(BaseModel):
-    """The base model in adapter_config.json."""
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
 
 
 def run(target: str, output: str, *, base: str | None = None, dtype: str | None = None) -> int:

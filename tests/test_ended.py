@@ -68,7 +68,7 @@ def test_what_was_removed_is_made_again_from_the_checkpoint(
     path = run / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert part != "adapter" or trained_student(small_recipe().student, run) is None
-    monkeypatch.setattr("pipeline.train.trainer.Trainer.update", None)  # nothing is trained again
+    monkeypatch.setattr("pipeline.train.trainer.StudentTrainer.update", None)  # nothing is trained again
     assert stage.run(small_recipe(*STEPS), str(toy_cache), run) == 0
     assert same(run, finished) and (run / "ledger.json").exists()
 

@@ -20,7 +20,7 @@ from pipeline.models import load as models
 from pipeline.runs.files import read_record, write_record
 from pipeline.text.answers import Checker
 from pipeline.train import stage
-from pipeline.train.stopping import Memory, best_step, verdict
+from pipeline.train.stopping import TrainingHistory, best_step, stop_result
 
 Make = Callable[..., Recipe]
 REVERSE_KL = ("train.heldout_metric=reverse_kl", "train.heldout_prompts=6", "train.heldout_every=2")
@@ -107,9 +107,9 @@ def test_right_and_legal_are_those_of_eval(recipe: Make) -> None:
 
 
 def test_the_best_by_format_is_the_highest(recipe: Make) -> None:
-    memory = Memory(heldout={"2": 0.5, "4": 0.9, "6": 0.7})
+    memory = TrainingHistory(heldout={"2": 0.5, "4": 0.9, "6": 0.7})
     assert best_step(recipe(*FORMAT).train, memory) == 4
-    assert "held-out format 90.0%" in str(verdict(recipe(*FORMAT, "train.steps=6").train, 6, memory))
+    assert "held-out format 90.0%" in str(stop_result(recipe(*FORMAT, "train.steps=6").train, 6, memory))
 
 
 def test_a_metric_without_what_it_needs(recipe: Make) -> None:

@@ -340,14 +340,14 @@ def test_an_engine_that_tells_no_numbers_is_refused() -> None:
 
 
 def test_training_stops_where_logits_are_not_finite(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.train.likelihood import CrossEntropy
-    from pipeline.train.objective import Sums
-    from pipeline.train.trainer import Trainer
+    from pipeline.train.metrics import MetricSums
+    from pipeline.train.objective import CrossEntropy
+    from pipeline.train.trainer import StudentTrainer
 
     train = TrainConfig(method="full")
-    trainer = Trainer(models.load_model(config(tiny)).requires_grad_(True), CrossEntropy(), train)
+    trainer = StudentTrainer(models.load_model(config(tiny)).requires_grad_(True), CrossEntropy(), train)
     totals = torch.tensor([torch.nan, 1, 0, 0, torch.nan], dtype=torch.float64)
-    monkeypatch.setattr(trainer, "gradient", lambda batch: Sums.of(totals))
+    monkeypatch.setattr(trainer, "gradient", lambda batch: MetricSums(totals, MetricSums.zero("cpu").drift))
     with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite"):
         trainer.update(None)  # type: ignore[arg-type]
 

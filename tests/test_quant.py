@@ -25,7 +25,7 @@ from pipeline.models import load as models
 from pipeline.models.resolve import resolve
 from pipeline.runs import checkpoint
 from pipeline.train import stage
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 pytest.importorskip("bitsandbytes")
 
@@ -107,7 +107,7 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     ):
         stage.run(small_recipe(), str(nf4_cache), tmp_path / "run")
     with pytest.raises(
-        ModelError, match=r"was scored unquantised and would be trained in nf4, which is another model"
+        ModelError, match=r"was scored unquantised and would be trained in nf4, which is a different model"
     ):
         stage.run(small_recipe(NF4), str(toy_cache), tmp_path / "run")
     with pytest.raises(cs.ProvenanceError, match="quantisation"):
@@ -170,7 +170,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 # -- 8 bits ---------------------------------------------------------------------------------------------------
 
 
-def weights(trainer: Trainer) -> torch.Tensor:
+def weights(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([w.detach().flatten() for w in trainer.masters.values()])
 
 

@@ -28,6 +28,7 @@ from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage
 from pipeline.sft.examples import Example, ExampleReader, mix
 from pipeline.toy import asset_path, world
+from pipeline.train.build import make_objective, make_replay
 
 END, IM_END = 256, 258
 SMALL = ("sft.steps=4", "sft.examples_per_step=4", "sft.learning_rate=1e-3", "rollouts.prompts_per_block=8")
@@ -191,7 +192,7 @@ def test_the_first_loss_is_transformers_own(tuned: Path) -> None:
     losses = []
     recipe = stage._train_recipe(stage.with_data(small_recipe(*SMALL), [str(tuned / "facts.jsonl")]))
     assert recipe.train.loss == "cross_entropy" and recipe.train.learning_rate == 1e-3
-    order = stage.train.inputs.replay(recipe, round_, stage.train.inputs.objective(recipe, round_, ())).order
+    order = make_replay(recipe, round_, make_objective(recipe, round_, ())).order
     for number in order.step(0).tolist():
         block = round_.rollouts.read(number // round_.manifest.prompts_per_block)
         row = number % round_.manifest.prompts_per_block

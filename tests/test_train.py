@@ -395,7 +395,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
     run.mkdir()
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RedpenError, match="another process works in it"):
+        with pytest.raises(RedpenError, match="another process is working on it"):
             stage.run(small_recipe(), str(toy_cache), run)
 
 
@@ -511,7 +511,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "another student": (
         another_student,
         [],
-        "is another student's: it has student.digest ssssssssssssssss (student)",
+        "was sampled by a different student: it has student.digest ssssssssssssssss (student)",
     ),
     "another teacher": (
         lambda p, t: shutil.copytree(t, p) and None,

@@ -91,13 +91,13 @@ def run_blocks(
         bar: progress over this rank's shard. advance: moves it by rollouts and tokens.
     """
 
-    def prepare() -> None:
+    def begin_without_result() -> None:  # its result may not be picklable
         begin()
 
     own = ranks.shard(pending)
     with ExitStack() as stack:
         session = stack.enter_context(closing(ranks.open_session(work))) if own else None
-        ranks.broadcast(prepare)
+        ranks.broadcast(begin_without_result)
         with graceful() as stop:
 
             def check() -> None:

@@ -18,11 +18,9 @@ groups, and all that a step computes with the student, head included, runs insid
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -40,10 +38,6 @@ from pipeline.forward.head import unwrapped
 from pipeline.models.load import pick_device
 
 _T = TypeVar("_T")
-
-# Bounds the wait for a rank that is alive but stuck; one that has ended is noticed at once.
-_TIMEOUT = timedelta(minutes=30)
-_groups = itertools.count()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class DamagedCheckpointError(RedpenError):
     """A checkpoint differs from what was saved."""
 
 
-class _Record(BaseModel):
+class _CheckpointRecord(BaseModel):
     """The content of state.json. Older checkpoints have no `digest`, which covers the rest."""
 
     model_config = ConfigDict(extra="forbid")
@@ -161,10 +161,10 @@ def check_all(directory: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, str(error)
 
 
-def _check(path: Path) -> _Record:
+def _check(path: Path) -> _CheckpointRecord:
     try:
         found = read_json(path / _STATE, error=DamagedCheckpointError, follow_links=False)
-        record = parse_model(found, _Record, _STATE, error=DamagedCheckpointError)
+        record = parse_model(found, _CheckpointRecord, _STATE, error=DamagedCheckpointError)
         if record.digest is not None and record.digest != digest_of(found):
             raise DamagedCheckpointError(f"{_STATE} is not what was saved")
         if path.name != path_of(path.parent, record.step).name:

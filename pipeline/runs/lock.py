@@ -78,5 +78,5 @@ def _holder(handle: int) -> str:
         found = json.loads(os.pread(handle, 1000, 0))
         pid, host, activity = int(found["pid"]), str(found["host"]), str(found["doing"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # its name is not written yet
-        return "another process works in it"
+        return "another process is working on it"
     return f"process {pid}{'' if host == socket.gethostname() else f' on {host}'} {activity} it"
