@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 from pipeline.config.recipe import ModelConfig
@@ -74,12 +75,13 @@ def find_directory(
         found = "this is a URL" if "://" in model else "this is not a path"
         raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
-    if _is_directory(path):
+    # os.path's functions, unlike Path's, are False for names that the file system refuses
+    if os.path.isdir(path):
         check_trained(path)
         return path
-    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        found = "this is a file" if path.exists() else "there is no such directory"
-        raise ModelNotFoundError(f"{setting} = {model!r}: {found}; give a model's directory or a Hub id")
+    if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        found = "this is a file" if os.path.exists(path) else "there is no such directory"
+        raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -89,16 +91,9 @@ def find_directory(
     except Exception as error:  # network, authorisation, disk: the Hub client's errors have no common root
         at = f" at revision {revision!r}" if revision else ""
         raise ModelNotFoundError(
-            f"{setting} = {model!r}: not a local directory, and could not be fetched from the Hub{at} "
+            f"{setting} = {_shortened(model)}: not a local directory, and could not be fetched from the Hub{at} "
             f"({one_line(error)}); check the name, the network and `hf auth login`, or give a local path"
         ) from error
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a part of it is longer than the file system allows
-        return False
 
 
 def _shortened(name: str) -> str:
