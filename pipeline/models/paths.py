@@ -17,8 +17,8 @@ COMPANIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # What a model needs from its Hub repository, without the same weights in other layouts.
 _HUB_FILES = [*COMPANIONS, "*.safetensors"]
 _HUB_DUPLICATES = ["original/*", "onnx/*", "metal/*", "consolidated*"]
-# Characters that a path or a Hub id may have, and how many of them a message repeats.
-_LONGEST_NAME, _SHOWN = 4096, 120
+# How many characters of a name a message repeats. A Hub id has fewer.
+_SHOWN = 120
 
 
 def resolve_path(model: str) -> str:
@@ -71,16 +71,16 @@ def find_directory(
         ModelNotFoundError: names the setting, what was found, and what to do.
         DamagedRunError: it was made by a run, and is not what the run ended with.
     """
-    if len(model) > _LONGEST_NAME or "\0" in model or "://" in model:
+    if "\0" in model or "://" in model:
         found = "this is a URL" if "://" in model else "this is not a path"
         raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
-    # os.path's functions, unlike Path's, are False for names that the file system refuses
-    if os.path.isdir(path):
+    if os.path.isdir(path):  # False, where Path's raise, for a name that the file system refuses
         check_trained(path)
         return path
-    if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        found = "this is a file" if os.path.exists(path) else "there is no such directory"
+    exists = os.path.exists(path)
+    if exists or model.startswith(("/", ".", "~")) or model.count("/") > 1 or len(model) > _SHOWN:
+        found = "this is a file" if exists else "there is no such directory"
         raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     from huggingface_hub import snapshot_download
 
