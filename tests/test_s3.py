@@ -532,9 +532,7 @@ def test_lock_is_renewed_and_who_lost_it_writes_no_more(
         thief = b'{"command": "redpen score", "pid": 1, "host": "elsewhere", "since": "now", "token": "other"}'
         sync(server.put_lock(thief, "overwrite"))
         until(lambda: server.lost_to)
-        with pytest.raises(
-            cs.CacheLockedError, match=r"`redpen score` \(process 1 on elsewhere.* has taken over"
-        ):
+        with pytest.raises(cs.CacheLockedError, match=r"`redpen score` \(process 1 on elsewhere.* has taken over"):
             round_.rollouts.uncommit(0)
     assert sync(server.get_lock())[0] == thief
     assert round_.rollouts.committed().all()
