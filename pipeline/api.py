@@ -37,7 +37,7 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.teachers.alignment import View, align
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 Prompt = str | list[dict[str, str]]
 LossFn = Literal["importance_sampling", "reverse_kl"]
-
-_CHECKED_ROLLOUTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +225,9 @@ class Teacher:
             alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
             self._view = View(alignment=None if alignment.is_identity(student) else alignment)
             (theirs,) = self._view.of(batch).blocks
-            check_packing(self.model, *sequences(theirs, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
+            lengths = theirs.prompt_length[theirs.row_prompt] + theirs.response_length
+            chosen = choose_checked(lengths.tolist(), self.model.device)
+            settle_layout(self.model, *sequences(theirs, chosen))
             self._read_before = student
         return self._view.back(_read(self.model, self._view.of(batch), self._options), batch)
 
@@ -300,7 +300,7 @@ class Trainer:
     def _update(self, rollouts: Rollouts, columns: given.Columns, loss_fn: LossFn) -> dict[str, float]:
         batch = given.batch(self.step, rollouts.block, rollouts.logprobs, columns)
         if self.step == 0:
-            self._trainer.check(batch.rollouts[:_CHECKED_ROLLOUTS])
+            self._trainer.check(batch.rollouts)
         self._trainer.objective = self._objective(loss_fn)
         training_mode(self.student.model)
         return self._trainer.update(batch)

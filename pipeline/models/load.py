@@ -32,6 +32,8 @@ from pipeline.config.recipe import ModelConfig, RolloutsConfig, StudentConfig, T
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
 from pipeline.forward.finite import set_name
+from pipeline.forward.head import unwrapped
+from pipeline.forward.rows import native_attention, sampling_attention, set_can_pack
 from pipeline.models.files import (
     check_model_files,
     check_tokenizer_files,
@@ -55,7 +57,7 @@ from pipeline.toy import asset_names, asset_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Attention = Literal["redpen_packed", "sdpa"]
+Attention = Literal["scoring", "sampling"]
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a path or a Hub id may hold in letters, and how many of them a message repeats.
@@ -74,7 +76,8 @@ class ModelFacts:
 
     Attributes:
         vocab_size: rows of the output layer; may exceed the tokenizer's (padding).
-        context: positions the model was made for, None if it does not say.
+        context: positions the model was made for, None if it does not say; of LongRoPE and dynamic NTK, the original
+            length, up to which their frequencies do not change.
         dtype: of the weights once loaded, e.g. "bfloat16".
         quantisation: "nf4" where the model is quantised while loading, or the method of a quantised checkpoint,
             e.g. "gptq".
@@ -212,7 +215,7 @@ def model_facts(cfg: ModelConfig) -> ModelFacts:
     config = _load_config(cfg)
     with _loading(cfg, "its config.json cannot be used"):
         text = config.get_text_config()
-        size, context = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
+        size, context = int(text.vocab_size), _context(text)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype: expected one of torch's, found {config.dtype!r}")
     checkpoint = getattr(config, "quantization_config", None)
@@ -231,6 +234,20 @@ def model_facts(cfg: ModelConfig) -> ModelFacts:
         dtype=str(dtype).removeprefix("torch."),
         quantisation=quantisation,
     )
+
+
+def _context(text: transformers.PretrainedConfig) -> int | None:
+    """Positions that a model was made for. LongRoPE and dynamic NTK choose their frequencies by the longest sequence
+    of a forward: beyond the original length a rollout would depend on what is beside it and on whether its start is
+    cached, so this is where their context ends.
+    """
+    context = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in ("longrope", "dynamic"):
+            original = parameters.get("original_max_position_embeddings") or context
+            context = min(n for n in (context, original) if n is not None) if original else context
+    return context
 
 
 def architectures(cfg: ModelConfig) -> list[str]:
@@ -354,16 +371,15 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    cfg: ModelConfig, *, attention: Attention = "redpen_packed", trainable: bool = False
-) -> PreTrainedModel:
+def load_model(cfg: ModelConfig, *, attention: Attention = "scoring", trainable: bool = False) -> PreTrainedModel:
     """The causal language model on its device, in eval mode, its adapter (if any) applied but not merged.
 
     With `quantisation = "nf4"` its linear layers, the head aside, are in 4 bits with doubly quantised block constants
     (Dettmers et al., "QLoRA", arXiv 2305.14314); they compute in `dtype`, which all other weights have.
 
     Args:
-        attention: "redpen_packed" for packed rollouts (`pipeline.forward.packing`), "sdpa" for generation.
+        attention: "scoring": redpen's packed attention if the architecture can be packed
+            (`pipeline.models.architecture`), else transformers' own. "sampling": transformers' own.
         trainable: let the adapter require gradients; otherwise nothing does.
 
     Raises:
@@ -371,10 +387,8 @@ def load_model(
         ModelError: not found, not a causal language model, weights missing or damaged.
     """
     started = time.perf_counter()
-    if attention == "redpen_packed":
-        from pipeline.forward.attention import register_packed_attention
-
-        register_packed_attention()
+    can_pack = _is_packed(cfg)
+    packed = attention == "scoring" and can_pack
     directory, device, facts = model_directory(cfg), pick_device(cfg), model_facts(cfg)
     check_model_files(directory)
     dtype = getattr(torch, facts.dtype)
@@ -385,7 +399,7 @@ def load_model(
                 directory,
                 dtype=dtype,
                 quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
-                attn_implementation=attention,
+                attn_implementation="redpen_packed" if packed else None,
                 use_safetensors=True,
                 trust_remote_code=cfg.trust_remote_code,
                 local_files_only=True,
@@ -401,6 +415,10 @@ def load_model(
         check_weight_names(cfg, loaded["missing_keys"], loaded["unexpected_keys"], loaded["mismatched_keys"])
         if cfg.adapter is not None:
             model = with_adapter(model, cfg, trainable=trainable)
+    set_can_pack(model, can_pack)
+    if not packed:
+        choose = native_attention if attention == "scoring" else sampling_attention
+        unwrapped(model).set_attn_implementation(choose(model))
     model.eval()
     if not trainable:
         model.requires_grad_(False)
@@ -436,8 +454,18 @@ def save_model(
             shutil.copyfile(file, directory / file.name)
 
 
-def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTrainedModel:
-    """What `load_model` would load, for packed rollouts, in eval mode and without its weights and its adapter.
+def _is_packed(cfg: ModelConfig) -> bool:
+    from pipeline.forward.attention import register_packed_attention
+    from pipeline.models.architecture import choose_layout
+
+    register_packed_attention()
+    return choose_layout(cfg).packed
+
+
+def load_skeleton(
+    cfg: ModelConfig, device: torch.device | None = None, attention: str | None = "scoring"
+) -> PreTrainedModel:
+    """What `load_model` would load for scoring, in eval mode and without its weights and its adapter.
 
     Weights are on torch's meta device: shapes and types only. Buffers that no checkpoint holds, such as rotary
     frequencies, are on `device`, by default the model's.
@@ -448,19 +476,23 @@ def load_skeleton(cfg: ModelConfig, device: torch.device | None = None) -> PreTr
     from pipeline.forward.attention import register_packed_attention
 
     register_packed_attention()
+    if attention == "scoring":
+        attention = "redpen_packed" if _is_packed(cfg) else None
     config, device, facts = _load_config(cfg), device or pick_device(cfg), model_facts(cfg)
     with _loading(cfg), _quiet(progress=False):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(torch, facts.dtype),
-                attn_implementation="redpen_packed",
+                attn_implementation=attention,
                 trust_remote_code=cfg.trust_remote_code,
             )
         for name, buffer in model.named_non_persistent_buffers():
             module, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
         model.initialize_weights()  # which on the meta device does nothing
+        if attention is None:
+            model.set_attn_implementation(native_attention(model))
     set_name(model, f"{setting(cfg, 'model')} = {cfg.model!r}")
     return model.eval().requires_grad_(False)
 

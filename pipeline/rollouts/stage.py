@@ -124,9 +124,9 @@ def _check_architectures(recipe: Recipe) -> None:
     """Refuse models that could not read what is about to be sampled. A teacher that cannot be had now is left to
     `redpen score`.
     """
-    from pipeline.models.architecture import check_architecture
+    from pipeline.models.architecture import choose_layout
 
-    check_architecture(recipe.student)
+    choose_layout(recipe.student)
     if recipe.rollouts.engine == "vllm":
         from pipeline.streaming.header_check import check_checkpoint
 
@@ -134,7 +134,7 @@ def _check_architectures(recipe: Recipe) -> None:
     for teacher in recipe.teacher:
         if recipe.placement(teacher) in ("resident", "streamed"):
             with contextlib.suppress(ModelNotFoundError):
-                check_architecture(teacher)
+                choose_layout(teacher)
 
 
 def _sampler_settings(recipe: Recipe) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, OnProgres
         )
     from pipeline.engines.transformers_sampler import TransformersSampler
 
-    model = models.load_model(recipe.student, attention="sdpa")
+    model = models.load_model(recipe.student, attention="sampling")
     return lambda sampling, on_step: TransformersSampler(
         model, sampling, batch_size=settings.batch_size, on_step=on_step
     )

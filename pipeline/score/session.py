@@ -17,12 +17,10 @@ from pipeline.console import say
 from pipeline.distributed.blocks import OnProgress
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
 from pipeline.teachers.alignment import View, view_of
 from pipeline.teachers.spans import SpanView
-
-_CHECKED_ROLLOUTS = 4
 
 IntArray = npt.NDArray[np.int64]
 
@@ -104,15 +102,15 @@ def _scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], s
         assert isinstance(cfg, TeacherConfig) and isinstance(view, View)
         return view.scorer(open_engine(recipe, cfg, round_, view, options, on_tile, stack))
     readable = np.flatnonzero(round_.rollouts.committed())
-    sample = _shortest(view.of(TokenBatch((round_.rollouts.read(int(readable[0])),))).blocks[0])
+    sample = _checked(view.of(TokenBatch((round_.rollouts.read(int(readable[0])),))).blocks[0], cfg)
     if recipe.placement(cfg) == "streamed":
         from pipeline.streaming.streamed import StreamedScorer
 
         streamed = StreamedScorer(cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
-        _say_packing(streamed.check_packing(*sample))
+        say(streamed.settle_layout(*sample))
         return view.scorer(streamed)
     model = models.load_model(cfg)
-    _say_packing(check_packing(model, *sample))
+    say(settle_layout(model, *sample))
     return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
 
 
@@ -129,14 +127,10 @@ def _options(recipe: Recipe, manifest: cs.ScoresManifest, view: View | SpanView)
     )
 
 
-def _shortest(rollouts: cs.RolloutBlock) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
-    """A few short rollouts of a block, as `sequences` gives them."""
+def _checked(rollouts: cs.RolloutBlock, cfg: ModelConfig) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """A few rollouts of a block that differ in length, as `sequences` gives them."""
     lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-    return sequences(rollouts, np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS].tolist())
-
-
-def _say_packing(difference: float) -> None:
-    say(f"packing: a rollout among others has the log-probs it has alone, to {difference:.1g} nats")
+    return sequences(rollouts, choose_checked(lengths.tolist(), models.pick_device(cfg)))
 
 
 def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:

@@ -75,8 +75,6 @@ from pipeline.train.reward import mean_reward
 from pipeline.train.stopping import GAUGES, Memory, best_step, told_metric, verdict
 from pipeline.train.trainer import Trainer
 
-_CHECKED_ROLLOUTS = 4
-
 
 def run(
     recipe: Recipe,
@@ -112,8 +110,7 @@ def run(
             )
             trainer = Trainer(model, objective, train, sharding)
             memory = _resume(run, trainer, start)
-            worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
-            say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
+            say(trainer.check(replay.batch(trainer.step).rollouts))
 
             heldout = heldout_metric(recipe, trainer, replay)
             if sharding.is_main_process:
