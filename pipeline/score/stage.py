@@ -38,6 +38,7 @@ from pipeline.distributed.blocks import open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load as models
+from pipeline.models.architecture import choose_layout
 from pipeline.models.identity import IMPORTED, created_by
 from pipeline.rounds.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
 from pipeline.score.session import ScoreWork
@@ -233,7 +234,7 @@ def _manifest(
         topk=0 if is_student or spelt else recipe.score.teacher_topk,
         entropy=not (by_engine or spelt),
         partial=partial,
-        created_by=created_by(),
+        created_by=created_by() + ("" if by_engine or choose_layout(cfg).packed else ", padded rows"),
     )
 
 
