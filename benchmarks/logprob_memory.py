@@ -63,7 +63,7 @@ def prepare(
     def reverse_kl(chunk: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         from pipeline.train import losses
 
-        loss, _ = losses.reverse_kl(logprobs, rest, teacher[chunk, :-1], teacher[chunk, -1])
+        loss = losses.reverse_kl(logprobs, rest, teacher[chunk, :-1], teacher[chunk, -1])
         return loss.sum() / rows
 
     def naive() -> Tensor:

@@ -294,6 +294,12 @@ def short(number: float) -> str:
     return f"{number:.1f}"
 
 
+def per_second(count: float, seconds: float) -> str:
+    """A rate with digits at any speed: 19,922, 0.17."""
+    rate = count / max(seconds, 1e-9)
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def _duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

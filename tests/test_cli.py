@@ -52,7 +52,7 @@ def one_line(captured: str) -> str:
         ("verify nothing", "cache nothing: nothing is there"),
         ("verify file", "cache file: this is a file"),
         ("verify directory", "cache directory: this is not a redpen cache"),
-        ("inspect newer", "cache newer: format version 2, this redpen reads up to 1; upgrade it"),
+        ("inspect newer", "cache newer: expected format version 1 at most, found 2; upgrade redpen"),
         ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` makes one"),
         ("inspect empty --rollout 0", "cache empty: holds no rollouts yet"),
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),
@@ -293,7 +293,7 @@ def test_first_signal_ends_the_work_cleanly(signum: signal.Signals, code: int) -
     out, err = process.communicate(timeout=30)
     assert process.returncode == code and out == ""
     asked, ended = err.strip().splitlines()
-    assert asked == f"{signum.name}: stopping at the next safe point; once more to kill"
+    assert asked.startswith(f"{signum.name}: ") and asked.endswith(" again to force quit")
     assert ended == f"redpen: stopped by {signum.name}: 1 blocks are committed; the same command continues"
 
 

@@ -107,9 +107,9 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
     assert capsys.readouterr().out.startswith(f"{run}: the gate does not hold")
     for other in ("sft.steps=5", "rollouts.temperature=0.9", "continual.gate=[{name='a', path='p', fall=0.1}]"):
-        with pytest.raises(RedpenError, match=rf"was started with another .*\[{other.partition('.')[0]}\]"):
+        with pytest.raises(RedpenError, match=rf"was started with a different .*\[{other.partition('.')[0]}\]"):
             continual.run(load_recipe("company", [*SHORT, other]), str(tmp_path / "c.zarr"), run)
-    with pytest.raises(RedpenError, match=r"another \[sft\]"):
+    with pytest.raises(RedpenError, match=r"different \[sft\]"):
         continual.run(recipe, str(tmp_path / "c.zarr"), run, [str(tmp_path / "week2.jsonl")])
     ledger = json.loads((run / "ledger.json").read_text())
     assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)

@@ -25,11 +25,14 @@ from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
 from pipeline.evaluate.reread import reread
 from pipeline.models import load as models
+from pipeline.models.paths import resolve_path
+from pipeline.models.resolve import resolve
 from pipeline.report.runs import read_run
 from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.files import fault, read_record, write_record
 from pipeline.runs.lock import locked
-from pipeline.text.prompts import load_prompts, render
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
@@ -74,7 +77,7 @@ def recipes_student(run_dir: Path, label: str) -> Recipe:
 @torch.inference_mode()
 def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     recipe = recipes_student(run_dir, label)
-    model, tokenizer = models.load_model(recipe.student, attention="sampling"), models.load_tokenizer(recipe.student)
+    model, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
     right = 0
     records = [json.loads(line) for line in asset_path("prompts/heldout.jsonl").read_text().splitlines()]
     for record in records[:N_PROMPTS]:
@@ -93,10 +96,7 @@ def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, d
 def test_reverse_kl_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """The whole vocabulary in float64, each fresh rollout alone, and the sampled accuracy of the same rollouts."""
     recipe = recipes_student(run_dir, label)
-    student, tokenizer = (
-        models.load_model(recipe.student, attention="sampling"),
-        models.load_tokenizer(recipe.student),
-    )
+    student, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
     teacher = models.load_model(recipe.teacher[0], attention="sampling")
     prompts = heldout(N_PROMPTS)
     records = load_prompts(prompts)
@@ -223,7 +223,7 @@ def test_the_fresh_rollouts_are_kept_as_a_cache(
         assert (round_.n_blocks, bool(round_.manifest.student.adapter_digest)) == (3, label == "after")
         kl = [m.reverse_kl["teacher"] for m in scored_blocks(round_)]
         assert np.concatenate(kl).mean() == pytest.approx(measured[label]["reverse_kl"]["value"], rel=1e-6)
-        tokenizer, n_right = models.load_tokenizer(recipes_student(kept, label).student), 0
+        tokenizer, n_right = resolve(recipes_student(kept, label).student).tokenizer, 0
         for block in range(round_.n_blocks):
             rollouts = round_.rollouts.read(block)
             for row in range(rollouts.n_rows):
@@ -416,7 +416,7 @@ def test_figures_elsewhere_leave_the_run_as_it_is(run_dir: Path, tmp_path: Path)
 def test_a_bare_model_with_prompts(
     figures: dict[str, dict[str, dict[str, float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student, heldout = models.resolve_path("toy:student"), asset_path("prompts/heldout.jsonl")
+    student, heldout = resolve_path("toy:student"), asset_path("prompts/heldout.jsonl")
     settings = [*SMALL, "prompts.template=none", r"eval.answer_pattern=''=(\d+)\s*$''".replace("''", "'")]
     out = tmp_path / "eval.json"
     assert stage.run(student, prompts=str(heldout), overrides=settings, out=out) == 0
@@ -456,7 +456,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
     "neither run nor model": (lambda _, tmp: tmp, {"prompts": "toy:heldout"}, RedpenError, "expected a run of"),
     "no such model": (lambda _, tmp: tmp / "nowhere", {"prompts": "toy:heldout"}, ModelError, "no such directory"),
     "a model without prompts": (
-        lambda *_: models.resolve_path("toy:student"),
+        lambda *_: resolve_path("toy:student"),
         {},
         ConfigError,
         "give the prompts with --prompts",
@@ -499,7 +499,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
         "short's context of 64 tokens",
     ),
     "a teacher without prompts": (
-        lambda *_: models.resolve_path("toy:student"),
+        lambda *_: resolve_path("toy:student"),
         {"teacher": "toy:teacher", "tasks": ["ifeval"]},
         ConfigError,
         "--teacher toy:teacher: ",
@@ -534,7 +534,7 @@ def test_what_cannot_be_measured_is_one_line(
     tmp_path: Path,
 ) -> None:
     if options.get("teacher") == "SHORT":
-        short = Path(shutil.copytree(models.resolve_path("toy:teacher"), tmp_path / "short"))
+        short = Path(shutil.copytree(resolve_path("toy:teacher"), tmp_path / "short"))
         facts = json.loads((short / "config.json").read_text())
         (short / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 64}))
         options = options | {"teacher": str(short)}

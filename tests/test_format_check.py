@@ -23,7 +23,7 @@ def test_an_illegal_student_is_refused_before_any_rollout(tmp_path: Path) -> Non
     line = str(caught.value)
     assert line.startswith("format check: 0 of the first 5 responses are legal by eval.format = 'json', fewer than ")
     assert len(re.findall(r'"\d\*\d=\d+;\d+[+-]\d+=\d+"', line)) == 2 and "\n" not in line
-    assert not cs.open(tmp_path / "c.zarr").round().holds_anything()
+    assert not cs.open(tmp_path / "c.zarr").round().has_blocks()
     # what was left is no hindrance to the recipe that has been put right
     assert stage.run(small_recipe("prompts.limit=4"), str(tmp_path / "c.zarr")) == 0
 

@@ -16,14 +16,14 @@ import pipeline.score.stage
 import pipeline.train.stage
 from helpers.caches import small_recipe
 from helpers.families import FAMILIES
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 
 def qwen35(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     settings = FAMILIES["Qwen3.5"][1] | {"vocab_size": 259, "eos_token_id": 256, "initializer_range": 0.1}
     AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**settings)).save_pretrained(path)
-    models.load_tokenizer(small_recipe().student).save_pretrained(path)
+    resolve(small_recipe().student).tokenizer.save_pretrained(path)
     return path
 
 

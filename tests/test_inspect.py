@@ -313,7 +313,7 @@ def test_inspect_without_the_tokenizer_shows_ids(tmp_path: Path, capsys: pytest.
 def test_inspect_says_when_the_tokenizer_is_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factory.filled(tmp_path / "c.zarr", tokenizer=cs.TokenizerIdentity("toy:student", "t" * 16, 259))
     assert cli.main(["inspect", str(tmp_path / "c.zarr"), "--rollout", "0"]) == 0
-    assert "is not the one that the cache was made with" in capsys.readouterr().err
+    assert "differs from the one that the cache was made with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["prompts/bytes/c/0", "scores/teacher/logprobs/zarr.json", "rollouts/zarr.json"])

@@ -24,7 +24,7 @@ from pipeline import cli
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 #: The student's ids that the made-up rollouts use, and the one that ends them.
 A, B, EOS = 65, 66, 256
@@ -136,7 +136,7 @@ def test_lightning_opd_is_imported_scored_and_trained_on(
         assert teacher.entropy is None and teacher.candidate_logprobs is None
 
     code, out, _ = redpen("score toy --cache c")
-    assert code == 0 and "teacher: imported, taken as it is" in out and "student: mean log-prob" in out
+    assert code == 0 and "teacher: imported scores are kept" in out and "student: mean log-prob" in out
     assert redpen("inspect c --rollout 3")[0] == 0 and redpen("verify c")[0] == 0
     code, _, err = redpen("train toy --cache c --run refused --set train.loss=jsd")
     assert code == 1 and "the scores by 'teacher' hold no candidates (engine import)" in err
@@ -212,14 +212,14 @@ def test_finish_reason(
     round_ = imported(jsonl(tmp_path / "x.jsonl", [row]), tmp_path / "c")
     assert round_.rollouts.read(0).finish_reason.tolist() == [expected]
     assert (
-        "finished by stop, but not with one of the stop ids" in " ".join(capsys.readouterr().err.split())
+        "finish_reason stop, but do not end with one of the stop ids" in " ".join(capsys.readouterr().err.split())
     ) == warned
 
 
 def test_a_prompt_is_rendered_once(tmp_path: Path) -> None:
     """By the recipe's template, or by whoever wrote the file, never by both."""
     chat = ("prompts.template=chat", "rollouts.max_prompt_tokens=80")
-    tokenizer = models.load_tokenizer(toy().student)
+    tokenizer = resolve(toy().student).tokenizer
     messages = [{"role": "user", "content": "1+1="}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -342,7 +342,7 @@ def test_whose_log_probs(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
     assert "x.parquet: expected a Parquet file: ArrowInvalid" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
     two = toy().model_copy(update={"teacher": [toy().teacher[0].model_copy(update={"name": n}) for n in "ab"]})
-    with pytest.raises(RedpenError, match="say with --teacher whose, one of a, b"):
+    with pytest.raises(RedpenError, match="name the teacher with --teacher, one of a, b"):
         importing.run(told, two, str(tmp_path / "c"))
     assert importing.run(told, two, str(tmp_path / "c"), teacher="b") == 0
     assert cs.open(str(tmp_path / "c")).round().teacher_names() == ["b"]

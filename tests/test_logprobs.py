@@ -75,7 +75,7 @@ def kl_to(teacher_logprobs: Tensor, columns: Tensor):
 
     def loss_fn(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         teacher = teacher_C[rows].to(rest.dtype), teacher_rest[rows].to(rest.dtype)
-        loss, _ = losses.reverse_kl(logprobs, rest, *teacher, columns[rows] >= 0)
+        loss = losses.reverse_kl(logprobs, rest, *teacher, columns[rows] >= 0)
         return loss.sum() / T
 
     return loss_fn
@@ -279,7 +279,7 @@ def test_gradient_is_finite_and_right_where_the_rest_is_tiny(peaked: tuple[Tenso
 
     def loss_fn(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         uniform = teacher[rows].to(rest.dtype)
-        return losses.reverse_kl(logprobs, rest, uniform[:, :8], uniform[:, 8])[0].sum()
+        return losses.reverse_kl(logprobs, rest, uniform[:, :8], uniform[:, 8]).sum()
 
     ours = torch.autograd.grad(chunked_head_loss(hidden, head, columns, loss_fn, 6).loss, hidden)[0]
     exact_hidden = hidden.detach().double().requires_grad_()
@@ -355,12 +355,12 @@ def test_student_equal_to_teacher_gives_no_advantage_and_no_gradient() -> None:
 
     def gradient_norms(scores) -> tuple[float, float]:
         def kl(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
-            loss, _ = losses.reverse_kl(logprobs, rest, scores.candidate_logprobs[rows], scores.rest_logprob[rows])
+            loss = losses.reverse_kl(logprobs, rest, scores.candidate_logprobs[rows], scores.rest_logprob[rows])
             return losses.token_sum(loss, torch.ones_like(loss), T)
 
         def policy(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
             sampled = logprobs[:, 0]
-            loss, _ = losses.importance_sampling(
+            loss = losses.importance_sampling(
                 sampled, student.logprobs[rows], losses.advantage(sampled, scores.logprobs[rows])
             )
             return losses.token_sum(loss, torch.ones_like(loss), T)

@@ -23,8 +23,10 @@ from helpers.caches import poorer, small_recipe
 from helpers.training import curve, distance, flat_gradient, moved, trainer_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import inputs, stage
-from pipeline.train.mixture import Told, mixed, routed
+from pipeline.train import stage
+from pipeline.train.build import make_objective
+from pipeline.train.mixture import TeacherColumns, mixed, routed
+from pipeline.train.teachers import load_teachers, select_teachers
 
 Make = Callable[..., Recipe]
 T, V, C = 7, 12, 4
@@ -36,12 +38,12 @@ def distributions(seed: int) -> Tensor:
     )
 
 
-def told(logprobs: Tensor, untold: Tensor | None = None) -> Told:
+def told(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
     """The first C tokens of a teacher, some of them untold and so in its rest."""
     ids = torch.arange(C).repeat(T, 1)
     hidden = torch.zeros(T, C, dtype=torch.bool) if untold is None else untold
     rest = torch.cat([logprobs[:, :C].masked_fill(~hidden, -torch.inf), logprobs[:, C:]], 1).logsumexp(1)
-    return Told(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
+    return TeacherColumns(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
 
 
 weights = st.lists(st.floats(0.05, 1), min_size=2, max_size=3).map(lambda drawn: [w / sum(drawn) for w in drawn])
@@ -242,14 +244,14 @@ def test_several_teachers_train(
 def test_a_weight_of_0_leaves_a_teacher_out(two: Path, recipe: Make) -> None:
     settings = recipe('train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 0, other = 2}")
     round_ = cs.open(two).round()
-    assert inputs.teacher_names(settings, round_, "c") == ("other",)
-    learnt = inputs.objective(settings, round_, ("other",))
+    assert select_teachers(settings, round_, "c") == ("other",)
+    learnt = make_objective(settings, round_, ("other",))
     assert not learnt.teachers.mixed and "topk_ids" in learnt.arrays["other"]
     three = recipe(
         'train.teacher=["teacher", "other", "partial"]', "train.teacher_weights={teacher = 1, other = 0, partial = 3}"
     )
-    names = inputs.teacher_names(three, round_, "c")
-    assert names == ("teacher", "partial") and inputs.teachers(three, round_, names).weights == (0.25, 0.75)
+    names = select_teachers(three, round_, "c")
+    assert names == ("teacher", "partial") and load_teachers(three, round_, names).weights == (0.25, 0.75)
 
 
 REFUSED = {
@@ -259,7 +261,7 @@ REFUSED = {
     ),
     "a weight is missing": (
         ['train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 1}"],
-        r"train\.teacher_weights: expected a weight of every teacher, got none of 'other'",
+        r"train\.teacher_weights: expected a weight for every teacher, got none for 'other'",
     ),
     "no weight": (
         ['train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 0, other = 0}"],
@@ -267,15 +269,15 @@ REFUSED = {
     ),
     "weight of one": (
         ["train.teacher=teacher", "train.teacher_weights={teacher = 1}"],
-        r"train\.teacher_weights: belongs to several teachers of a prompt, got the one teacher 'teacher'",
+        r"train\.teacher_weights: needs several teachers for each prompt, got the one teacher 'teacher'",
     ),
     "mixture of one": (
         ["train.teacher=teacher", "train.mixture=geometric"],
-        r"train\.mixture: belongs to several teachers of a prompt, got the one teacher 'teacher'",
+        r"train\.mixture: needs several teachers for each prompt, got the one teacher 'teacher'",
     ),
     "mixture and route": (
         ['train.route={"*" = "teacher"}', "train.mixture=geometric"],
-        r"train\.mixture: belongs to several teachers of a prompt, got train\.route",
+        r"train\.mixture: needs several teachers for each prompt, got train\.route",
     ),
     "none": (["train.teacher=[]"], r"train\.teacher: expected one name or a list of different ones, got \[\]"),
     "twice": (['train.teacher=["other", "other"]'], r"train\.teacher: expected one name or a list of different ones"),

@@ -29,7 +29,7 @@ from helpers.training import (
 )
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import inputs, stage
+from pipeline.train import checks, stage
 from pipeline.train.replay import Rollout
 
 Make = Callable[..., Recipe]
@@ -219,15 +219,13 @@ def test_behaviour_correction_says_less_of_the_temperature(
 def test_unknown_behaviour_is_no_denominator(tmp_path: Path, recipe: Make) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=10, engine="import")
     round_, settings = cache.round(), recipe("train.loss=importance_sampling", "train.behaviour_correction=true")
-    inputs.check_replay(settings, round_)
+    checks.check_round(settings, round_)
     block = round_.rollouts.read(2)
     block.rollout_logprobs[3:5] = np.nan
     block.trained[4] = 0  # a tool's
     round_.rollouts.write(2, block)
-    with pytest.raises(
-        ConfigError, match=r"block 2 of the imported round 0 does not know the rollout_logprobs of 1 "
-    ):
-        inputs.check_replay(settings, cs.open(tmp_path / "c.zarr").round())
+    with pytest.raises(ConfigError, match=r"block 2 of the imported round 0 has no rollout_logprobs of 1 "):
+        checks.check_round(settings, cs.open(tmp_path / "c.zarr").round())
 
 
 def test_a_nucleus_rules_out_k2(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:

@@ -75,7 +75,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-Planned = Callable[..., tuple[Recipe, memory.Models]]
+Planned = Callable[..., tuple[Recipe, memory.PlannedModels]]
 
 
 @pytest.fixture(scope="session")
@@ -83,10 +83,10 @@ def planned(configs: Path) -> Planned:
     """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their meta_models."""
 
     @functools.cache
-    def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.Models]:
+    def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.PlannedModels]:
         names = [f"student.model={configs / f'{depth}8b'}", f"teacher.model={configs / f'{depth}32b'}"]
         recipe = load_recipe("qwen3-8b-from-32b", [*names, *overrides])
-        return recipe, memory.Models.of(recipe)
+        return recipe, memory.PlannedModels.of(recipe)
 
     return plan
 
@@ -238,15 +238,15 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
 def test_too_small_a_card_is_told_with_what_would_help(planned: Planned) -> None:
     recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)
-    found = {need.step: table.verdict(need, device, recipe) for need in memory.needs(recipe, models, device)}
+    found = {need.step: table.advice(need, device, recipe) for need in memory.by_step(recipe, models, device)}
     assert found["scoring, teacher, streamed"].startswith("scoring, teacher, streamed: fits 6 GiB")
     assert "does not fit 6 GiB" in found["training"] and "up to" in found["training"]
-    found = {need.step: table.verdict(need, Device(gib=4), recipe) for need in memory.needs(recipe, models, device)}
+    found = {need.step: table.advice(need, Device(gib=4), recipe) for need in memory.by_step(recipe, models, device)}
     assert 'score.placement = "streamed"' in found["scoring, student"]
     hopeless = memory.training(recipe, models, Device(gib=4))
-    assert hopeless.largest == 0 and "adamw_8bit" in table.verdict(hopeless, Device(gib=4), recipe)
-    refused = memory.needs(recipe, models, Device(gib=1))[2]
-    assert refused.refused and "to stream this model" in table.verdict(refused, Device(gib=1), recipe)
+    assert hopeless.largest == 0 and "adamw_8bit" in table.advice(hopeless, Device(gib=4), recipe)
+    refused = memory.by_step(recipe, models, Device(gib=1))[2]
+    assert refused.refused and "to stream this model" in table.advice(refused, Device(gib=1), recipe)
 
 
 def test_fsdp_divides_what_it_shards(planned: Planned) -> None:
@@ -281,9 +281,9 @@ def test_cost_is_what_a_run_then_enters_in_its_ledger(toy_cache: Path, tmp_path:
     prompt = sum(int(b.prompt_length.sum()) for b in blocks) / 24
     response = sum(b.n_tokens for b in blocks) / 96
     recipe = small_recipe("train.steps=6")
-    models = memory.Models.of(recipe)
+    models = memory.PlannedModels.of(recipe)
     lengths, device = Lengths.of(recipe, prompt, response), Device()
-    planned = cost.costs(recipe, models, device, lengths, memory.needs(recipe, models, device))
+    planned = cost.costs(recipe, models, device, lengths, memory.by_step(recipe, models, device))
     stage.run(recipe, str(toy_cache), str(tmp_path / "run"))
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     by_step = {entry.step: entry for entry in planned.steps}
@@ -316,7 +316,7 @@ def test_time_follows_from_the_device(planned: Planned) -> None:
     lengths = Lengths.of(recipe, None, 500)
 
     def seconds(device: Device) -> dict[str, float]:
-        needs = memory.needs(recipe, models, device)
+        needs = memory.by_step(recipe, models, device)
         found = cost.costs(recipe, models, device, lengths, needs).steps
         return {step.step: step.seconds or 0.0 for step in found}
 

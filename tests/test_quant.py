@@ -22,9 +22,10 @@ from pipeline.config.recipe import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.runs import checkpoint
 from pipeline.train import stage
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 pytest.importorskip("bitsandbytes")
 
@@ -106,7 +107,7 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     ):
         stage.run(small_recipe(), str(nf4_cache), tmp_path / "run")
     with pytest.raises(
-        ModelError, match=r"was scored unquantised and would be trained in nf4, which is another model"
+        ModelError, match=r"was scored unquantised and would be trained in nf4, which is a different model"
     ):
         stage.run(small_recipe(NF4), str(toy_cache), tmp_path / "run")
     with pytest.raises(cs.ProvenanceError, match="quantisation"):
@@ -158,7 +159,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match=r'student\.quantisation = "nf4": .* is quantised already \(gptq\)'):
-        models.model_facts(ModelConfig(model=str(base), quantisation="nf4"))
+        resolve(ModelConfig(model=str(base), quantisation="nf4"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         ConfigError, match=r'student\.quantisation = "nf4": needs bitsandbytes, .*install redpen\[quant\]'
@@ -169,7 +170,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 # -- 8 bits ---------------------------------------------------------------------------------------------------
 
 
-def weights(trainer: Trainer) -> torch.Tensor:
+def weights(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([w.detach().flatten() for w in trainer.masters.values()])
 
 

@@ -31,6 +31,7 @@ from pipeline.engines.sampling import PromptBlock
 from pipeline.engines.transformers_sampler import TransformersSampler, draw
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.rollouts import stage
 
 SHAPE = dict(
@@ -247,7 +248,7 @@ def test_the_stage_fills_a_round_once(
     round_ = cache.round()
     assert round_.rollouts.committed().all() and round_.n_blocks == 3 and not list(cs.verify(cache))
     assert round_.manifest.stop_token_ids == (256, 258) and round_.manifest.vocab_size == 259
-    tokenizer = models.load_tokenizer(recipe().student)
+    tokenizer = resolve(recipe().student).tokenizer
     for block in range(3):
         rollouts = round_.rollouts.read(block)
         for row in range(rollouts.n_rows):

@@ -214,7 +214,7 @@ def test_server_dies_in_mid_run(
         assert dead.is_set() and status == 1 and "Traceback" not in out + err, out + err
         assert len(told) == 2, out + err
         waiting, failed = told
-        assert waiting == f"cache {url}: no answer from {proxy.url} for 2 s, trying on"
+        assert waiting == f"cache {url}: no response from {proxy.url} for 2 s, still trying"
         assert err.splitlines()[-1] == failed
         assert re.search(r"^redpen: .*cannot write block \d.* cannot be reached \(Connection refused\); ", failed)
         assert failed.endswith("then run the same command again (committed blocks are untouched)")
@@ -240,9 +240,9 @@ def test_no_failure_reads_as_missing(proxy: s3_server.Proxy, url: str, monkeypat
         lambda: cs.open(url),
         lambda: cs.open(url).round(),
         round_.cache.round_indices,
-        round_.cache.lost_rounds,
+        round_.cache.orphaned_rounds,
         round_.scorer_names,
-        round_.holds_anything,
+        round_.has_blocks,
         round_.rollouts.committed,
         lambda: teacher.is_committed(1),
         lambda: teacher.read(1),
@@ -270,8 +270,8 @@ def test_a_silent_server_is_mentioned_once(
     with caplog.at_level(logging.WARNING):
         teacher.read(1)
     assert [re.sub(r"http://\S+", "SERVER", record.message) for record in caplog.records] == [
-        f"cache {url}: no answer from SERVER for 1 s, trying on",
-        f"cache {url}: SERVER answers again",
+        f"cache {url}: no response from SERVER for 1 s, still trying",
+        f"cache {url}: SERVER responds again",
     ] * (len(caplog.records) // 2)
     assert 2 <= len(caplog.records) <= 8  # for the commits and for the arrays, not for each of seven requests
 
@@ -352,7 +352,7 @@ def error(code: str, message: str = "") -> str:
             error("AccessDenied"),
             "403 AccessDenied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION",
         ),
-        (401, "", "answered 401; check AWS_ACCESS_KEY_ID"),
+        (401, "", "responded 401; check AWS_ACCESS_KEY_ID"),
         (400, error("ExpiredToken", "It expired."), "400 ExpiredToken It expired.; check .*the credentials"),
         (
             400,
@@ -360,9 +360,9 @@ def error(code: str, message: str = "") -> str:
             "expecting 'eu-west-1'; check .*AWS_REGION",
         ),
         (301, error("PermanentRedirect"), "redirects to another region; set AWS_REGION"),
-        (404, "<html>\n<h1>nginx</h1></html>", "answered 404; check AWS_ENDPOINT_URL"),
+        (404, "<html>\n<h1>nginx</h1></html>", "responded 404; check AWS_ENDPOINT_URL"),
         (200, "", "Got invalid list response"),
-        (500, error("InternalError"), "answered 500 InternalError for 0 s; wait until the server works again"),
+        (500, error("InternalError"), "responded 500 InternalError for 0 s; wait until the server works again"),
         (503, error("SlowDown", "Reduce your rate."), "503 SlowDown Reduce your rate. for 0 s; wait until"),
         (501, error("NotImplemented"), "501 NotImplemented; .*AWS_CONDITIONAL_PUT=disabled"),
     ],
@@ -427,7 +427,7 @@ def test_a_certificate_that_is_not_trusted(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(cs.StorageError, match="has a certificate that is not trusted"):
             cs.open("s3://bucket/c.zarr")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        with pytest.raises(cs.StorageError, match="answered 500"):
+        with pytest.raises(cs.StorageError, match="responded 500"):
             cs.open("s3://bucket/c.zarr")
         httpd.shutdown()
 
@@ -509,7 +509,7 @@ def test_lock_of_another_machine_ends_when_it_is_not_renewed(
     killed = time.time()
     with caplog.at_level(logging.WARNING), cache.lock("redpen rollouts"):
         assert time.time() - killed > 1
-    assert f"(process {other.pid} on" in caplog.text and "looking whether it still is" in caplog.text
+    assert f"(process {other.pid} on" in caplog.text and "to see if it still is" in caplog.text
 
 
 def test_lock_is_renewed_and_who_lost_it_writes_no_more(

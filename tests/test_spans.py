@@ -201,7 +201,7 @@ def test_it_is_trained_on_and_told(
     recipe = tmp_path / "spans.toml"
     recipe.write_text(small_recipe(*spelt(teacher)).to_toml())
     assert evaluate.run("toy:student", recipe=str(recipe), teacher=str(teacher), overrides=("eval.limit=8",)) == 0
-    assert "cuts text into other tokens, so reverse KL to it is left out" in capsys.readouterr().err
+    assert "tokenizes text differently from the student, so reverse KL to it is left out" in capsys.readouterr().err
 
 
 def test_the_share_of_tokens_covered_is_told(

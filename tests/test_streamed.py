@@ -504,7 +504,7 @@ def test_a_cache_may_be_scored_resident_and_streamed(tmp_path: Path, capsys: pyt
         capsys.readouterr()
         stage.run(toy("score.placement=streamed", "score.memory_gib=1"), str(tmp_path / name))
         said = capsys.readouterr().err
-        assert "toy:student streamed to cpu" in said and said.count("packing check") == 2
+        assert "toy:student streamed to cpu" in said and said.count("packing check: packed and unpacked") == 2
         round_ = cs.open(tmp_path / name).round()
         for scorer in ("student", "teacher"):
             assert round_.scores(scorer).manifest == expected.scores(scorer).manifest

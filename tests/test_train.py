@@ -21,8 +21,8 @@ from helpers.caches import make_cache, small_recipe, tree_digest
 from helpers.training import curve, distance, flat_gradient, gradient, moved, naive_gradient, trainer_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.models import load as models
 from pipeline.models import lora
+from pipeline.models.paths import resolve_path
 from pipeline.train import ledger, stage
 from pipeline.train.packs import tokens_of
 from pipeline.train.trainer import learning_rate
@@ -257,7 +257,7 @@ def test_only_the_student_is_loaded_and_the_cache_untouched(
     before = tree_digest(toy_cache)
     gone = recipe(f"teacher.model={tmp_path / 'deleted'}", "train.steps=2")
     assert stage.run(gone, str(toy_cache), tmp_path / "run") == 0
-    assert opened == [models.resolve_path("toy:student")]
+    assert opened == [resolve_path("toy:student")]
     assert tree_digest(toy_cache) == before
 
 
@@ -395,7 +395,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
     run.mkdir()
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RedpenError, match="another process works in it"):
+        with pytest.raises(RedpenError, match="another process is working on it"):
             stage.run(small_recipe(), str(toy_cache), run)
 
 
@@ -511,7 +511,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "another student": (
         another_student,
         [],
-        "is another student's: it has student.digest ssssssssssssssss (student)",
+        "was sampled by a different student: it has student.digest ssssssssssssssss (student)",
     ),
     "another teacher": (
         lambda p, t: shutil.copytree(t, p) and None,

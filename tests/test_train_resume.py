@@ -98,9 +98,8 @@ def test_killed_in_the_middle_of_a_write(
     moment: str, toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.models import lora
-    from pipeline.runs import checkpoint
+    from pipeline.runs import checkpoint, ledger
     from pipeline.runs.directory import RunDirectory
-    from pipeline.train import ledger
 
     run = tmp_path / "run"
     calls = 0
@@ -181,17 +180,17 @@ def test_tensorboard_shows_each_step_once(toy_cache: Path, tmp_path: Path, monke
     """Steps that a kill undid are drawn again; the earlier points are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pipeline.train.trainer import Trainer
+    from pipeline.train.trainer import StudentTrainer
 
-    run, real = tmp_path / "run", Trainer.update
+    run, real = tmp_path / "run", StudentTrainer.update
 
-    def dies_at_five(self: Trainer, batch: object) -> object:
+    def dies_at_five(self: StudentTrainer, batch: object) -> object:
         if self.step == 5:
             raise Killed
         return real(self, batch)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", dies_at_five)
+        patch.setattr(StudentTrainer, "update", dies_at_five)
         with pytest.raises(Killed):
             stage.run(small_recipe(*LONG), str(toy_cache), run)
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
@@ -212,7 +211,7 @@ def test_a_finished_run_goes_on_for_more_steps(toy_cache: Path, tmp_path: Path) 
     cooled = tmp_path / "cooled"
     assert stage.run(small_recipe("train.steps=3", "train.schedule=linear"), str(toy_cache), cooled) == 0
     with pytest.raises(
-        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can go on\); choose'
+        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can be extended\); choose'
     ):
         stage.run(small_recipe("train.steps=7", "train.schedule=linear"), str(toy_cache), cooled)
 

@@ -53,7 +53,7 @@ from pipeline.engines.server_answers import (
 )
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.files import parse_json, parse_model
-from pipeline.models.load import model_facts, setting
+from pipeline.models.resolve import resolve, setting_name
 
 _T = TypeVar("_T")
 
@@ -111,14 +111,14 @@ class ServerScorer:
                 raise httpx2.InvalidURL("expected http:// or https:// and a host")
         except httpx2.InvalidURL as error:
             raise ConfigError(
-                f"{setting(teacher, 'url')}: expected a URL such as http://localhost:8000/v1, got "
+                f"{setting_name(teacher, 'url')}: expected a URL such as http://localhost:8000/v1, got "
                 f"{mask(teacher.url)!r} ({error})"
             ) from None
         self._url, self._teacher, self._name = url, teacher, teacher.served_name or teacher.model
-        self._who = f"{setting(teacher, 'url')} = {mask(str(url))!r}"
+        self._who = f"{setting_name(teacher, 'url')} = {mask(str(url))!r}"
         self._settings, self._options, self._on_tile = settings, options, on_tile
         self.batch_tokens = _TOKENS_PER_REQUEST * settings.server_requests
-        self._vocab_size = model_facts(teacher).vocab_size
+        self._vocab_size = resolve(teacher).vocab_size
         self._key = next((key for name in _KEYS if (key := os.environ.get(name, "").strip())), None)
         self._way: _Way | None = None
         self._said = -_QUIET_SECONDS
@@ -147,7 +147,7 @@ class ServerScorer:
         if served and self._name not in served:
             raise ModelError(
                 f"{self._who}: serves {', '.join(map(repr, list(served)[:5]))}, not {self._name!r}; "
-                f"set {setting(self._teacher, 'served_name')} to the model's name there"
+                f"set {setting_name(self._teacher, 'served_name')} to the model's name there"
             )
         if (context := served.get(self._name)) is not None and max_length >= context:
             raise ModelError(
@@ -354,7 +354,7 @@ class ServerScorer:
         remedies = {
             401: f"set the environment variable {_KEYS[0]} or {_KEYS[1]} to its key",
             403: f"set the environment variable {_KEYS[0]} or {_KEYS[1]} to a key that may use {self._name!r}",
-            404: f"check the URL (it ends in /v1 as a rule) and {setting(self._teacher, 'served_name')}, "
+            404: f"check the URL (it ends in /v1 as a rule) and {setting_name(self._teacher, 'served_name')}, "
             f"now {self._name!r}",
             400: f"{self._name!r} must be served with the length of the rollouts and one more (--max-model-len)",
         }

@@ -22,6 +22,7 @@ from pipeline.forward.head import Head, unwrapped
 from pipeline.forward.packing import decoder_body, pack, packed_hidden
 from pipeline.models import load as models
 from pipeline.models.meta_model import WithoutValues
+from pipeline.models.resolve import ResolvedModel, resolve
 
 _META = torch.device("meta")
 _LENGTHS = (5, 3)
@@ -41,7 +42,7 @@ class LayoutChoice:
     reason: str = ""
 
 
-def choose_layout(cfg: ModelConfig) -> LayoutChoice:
+def choose_layout(model: ModelConfig | ResolvedModel) -> LayoutChoice:
     """The layout of a model, from its configuration alone.
 
     A forward that does not run on the meta device, since it looks at values, is packed until
@@ -50,19 +51,20 @@ def choose_layout(cfg: ModelConfig) -> LayoutChoice:
     Raises:
         ModelError: a model that no layout can score, naming it, its architecture and the reason.
     """
-    key = models.model_directory(cfg, weights=False).joinpath("config.json").read_text(encoding="utf-8") + repr(cfg)
+    source = resolve(model)
+    key = source.config.to_json_string() + repr(source.settings)
     if key not in _known:
-        _known[key] = _choose(cfg)
+        _known[key] = _choose(source)
     return _known[key]
 
 
-def _choose(cfg: ModelConfig) -> LayoutChoice:
-    label = f"{models.setting(cfg, 'model')} = {cfg.model!r}"
+def _choose(source: ResolvedModel) -> LayoutChoice:
+    label = source.setting("model")
     not_packed = ""
     try:
-        model = models.load_skeleton(cfg, _META, attention=ATTENTION)
+        model = models.load_skeleton(source, _META, attention=ATTENTION)
     except ModelError:
-        model = models.load_skeleton(cfg, _META, attention=None)
+        model = models.load_skeleton(source, _META, attention=None)
         not_packed = "it does not use transformers' attention interface"
     name = type(unwrapped(model)).__name__
     try:

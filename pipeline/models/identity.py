@@ -1,10 +1,9 @@
-"""Who made the numbers: digests of weights, adapters and tokenizers, the same for a Hub snapshot and a local
-copy of it.
+"""Digests of weights, adapters and tokenizers, the same for a Hub snapshot and a local copy of it.
 
-A model's digest covers the settings of its `config.json` that mean something and the content of the
-safetensors files that transformers would read. Files are hashed in threads (about 1 GB/s each); a file of a
+A model's digest covers the settings of its `config.json` that affect what it computes and the content of the
+safetensors files that transformers would load. Files are hashed in threads (about 1 GB/s each); a file of a
 Hub snapshot is a link to a blob that the Hub client named by its SHA-256 and checked while downloading, so
-its name is used and 64 GB are not read.
+its name is used instead of hashing 64 GB.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipeline.models.files import read_index, read_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Engine of rollouts and scores that `redpen import` brought from a file.
+#: Engine of rollouts and scores that `redpen import` read from a file.
 IMPORTED = "import"
 #: Engine of a round of text that nobody sampled: documents and chats of `redpen sft`.
 DATA = "data"
@@ -37,22 +36,21 @@ _INCIDENTAL_ADAPTER = frozenset(
 
 
 def model_digest(directory: Path) -> str:
-    """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not one."""
+    """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` if it is not one."""
     config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "weights": _contents(weight_files(directory))})
 
 
 def served_digest(directory: Path, served_name: str) -> str:
-    """Digest of what is known here of a model that a server runs: its configuration, and its name there. Raises
-    `ModelError`.
-    """
+    """Digest of a model that a server runs: its configuration, and its name there. Raises `ModelError`."""
     config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "served_name": served_name})
 
 
 def adapter_digest(directory: Path) -> str:
-    """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not
-    one.
+    """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits.
+
+    Raises `ModelError` if it is not one.
     """
     config = _semantic(read_settings(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
     weights = directory / "adapter_model.safetensors"
@@ -64,9 +62,7 @@ def adapter_digest(directory: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the token->id map, added tokens included, and of the special tokens; the chat template is
-    apart.
-    """
+    """Digest of the token->id map, added tokens included, and of the special tokens, without the chat template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return _digest({"tokens": sorted(tokenizer.get_vocab().items()), "special": special})
 
@@ -86,16 +82,14 @@ def hub_commit(directory: Path) -> str | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers reads, sorted by name. Raises `ModelError` where there are
-    none.
-    """
+    """The safetensors files that transformers reads, sorted by name. Raises `ModelError` if there are none."""
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
     if (index := read_index(directory)) is None:
         raise ModelError(
             f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither; "
-            "only safetensors are read, convert other weights with save_pretrained()"
+            "only safetensors are read, convert other formats with save_pretrained()"
         )
     files = [directory / name for name in sorted(set(index.weight_map.values()))]
     for file in files:

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.rounds.identity import cache_identity
-from pipeline.runs.files import DamagedRunError, check
+from pipeline.runs.files import REREAD, DamagedRunError, check
 
-REREAD = "reread.safetensors"
 #: What of the cache the reading depends on. A teacher that was scored again changes nothing in it.
 _MADE_OF = ("rollouts digest", "student digest")
 _PLACES, _SCORES = ("numbers", "start", "length"), ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")

@@ -25,8 +25,9 @@ from pipeline.errors import RedpenError
 from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
 from pipeline.runs.files import (
+    EVAL_FIGURES,
     LEDGER,
-    MARKS,
+    MARKERS,
     METRICS,
     RECIPE,
     Record,
@@ -76,7 +77,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     directory = Path(path)
     if not is_run(directory):
         raise RedpenError(
-            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKS)}"
+            f"run {path}: expected a directory that `redpen train` made, with one of {', '.join(MARKERS)}"
         )
     files = _Files(directory)
     result, cache = files.record.result, files.record.cache
@@ -92,7 +93,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "curves": {name: [list(point) for point in thin(points)] for name, points in _curves(lines).items()},
         "figures": _figures(lines, ledger, int(recipe.get("train.stop_window", 5))),
         "ledger": ledger,
-        "eval": files.read("eval.json", _evaluation),
+        "eval": files.read(EVAL_FIGURES, _evaluation),
         "card": _card(recipe, cache),
         "differs": [],
         "notes": files.notes,

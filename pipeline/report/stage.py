@@ -26,7 +26,7 @@ from pipeline.report.judge import answer_judge
 from pipeline.report.page_rows import Request
 from pipeline.report.reread import Reread
 from pipeline.report.scan import Int64, Judge
-from pipeline.runs.files import check, is_run
+from pipeline.runs.files import EVAL_CACHE, RECIPE, check, is_run
 from pipeline.runs.lock import reading_results
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import Decoder, Ids, load_decoder
@@ -34,7 +34,6 @@ from pipeline.text.detokenize import Decoder, Ids, load_decoder
 #: Bytes of a page that its rollouts may fill, and the part of that of held-out rollouts where a run has them.
 PAGE_BYTES, HELDOUT_SHARE = 32_000_000, 0.3
 #: What `redpen eval` leaves in a run.
-_EVAL_CACHE = "eval.zarr"
 _PHASES = ("before", "after")
 
 
@@ -111,7 +110,7 @@ def assemble(
 
 def _assembled(targets: Sequence[str], round_index: int | None, recipe: str | None, rollouts: int) -> dict[str, Any]:
     sources, records = _sources(targets, round_index)
-    heldout = [run for run in sources.runs if (Path(run) / _EVAL_CACHE).is_dir()]
+    heldout = [run for run in sources.runs if (Path(run) / EVAL_CACHE).is_dir()]
     share = (HELDOUT_SHARE if sources.round else 1.0) / max(len(heldout), 1)
     sets = []
     if sources.round is not None:
@@ -201,7 +200,7 @@ def _checker(sources: _Sources, recipe: str | None, run_paths: Sequence[str]) ->
     """What a right answer is: by the recipe that is given, else by the first run's; None where there is neither."""
     if recipe is not None:
         return Checker.of(load_recipe(recipe).eval)
-    paths = [path for run in run_paths if (path := Path(run) / "recipe.toml").is_file()]
+    paths = [path for run in run_paths if (path := Path(run) / RECIPE).is_file()]
     try:
         return Checker.of(load_recipe(str(paths[0])).eval) if paths else None
     except ConfigError as error:
@@ -239,12 +238,12 @@ def _judge(round_: cs.Round, checker: Checker | None) -> Judge | None:
 def _held_out(sources: _Sources, run: str, recipe: str | None, rollouts: int, room: int) -> list[dict[str, Any]]:
     """Fresh rollouts before and after training, of the same prompts: what is worst before or after, in both."""
     try:
-        check(run, _EVAL_CACHE)
-        cache = cs.open(Path(run) / _EVAL_CACHE)
+        check(run, EVAL_CACHE)
+        cache = cs.open(Path(run) / EVAL_CACHE)
         rounds = [cache.round(index) for index in cache.round_indices()[: len(_PHASES)]]
         if rounds:
             return _pair(sources, run, rounds, recipe, rollouts, room)
-        sources.note(f"held-out rollouts of {run} are not shown: its {_EVAL_CACHE} holds none")
+        sources.note(f"held-out rollouts of {run} are not shown: its {EVAL_CACHE} holds none")
     except (cs.CacheError, RedpenError) as error:
         sources.note(f"held-out rollouts of {run} are not shown: {error}; `redpen eval {run}` makes them again")
     return []

@@ -1,7 +1,7 @@
-"""The format check: before the first rollout, whether the student gives responses of the form that is wanted at all.
+"""The format check: before the first rollout, whether the student gives responses of the wanted form at all.
 
-On-policy distillation corrects what a student says. One that does not keep to the form yet is corrected where no
-answer can come of it, and hours later there is little to see; a little fine-tuning comes first.
+On-policy distillation corrects what a student says. A student that does not keep to the form gives no answers to
+correct, which would otherwise show only hours later; a little fine-tuning on the form has to come first.
 """
 
 from __future__ import annotations
@@ -26,24 +26,23 @@ _SHOWN = (50, 25)
 def check_format(
     recipe: Recipe,
     checker: Checker,
-    sampler: Callable[[Callable[[int, int], None]], Sampler],
+    make_sampler: Callable[[Callable[[int, int], None]], Sampler],
     prompts: Sequence[npt.NDArray[np.int32]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Sample one response to each of the first `rollouts.format_check_prompts` prompts and look at their form.
+    """Sample one response to each of the first `rollouts.format_check_prompts` prompts and check their form.
 
     Args:
-        sampler: that of the round, but with one rollout a prompt, given its `on_step`.
+        make_sampler: from an `on_step`, the round's sampler with one rollout a prompt.
 
     Raises:
-        RedpenError: fewer than `rollouts.format_check_min` of them are legal by `eval.format`.
+        RedpenError: fewer than the fraction `rollouts.format_check_min` are legal by `eval.format`.
     """
     settings = recipe.rollouts
     first = prompts[: settings.format_check_prompts]
     with progress("format check", len(first), "responses") as bar:
-        ((_, rollouts, _),) = sampler(lambda ended, _: bar.advance(ended)).sample(
-            [PromptBlock(0, list(enumerate(first)))]
-        )
+        sampler = make_sampler(lambda ended, _: bar.advance(ended))
+        ((_, rollouts, _),) = sampler.sample([PromptBlock(0, list(enumerate(first)))])
     texts = tokenizer.batch_decode(
         [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
     )

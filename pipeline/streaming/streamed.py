@@ -32,7 +32,9 @@ from pipeline.forward.packing_check import check_layout, settle_layout
 from pipeline.forward.rows import forwards, gather_hidden, is_packed, lay_out
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
+from pipeline.models.load import with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
+from pipeline.models.resolve import resolve, setting_name
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
 from pipeline.streaming.memory import WaveBudget, free_bytes
@@ -83,15 +85,16 @@ class StreamedScorer:
         self._cfg, self._options, self._on_tile = cfg, options, on_tile
         self._device = models.pick_device(cfg)
         self._memory = WaveBudget(self._device, memory_gib)
-        if method := models.model_facts(cfg).quantisation:
+        source = resolve(cfg)
+        if method := source.quantisation:
             raise ModelError(
-                f"{models.setting(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
+                f"{setting_name(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
                 f'({method}); use score.placement = "resident" or "vllm"'
             )
-        check_model_files(models.model_directory(cfg))
+        check_model_files(source.directory)
         skeleton = models.load_skeleton(cfg)
         self._layered = LayeredModel(skeleton)
-        transfer = Transfer(SafetensorsCheckpoint(models.model_directory(cfg)), self._device)
+        transfer = Transfer(SafetensorsCheckpoint(source.directory), self._device)
         layers = self._load_others(skeleton, transfer)
         slot_bytes = max(layer.nbytes for layer in layers)
         self._memory.take(f"{SLOTS} layers", SLOTS * slot_bytes)
@@ -100,7 +103,7 @@ class StreamedScorer:
         self._head = Head.of(self._model)
         self.batch_tokens = self.wave_tokens = self._memory.take_wave(options.tile_tokens, *self._measure(layers))
         say(
-            f"{models.setting(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
+            f"{setting_name(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
             f"{len(layers)} layers of {readable(slot_bytes)} through {SLOTS} slots, waves of up to "
             f"{self.wave_tokens:,} tokens, at most {readable(sum(self._memory.taken.values()))} of "
             f"{readable(self._memory.budget)} expected in use"
@@ -129,7 +132,7 @@ class StreamedScorer:
         return joined(parts)
 
     def check_layout(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> float:
-        """`check_layout`, all of it as one wave. Raises `ModelError`."""
+        """`pipeline.forward.packing_check.check_layout`, all of it as one wave. Raises `ModelError`."""
         return check_layout(self._model, sequences, response_starts, run=self._in_one_wave)
 
     def settle_layout(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> str:
@@ -183,7 +186,7 @@ class StreamedScorer:
             for weight in layer.weights
         }
         empty = self._layered.install(stand_ins)
-        model = models.with_adapter(skeleton, self._cfg)
+        model = with_adapter(skeleton, self._cfg)
         for name, weight in self._layered.install(empty).items():
             if weight.data_ptr() != stand_ins[name].data_ptr():
                 raise self._layered.refusal(f"the adapter {self._cfg.adapter} changes {name}")

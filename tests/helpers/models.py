@@ -26,7 +26,7 @@ from transformers import (
 
 from helpers.caches import small_recipe
 from pipeline.forward.attention import ATTENTION
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 V = 71
 
@@ -124,7 +124,7 @@ def small_model(path: Path, *, tied: bool = False, dtype: torch.dtype = torch.fl
         eos_token_id=256,
     )
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(path)
-    models.load_tokenizer(small_recipe().student).save_pretrained(path)
+    resolve(small_recipe().student).tokenizer.save_pretrained(path)
     return path
 
 

@@ -16,19 +16,19 @@ from pipeline.config.recipe import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.train import inputs
+from pipeline.train.build import make_objective, make_replay
 from pipeline.train.replay import Batch, Replay, Rollout
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 
-def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[Trainer, Replay]:
+def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[StudentTrainer, Replay]:
     round_ = cs.open(cache).round()
-    objective = inputs.objective(recipe, round_, teachers or ("teacher",))
+    objective = make_objective(recipe, round_, teachers or ("teacher",))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
+    return StudentTrainer(model, objective, recipe.train), make_replay(recipe, round_, objective)
 
 
-def moved(trainer: Trainer) -> Trainer:
+def moved(trainer: StudentTrainer) -> StudentTrainer:
     """A student that has left the one that was sampled: with B = 0 half of the gradient is 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -37,12 +37,12 @@ def moved(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def gradient(trainer: Trainer, batch: Batch) -> torch.Tensor:
+def gradient(trainer: StudentTrainer, batch: Batch) -> torch.Tensor:
     trainer.gradient(batch)
     return flat_gradient(trainer)
 
 
-def flat_gradient(trainer: Trainer) -> torch.Tensor:
+def flat_gradient(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None])
 
 
@@ -50,7 +50,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
+def naive_gradient(trainer: StudentTrainer, batch: Batch, loss: str) -> torch.Tensor:
     """The objective as its formula stands: each rollout alone, full logits, autograd, one division."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -78,7 +78,7 @@ def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
     return flat_gradient(trainer)
 
 
-def naive_gradient_of(trainer: Trainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
+def naive_gradient_of(trainer: StudentTrainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
     """Each rollout alone, full log-probs [T, V], autograd, one division; `loss_of` gives the sum over tokens."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
