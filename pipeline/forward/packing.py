@@ -79,7 +79,7 @@ def pack(
             to the sequence's length (no response).
         share_prompts_from: read a prompt of so many tokens once for all sequences that begin with it, which takes
             an attention call more. None: never. Only for models whose tokens meet in attention alone: what
-            `check_packing` finds out.
+            `check_layout` finds out.
 
     Raises:
         ModelError: an empty sequence, or a response that starts outside those bounds.

@@ -43,6 +43,8 @@ from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 # What activations take is measured on so many tokens, in sequences of at most this length.
 _PROBE_TOKENS = {"cuda": 4096, "cpu": 128}
 _PROBE_LENGTH = 2048
+# `check_layout` runs over every rollout so many times; rollouts shorter than this are not cut for it.
+_CHECKED_TIMES, _CHECKED_SHORTEST = 8, 64
 # Rows take so many times their tokens, with their padding.
 _ROWS_PADDING = 1.2
 # An embedding that is not the head as well stays in host memory if it would take more than this of the device's.
@@ -136,8 +138,15 @@ class StreamedScorer:
         return check_layout(self._model, sequences, response_starts, run=self._in_one_wave)
 
     def settle_layout(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> str:
-        """`pipeline.forward.packing_check.settle_layout`. Raises `ModelError`."""
-        return settle_layout(self._model, sequences, response_starts, run=self._in_one_wave)
+        """`pipeline.forward.packing_check.settle_layout` of rollouts cut so that all of it is one wave. Raises
+        `ModelError`.
+        """
+        limit = max(_CHECKED_SHORTEST, self.wave_tokens // (_CHECKED_TIMES * len(sequences)))
+        rollouts = list(zip(sequences, response_starts, strict=True))
+        cut = [(s[:limit], start) for s, start in rollouts if start < limit] or [
+            min(rollouts, key=lambda r: len(r[0]))
+        ]
+        return settle_layout(self._model, *zip(*cut, strict=True), run=self._in_one_wave)
 
     def _in_one_wave(self, forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         with self._stream.passes(1) as weights:
