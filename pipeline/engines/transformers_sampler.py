@@ -42,8 +42,8 @@ from pipeline.forward.rows import pads_left
 # Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
 # values.
 _FINISHED_SHARE = 0.1
-# The cache of a model that is not padded is tried on the first prompt's tokens.
-_PROBE_TOKENS, _PROBE_STEPS, _PROBE_TOLERANCE = 32, 8, {torch.float32: 1e-4, torch.float64: 1e-4}
+# The cache of a model that is not padded is tried on the first prompt's tokens, past its window, for some steps.
+_PROBE_WINDOW, _PROBE_TOKENS, _PROBE_STEPS, _PROBE_TOLERANCE = 4096, 32, 8, {torch.float32: 1e-4, torch.float64: 1e-4}
 # Elements of a float64 [rows, V] temporary while drawing: 256 MiB.
 _DRAW_ELEMENTS = 2**25
 
@@ -218,7 +218,9 @@ class TransformersSampler:
     def _can_continue(self, prompt: npt.NDArray[np.int32]) -> bool:
         """Whether the model goes on from its cache as it does without: not every architecture's can be copied."""
         check_token_ids(self._model, int(prompt.min()), int(prompt.max()))
-        ids = torch.from_numpy(np.resize(prompt[:_PROBE_TOKENS], max(2, min(len(prompt), _PROBE_TOKENS))))
+        text = self._config.get_text_config()
+        window = max(getattr(text, name, None) or 0 for name in ("sliding_window", "attention_window_size"))
+        ids = torch.from_numpy(np.resize(prompt, min(window, _PROBE_WINDOW) + _PROBE_TOKENS))
         ids = ids.to(self._device, torch.int64)[None]
         logits_BV = torch.empty(1, self._head.vocab_size, dtype=self._head.logits_dtype, device=self._device)
         whole = logits(self._body(input_ids=ids, use_cache=False).last_hidden_state[:, -1], self._head, logits_BV)

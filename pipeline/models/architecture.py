@@ -89,7 +89,9 @@ def _choose(source: ResolvedModel) -> LayoutChoice:
 
 def _reason(model: Any) -> str:
     """Why packed rollouts would see one another; "" if they would not."""
-    body = decoder_body(model)
+    body: Any = decoder_body(model)
+    if getattr(body.config, "attention_chunk_size", None):  # longer than what is run here
+        return "its attention sees chunks of the sequence, by a mask of its own"
     layers = next((m for m in body.children() if isinstance(m, nn.ModuleList)), None)
     if layers is None or not len(layers):
         return ""

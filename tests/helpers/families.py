@@ -174,7 +174,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Kimi Linear": (
         "KimiLinearConfig",
         dict(
-            _S,
+            _S | {"num_key_value_heads": 4},
             **_LOCAL_MOE,
             moe_intermediate_size=16,
             kv_lora_rank=16,
@@ -321,6 +321,8 @@ def try_family(family: str, directory: Path) -> Row:
         try:
             work()
             row.cells[column] = RIGHT
+        except AssertionError:
+            row.cells[column] = "wrong"
         except RedpenError as error:
             reason = str(error).replace(str(directory), "MODEL").partition(": ")[2]
             row.cells[column] = f"refused: {reason.partition('; ')[0]}"
@@ -333,7 +335,7 @@ def try_family(family: str, directory: Path) -> Row:
         found = sampler.sample_block(PromptBlock(0, [*prompts, (2, ids[0][:1])]))
         with torch.no_grad():
             parts = [alone(oracle, s, start) for s, start in zip(*sequences(found, range(found.n_rows)), strict=True)]
-        close(found.rollout_logprobs, torch.cat(parts).numpy(), 1e-4)  # a cache adds up in another order
+        close(found.rollout_logprobs, torch.cat(parts).numpy(), 3e-4)  # a cache adds up in another order
 
     def score() -> None:
         model = models.load_model(cfg)
