@@ -622,7 +622,7 @@ def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     from pipeline.models import load as models
 
     if not hasattr(_teacher_answer, "model"):
-        _teacher_answer.model = models.load_model(load_recipe("toy").teacher[0], attention="sdpa")  # type: ignore
+        _teacher_answer.model = models.load_model(load_recipe("toy").teacher[0], attention="sampling")  # type: ignore
     with torch.inference_mode():
         logits = _teacher_answer.model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()  # type: ignore
     logprobs, n = logits.log_softmax(-1).numpy(), asked.get("prompt_logprobs")

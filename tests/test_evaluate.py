@@ -77,7 +77,7 @@ def recipes_student(run_dir: Path, label: str) -> Recipe:
 @torch.inference_mode()
 def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     recipe = recipes_student(run_dir, label)
-    model, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
+    model, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
     right = 0
     records = [json.loads(line) for line in asset_path("prompts/heldout.jsonl").read_text().splitlines()]
     for record in records[:N_PROMPTS]:
@@ -96,8 +96,8 @@ def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, d
 def test_reverse_kl_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """The whole vocabulary in float64, each fresh rollout alone, and the sampled accuracy of the same rollouts."""
     recipe = recipes_student(run_dir, label)
-    student, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
-    teacher = models.load_model(recipe.teacher[0], attention="sdpa")
+    student, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
+    teacher = models.load_model(recipe.teacher[0], attention="sampling")
     prompts = heldout(N_PROMPTS)
     records = load_prompts(prompts)
     ids = [np.array(render(record, tokenizer, prompts), np.int32) for record in records]
@@ -352,7 +352,7 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
             place[number] = (scored, row)
     assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
     assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
-    model = models.load_model(recipes_student(kept, "after").student, attention="sdpa")
+    model = models.load_model(recipes_student(kept, "after").student, attention="sampling")
     for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
         scored, row = place[int(number)]
         prompt, response = scored.rollouts.prompt(row), scored.rollouts.response(row)

@@ -246,11 +246,11 @@ def test_adapters_are_applied_trained_and_told_apart(tmp_path: Path) -> None:
     plain = ModelConfig(model="toy:student", dtype="float32")
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(models.load_model(plain, attention="sdpa"), config).eval()
+    adapted = get_peft_model(models.load_model(plain, attention="sampling"), config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     cfg = ModelConfig(model="toy:student", dtype="float32", adapter=str(tmp_path / "adapter"))
     ids = torch.arange(20)[None]
-    loaded = models.load_model(cfg, attention="sdpa")
+    loaded = models.load_model(cfg, attention="sampling")
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = {n for n, p in models.load_model(cfg, trainable=True).named_parameters() if p.requires_grad}

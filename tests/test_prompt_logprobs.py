@@ -189,7 +189,7 @@ def test_readings_that_are_apart_are_refused() -> None:
 
 @functools.cache
 def _model() -> PreTrainedModel:
-    return models.load_model(load_recipe("toy").teacher[0], attention="sdpa")
+    return models.load_model(load_recipe("toy").teacher[0], attention="sampling")
 
 
 class TeacherServer:

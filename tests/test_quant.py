@@ -63,11 +63,11 @@ def nf4_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_in_nf4_computes_and_differentiates_as_its_dequantised_weights(dtype: str) -> None:
     """In eval mode, with and without autograd: on some CPUs bitsandbytes would answer with other kernels."""
     cfg = ModelConfig(model="toy:student", dtype=dtype)
-    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
-    oracle = dequantised(model, models.load_model(cfg, attention="sdpa"))
+    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
+    oracle = dequantised(model, models.load_model(cfg, attention="sampling"))
     assert len(quantised_layers(model)) == 7 * 4 and Head.of(model).weight_VD.dtype == getattr(torch, dtype)
     assert torch.equal(logits(model), logits(oracle))
-    assert not torch.allclose(logits(model), logits(models.load_model(cfg, attention="sdpa")), atol=0.1)
+    assert not torch.allclose(logits(model), logits(models.load_model(cfg, attention="sampling")), atol=0.1)
     gradients = []
     for each in (model, oracle):
         embeddings = each.get_input_embeddings().weight.requires_grad_(True)
@@ -128,7 +128,7 @@ def test_an_adapter_trained_on_nf4_says_so_and_merges_into_the_unquantised_base(
     merged = plain(tmp_path / "merged")
     assert not quantised_layers(merged)
     cfg = small_recipe().student.model_copy(update={"adapter": str(run / "adapter")})
-    adapted = models.load_model(cfg, attention="sdpa")
+    adapted = models.load_model(cfg, attention="sampling")
     assert torch.allclose(logits(merged), logits(adapted), atol=1e-5 * float(logits(adapted).abs().max()))
 
 
@@ -136,9 +136,9 @@ def test_an_adapter_goes_on_a_model_in_nf4(tmp_path: Path) -> None:
     base = small_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     cfg = ModelConfig(model=str(base), adapter=str(adapter), dtype="float32")
-    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
+    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
     assert torch.allclose(
-        logits(model), logits(dequantised(model, models.load_model(cfg, attention="sdpa"))), atol=1e-5
+        logits(model), logits(dequantised(model, models.load_model(cfg, attention="sampling"))), atol=1e-5
     )
 
 
@@ -234,8 +234,8 @@ def test_missing_bitsandbytes_is_one_line(toy_cache: Path, monkeypatch: pytest.M
 class TestOnCuda:
     def test_a_model_in_nf4_computes_as_its_dequantised_weights(self) -> None:
         cfg = ModelConfig(model="toy:student", dtype="bfloat16", device="cuda")
-        model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
-        oracle, exact = (models.load_model(cfg, attention="sdpa") for _ in range(2))
+        model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
+        oracle, exact = (models.load_model(cfg, attention="sampling") for _ in range(2))
         dequantised(model, oracle)
         with torch.no_grad():
             logp, expected, unquantised = (

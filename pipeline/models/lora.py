@@ -90,12 +90,15 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 def _excluded(model: nn.Module) -> str | None:
     """A pattern of the linear layers that get no LoRA; None if there are none."""
     decoder = {id(module) for module in decoder_body(model).modules()}
+    # Fused kernels of Mamba take the weight of the output projection, past an adapter on it; peft refuses it.
+    mixers = [module for module in model.modules() if hasattr(module, "conv1d") and hasattr(module, "D")]
+    fused = {id(module.out_proj) for module in mixers if hasattr(module, "out_proj")}
     head = unwrapped(model).get_output_embeddings()  # which peft leaves out
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and (id(module) not in decoder or _is_router(module))
+        and (id(module) not in decoder or _is_router(module) or id(module) in fused)
         and module is not head
     ]
     # With layer numbers as wildcards: the pattern is stored with the adapter.

@@ -108,9 +108,9 @@ def _check_architectures(recipe: Recipe) -> None:
 
     A teacher that is not available yet is checked by `redpen score`.
     """
-    from pipeline.models.architecture import check_architecture
+    from pipeline.models.architecture import choose_layout
 
-    check_architecture(recipe.student)
+    choose_layout(recipe.student)
     if recipe.rollouts.engine == "vllm":
         from pipeline.streaming.header_check import check_checkpoint
 
@@ -118,7 +118,7 @@ def _check_architectures(recipe: Recipe) -> None:
     for teacher in recipe.teacher:
         if recipe.placement(teacher) in ("resident", "streamed"):
             with contextlib.suppress(ModelNotFoundError):
-                check_architecture(teacher)
+                choose_layout(teacher)
 
 
 def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: Ranks) -> None:
@@ -238,7 +238,7 @@ def _load_sampler(
         )
     from pipeline.engines.transformers_sampler import TransformersSampler
 
-    model = models.load_model(student, attention="sdpa")
+    model = models.load_model(student, attention="sampling")
     return lambda sampling, on_step: TransformersSampler(
         model, sampling, batch_size=settings.batch_size, on_step=on_step
     )

@@ -74,8 +74,6 @@ from pipeline.train.stopping import TrainingHistory, best_step, format_metric, s
 from pipeline.train.teachers import select_teachers
 from pipeline.train.trainer import StudentTrainer
 
-_CHECKED_ROLLOUTS = 4
-
 
 def run(
     recipe: Recipe,
@@ -115,8 +113,7 @@ def run(
             model = lora.make_trainable(model, train)
             trainer = StudentTrainer(model, objective, train, sharding)
             history = resume(run, trainer, start)
-            worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
-            say(f"packing check: packed and unpacked log-probs agree to {worst:.1g} nats")
+            say(trainer.check(replay.batch(trainer.step).rollouts))
             heldout = heldout_metric(recipe, trainer, replay)
 
             # Train.
