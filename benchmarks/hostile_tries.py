@@ -52,7 +52,7 @@ SETTINGS = (
     "rollouts.rollouts_per_prompt=2",
     "rollouts.prompts_per_block=4",
     "rollouts.max_response_tokens=16",
-    "rollouts.entry_prompts=0",
+    "rollouts.format_check_prompts=0",
     "score.candidates=4",
     "score.server_retries=1",
     "score.server_timeout=3",
@@ -618,7 +618,7 @@ def _named(path: str, body: bytes) -> str:
 def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     import torch
 
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
     from pipeline.models import load as models
 
     if not hasattr(_teacher_answer, "model"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.forward.head import Head, chunked_head_loss
 from pipeline.forward.packing import ATTENTION, pack, packed_hidden, register_packed_attention
 from pipeline.models import lora

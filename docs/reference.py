@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from pipeline.cli import cli
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.config.settings import Described, described
 
 ROOT = Path(__file__).resolve().parent.parent

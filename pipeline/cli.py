@@ -17,10 +17,10 @@ import click
 from pipeline import credentials, output
 from pipeline.distributed.signals import interruptible, let_the_first_speak
 from pipeline.environment import ENVIRONMENT, RANK
-from pipeline.errors import ConfigError, Interrupted, explained
+from pipeline.errors import ConfigError, Interrupted, user_message
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import Recipe
+    from pipeline.config import Recipe
     from pipeline.distributed.ranks import Launcher
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -54,7 +54,7 @@ def _run(args: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if (line := explained(error)) is None:
+        if (line := user_message(error)) is None:
             raise
         return _fail(line, 1)
 
@@ -187,7 +187,7 @@ def _with_launcher(ctx: click.Context, param: click.Parameter, value: int | None
 
 def _resolve(recipe: str, overrides: Sequence[str], dry_run: bool) -> Recipe | None:
     """The checked recipe, its warnings said; None after a dry run."""
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
     from pipeline.console import warn
 
     resolved = load_recipe(recipe, overrides)
@@ -658,7 +658,7 @@ def recipes(ctx: click.Context) -> None:
     redpen recipes show toy > my.toml
     """
     if ctx.invoked_subcommand is None:
-        from pipeline.config.recipe import recipe_names, recipe_text
+        from pipeline.config import recipe_names, recipe_text
 
         width = max(len(name) for name in recipe_names())
         for name in recipe_names():
@@ -669,7 +669,7 @@ def recipes(ctx: click.Context) -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a shipped recipe, comments included."""
-    from pipeline.config.recipe import recipe_text
+    from pipeline.config import recipe_text
 
     for line in recipe_text(name).splitlines():
         _show(line)

@@ -79,7 +79,7 @@ class _Stdout(io.TextIOBase):
 #: Of several workers, one talks.
 console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True, quiet=RANK > 0)
 
-_UNDER_WAY: ContextVar[bool] = ContextVar("under_way", default=False)
+_SUGGESTIONS: ContextVar[bool] = ContextVar("without_suggestions", default=False)
 
 #: C0 and C1 controls, and the invisible characters that reorder or hide text
 _CONTROLS = re.compile(
@@ -130,18 +130,18 @@ def fail(line: str) -> None:
 
 def suggest(line: str) -> None:
     """What to do next, unless a command is under way that does it by itself."""
-    if not _UNDER_WAY.get():
+    if not _SUGGESTIONS.get():
         say(f"next: {line}")
 
 
 @contextlib.contextmanager
-def under_way() -> Iterator[None]:
+def without_suggestions() -> Iterator[None]:
     """Within it nothing is suggested."""
-    token = _UNDER_WAY.set(True)
+    token = _SUGGESTIONS.set(True)
     try:
         yield
     finally:
-        _UNDER_WAY.reset(token)
+        _SUGGESTIONS.reset(token)
 
 
 def warn(line: str) -> None:

@@ -27,8 +27,8 @@ import numpy as np
 from rich.table import Table
 
 from pipeline import distill
-from pipeline.config.recipe import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
-from pipeline.console import results, say, show, under_way
+from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_stored_recipe
+from pipeline.console import results, say, show, without_suggestions
 from pipeline.distributed import ranks as workers
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError, RedpenError
@@ -72,7 +72,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             if ranks.leads:
                 made.start()
             if models.made_student(recipe.student, made.path / "sft") is None:
-                with under_way():
+                with without_suggestions():
                     sft.run(recipe, (), made.path / "sft")
                 models.free_memory()
             tuned = models.made_student(recipe.student, made.path / "sft")
@@ -91,7 +91,7 @@ def _open(
     """The run, locked until `held` closes. Raises `RedpenError` where it was started with other settings."""
     made = held.enter_context(open_run(run_dir, recipe, {"url": cache_url}))
     if made.recipe.exists():
-        before = load_recipe(str(made.recipe))
+        before = load_stored_recipe(made.recipe)
         differing = [f"[{name}]" for name in _SECTIONS if getattr(before, name) != getattr(recipe, name)]
         if differing:
             raise RedpenError(

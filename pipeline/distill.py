@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.console import say, show, under_way
+from pipeline.config import Recipe, load_stored_recipe
+from pipeline.console import say, show, without_suggestions
 from pipeline.distributed import ranks as workers
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
@@ -186,7 +186,7 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Estimate:
 
 def _stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
     """Run one; what it had in memory is then free for the next."""
-    with under_way():
+    with without_suggestions():
         stage(*args, **kwargs)
     models.free_memory()
 
@@ -200,7 +200,7 @@ def _open(
         everything = load_prompts(recipe.prompts.model_copy(update={"limit": None}))
         n_slices = max(1, len(everything) // limit)
     run = held.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
-    if run.result is not None and load_recipe(str(run.recipe)).distill == recipe.distill:
+    if run.result is not None and load_stored_recipe(run.recipe).distill == recipe.distill:
         return run, run.result, n_slices
     run.start()
     return run, None, n_slices

@@ -55,7 +55,7 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 _PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR}
 
 
-def explained(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """One line for an error that is not a bug, None for one that is."""
     if isinstance(error, RedpenError):
         return str(error)

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from pipeline.config.recipe import ModelConfig, load_recipe
+from pipeline.config import ModelConfig, load_stored_recipe
 from pipeline.console import show, warn
 from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
@@ -111,7 +111,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
     """The base with the adapter that `target` is or holds."""
     run = Path(target)
     if (run / "recipe.toml").is_file():
-        recipe = load_recipe(str(run / "recipe.toml"))
+        recipe = load_stored_recipe(run / "recipe.toml")
         if recipe.train.method == "full":
             raise RedpenError(
                 f"{target}: all weights were trained, {run / 'model'} is a whole model, nothing to merge"

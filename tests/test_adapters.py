@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 import pipeline.evaluate.stage
 from pipeline import merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import Interrupted, ModelError, RedpenError
 from pipeline.models import load as models
 from pipeline.models import lora

@@ -103,7 +103,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
 
     args = ["--set", "train.steps=7", "--set", "rollouts.temperature=0.3"]
     for command in ("rollouts", "score", "train"):

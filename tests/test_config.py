@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import settings
-from pipeline.config.recipe import Recipe, load_recipe, recipe_names, recipe_text
+from pipeline.config import Recipe, load_recipe, recipe_names, recipe_text, settings
 from pipeline.errors import ConfigError
 
 MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}
@@ -263,8 +262,8 @@ def test_warnings(overrides: list[str], told: str) -> None:
     ("overrides", "idle"),
     [
         (["rollouts.temperature=0", "rollouts.top_p=0.9"], "rollouts.top_p"),
-        (["eval.format=", "rollouts.entry_share=0.9"], "rollouts.entry_share"),
-        (["rollouts.entry_prompts=0", "rollouts.entry_share=0.9"], "rollouts.entry_share"),
+        (["eval.format=", "rollouts.format_check_min=0.9"], "rollouts.format_check_min"),
+        (["rollouts.format_check_prompts=0", "rollouts.format_check_min=0.9"], "rollouts.format_check_min"),
         (["score.candidates=1", "score.candidate_kind=sampled"], "score.candidate_kind"),
         (["train.jsd_beta=0.2"], "train.jsd_beta"),
         (["train.loss=jsd", "train.forward_weight=0.2"], "train.forward_weight"),

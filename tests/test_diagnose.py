@@ -29,7 +29,7 @@ import pipeline.models.load
 import pipeline.rollouts.stage
 import pipeline.score.stage
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.diagnose import reading, stage
 from pipeline.diagnose import rollout_checks as written
 from pipeline.errors import RedpenError
@@ -40,7 +40,7 @@ from pipeline.toy import asset_path, build
 Model = Any
 END, IM_END = build.END_OF_TEXT_ID, build.IM_END_ID
 #: In one block, which is faster, and without sampling's own look at the form of the first responses.
-UNCHECKED = ("rollouts.prompts_per_block=24", "rollouts.entry_prompts=0")
+UNCHECKED = ("rollouts.prompts_per_block=24", "rollouts.format_check_prompts=0")
 
 
 def diagnosed(cache: Path, teachers: Sequence[str] = ("teacher",)) -> dict[str, Any]:

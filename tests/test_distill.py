@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import cache_schema as cs
 from pipeline import distill
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distill import Estimate, Round, verdict
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate

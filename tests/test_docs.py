@@ -17,7 +17,7 @@ import pytest
 
 import cache_schema as cs
 from pipeline.cli import cli
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.config.settings import setting
 from pipeline.report import data
 from pipeline.text.detokenize import load_decoder

@@ -14,7 +14,7 @@ from conftest import SMALL, small_recipe
 import cache_schema as cs
 from pipeline import distill, merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.distill import Estimate
 from pipeline.errors import RedpenError
 from pipeline.models import load as models

@@ -19,7 +19,7 @@ JSON = ("prompts.limit=8", "eval.format=json")
 
 def test_an_illegal_student_is_refused_before_any_rollout(tmp_path: Path) -> None:
     with pytest.raises(RedpenError) as caught:
-        stage.run(small_recipe(*JSON, "rollouts.entry_prompts=5"), str(tmp_path / "c.zarr"))
+        stage.run(small_recipe(*JSON, "rollouts.format_check_prompts=5"), str(tmp_path / "c.zarr"))
     line = str(caught.value)
     assert line.startswith("entry check: 0 of the first 5 responses are legal by eval.format = 'json', fewer than ")
     assert len(re.findall(r'"\d\*\d=\d+;\d+[+-]\d+=\d+"', line)) == 2 and "\n" not in line
@@ -41,7 +41,7 @@ def test_examples_are_escaped_and_short() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [("rollouts.entry_prompts=0",), ("rollouts.entry_share=0",), ("eval.format=",)], ids=str
+    "settings", [("rollouts.format_check_prompts=0",), ("rollouts.format_check_min=0",), ("eval.format=",)], ids=str
 )
 def test_who_asks_for_none_gets_none(settings: tuple[str, ...], tmp_path: Path) -> None:
     assert stage.run(small_recipe(*JSON, *settings), str(tmp_path / "c.zarr")) == 0
@@ -52,7 +52,9 @@ def test_only_a_round_without_blocks_is_entered(tmp_path: Path, capsys: pytest.C
     url, recipe = str(tmp_path / "c.zarr"), small_recipe("prompts.limit=8")
     assert stage.run(recipe, url) == 0
     assert "entry check: 8 of the first 8 responses are legal" in capsys.readouterr().err
-    assert stage.run(small_recipe("prompts.limit=8", "rollouts.entry_prompts=0"), str(tmp_path / "d.zarr")) == 0
+    assert (
+        stage.run(small_recipe("prompts.limit=8", "rollouts.format_check_prompts=0"), str(tmp_path / "d.zarr")) == 0
+    )
     one, other = (cs.open(tmp_path / name).round().rollouts.read(1) for name in ("c.zarr", "d.zarr"))
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     cs.open(url, writable=True).round().rollouts.uncommit(1)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import cache_schema as cs
 from pipeline import cli
-from pipeline.config.recipe import PromptsConfig, Recipe
+from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError

@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 import cache_schema as cs
 from pipeline import cli
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
 from pipeline.models import load as models

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.train.mixture import Teachers
 from pipeline.train.objective import Objective
 from pipeline.train.policy_gradient import PolicyGradient

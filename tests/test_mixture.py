@@ -22,7 +22,7 @@ from torch import Tensor
 
 import cache_schema as cs
 import pipeline.score.stage
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import inputs, stage
 from pipeline.train.mixture import Told, mixed, routed

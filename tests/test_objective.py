@@ -17,7 +17,7 @@ from test_train import distance, flat_gradient, metrics_of, moved, trainer_of
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import inputs, stage
 from pipeline.train.replay import Batch, Rollout

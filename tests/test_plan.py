@@ -27,7 +27,7 @@ from transformers import (
 
 import cache_schema as cs
 from pipeline import cli, plan
-from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
+from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
 from pipeline.forward.head import Head, chunked_head_loss
 from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
 from pipeline.models import flops

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import pipeline.text.chat_template
 import pipeline.text.prompts
 import pipeline.text.token_length
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
 from pipeline.text.chat_template import Renderer, chat_text
 from pipeline.text.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity

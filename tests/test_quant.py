@@ -19,7 +19,7 @@ import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
 from pipeline import merge
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
@@ -262,7 +262,7 @@ class TestOnCuda:
         assert torch.equal(weights(trainer), weights(again))
 
     def test_8_bits_take_a_quarter_of_the_memory(self) -> None:
-        from pipeline.config.recipe import TrainConfig
+        from pipeline.config import TrainConfig
         from pipeline.train.optimizer import make_optimizer, state_tensors
 
         def state_bytes(optimizer: str) -> int:

@@ -22,7 +22,7 @@ import pipeline.rollouts.stage
 import pipeline.score.stage
 from pipeline import distill
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models import lora

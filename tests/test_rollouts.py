@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler, draw
 from pipeline.errors import ConfigError, Interrupted
@@ -312,7 +312,7 @@ def test_another_setting_is_another_round(tmp_path: Path) -> None:
 
 
 def test_cut_responses_are_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = recipe("prompts.limit=4", "rollouts.max_response_tokens=3", "rollouts.entry_prompts=0")
+    short = recipe("prompts.limit=4", "rollouts.max_response_tokens=3", "rollouts.format_check_prompts=0")
     stage.run(short, str(tmp_path / "toy.zarr"))
     out, err = capsys.readouterr()
     assert "100.0% cut at 3" in out and "100% of the responses were cut at rollouts.max_response_tokens = 3" in err

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_train import distance, flat_gradient, moved, trainer_of
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, SelectConfig
+from pipeline.config import Recipe, SelectConfig
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.train import inputs, stage

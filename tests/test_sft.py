@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
 from pipeline.cli import main
-from pipeline.config.recipe import PromptsConfig, load_recipe
+from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError
 from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage

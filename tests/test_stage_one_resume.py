@@ -20,7 +20,7 @@ import torch
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
 import pipeline.score.stage as score_stage
-from pipeline.config.recipe import load_recipe
+from pipeline.config import load_recipe
 
 # 24 blocks, so that a kill always finds some done and some to do
 SETTINGS = [

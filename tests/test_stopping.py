@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.train.stopping import Memory, best_step, verdict
 
 Make = Callable[..., Recipe]

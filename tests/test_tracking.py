@@ -18,7 +18,7 @@ import pytest
 from conftest import small_recipe
 
 from pipeline import console
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.runs import tracking
@@ -260,7 +260,7 @@ VIEW = textwrap.dedent("""
             time.sleep(0.03)
             if step == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
-            bar.advance(note=f"reverse KL {1 / (step + 1):.4f}", trend=1 / (step + 1))
+            bar.advance(note=f"reverse KL {1 / (step + 1):.4f}")
     say("next")
 """)
 

@@ -18,7 +18,7 @@ from conftest import make_cache, small_recipe, tree_digest
 
 import cache_schema as cs
 import pipeline.score.stage
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.models import load as models
 from pipeline.models import lora

@@ -15,7 +15,7 @@ import preloaded
 import pytest
 from conftest import SMALL, small_recipe
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.train import stage

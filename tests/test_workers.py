@@ -20,7 +20,7 @@ import torch
 from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait_for_commits, without_scores
 
 import cache_schema as cs
-from pipeline.config.recipe import load_recipe
+from pipeline.config import load_recipe
 from pipeline.distributed import ranks as workers
 from pipeline.distributed import ray as ray_launcher
 from pipeline.errors import ConfigError, ModelError

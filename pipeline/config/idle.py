@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.config.settings import show
+from pipeline.config.messages import show_value
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe
@@ -27,7 +27,7 @@ def idle_settings(recipe: Recipe) -> list[str]:
             settings = getattr(recipe, section)
             value, default = getattr(settings, key), type(settings).model_fields[key]
             if not is_used and value != default.get_default(call_default_factory=True):
-                found.setdefault(name, f"{name} = {show(value)} does nothing: {needed}")
+                found.setdefault(name, f"{name} = {show_value(value)} does nothing: {needed}")
     return list(found.values())
 
 
@@ -44,8 +44,12 @@ def _rules(recipe: Recipe) -> Iterator[Rule]:
     by_sampled_token = taught and train.loss == "importance_sampling"
 
     yield ("rollouts.top_p",), rollouts.temperature > 0, "rollouts.temperature is 0, which is greedy"
-    yield ("rollouts.entry_prompts", "rollouts.entry_share"), recipe.eval.format is not None, "eval.format is not set"
-    yield ("rollouts.entry_share",), rollouts.entry_prompts > 0, "rollouts.entry_prompts is 0"
+    yield (
+        ("rollouts.format_check_prompts", "rollouts.format_check_min"),
+        recipe.eval.format is not None,
+        "eval.format is not set",
+    )
+    yield ("rollouts.format_check_min",), rollouts.format_check_prompts > 0, "rollouts.format_check_prompts is 0"
     yield ("score.candidate_kind",), score.candidates > 1, "score.candidates is 1, the sampled token alone"
 
     yield ("train.jsd_beta",), train.loss == "jsd", f'train.loss is "{train.loss}", not "jsd"'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline import credentials, files
-from pipeline.config import settings
+from pipeline.config import messages, settings
 from pipeline.config.idle import idle_settings
 from pipeline.config.settings import Section
 from pipeline.errors import ConfigError
@@ -195,13 +196,13 @@ class RolloutsConfig(Section):
         default=64, ge=1, le=2**16, description="prompts in a block, the unit of writing and resuming"
     )
     batch_size: int = Field(default=256, ge=1, le=2**20, description="rollouts decoded together")
-    entry_prompts: int = Field(
+    format_check_prompts: int = Field(
         default=32,
         ge=0,
         le=MANY,
         description="responses looked at before the round starts, where eval.format is set; 0: none",
     )
-    entry_share: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
+    format_check_min: float = Field(default=0.5, ge=0, le=1, description="of them that must be legal by eval.format")
 
 
 class ScoreConfig(Section):
@@ -861,6 +862,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe.from_dict(*_read(name_or_path), overrides)
 
 
+def load_stored_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe.toml of a run directory, which an older redpen may have written."""
+    return load_recipe(os.fspath(path), overrides)
+
+
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
     return sorted(path.name.removesuffix(".toml") for path in _shipped().iterdir() if path.name.endswith(".toml"))
@@ -870,7 +876,7 @@ def recipe_text(name: str) -> str:
     """A shipped recipe as it is written, comments included."""
     if name not in recipe_names():
         raise ConfigError(
-            f"recipe {name}: expected one of {', '.join(recipe_names())}{settings.did_you_mean(name, recipe_names())}"
+            f"recipe {name}: expected one of {', '.join(recipe_names())}{messages.did_you_mean(name, recipe_names())}"
         )
     return (_shipped() / f"{name}.toml").read_text(encoding="utf-8")
 
@@ -880,7 +886,7 @@ def _shipped() -> Traversable:
 
 
 def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
-    where = f"recipe {settings.clip(name_or_path)}"
+    where = f"recipe {messages.clip(name_or_path)}"
     if name_or_path in recipe_names():
         return settings.parse_toml(recipe_text(name_or_path), where), where
     try:
@@ -891,7 +897,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError(
             f"{where}: no such file; expected a TOML file or one of {', '.join(recipe_names())}"
-            + settings.did_you_mean(name_or_path, recipe_names())
+            + messages.did_you_mean(name_or_path, recipe_names())
         ) from None
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None

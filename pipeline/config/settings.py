@@ -5,7 +5,6 @@ Knows nothing of redpen's own settings; `pipeline.config` declares those.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipeline.credentials import mask
+from pipeline.config.messages import clip, did_you_mean, show_value
 from pipeline.errors import ConfigError
 
 Raw = dict[str, Any]
@@ -69,12 +68,9 @@ def check_plain(data: Any, where: str) -> None:
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ConfigError(f"{where}: {name} must be a number of 64 bits, got an integer of {value.bit_length()}")
         elif isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{where}: {name or 'a key'} must be text without NUL characters, got {show(value)}")
-
-
-def clip(text: str, at_most: int = 80) -> str:
-    """The text, its middle left out where it is longer."""
-    return text if len(text) <= at_most else f"{text[: at_most // 2]}...{text[-(at_most // 4) :]}"
+            raise ConfigError(
+                f"{where}: {name or 'a key'} must be text without NUL characters, got {show_value(value)}"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- overrides
@@ -93,7 +89,7 @@ def apply_override(root: type[Section], data: Raw, text: str) -> str:
         raise ConfigError(f"--set: expected section.key=value, got {clip(text)}")
     if not equals or len(keys) < 2 or not all(keys):
         near = did_you_mean(path.strip(), [name for name in known_settings(root) if "." in name])
-        raise ConfigError(f"--set: expected section.key=value, got {show(text)}{near}")
+        raise ConfigError(f"--set: expected section.key=value, got {show_value(text)}{near}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -137,7 +133,7 @@ def _value(root: type[Section], dotted: str, raw: str) -> Any:
     except tomllib.TOMLDecodeError:
         return raw
     except (ValueError, RecursionError):  # an integer of thousands of digits, a thousand brackets
-        raise ConfigError(f"--set {dotted}: expected a TOML value, got {show(raw)}") from None
+        raise ConfigError(f"--set {dotted}: expected a TOML value, got {show_value(raw)}") from None
     value = parsed["value"] if parsed.keys() == {"value"} else raw
     field = setting(root, dotted.split("."))
     # `--set student.revision=2024` means text: nobody quotes twice on a command line
@@ -166,29 +162,6 @@ def explain(root: type[Section], error: ValidationError, data: Raw, where: str, 
         return f"{where}: {problem}{more}"
     by_hand = any(f"{name}.".startswith(f"{path}.") or f"{path}.".startswith(f"{name}.") for name in overridden)
     return f"{'--set' if by_hand else where + ':'} {path} {problem}{more}"
-
-
-def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` with the nearest of dotted names, or nothing.
-
-    The same key in another section comes before a similar key in the same one, and that before any other.
-    """
-    section, _, leaf = given.rpartition(".")
-    leaves = [name.rpartition(".") for name in known]
-    same_leaf = {parts[0]: "".join(parts) for parts in leaves if parts[2] == leaf}
-    near = [same_leaf[match] for match in difflib.get_close_matches(section, same_leaf, 1, 0.6)]
-    near = near or [*same_leaf.values()][:1]
-    for group in ([parts for parts in leaves if parts[0] == section], leaves):
-        by_leaf = {parts[2]: "".join(parts) for parts in reversed(group)}
-        near = near or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def show(value: Any) -> str:
-    """A value as its user would write it, cut to fit a line."""
-    value = clip(value, 200) if isinstance(value, str) else value
-    text = mask(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @cache
@@ -245,7 +218,7 @@ def _path(root: type[Section], loc: tuple[int | str, ...], data: Raw) -> str:
 def _problem(root: type[Section], path: str, item: Mapping[str, Any]) -> str:
     field, whole = setting(root, path.split(".")), item["loc"][-1:] == (path.rpartition(".")[2],)
     if item["type"] == "value_error":  # from a validator of ours, in our words
-        return str(item["ctx"]["error"]) + (f", got {show(item['input'])}" if path else "")
+        return str(item["ctx"]["error"]) + (f", got {show_value(item['input'])}" if path else "")
     if field is None:
         return f"is not a setting{_nearest(root, path)}"
     if item["type"] == "missing" and whole:
@@ -253,8 +226,8 @@ def _problem(root: type[Section], path: str, item: Mapping[str, Any]) -> str:
     if item["type"] == "string_too_long":
         return f"must have at most {item['ctx']['max_length']} characters, got {len(item['input']):,}"
     if item["type"] == "less_than_equal":
-        return f"must be {_expected(field, technical=True)}, got {show(item['input'])}"
-    return f"must be {_expected(field)}, got {'too few' if item['type'] == 'missing' else show(item['input'])}"
+        return f"must be {_expected(field, technical=True)}, got {show_value(item['input'])}"
+    return f"must be {_expected(field)}, got {'too few' if item['type'] == 'missing' else show_value(item['input'])}"
 
 
 def _nearest(root: type[Section], path: str) -> str:
@@ -292,7 +265,7 @@ def _kind(annotation: Any, technical: bool = False) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a table with {', '.join(annotation.model_fields)}"
     if origin is Literal:
-        return " or ".join(show(option) for option in options)
+        return " or ".join(show_value(option) for option in options)
     if _is_union(annotation):
         return " or ".join(_kind(option, technical) for option in options if option is not type(None))
     if origin is tuple:

@@ -34,7 +34,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.distributed.ranks import Team
 from pipeline.distributed.signals import let_the_first_speak
 from pipeline.errors import ConfigError, Interrupted, ModelError, RedpenError

@@ -29,7 +29,7 @@ import cache_schema as cs
 from pipeline.console import Bar, fail
 from pipeline.distributed.signals import graceful, let_the_first_speak
 from pipeline.environment import RANK, WORLD_SIZE
-from pipeline.errors import ConfigError, Interrupted, RedpenError, explained
+from pipeline.errors import ConfigError, Interrupted, RedpenError, user_message
 
 _T = TypeVar("_T")
 
@@ -153,7 +153,7 @@ def team(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Te
     try:
         yield ranks
     except (Exception, Interrupted) as error:
-        line = str(error) if isinstance(error, Interrupted) else explained(error)
+        line = str(error) if isinstance(error, Interrupted) else user_message(error)
         if ranks.leads or line is None:
             raise
         fail(f"rank {ranks.rank}: {line}")

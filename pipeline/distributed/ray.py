@@ -28,7 +28,7 @@ import cache_schema as cs
 from pipeline.console import console, say, warn
 from pipeline.distributed.ranks import OnProgress, Session, Team, Work
 from pipeline.environment import ENVIRONMENT
-from pipeline.errors import ConfigError, RedpenError, explained
+from pipeline.errors import ConfigError, RedpenError, user_message
 
 # A block, or the loading of the model, that ends so many workers would end them all.
 _MAX_DEATHS = 4
@@ -117,7 +117,7 @@ class _Worker:
         try:
             act()
         except Exception as failure:
-            if (line := explained(failure)) is None:
+            if (line := user_message(failure)) is None:
                 raise
             error = self._elsewhere + line
         return _Report(said.getvalue(), error, 1 if self._session is None else self._session.batch_blocks)

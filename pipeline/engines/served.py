@@ -34,7 +34,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 import cache_schema as cs
-from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.credentials import mask
 from pipeline.engines.prompt_logprobs import LIKELIEST, Question, Told, joined, misaligned, partial_scores, questions

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, StudentConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, StudentConfig, TeacherConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError, RedpenError
 from pipeline.forward.finite import set_name

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.console import warn
 from pipeline.errors import ModelError
 from pipeline.files import atomic_directory

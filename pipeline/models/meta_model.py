@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models

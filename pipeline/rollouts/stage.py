@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import Bar, progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed import ranks as workers
@@ -181,7 +181,7 @@ class RolloutsSession:
         settings, manifest = work.recipe.rollouts, self._round.manifest
         rollouts = _FILLS * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        enters = work.enters and work.recipe.eval.format is not None and settings.entry_prompts > 0
+        enters = work.enters and work.recipe.eval.format is not None and settings.format_check_prompts > 0
         begun = bool(self._round.rollouts.committed().any())
         checker = Checker.of(work.recipe.eval) if enters and not begun else None
         with ExitStack() as stack:

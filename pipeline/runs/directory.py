@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_stored_recipe
 from pipeline.console import say
 from pipeline.errors import RedpenError
 from pipeline.files import PARTIAL, append, sync, write_atomically
@@ -95,7 +95,7 @@ class RunDirectory:
         Raises `DamagedRunError` where a part is not what the run ended with.
         """
         record = self._record()
-        if record.result is None or self._now.train.steps > load_recipe(str(self.recipe)).train.steps:
+        if record.result is None or self._now.train.steps > load_stored_recipe(self.recipe).train.steps:
             return None
         wanted = [self.made] if record.result.step else []  # else the result is the student as it was
         if gone := [path for path in (*wanted, self.ledger) if not path.exists()]:
@@ -191,7 +191,7 @@ class RunDirectory:
                 )
         elif run.result is not None or self.checkpoints.exists():  # else there is nothing to protect yet
             check(self.path, RECIPE, METRICS, record=run)
-            differing = _recipe_differences(load_recipe(str(self.recipe)), self._now)
+            differing = _recipe_differences(load_stored_recipe(self.recipe), self._now)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
                 for key, was in run.cache.items()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import say
 from pipeline.distributed import ranks as workers
 from pipeline.engines.resident import ResidentScorer

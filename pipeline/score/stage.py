@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed import ranks as workers

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig, Recipe, SftData, TrainConfig
+from pipeline.config import PromptsConfig, Recipe, SftData, TrainConfig
 from pipeline.console import progress, warn
 from pipeline.distributed import ranks as workers
 from pipeline.distributed.signals import graceful

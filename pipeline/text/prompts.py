@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.recipe import PromptsConfig
-from pipeline.config.settings import show
+from pipeline.config import PromptsConfig
+from pipeline.config.messages import show_value
 from pipeline.errors import PromptError
 from pipeline.text.chat_template import chat_text
 from pipeline.text.template_effect import N_CHATS, warn_without_effect, with_system
@@ -251,7 +251,7 @@ def named_messages(record: dict[str, Any], place: str) -> dict[str, Any]:
         if role is None:
             raise PromptError(
                 f"{place}: conversations[{number}].from: expected one of {', '.join(_ROLES)}, got "
-                f"{show(turn['from'])}; convert the column to messages, a list of {{role, content}}"
+                f"{show_value(turn['from'])}; convert the column to messages, a list of {{role, content}}"
             )
         rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
         messages.append({"role": role, "content": turn.get("value")} | rest)

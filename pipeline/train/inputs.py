@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
-from pipeline.config.settings import did_you_mean
+from pipeline.config import Recipe, TrainConfig
+from pipeline.config.messages import did_you_mean
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load as models

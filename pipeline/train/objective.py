@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import RewardConfig, TrainConfig
+from pipeline.config import RewardConfig, TrainConfig
 from pipeline.forward.head import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_from_sums, drift_sums, merge_drift_sums

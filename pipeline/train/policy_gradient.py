@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import RewardConfig, TrainConfig
+from pipeline.config import RewardConfig, TrainConfig
 from pipeline.forward.head import HeadLoss
 from pipeline.train import losses
 from pipeline.train.drift import drift_sums

@@ -54,7 +54,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
+from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
 from pipeline.distributed import fsdp as distributed
 from pipeline.distributed import ranks as workers
@@ -198,7 +198,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
                 metrics[f"heldout_{train.heldout_metric}"] = memory.heldout[str(trainer.step)] = heldout()
             if recorder is not None:
                 recorder.log(metrics, speed)
-            shown.advance(note=_note(train, metrics, speed, memory), trend=metrics.get("reverse_kl", metrics["loss"]))
+            shown.advance(note=_note(train, metrics, speed, memory))
             gauges = {key: metrics[key] for key in GAUGES if key in metrics}
             memory.window = [*memory.window, gauges][-train.stop_window :]
             memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.distributed.fsdp import Gradients, Layout
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
