@@ -789,7 +789,7 @@ def surroundings(rng: random.Random, base: Base) -> Try:
             ("a clock of 1960", lambda: clock(-3e8)),
             ("a clock of 3000", lambda: clock(3.25e10)),
             ("files of 20,000 bytes at most", lambda: no_room(20_000)),
-            ("files of 300 bytes at most", lambda: no_room(300)),
+            ("files of 3,000 bytes at most", lambda: no_room(3000)),
             ("the directory gone", lambda: shutil.rmtree(os.getcwd())),
         )
     )

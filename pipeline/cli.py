@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline import credentials, output
-from pipeline.distributed.signals import interruptible, let_the_first_speak
+from pipeline.distributed.signals import defer_to_main_process, interruptible
 from pipeline.environment import ENVIRONMENT, RANK
 from pipeline.errors import ConfigError, Interrupted, user_message
 
@@ -45,7 +45,7 @@ def _run(args: list[str]) -> int:
         return code or 0
     except click.ClickException as error:
         if RANK:
-            let_the_first_speak()
+            defer_to_main_process()
         return output.show_usage(error)
     except click.Abort as error:  # click's word for an EOFError
         raise error.__cause__ or error from None
@@ -63,7 +63,7 @@ def _fail(line: str, code: int) -> int:
     from pipeline.console import fail
 
     if RANK:
-        let_the_first_speak()
+        defer_to_main_process()
     fail(line)
     return code
 

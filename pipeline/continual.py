@@ -29,7 +29,7 @@ from rich.table import Table
 from pipeline import distill
 from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_stored_recipe
 from pipeline.console import results, say, show, without_suggestions
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.ranks import join_ranks
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate.table import share
@@ -63,13 +63,13 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
         raise ConfigError(
             "continual.gate is not set: give one [[continual.gate]] for what must rise, one for what must stay"
         )
-    with contextlib.ExitStack() as held, workers.team() as ranks:
+    with contextlib.ExitStack() as held, join_ranks() as ranks:
         recipe = sft.with_data(recipe, data)
-        made = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
-        result = ranks.agree(lambda: made.result)
+        made = ranks.broadcast(lambda: _open(held, recipe, cache_url, run_dir))
+        result = ranks.broadcast(lambda: made.result)
         if result is None:
-            ranks.agree(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
-            if ranks.leads:
+            ranks.broadcast(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
+            if ranks.is_main_process:
                 made.start()
             if models.made_student(recipe.student, made.path / "sft") is None:
                 with without_suggestions():
@@ -79,10 +79,10 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             assert tuned is not None
             distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
             models.free_memory()
-            result = ranks.agree(lambda: _finish(made, recipe, tuned))
-        if ranks.leads:
+            result = ranks.broadcast(lambda: _finish(made, recipe, tuned))
+        if ranks.is_main_process:
             show(f"{made.path}: {result.sentence}")
-        return result.exit_code if ranks.leads else 0
+        return result.exit_code if ranks.is_main_process else 0
 
 
 def _open(

@@ -36,7 +36,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.config import Recipe, load_stored_recipe
 from pipeline.console import say, show, without_suggestions
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.rollouts import stage as rollouts
@@ -92,29 +92,31 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
         RedpenError, CacheError: what the stages raise, or the run was started with other settings, or is held by
             another process.
     """
-    with contextlib.ExitStack() as held, workers.team() as ranks:
-        run, result, n_slices = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir))
+    with contextlib.ExitStack() as held, join_ranks() as ranks:
+        run, result, n_slices = ranks.broadcast(lambda: _open(held, recipe, cache_url, run_dir))
         rounds: list[Round] = []
         taught = recipe.reward.teacher_weight > 0
         while result is None:
             index = len(rounds)
             now, directory = _of_round(recipe, run, index, n_slices), _directory(run, index)
-            if ranks.agree(functools.partial(_has_to_train, directory)):
-                if ranks.leads:
+            if ranks.broadcast(functools.partial(_has_to_train, directory)):
+                if ranks.is_main_process:
                     say(f"round {index} of {recipe.distill.rounds} at most")
                 _stage(rollouts.run, now, cache_url, index)
                 _stage(score.run, now, cache_url, None if taught else cs.STUDENT, index)
-            found = Round(ranks.agree(functools.partial(fresh_reverse_kl, now, cache_url, index)) if taught else None)
+            found = Round(
+                ranks.broadcast(functools.partial(fresh_reverse_kl, now, cache_url, index)) if taught else None
+            )
             if (result := verdict(recipe, [*rounds, found])) is None:
                 carried = index > 0 and recipe.distill.carry == "adapter+optimizer"
                 start = _directory(run, index - 1) / "checkpoints" if carried else None
                 _stage(train.run, now, cache_url, directory, index, start=start)
-                found = ranks.agree(functools.partial(_trained, found, recipe, directory))
+                found = ranks.broadcast(functools.partial(_trained, found, recipe, directory))
                 result = verdict(recipe, [*rounds, found])
             rounds.append(found)
-            if result is not None and ranks.leads:
+            if result is not None and ranks.is_main_process:
                 _finish(run, recipe, cache_url, rounds, result)
-        if ranks.leads:
+        if ranks.is_main_process:
             show(f"{run.path}: {result.sentence}")
     return 0
 

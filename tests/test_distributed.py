@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 
 import cache_schema as cs
 from pipeline import environment
-from pipeline.distributed import fsdp as distributed
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.fsdp import weight_sharding
+from pipeline.distributed.ranks import Ranks, join_ranks
 from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, ModelError
 from pipeline.models import load as models
@@ -69,38 +69,40 @@ RUNS = {"lora-ddp": "adapter/adapter_model.safetensors", "full-fsdp": "model/mod
 # -- what the processes do ----------------------------------------------------------------------------------------
 
 
-def measure(cache: Path, out: Path, ranks: workers.Team, cases: Iterable[str] = CASES) -> None:
+def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) -> None:
     """The gradient of one batch under some layouts, and the metrics of two updates: `<case>.safetensors`."""
     for case in cases:
         recipe = small_recipe(*CASES[case])
         round_ = cs.open(cache).round()
         learnt = inputs.objective(recipe, round_, inputs.teacher_names(recipe, round_, str(cache)))
         replay = inputs.replay(recipe, round_, learnt)
-        with distributed.layout(ranks, recipe.student, recipe.train) as layout:
-            other = models.load_model(layout.placed(recipe.student))
+        with weight_sharding(ranks, recipe.student, recipe.train) as sharding:
+            other = models.load_model(sharding.load_config(recipe.student))
             model = lora.make_trainable(
-                models.load_model(layout.placed(recipe.student), trainable=True), recipe.train
+                models.load_model(sharding.load_config(recipe.student), trainable=True), recipe.train
             )
             generator = torch.Generator().manual_seed(1)
             for parameter in lora.trainable(model).values():  # with B = 0 half of a LoRA's gradient is 0
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-            trainer = Trainer(model, learnt, recipe.train, layout)
+            trainer = Trainer(model, learnt, recipe.train, sharding)
             for parameter in model.parameters():  # a LoRA stays whole, all else is in shards
                 adapter = recipe.train.method == "lora" and parameter.requires_grad
-                assert isinstance(parameter, DTensor) == (layout.mesh is not None and not adapter)
+                assert isinstance(parameter, DTensor) == (sharding.mesh is not None and not adapter)
             batch = replay.batch(3)
             assert (len(batch.distinct) < 4) == case.startswith("single")
             trainer.gradient(batch)
-            found = {n: layout.whole(w.grad).clone() for n, w in trainer.masters.items() if w.grad is not None}
+            found = {
+                n: sharding.full_tensor(w.grad).clone() for n, w in trainer.masters.items() if w.grad is not None
+            }
             metrics = [value for step in range(2) for value in trainer.update(replay.batch(step)).values()]
             found["metrics"] = torch.tensor(metrics, dtype=torch.float64)
-            assert all(torch.equal(told, found["metrics"]) for told in layout.gather(found["metrics"]))
-            if layout.leads:
+            assert all(torch.equal(told, found["metrics"]) for told in sharding.gather(found["metrics"]))
+            if sharding.is_main_process:
                 save_file(found, out / f"{case}.safetensors")
-            if layout.size > 1:
-                next(iter(other.parameters())).data[0] += layout.rank
+            if sharding.size > 1:
+                next(iter(other.parameters())).data[0] += sharding.rank
                 with pytest.raises(ModelError, match=r"rank 1 holds other weights than rank 0 \(1 of \d+ differ"):
-                    layout.spread(other)
+                    sharding.parallelize(other)
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def interrupted(cache: Path, run: Path, settings: tuple[str, ...], steps: int) -
 
 def two(cache: Path, out: Path) -> None:
     """All that two processes are wanted for, so that they start once."""
-    with workers.team() as ranks:
+    with join_ranks() as ranks:
         measure(cache, out, ranks)
     for name in RUNS:
         assert stage.run(small_recipe(*LONG, *CASES[name]), str(cache), out / f"{name}-calm") == 0
@@ -146,7 +148,7 @@ def broken(cache: Path, out: Path) -> None:
     real, signals._OTHERS_WAIT_SECONDS = Trainer.update, 1
 
     def fails(self: Trainer, batch: Any) -> dict[str, float]:
-        if (self.layout.rank, self.step) == (1, 2):
+        if (self.sharding.rank, self.step) == (1, 2):
             raise ModelError("something that only rank 1 has")
         return real(self, batch)
 
@@ -155,7 +157,7 @@ def broken(cache: Path, out: Path) -> None:
 
 
 def four(cache: Path, out: Path) -> None:
-    with workers.team() as ranks:
+    with join_ranks() as ranks:
         measure(cache, out, ranks, BY_FOUR)
     assert stage.run(small_recipe(*LONG, "train.parallel=fsdp"), str(cache), out / "elastic") == 0
 
@@ -178,7 +180,7 @@ def by(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     """What 1, 2 and 4 processes leave; the run `elastic` in 2's directory went from 2 to 1 to 4 of them."""
     made = {size: tmp_path_factory.mktemp(f"by-{size}") for size in (1, 2, 4)}
     job = torchrun(2, __file__, "two", str(toy_cache), str(made[2]))
-    measure(toy_cache, made[1], workers.Team())
+    measure(toy_cache, made[1], Ranks())
     assert stage.run(small_recipe(*LONG, *CASES["full-ddp"]), str(toy_cache), made[1] / "full-ddp-calm") == 0
     finished(job)
     interrupted(toy_cache, made[2] / "elastic", (), 2)
@@ -291,7 +293,7 @@ def test_an_error_of_one_rank_ends_the_job_with_its_line(toy_cache: Path, tmp_pa
 def test_shards_on_cuda(toy_cache: Path, tmp_path: Path) -> None:
     """One process with NCCL against one without."""
     alone, job = tmp_path / "alone", tmp_path / "job"
-    for directory, ranks in ((alone, workers.Team()), (job, workers.Team(0, 1, torch.distributed.HashStore()))):
+    for directory, ranks in ((alone, Ranks()), (job, Ranks(0, 1, torch.distributed.HashStore()))):
         directory.mkdir()
         measure(toy_cache, directory, ranks)
     for case in CASES:

@@ -329,13 +329,15 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
 
 
 def test_an_engine_that_tells_no_numbers_is_refused() -> None:
-    from pipeline.engines.prompt_logprobs import Question, Told
+    from pipeline.engines.prompt_logprobs import EngineLogprobs, Question
 
     with pytest.raises(ModelError, match="not finite"):
-        Told.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
-    Told.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
+        EngineLogprobs.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
+    EngineLogprobs.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
     with pytest.raises(ModelError, match="not finite"):
-        Told.positions([None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None))
+        EngineLogprobs.positions(
+            [None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None)
+        )
 
 
 def test_training_stops_where_logits_are_not_finite(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

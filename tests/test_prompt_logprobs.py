@@ -33,7 +33,7 @@ import cache_schema as cs
 import pipeline.train.stage as train_stage
 from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
-from pipeline.engines.prompt_logprobs import Question, Told, check_agreement, partial_scores
+from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError
@@ -53,10 +53,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
 
-def likeliest(logprobs: np.ndarray, tokens: np.ndarray, n: int) -> Told:
+def likeliest(logprobs: np.ndarray, tokens: np.ndarray, n: int) -> EngineLogprobs:
     """What vLLM tells: the token itself first, then the n likeliest, in fp32."""
     ids = np.hstack([tokens[:, None], np.argsort(-logprobs, axis=1, kind="stable")[:, :n]])
-    return Told(ids, np.take_along_axis(logprobs, ids, 1).astype(np.float32).astype(np.float64))
+    return EngineLogprobs(ids, np.take_along_axis(logprobs, ids, 1).astype(np.float32).astype(np.float64))
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,7 +131,7 @@ def test_what_is_not_told_is_nan_and_never_0() -> None:
         {"4": {"logprob": -9999.0}, "9": {"logprob": 0.0}},
     ]
     question = Question(tokens, 1, candidates)
-    scores = partial_scores(question, Told.positions(answer, question), topk=1)
+    scores = partial_scores(question, EngineLogprobs.positions(answer, question), topk=1)
     nan = np.nan
     np.testing.assert_array_equal(scores.logprobs, np.float32([-0.5, nan, nan, nan]))
     np.testing.assert_array_equal(
@@ -147,7 +147,7 @@ def test_an_id_that_the_teacher_lacks_is_not_asked_for() -> None:
     question = Question(np.array([1, 2], np.int32), 1, np.array([[2, 40, 3]], np.int32))
     ids = question.given_ids(8, vocab_size=30)
     np.testing.assert_array_equal(ids, [[2, -1, 3]])
-    scores = partial_scores(question, Told.given(ids, [[-1.0, -np.inf, -2.0]]))
+    scores = partial_scores(question, EngineLogprobs.given(ids, [[-1.0, -np.inf, -2.0]]))
     np.testing.assert_array_equal(scores.candidate_logprobs, np.float32([[-1, np.nan, -2]]))
     np.testing.assert_array_equal(question.given_ids(2, vocab_size=50), [[2, 40]])
 
@@ -168,7 +168,7 @@ TOKENS = np.array([1, 2, 3], np.int32)
 def test_answers_that_mean_something_else_are_refused(answer: Any, message: str) -> None:
     question = Question(TOKENS, 1, None)
     with pytest.raises(ModelError, match=message):
-        partial_scores(question, Told.positions(answer, question), topk=2)
+        partial_scores(question, EngineLogprobs.positions(answer, question), topk=2)
 
 
 def test_readings_that_are_apart_are_refused() -> None:

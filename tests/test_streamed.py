@@ -130,7 +130,7 @@ def test_scores_are_the_resident_scorers(
 def test_checkpoints_of_experts_hold_each_by_itself(saved: Callable[..., Path]) -> None:
     """What the tests above stream is the layout of the published checkpoints."""
     for family, name in (("qwen3-moe", "mlp.experts.3.up_proj"), ("mixtral", "block_sparse_moe.experts.3.w1")):
-        assert f"model.layers.2.{name}.weight" in weights.Checkpoint(saved(family)).stored
+        assert f"model.layers.2.{name}.weight" in weights.SafetensorsCheckpoint(saved(family)).stored
 
 
 @pytest.mark.parametrize("tile_tokens", [1, 25, 1000])
@@ -228,19 +228,19 @@ def test_adapters_are_applied_unmerged(
 
 def test_each_weight_is_read_once_a_wave(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: Counter[str] = Counter()
-    read_into = weights.Checkpoint.read_into
+    read_into = weights.SafetensorsCheckpoint.read_into
 
-    def counting(self: weights.Checkpoint, stored: weights.Stored, start: int, out: torch.Tensor) -> None:
+    def counting(self: weights.SafetensorsCheckpoint, stored: weights.Stored, start: int, out: torch.Tensor) -> None:
         read[stored.name] += out.nbytes
         read_into(self, stored, start, out)
 
-    monkeypatch.setattr(weights.Checkpoint, "read_into", counting)
+    monkeypatch.setattr(weights.SafetensorsCheckpoint, "read_into", counting)
     monkeypatch.setattr(layers, "_CHUNK_BYTES", 1000)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     for family, dtype in (("qwen3-moe", "float32"), ("qwen3", "bfloat16")):
         cfg = config(saved(family), dtype)
         scorer = StreamedScorer(cfg, OPTIONS)
-        stored = weights.Checkpoint(saved(family)).stored
+        stored = weights.SafetensorsCheckpoint(saved(family)).stored
         outside = {name for name in stored if ".layers." not in name}
         assert read == {name: stored[name].nbytes for name in outside}
         for n_waves, wave_tokens in ((1, 1000), (4, 70)):
@@ -257,9 +257,11 @@ def test_large_weights_outside_the_layers_stay_in_their_file_if_they_are_not_cas
     stored: torch.dtype, n_mapped: int, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped: list[str] = []
-    look = weights.Checkpoint.mapped
+    look = weights.SafetensorsCheckpoint.mapped
     monkeypatch.setattr(layers, "_MAPPED_BYTES", 0)
-    monkeypatch.setattr(weights.Checkpoint, "mapped", lambda self, w: mapped.append(w.name) or look(self, w))
+    monkeypatch.setattr(
+        weights.SafetensorsCheckpoint, "mapped", lambda self, w: mapped.append(w.name) or look(self, w)
+    )
     cfg = config(saved("llama", stored), "bfloat16")
     assert_same_bits(StreamedScorer(cfg, OPTIONS).compute_logprobs(block()), resident(cfg, block()))
     assert len(mapped) == n_mapped
@@ -294,12 +296,14 @@ def test_what_the_file_cache_cannot_keep_is_dropped(
 ) -> None:
     dropped: list[str] = []
 
-    def uncache(self: weights.Checkpoint, stored: list[weights.Stored]) -> None:
+    def uncache(self: weights.SafetensorsCheckpoint, stored: list[weights.Stored]) -> None:
         dropped.extend(tensor.name for tensor in stored)
 
-    monkeypatch.setattr(weights.Checkpoint, "uncache", uncache)
+    monkeypatch.setattr(weights.SafetensorsCheckpoint, "uncache", uncache)
     cfg = config(saved("qwen3"))
-    one_layer = sum(s.nbytes for s in weights.Checkpoint(saved("qwen3")).stored.values() if ".layers.0." in s.name)
+    one_layer = sum(
+        s.nbytes for s in weights.SafetensorsCheckpoint(saved("qwen3")).stored.values() if ".layers.0." in s.name
+    )
     monkeypatch.setattr(streamed, "free_bytes", lambda device: 2.5 * one_layer)
     scorer = StreamedScorer(cfg, OPTIONS)
     assert_same_bits(scorer.compute_logprobs(block()), resident(cfg, block()))

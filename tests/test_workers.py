@@ -21,8 +21,8 @@ from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait
 
 import cache_schema as cs
 from pipeline.config import load_recipe
-from pipeline.distributed import ranks as workers
 from pipeline.distributed import ray as ray_launcher
+from pipeline.distributed.ranks import Ranks, gpu_share
 from pipeline.errors import ConfigError, ModelError
 from pipeline.rollouts import stage as rollouts_stage
 
@@ -117,20 +117,20 @@ def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_what_the_leader_finds_every_rank_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     store = torch.distributed.HashStore()
-    leader, other = (workers.Team(rank, 2, store) for rank in range(2))
+    leader, other = (Ranks(rank, 2, store) for rank in range(2))
     found = np.arange(3_000_000), "more than torchrun's store takes at a time"
-    assert leader.agree(lambda: found) is found
-    array, text = other.agree(lambda: pytest.fail("only the leader looks"))
+    assert leader.broadcast(lambda: found) is found
+    array, text = other.broadcast(lambda: pytest.fail("only the leader looks"))
     np.testing.assert_array_equal(array, found[0])
     assert text == found[1]
-    assert leader.agree(lambda: None) is other.agree(lambda: None) is None
+    assert leader.broadcast(lambda: None) is other.broadcast(lambda: None) is None
 
     with pytest.raises(ModelError, match="no such model"):
-        leader.agree(functools.partial(fail, ModelError("no such model")))
+        leader.broadcast(functools.partial(fail, ModelError("no such model")))
     waited: list[bool] = []
-    monkeypatch.setattr(workers, "let_the_first_speak", lambda: waited.append(True))
+    monkeypatch.setattr("pipeline.distributed.ranks.defer_to_main_process", lambda: waited.append(True))
     with pytest.raises(SystemExit):
-        other.agree(lambda: None)
+        other.broadcast(lambda: None)
     assert waited == [True]
 
 
@@ -245,7 +245,7 @@ def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monk
     ],
 )
 def test_ranks_share_the_gpus_of_their_machine(gpus: str, n_ranks: int, shares: list[str]) -> None:
-    assert ["".join(workers.gpu_share(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
+    assert ["".join(gpu_share(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.config import ModelConfig, TrainConfig
-from pipeline.distributed.ranks import Team
-from pipeline.distributed.signals import let_the_first_speak
+from pipeline.distributed.ranks import Ranks
+from pipeline.distributed.signals import defer_to_main_process
 from pipeline.errors import ConfigError, Interrupted, ModelError, RedpenError
 from pipeline.forward.head import unwrapped
 from pipeline.models.load import pick_device
@@ -49,7 +49,7 @@ _groups = itertools.count()
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightSharding:
     """This process among those that train one student. By default it is alone.
 
     Attributes:
@@ -61,15 +61,15 @@ class Layout:
     mesh: DeviceMesh | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this rank is the one that writes files."""
         return self.rank == 0
 
-    def placed(self, student: ModelConfig) -> ModelConfig:
+    def load_config(self, student: ModelConfig) -> ModelConfig:
         """Where to load the student: in host memory if no single device has to hold all of it."""
         return student if self.mesh is None else student.model_copy(update={"device": "cpu"})
 
-    def spread(self, model: nn.Module) -> Callable[[Callable[[], _T]], _T]:
+    def parallelize(self, model: nn.Module) -> Callable[[Callable[[], _T]], _T]:
         """Lay out a student that every rank has loaded; shards of it move to this rank's device.
 
         Returns a function within which the student is to be used: it calls its argument and gives what that returns.
@@ -105,32 +105,32 @@ class Layout:
         dist.all_gather(gathered, values.contiguous())
         return gathered
 
-    def highest(self, value: int) -> int:
+    def maximum(self, value: int) -> int:
         """The largest of what the ranks say."""
         return max(int(told) for told in self.gather(torch.tensor(value)))
 
-    def add_up(self, gradients: Tensor) -> None:
+    def all_reduce(self, gradients: Tensor) -> None:
         """Replace `gradients` by its sum over the ranks, the same bits on every rank."""
         if self.size > 1:
             dist.all_reduce(gradients)
 
-    def whole(self, value: Tensor) -> Tensor:
+    def full_tensor(self, value: Tensor) -> Tensor:
         """A weight or its like, from the shards of all ranks; what is in no shards is given back as it is."""
         return value.full_tensor() if isinstance(value, DTensor) else value
 
-    def copied(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy_to_main_process(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole copies in the first rank's host memory, made one after the other; elsewhere their outlines."""
-        place = "cpu" if self.leads else "meta"
-        return {name: self.whole(value.detach()).to(place, copy=True) for name, value in values.items()}
+        place = "cpu" if self.is_main_process else "meta"
+        return {name: self.full_tensor(value.detach()).to(place, copy=True) for name, value in values.items()}
 
-    def tell(self, value: _T) -> _T:
+    def broadcast(self, value: _T) -> _T:
         """What the first rank says, on every rank. It is pickled."""
         told = [value]
         if self.size > 1:
             dist.broadcast_object_list(told, 0)
         return told[0]
 
-    def share(self, value: Tensor, owner: Tensor) -> Tensor:
+    def distribute(self, value: Tensor, owner: Tensor) -> Tensor:
         """This rank's part of a weight, or of what an optimizer keeps of it, that the first rank holds whole.
 
         Args:
@@ -146,9 +146,9 @@ class Layout:
             return distribute_tensor(whole, owner.device_mesh, owner.placements, src_data_rank=None)
         return whole
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for every rank."""
-        self.highest(0)
+        self.maximum(0)
 
     def _require_equal(self, model: nn.Module) -> None:
         if self.size == 1:
@@ -166,8 +166,8 @@ class Layout:
 class Gradients:
     """The `.grad` of weights: views of one flat tensor where they are held whole, else shards of their own."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], layout: Layout):
-        self._layout = layout
+    def __init__(self, weights: Mapping[str, nn.Parameter], sharding: WeightSharding):
+        self._sharding = sharding
         self._sharded = [weight for weight in weights.values() if isinstance(weight, DTensor)]
         self._flat: list[Tensor] = []
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
@@ -190,10 +190,10 @@ class Gradients:
         for weight in self._sharded:
             weight.grad = torch.zeros_like(weight)
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         """Sum over the ranks; what is in shards has been summed during backward."""
         for flat in self._flat:
-            self._layout.add_up(flat)
+            self._sharding.all_reduce(flat)
 
 
 class _Root(nn.Module):
@@ -226,7 +226,7 @@ def _decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def layout(ranks: Team, student: ModelConfig, train: TrainConfig) -> Iterator[Layout]:
+def weight_sharding(ranks: Ranks, student: ModelConfig, train: TrainConfig) -> Iterator[WeightSharding]:
     """The layout of this job, in a process group that lasts as long as the body.
 
     Ranks leave the body together: none ends, and so has torchrun end the others, while the first is still writing.
@@ -236,7 +236,7 @@ def layout(ranks: Team, student: ModelConfig, train: TrainConfig) -> Iterator[La
         ConfigError: ranks share a GPU.
     """
     if ranks.store is None:
-        yield Layout()
+        yield WeightSharding()
         return
     device = pick_device(student)
     if device.type == "cuda":
@@ -246,28 +246,28 @@ def layout(ranks: Team, student: ModelConfig, train: TrainConfig) -> Iterator[La
         # Numbers that only steer are on the CPU and go by gloo.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIMEOUT)
-        here = Layout(ranks.rank, ranks.size)
+        here = WeightSharding(ranks.rank, ranks.size)
         if device.type == "cuda":
             _require_own_gpu(here, device)
         mesh = init_device_mesh(device.type, (ranks.size,)) if train.parallel == "fsdp" else None
-        yield Layout(ranks.rank, ranks.size, mesh)
-        ranks.meet()
+        yield WeightSharding(ranks.rank, ranks.size, mesh)
+        ranks.barrier()
         dist.destroy_process_group()
     except Interrupted as error:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if ranks.leads:
+        if ranks.is_main_process:
             raise
         raise SystemExit(error.exit_code) from None  # the first rank has been stopped too, and says so
     except Exception as error:
         lost = _lost_a_rank(error)
-        if not ranks.leads:
-            let_the_first_speak()
+        if not ranks.is_main_process:
+            defer_to_main_process()
             with suppress(dist.DistError):  # torchrun may have ended too
                 ranks.store.set("train/told", str(lost))
         if not lost:
             raise
-        if ranks.leads and ranks.store.check(["train/told"]):
+        if ranks.is_main_process and ranks.store.check(["train/told"]):
             raise SystemExit(1) from None
         raise RedpenError(
             "another rank of this job has ended, and with it the job (torchrun's report says how); the same command "
@@ -275,13 +275,13 @@ def layout(ranks: Team, student: ModelConfig, train: TrainConfig) -> Iterator[La
         ) from error
 
 
-def _require_own_gpu(layout: Layout, device: torch.device) -> None:
+def _require_own_gpu(sharding: WeightSharding, device: torch.device) -> None:
     """NCCL hangs or fails, depending on its release, where two ranks use one GPU."""
     name = torch.tensor(list(str(torch.cuda.get_device_properties(device).uuid).encode()))
-    n_gpus = len({tuple(told.tolist()) for told in layout.gather(name)})
-    if n_gpus < layout.size:
+    n_gpus = len({tuple(told.tolist()) for told in sharding.gather(name)})
+    if n_gpus < sharding.size:
         raise ConfigError(
-            f"torchrun: {layout.size} ranks have {n_gpus} GPUs between them, and training needs one each; lower "
+            f"torchrun: {sharding.size} ranks have {n_gpus} GPUs between them, and training needs one each; lower "
             "--nproc-per-node"
         )
 

@@ -1,12 +1,4 @@
-"""Several processes on one stage, which deal its blocks among themselves.
-
-Blocks need no coordination: who writes which is known, and each is written once. Only what comes before and after
-them does: the leader reads the recipe's models, holds the cache's lock and creates what is missing; the others take
-over what it found. A process by itself is its own leader, and so is the one that hands blocks to a Ray cluster.
-
-    torchrun --nproc-per-node 4 -m pipeline score RECIPE --cache CACHE
-    redpen score RECIPE --cache CACHE --launcher ray --workers 4
-"""
+"""This process among the ranks of its job, which torchrun starts: the same for every stage."""
 
 from __future__ import annotations
 
@@ -16,26 +8,22 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-import cache_schema as cs
-from pipeline.console import Bar, fail
-from pipeline.distributed.signals import graceful, let_the_first_speak
+from pipeline.console import fail
+from pipeline.distributed.blocks import Session, Work
+from pipeline.distributed.signals import defer_to_main_process
 from pipeline.environment import RANK, WORLD_SIZE
 from pipeline.errors import ConfigError, Interrupted, RedpenError, user_message
 
 _T = TypeVar("_T")
-
-#: Called between units of work with the rollouts that ended and the tokens since the last call. What it raises stops
-#: the work; blocks that are written stay.
-OnProgress = Callable[[int, int], None]
 
 #: Who starts the workers; None: torchrun, if anyone.
 Launcher = Literal["ray"] | None
@@ -45,40 +33,8 @@ _PART_BYTES = 4 << 20
 _POLL_SECONDS = 0.05
 
 
-class Session(Protocol):
-    """A model that is loaded, ready to write blocks.
-
-    Attributes:
-        batch_blocks: blocks that keep it busy; fewer at a time cost speed.
-    """
-
-    batch_blocks: int
-
-    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None: ...
-
-    def close(self) -> None:
-        """Stop what runs beside this process's own objects, such as an engine."""
-
-
-class Work(Protocol):
-    """What a worker needs to know, picklable.
-
-    Attributes:
-        gpus: that one worker uses, where there are any.
-    """
-
-    @property
-    def gpus(self) -> int: ...
-
-    def group(self) -> cs.BlockGroup:
-        """Where the blocks are committed."""
-
-    def open(self) -> Session:
-        """Load the model; changes nothing in the cache."""
-
-
 @dataclass(frozen=True)
-class Team:
+class Ranks:
     """This process among the ranks of its job.
 
     Attributes:
@@ -92,19 +48,19 @@ class Team:
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         return self.rank == 0
 
-    def share(self, blocks: Sequence[int]) -> list[int]:
+    def shard(self, blocks: Sequence[int]) -> list[int]:
         """Every `size`-th block."""
         return list(blocks[self.rank :: self.size])
 
-    def agree(self, find: Callable[[], _T]) -> _T:
+    def broadcast(self, find: Callable[[], _T]) -> _T:
         """What the leader finds, on every rank. Where the leader fails, all end; its line says why."""
         if self.store is None:
             return find()
         key = str(next(self._calls))
-        if self.leads:
+        if self.is_main_process:
             told = b""
             try:
                 found = find()
@@ -116,12 +72,12 @@ class Team:
         with _same_job():
             told = _hear(self.store, key)
         if not told:
-            let_the_first_speak()
+            defer_to_main_process()
             raise SystemExit(1)
         value: _T = pickle.loads(told)
         return value
 
-    def meet(self, check: Callable[[], object] = lambda: None) -> None:
+    def barrier(self, check: Callable[[], object] = lambda: None) -> None:
         """Wait for every rank; what `check` raises meanwhile ends that."""
         if self.store is not None:
             key = str(next(self._calls))
@@ -133,7 +89,7 @@ class Team:
 
 
 @contextmanager
-def team(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Team]:
+def join_ranks(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Ranks]:
     """This process's team: it leads a Ray cluster's workers, is one of torchrun's ranks, or is alone.
 
     Of torchrun's ranks only the leader talks, beside one line by any other that fails.
@@ -154,73 +110,17 @@ def team(launcher: Launcher = None, n_workers: int | None = None) -> Iterator[Te
         yield ranks
     except (Exception, Interrupted) as error:
         line = str(error) if isinstance(error, Interrupted) else user_message(error)
-        if ranks.leads or line is None:
+        if ranks.is_main_process or line is None:
             raise
         fail(f"rank {ranks.rank}: {line}")
         raise SystemExit(error.exit_code if isinstance(error, Interrupted) else 1) from error
 
 
-@contextmanager
-def writing(url: str, command: str, ranks: Team, create: Callable[[], cs.Cache] | None = None) -> Iterator[cs.Cache]:
-    """The cache, open for writing by all ranks; the leader holds its lock until the last of them is done."""
-
-    def take(stack: ExitStack) -> None:
-        cache = create() if create is not None else cs.open(url, writable=True)
-        stack.enter_context(cache.lock(command))
-
-    with ExitStack() as stack:
-        ranks.agree(lambda: take(stack))
-        yield cs.open(url, writable=True)
-        ranks.meet()
-
-
-def run(
-    work: Work,
-    pending: Sequence[int],
-    ranks: Team,
-    *,
-    begin: Callable[[], object],
-    state: Callable[[], str],
-    bar: AbstractContextManager[Bar],
-    advance: Callable[[Bar, int, int], None],
-) -> None:
-    """Do `pending` blocks, this rank its share; returns when every rank is done.
-
-    Args:
-        begin: called on the leader once the model is loaded, and before any block is written: a model that cannot be
-            used leaves no trace in the cache.
-        state: what is on disk by now, for who stops the work.
-        bar: of this rank's share. advance: moves it by rollouts and tokens.
-    """
-
-    def prepare() -> None:
-        begin()
-
-    mine = ranks.share(pending)
-    with ExitStack() as stack:
-        session = stack.enter_context(closing(ranks.open(work))) if mine else None
-        ranks.agree(prepare)
-        with graceful() as stop:
-
-            def check() -> None:
-                if stop.requested:
-                    stop.check(state() if ranks.leads else "")
-
-            def on_progress(rollouts: int, tokens: int) -> None:
-                check()
-                advance(shown, rollouts, tokens)
-
-            with bar as shown:
-                if session is not None:
-                    session.run(mine, on_progress)
-            ranks.meet(check)
-
-
 @functools.cache
-def _ranks() -> Team:
+def _ranks() -> Ranks:
     """This process's place in its torchrun job, and its share of the machine's GPUs."""
     if WORLD_SIZE == 1:
-        return Team()
+        return Ranks()
     if n_gpus := torch.cuda.device_count():
         names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))).split(",")[:n_gpus]
         mine = gpu_share(names, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -231,7 +131,7 @@ def _ranks() -> Team:
     # `--max-restarts` brings new ranks to the same store
     store = PrefixStore(f"redpen/{WORLD_SIZE}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # or that engine looks for its peers in torchrun's store
-    return Team(RANK, WORLD_SIZE, store)
+    return Ranks(RANK, WORLD_SIZE, store)
 
 
 def gpu_share(gpus: Sequence[str], rank: int, n_ranks: int) -> list[str]:

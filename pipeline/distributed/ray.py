@@ -26,7 +26,8 @@ from typing import Any
 
 import cache_schema as cs
 from pipeline.console import console, say, warn
-from pipeline.distributed.ranks import OnProgress, Session, Team, Work
+from pipeline.distributed.blocks import OnProgress, Session, Work
+from pipeline.distributed.ranks import Ranks
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, RedpenError, user_message
 
@@ -38,7 +39,7 @@ _END_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def cluster(n_workers: int | None) -> Iterator[Team]:
+def cluster(n_workers: int | None) -> Iterator[Ranks]:
     """The team whose blocks are done by the workers of a cluster.
 
     Raises:
@@ -61,7 +62,7 @@ def cluster(n_workers: int | None) -> Iterator[Team]:
     try:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)  # Ray has put its own in its place
-        yield Team(open=lambda work: RaySession(work, n_workers))
+        yield Ranks(open=lambda work: RaySession(work, n_workers))
     finally:
         ray.shutdown()
 

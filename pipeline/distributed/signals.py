@@ -43,7 +43,7 @@ class Stop:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
-        if _deaf_under_torchrun():
+        if _ignore_repeated_signals():
             return
         gap = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar, which redraws its two lines
         # not print: the interrupted code may itself be inside a write to the buffered stream
@@ -65,7 +65,7 @@ def interruptible() -> Iterator[None]:
     """Turn SIGTERM into `Interrupted` at once, as Python does with Ctrl-C: for whole commands, outside `graceful`."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        _deaf_under_torchrun()
+        _ignore_repeated_signals()
         raise Interrupted(signum)
 
     with _handlers(interrupt):
@@ -86,7 +86,7 @@ def _handlers(handler: object) -> Iterator[None]:
                 signal.signal(signum, before)
 
 
-def _deaf_under_torchrun() -> bool:
+def _ignore_repeated_signals() -> bool:
     """Hear no second signal in a worker of torchrun: it gets Ctrl-C twice, from the terminal and from torchrun, which
     says what it does and kills what does not end.
     """
@@ -96,7 +96,7 @@ def _deaf_under_torchrun() -> bool:
     return is_worker
 
 
-def let_the_first_speak() -> None:
+def defer_to_main_process() -> None:
     """In a rank of torchrun that found what the first rank finds too: wait to be ended by torchrun after its line.
 
     Returns after some seconds where the first rank has found nothing.

@@ -146,7 +146,7 @@ class HeldOutPrompts:
             recipe.eval.batch_size,
         )
 
-    def share(self, rank: int, world: int) -> HeldOutPrompts:
+    def shard(self, rank: int, world: int) -> HeldOutPrompts:
         """Every `world`-th prompt, from `rank`."""
         return replace(self, prompts=self.prompts[rank::world])
 

@@ -15,7 +15,6 @@ Shapes: T response tokens of a rollout, N tokens told of at a position, K candid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +93,7 @@ def questions(batch: TokenBatch, vocab_size: int, who: str) -> list[Question]:
 
 
 @dataclass(frozen=True)
-class Told:
+class EngineLogprobs:
     """Tokens that an engine told of at the response's positions, with their log-probs in nats.
 
     Attributes:
@@ -106,7 +105,7 @@ class Told:
     logprobs: Float64
 
     @classmethod
-    def given(cls, ids: Int32, logprobs: npt.ArrayLike) -> Told:
+    def given(cls, ids: Int32, logprobs: npt.ArrayLike) -> EngineLogprobs:
         """Log-probs [T, N] of the ids that were asked for."""
         told = np.asarray(logprobs, np.float64)
         if told.shape != ids.shape:
@@ -122,7 +121,7 @@ class Told:
         *,
         vocab_size: int = 2**31,
         at_most: int = 2**16,
-    ) -> Told:
+    ) -> EngineLogprobs:
         """From the JSON of `prompt_logprobs`: at each position of prompt and response, `{id: {"logprob": x}}`.
 
         Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent, of ids that
@@ -145,16 +144,16 @@ class Told:
                     raise ModelError(f"told of token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
                 ids[row, column] = int(token)
                 if value is not None:
-                    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                         raise ModelError(f"told {value!r:.40} as the log-prob of token {token}; expected a number")
                     if value > LOGPROB_TOLERANCE:
                         raise ModelError(f"told a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")
                     logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
         return cls(ids, logprobs)
 
-    def beside(self, other: Told) -> Told:
+    def beside(self, other: EngineLogprobs) -> EngineLogprobs:
         """Both."""
-        return Told(np.hstack([self.ids, other.ids]), np.hstack([self.logprobs, other.logprobs]))
+        return EngineLogprobs(np.hstack([self.ids, other.ids]), np.hstack([self.logprobs, other.logprobs]))
 
 
 def refuse_nan(logprobs: npt.ArrayLike) -> None:
@@ -175,7 +174,7 @@ def misaligned(position: int, sent: int, told: object) -> ModelError:
 
 
 def partial_scores(
-    question: Question, told: Told, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
+    question: Question, told: EngineLogprobs, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
 ) -> cs.ScoreBlock:
     """What was told, as the scores of one rollout; see the module's head.
 

@@ -37,7 +37,15 @@ import cache_schema as cs
 from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.credentials import mask
-from pipeline.engines.prompt_logprobs import LIKELIEST, Question, Told, joined, misaligned, partial_scores, questions
+from pipeline.engines.prompt_logprobs import (
+    LIKELIEST,
+    EngineLogprobs,
+    Question,
+    joined,
+    misaligned,
+    partial_scores,
+    questions,
+)
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.files import parse_json, parse_model
@@ -79,7 +87,7 @@ class _Models(_Answer):
 
 # A first mistake says enough: of millions there would be millions of messages.
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
-#: What is told of each token, `Told.positions` checks.
+#: What is told of each token, `EngineLogprobs.positions` checks.
 _Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
 
 
@@ -323,11 +331,13 @@ class ServerScorer:
                 raise misaligned(*_first_difference(sent, echoed))
             told = None
             if (positions := answer.prompt_logprobs or choice.prompt_logprobs) is not None:
-                told = Told.positions(positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16)
+                told = EngineLogprobs.positions(
+                    positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16
+                )
             if way.given:
                 if echoed is None or (encoded := answer.prompt_token_id_logprobs) is None:
                     raise _Refused(501, "did not tell the log-probs of the ids asked for")
-                given = Told.given(ids, _array(encoded, ids.shape))
+                given = EngineLogprobs.given(ids, _array(encoded, ids.shape))
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no prompt_logprobs; serve the teacher with vLLM")

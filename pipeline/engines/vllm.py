@@ -127,7 +127,7 @@ class Engine:
         self.close()
 
     @property
-    def tells_given_ids(self) -> bool:
+    def supports_given_ids(self) -> bool:
         """Whether `prompt_logprob_token_ids` can be asked for: vLLM's newer model runner."""
         from vllm import SamplingParams
 

@@ -19,8 +19,8 @@ from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import say
 from pipeline.engines.prompt_logprobs import (
     LIKELIEST,
+    EngineLogprobs,
     Question,
-    Told,
     joined,
     misaligned,
     partial_scores,
@@ -85,7 +85,7 @@ class VllmScorer:
             max_logprobs=self._likeliest,
             max_batched_tokens=max(_LOGITS_PER_STEP // facts.vocab_size, _MAX_SEQUENCES),
         )
-        if not self._engine.tells_given_ids:
+        if not self._engine.supports_given_ids:
             say(
                 f"{self._who}: this runner tells its {self._likeliest} likeliest tokens at a position; "
                 "other candidates count as the rest"
@@ -134,7 +134,7 @@ class VllmScorer:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if self._engine.tells_given_ids:
+        if self._engine.supports_given_ids:
             asked_for = {
                 "prompt_logprob_token_ids": question.given_ids(question.n_candidates, self._vocab_size),
                 "prompt_logprob_start": question.start - 1,  # row i of vLLM predicts token i + 1
@@ -159,11 +159,11 @@ class VllmScorer:
             told = None
             if output.prompt_logprobs is not None:
                 told = _likeliest(output.prompt_logprobs, question)
-            if self._engine.tells_given_ids:
+            if self._engine.supports_given_ids:
                 if output.prompt_token_id_logprobs is None:
                     raise ModelError("did not tell the log-probs of the ids asked for")
                 ids = question.given_ids(question.n_candidates, self._vocab_size)
-                given = Told.given(ids, output.prompt_token_id_logprobs)
+                given = EngineLogprobs.given(ids, output.prompt_token_id_logprobs)
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no log-probs of the prompt")
@@ -172,7 +172,7 @@ class VllmScorer:
             raise ModelError(f"{self._who}: {error}") from error
 
 
-def _likeliest(told: FlatLogprobs, question: Question) -> Told:
+def _likeliest(told: FlatLogprobs, question: Question) -> EngineLogprobs:
     """From vLLM's lists: nothing of the first token, then of each its own log-prob and those of the likeliest."""
     n_positions = len(told.start_indices)
     if n_positions != len(question.token_ids):
@@ -185,4 +185,4 @@ def _likeliest(told: FlatLogprobs, question: Question) -> Told:
         raise misaligned(question.start + row, int(question.response[row]), int(ids[row, 0]))
     logprobs = np.array(told.logprobs, np.float64).reshape(shape)[first:]
     refuse_nan(logprobs)
-    return Told(ids, logprobs)
+    return EngineLogprobs(ids, logprobs)

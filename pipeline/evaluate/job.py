@@ -45,7 +45,7 @@ class Job:
 def kept_in(target: str, out: str | os.PathLike[str] | None) -> Path | None:
     """The run that keeps what is measured; None for a bare model, and where the figures go elsewhere."""
     run_dir = Path(target)
-    elsewhere = out is not None and Path(out).resolve() != (run_dir / FIGURES).resolve()
+    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / FIGURES)
     return run_dir if _is_run(run_dir) and not elsewhere else None
 
 

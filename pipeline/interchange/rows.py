@@ -157,7 +157,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     number += 1
                     values = {name: _value(column[row]) for name, column in columns.items()}
                     yield Row(f"{path}: row {number}", dict.fromkeys(schema.names) | values)
-    except (pa.ArrowException, OSError) as error:
+    except RedpenError:
+        raise
+    except Exception as error:  # Arrow's own, and Python's for values that it has no type for, such as a far date
         text = " ".join(str(error).split())[:200]
         raise RedpenError(f"{path}: expected a Parquet file: {type(error).__name__}: {text}") from None
 

@@ -11,13 +11,15 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.errors import ModelError
 from pipeline.files import parse_json, parse_model, read_bytes
 
 #: Bytes of a JSON file; the largest tokenizer.json in use has about 35 MB.
 _AT_MOST = 256 * 2**20
+#: Ids of a vocabulary; the largest in use has 262,144.
+_MOST_IDS = 2**24
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -122,6 +124,18 @@ class _TokenizerFile(_File):
     """tokenizer.json, whose rules are for the tokenizers library to check."""
 
     model: dict[str, Any]
+
+    @field_validator("model")
+    @classmethod
+    def _ids_are_rows(cls, model: dict[str, Any]) -> dict[str, Any]:
+        """The tokenizers library makes room for every id up to the highest."""
+        vocab = model.get("vocab")
+        if isinstance(vocab, dict):
+            for token, number in vocab.items():
+                if type(number) is not int or not 0 <= number < _MOST_IDS:
+                    found = f"{number!r:.40} for {token!r:.40}"
+                    raise ValueError(f"expected ids from 0 to {_MOST_IDS - 1:,}, found {found}")
+        return model
 
 
 def read_config(directory: Path) -> ConfigFile:

@@ -1,4 +1,4 @@
-"""Memory of a card by part, for each step of a recipe. Bytes throughout."""
+"""WaveBudget of a card by part, for each step of a recipe. Bytes throughout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.plan.assumed import Device
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS
-from pipeline.streaming.memory import Memory
+from pipeline.streaming.memory import WaveBudget
 
 GIB = 2**30
 # CUDA's context, its kernels and cuBLAS workspaces.
@@ -152,7 +152,7 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
     """As `pipeline.streaming.streamed` goes about it, by its own rules."""
     model, weights = models.shadows[name], models.weights[name]
     layered = LayeredModel(model)
-    memory = Memory(torch.device("cuda"), recipe.score.memory_gib or 0.9 * device.gib)
+    memory = WaveBudget(torch.device("cuda"), recipe.score.memory_gib or 0.9 * device.gib)
     step = f"scoring, {name}, streamed"
     try:
         embedding = bytes_of(model.get_input_embeddings().weight)

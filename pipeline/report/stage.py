@@ -81,7 +81,9 @@ def run(
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; make it, or choose another file")
     check_output(path)
-    if not os.access(path if path.exists() and not path.is_file() else path.resolve().parent, os.W_OK):
+    if not os.access(
+        path if path.exists() and not path.is_file() else os.path.dirname(os.path.realpath(path)), os.W_OK
+    ):
         raise ConfigError(f"-o {output}: cannot be written; choose another file")
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:

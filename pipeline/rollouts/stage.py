@@ -34,7 +34,8 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import Bar, progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
+from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_room
 from pipeline.errors import ConfigError, ModelNotFoundError
 from pipeline.models import load as models
@@ -54,32 +55,32 @@ def run(
     cache_url: str,
     round_index: int | None = None,
     *,
-    launcher: workers.Launcher = None,
+    launcher: Launcher = None,
     n_workers: int | None = None,
 ) -> int:
     """Sample whatever the round lacks; returns the exit code 0.
 
     Args:
         round_index: an existing round to complete, or the next number to start it; the latest by default.
-        launcher, n_workers: as `workers.team`.
+        launcher, n_workers: as `join_ranks`.
 
     Raises:
         PromptError, ModelError, ConfigError: the recipe does not fit its prompts or its model.
         RedpenError: the student does not pass the entry check.
         CacheError: the cache was made otherwise, is locked, or its disk is too small.
     """
-    with workers.team(launcher, n_workers) as ranks, ExitStack() as stack:
-        manifest, records, prompts = ranks.agree(lambda: _plan(recipe))
+    with join_ranks(launcher, n_workers) as ranks, ExitStack() as stack:
+        manifest, records, prompts = ranks.broadcast(lambda: _plan(recipe))
         create = functools.partial(cs.create, cache_url, created_by=created_by())
-        cache = stack.enter_context(workers.writing(cache_url, "redpen rollouts", ranks, create))
-        index = ranks.agree(lambda: cache.start_round(manifest, records, round_index).index)
+        cache = stack.enter_context(open_for_writing(cache_url, "redpen rollouts", ranks, create))
+        index = ranks.broadcast(lambda: cache.start_round(manifest, records, round_index).index)
         round_ = cache.round(index)
-        pending = ranks.agree(lambda: np.flatnonzero(~round_.rollouts.committed()).tolist())
+        pending = ranks.broadcast(lambda: np.flatnonzero(~round_.rollouts.committed()).tolist())
         if pending:
-            _sample(RolloutsWork(recipe, cache_url, index, prompts, ranks.leads), round_, pending, ranks)
-        elif ranks.leads:
+            _sample(RolloutsWork(recipe, cache_url, index, prompts, ranks.is_main_process), round_, pending, ranks)
+        elif ranks.is_main_process:
             show(f"rollouts: {_summary(round_)}; nothing to do")
-    if ranks.leads and pending:
+    if ranks.is_main_process and pending:
         suggest(f"redpen score RECIPE --cache {cache_url}")
     return 0
 
@@ -176,7 +177,7 @@ class RolloutsSession:
 
     def __init__(self, work: RolloutsWork):
         self._round, self._prompts = cs.open(work.cache_url, writable=True).round(work.round_index), work.prompts
-        self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
+        self._on_progress: OnProgress = lambda rollouts, tokens: None
         sampling = Sampling.of(self._round.manifest, self._round.index)
         settings, manifest = work.recipe.rollouts, self._round.manifest
         rollouts = _FILLS * settings.batch_size if settings.engine == "vllm" else 1
@@ -192,7 +193,7 @@ class RolloutsSession:
             self._sampler = sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
 
-    def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
+    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
         """Sample blocks and commit each as soon as it is whole."""
         self._on_progress = on_progress
         prompts = (PromptBlock(b, [(i, self._prompts[i]) for i in self._round.block_prompts(b)]) for b in blocks)
@@ -203,7 +204,7 @@ class RolloutsSession:
         self._engine.close()
 
 
-def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, workers.OnProgress], Sampler]:
+def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, OnProgress], Sampler]:
     """Makes samplers of the kind that the recipe asks for, of one student that is loaded now, its engine left to the
     stack. Only what is needed is imported."""
     settings = recipe.rollouts
@@ -228,7 +229,7 @@ def _samplers(recipe: Recipe, stack: ExitStack) -> Callable[[Sampling, workers.O
     )
 
 
-def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: workers.Team) -> None:
+def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: Ranks) -> None:
     """Sample the blocks that are missing and print what the round then holds."""
     manifest, n_blocks = round_.manifest, round_.n_blocks
     if len(pending) < n_blocks:
@@ -238,9 +239,9 @@ def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: wor
     def n_rollouts(blocks: Sequence[int]) -> int:
         return sum(len(round_.block_prompts(block)) for block in blocks) * manifest.rollouts_per_prompt
 
-    n_pending, mine = n_rollouts(pending), n_rollouts(ranks.share(pending))
+    n_pending, mine = n_rollouts(pending), n_rollouts(ranks.shard(pending))
     at_most = n_pending * manifest.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
-    ranks.agree(lambda: require_free(round_.cache.url, at_most, "its rollouts, all at full length,"))
+    ranks.broadcast(lambda: require_free(round_.cache.url, at_most, "its rollouts, all at full length,"))
 
     tokens_sampled, started = 0, time.perf_counter()
 
@@ -249,7 +250,7 @@ def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: wor
         tokens_sampled += tokens
         bar.advance(rollouts, note=f"{tokens_sampled / (time.perf_counter() - started):,.0f} tokens/s")
 
-    workers.run(
+    run_blocks(
         work,
         pending,
         ranks,
@@ -259,7 +260,7 @@ def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: wor
         advance=advance,
     )
     seconds = time.perf_counter() - started
-    if ranks.leads:
+    if ranks.is_main_process:
         n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
         show(
             f"rollouts: {_summary(round_)}; {n_pending:,} rollouts now in {seconds:.1f} s, "

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import say
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.blocks import OnProgress
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.forward.packing import check_packing
@@ -63,14 +63,14 @@ class ScoreSession:
     def __init__(self, work: ScoreWork):
         self._round = cs.open(work.cache_url, writable=True).round(work.round_index)
         self._name, self._is_student = work.name, work.name == cs.STUDENT
-        self._on_progress: workers.OnProgress = lambda rollouts, tokens: None
+        self._on_progress: OnProgress = lambda rollouts, tokens: None
         with ExitStack() as stack:
             self._scorer = _scorer(work, self._round, lambda tokens: self._on_progress(0, tokens), stack)
             self._engine = stack.pop_all()
         self._n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
         self.batch_blocks = math.ceil(self._scorer.batch_tokens / self._n_tokens[self._n_tokens > 0].mean())
 
-    def run(self, blocks: Sequence[int], on_progress: workers.OnProgress) -> None:
+    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
         """Score and commit blocks, as many at a time as keep the scorer busy."""
         self._on_progress = on_progress
         group = self._round.scores(self._name)

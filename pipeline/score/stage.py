@@ -34,7 +34,8 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import progress, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.blocks import open_for_writing, run_blocks
+from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED, created_by
@@ -52,7 +53,7 @@ def run(
     only: str | None = None,
     round_index: int | None = None,
     *,
-    launcher: workers.Launcher = None,
+    launcher: Launcher = None,
     n_workers: int | None = None,
 ) -> int:
     """Score whatever committed rollouts lack; returns the exit code 0.
@@ -60,7 +61,7 @@ def run(
     Args:
         only: one scorer's name, "student" or a teacher's.
         round_index: the latest round by default.
-        launcher, n_workers: as `workers.team`.
+        launcher, n_workers: as `join_ranks`.
 
     Raises:
         ConfigError: `only` names no scorer. ModelError: a model cannot be had, or reads another vocabulary.
@@ -69,7 +70,7 @@ def run(
     scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
     if only is not None and only not in scorers:
         raise ConfigError(f"--only: expected one of {', '.join(scorers)}, got {only!r}")
-    with workers.team(launcher, n_workers) as ranks, workers.writing(cache_url, "redpen score", ranks) as cache:
+    with join_ranks(launcher, n_workers) as ranks, open_for_writing(cache_url, "redpen score", ranks) as cache:
         round_ = cache.round(round_index)
         n_missing = int((~round_.rollouts.committed()).sum())
         if n_missing == round_.n_blocks:
@@ -78,14 +79,14 @@ def run(
                 f"run `redpen rollouts RECIPE --cache {cache_url}`"
             )
         # All of them before the first forward: a teacher that does not fit must not be found out hours later.
-        jobs = ranks.agree(
+        jobs = ranks.broadcast(
             lambda: [_job(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
         )
         for job in jobs:
             if job is not None:
                 _score(job, round_, ranks)
                 models.free_memory()
-        if not ranks.leads:
+        if not ranks.is_main_process:
             return 0
         if n_missing:
             warn(
@@ -114,18 +115,18 @@ def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> Score
     return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)
 
 
-def _score(work: ScoreWork, round_: cs.Round, ranks: workers.Team) -> None:
+def _score(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
     """Bring one scorer's blocks up to date and print what it thinks."""
     name = work.name
-    pending, n_readable = ranks.agree(lambda: _pending(work, round_))
+    pending, n_readable = ranks.broadcast(lambda: _pending(work, round_))
     if not len(pending):
-        if ranks.leads:
+        if ranks.is_main_process:
             show(f"{name}: {_summary(round_, name)}; nothing to do")
         return
     n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
-    n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.share(pending)].sum())
+    n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.shard(pending)].sum())
     started = time.perf_counter()
-    workers.run(
+    run_blocks(
         work,
         pending,
         ranks,
@@ -135,7 +136,7 @@ def _score(work: ScoreWork, round_: cs.Round, ranks: workers.Team) -> None:
         advance=lambda bar, rollouts, tokens: bar.advance(tokens),
     )
     seconds = time.perf_counter() - started
-    if ranks.leads:
+    if ranks.is_main_process:
         show(
             f"{name}: {_summary(round_, name)}; {n_pending:,} tokens now in {seconds:.1f} s, "
             f"{n_pending / seconds:,.0f} tokens/s"

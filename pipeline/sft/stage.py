@@ -22,7 +22,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.config import PromptsConfig, Recipe, SftData, TrainConfig
 from pipeline.console import progress, warn
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
 from pipeline.models import load as models
@@ -49,8 +49,8 @@ def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) ->
     """
     recipe = _of_sft(recipe, data)
     url = str(Path(run_dir) / ROUND)
-    with workers.team() as ranks:
-        ranks.agree(lambda: _write_round(recipe, url))
+    with join_ranks() as ranks:
+        ranks.broadcast(lambda: _write_round(recipe, url))
     return train.run(recipe, url, run_dir)
 
 

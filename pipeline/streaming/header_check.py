@@ -7,7 +7,7 @@ import torch
 from pipeline.config import ModelConfig
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
-from pipeline.streaming.weights import Checkpoint, locate
+from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 
 
 def check_checkpoint(cfg: ModelConfig) -> None:
@@ -19,5 +19,5 @@ def check_checkpoint(cfg: ModelConfig) -> None:
     directory = models.model_directory(cfg)
     check_model_files(directory)
     model = models.load_skeleton(cfg, torch.device("meta"))
-    places = locate(model, Checkpoint(directory))
+    places = locate(model, SafetensorsCheckpoint(directory))
     models.check_places(cfg, places.lacking(model), places.unexpected)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError
-from pipeline.streaming.weights import Checkpoint, Conversion, Places, Stored, Weight
+from pipeline.streaming.weights import Conversion, Places, SafetensorsCheckpoint, Stored, Weight
 
 SLOTS = 2
 _cuda: Any = torch.cuda  # its streams and events have no types
@@ -117,7 +117,7 @@ def empty_slot(nbytes: int, device: torch.device) -> Tensor:
 class Transfer:
     """Brings weights from a checkpoint's files to a device, by a few threads."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device):
+    def __init__(self, checkpoint: SafetensorsCheckpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
         n_readers = max(1, min(8, (os.cpu_count() or 1) // 2))
         self._readers = ThreadPoolExecutor(n_readers, "redpen-reader")

@@ -21,7 +21,7 @@ _MARGIN = 1.15
 _GIB = 2**30
 
 
-class Memory:
+class WaveBudget:
     """What of a device's memory goes where.
 
     Attributes:

@@ -34,8 +34,8 @@ from pipeline.models.files import check_model_files
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
-from pipeline.streaming.memory import Memory, free_bytes
-from pipeline.streaming.weights import Checkpoint, locate
+from pipeline.streaming.memory import WaveBudget, free_bytes
+from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 
 # What activations take is measured on so many tokens, in sequences of at most this length.
 _PROBE_TOKENS = {"cuda": 4096, "cpu": 128}
@@ -79,7 +79,7 @@ class StreamedScorer:
     ):
         self._cfg, self._options, self._on_tile = cfg, options, on_tile
         self._device = models.pick_device(cfg)
-        self._memory = Memory(self._device, memory_gib)
+        self._memory = WaveBudget(self._device, memory_gib)
         if method := models.model_facts(cfg).quantisation:
             raise ModelError(
                 f"{models.setting(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
@@ -88,7 +88,7 @@ class StreamedScorer:
         check_model_files(models.model_directory(cfg))
         skeleton = models.load_skeleton(cfg)
         self._layered = LayeredModel(skeleton)
-        transfer = Transfer(Checkpoint(models.model_directory(cfg)), self._device)
+        transfer = Transfer(SafetensorsCheckpoint(models.model_directory(cfg)), self._device)
         layers = self._load_others(skeleton, transfer)
         slot_bytes = max(layer.nbytes for layer in layers)
         self._memory.take(f"{SLOTS} layers", SLOTS * slot_bytes)

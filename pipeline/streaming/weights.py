@@ -70,7 +70,7 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Checkpoint:
+class SafetensorsCheckpoint:
     """The safetensors files of a model, open for reading from any thread.
 
     Attributes:
@@ -234,7 +234,7 @@ class Places:
         return {name for name in self.missing if not any(name in pair for pair in ties)}
 
 
-def locate(model: PreTrainedModel, checkpoint: Checkpoint) -> Places:
+def locate(model: PreTrainedModel, checkpoint: SafetensorsCheckpoint) -> Places:
     """Find every weight of a model (on the meta device) in a checkpoint, by the rules of `from_pretrained`.
 
     Raises:
@@ -277,7 +277,7 @@ def locate(model: PreTrainedModel, checkpoint: Checkpoint) -> Places:
     return Places(weights, conversions, state.keys() - weights.keys(), _relevant(model, unexpected))
 
 
-def _checked(weight: Weight, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> Weight:
+def _checked(weight: Weight, state: Mapping[str, Tensor], checkpoint: SafetensorsCheckpoint) -> Weight:
     if weight.name not in state or tuple(state[weight.name].shape) != weight.shape:
         wanted = tuple(state[weight.name].shape) if weight.name in state else "no such weight"
         raise ModelError(f"{checkpoint.directory}: {weight.name}: expected {wanted}, got {weight.shape}")

@@ -27,7 +27,7 @@ def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric |
 
     Raises `RedpenError` where the prompts cannot be used.
     """
-    train, layout = recipe.train, trainer.layout
+    train, sharding = recipe.train, trainer.sharding
     if train.heldout_metric == "reverse_kl":
 
         def reverse_kl() -> float:
@@ -38,11 +38,11 @@ def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric |
     if train.heldout_metric is not None:
         prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
         # Shards are gathered by all ranks at once, so where there are any each rank answers everything.
-        share = prompts.share(layout.rank, layout.size) if layout.mesh is None else prompts
+        share = prompts.shard(sharding.rank, sharding.size) if sharding.mesh is None else prompts
 
         def share_counted() -> float:
             counted = trainer.within(lambda: share.count(trainer.model))
-            counts = layout.gather(torch.tensor([counted, len(share.prompts)]))
+            counts = sharding.gather(torch.tensor([counted, len(share.prompts)]))
             n_counted, n_prompts = torch.stack(counts).sum(0).tolist()
             return float(n_counted / n_prompts)
 

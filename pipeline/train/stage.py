@@ -56,8 +56,8 @@ from pydantic import BaseModel
 import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
-from pipeline.distributed import fsdp as distributed
-from pipeline.distributed import ranks as workers
+from pipeline.distributed.fsdp import weight_sharding
+from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import parse_model, write_atomically
@@ -97,29 +97,31 @@ def run(
     checkpoint where a signal asked for a stop.
     """
     train = recipe.train
-    with workers.team() as ranks, contextlib.ExitStack() as held:
-        run, result, index, teachers = ranks.agree(lambda: _open(held, recipe, cache_url, run_dir, round_index))
+    with join_ranks() as ranks, contextlib.ExitStack() as held:
+        run, result, index, teachers = ranks.broadcast(lambda: _open(held, recipe, cache_url, run_dir, round_index))
         if result is not None:
-            if ranks.leads:
+            if ranks.is_main_process:
                 show(f"{run.path} is finished: {result.sentence}")
-            return result.exit_code if ranks.leads else 0
+            return result.exit_code if ranks.is_main_process else 0
         round_ = cs.open(cache_url).round(index)
         objective = inputs.objective(recipe, round_, teachers)
         replay = inputs.replay(recipe, round_, objective)
-        with distributed.layout(ranks, recipe.student, train) as layout:
-            model = lora.make_trainable(models.load_model(layout.placed(recipe.student), trainable=True), train)
-            trainer = Trainer(model, objective, train, layout)
+        with weight_sharding(ranks, recipe.student, train) as sharding:
+            model = lora.make_trainable(
+                models.load_model(sharding.load_config(recipe.student), trainable=True), train
+            )
+            trainer = Trainer(model, objective, train, sharding)
             memory = _resume(run, trainer, start)
             worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
             say(f"packing: a rollout among others has the log-probs it has alone, to {worst:.1g} nats")
 
             heldout = heldout_metric(recipe, trainer, replay)
-            if layout.leads:
+            if sharding.is_main_process:
                 run.start()
             result = _train(run, trainer, replay, memory, heldout)
             _return_to_best(run, trainer, best_step(train, memory))
             weights = trainer.weights()
-            if layout.leads:
+            if sharding.is_main_process:
                 with run.writing():
                     lora.save(model, weights, run.made, recipe.student, run_card(recipe, round_, teachers, result))
                     adapter_parameters = sum(parameter.numel() for parameter in trainer.parameters.values())
@@ -130,7 +132,7 @@ def run(
                 show(result.sentence)
                 show(f"{run.made.name}: {run.made}")
                 suggest(f"redpen eval {run.path} for what it gained, redpen report {run.path} for where")
-        return result.exit_code if ranks.leads else 0
+        return result.exit_code if ranks.is_main_process else 0
 
 
 def _open(
@@ -161,20 +163,20 @@ def _open(
 
 def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, heldout: Metric | None) -> Result:
     """Update until there is a verdict, which is every rank's; the last step is then checkpointed."""
-    train, layout, saved = trainer.train, trainer.layout, trainer.step
+    train, sharding, saved = trainer.train, trainer.sharding, trainer.step
     saving = checkpoint.Checkpoints(run.checkpoints, train.keep_checkpoints, before=run.sync_metrics)
 
     def save(*, wait: bool = False) -> None:
         nonlocal saved
         if saved < trainer.step:
             tensors, saved = trainer.tensors(), trainer.step
-            if layout.leads:
+            if sharding.is_main_process:
                 with run.writing():
                     saving.save(saved, tensors, asdict(memory), best_step(train, memory))
         if wait:
             with run.writing():
                 saving.wait()
-            layout.meet()
+            sharding.barrier()
 
     batches = contextlib.closing(replay.batches(range(trainer.step, train.steps)))
     bar = progress("train", total=train.steps, unit="steps", done=trainer.step)
@@ -204,7 +206,7 @@ def _train(run: RunDirectory, trainer: Trainer, replay: Replay, memory: Memory, 
             memory.seconds, memory.tokens = memory.seconds + seconds, memory.tokens + metrics["tokens_read"]
             if trainer.step % train.checkpoint_every == 0 or trainer.step == best_step(train, memory):
                 save()
-            if signum := layout.highest(stop.signum or 0):  # of any rank: all stop at this step
+            if signum := sharding.maximum(stop.signum or 0):  # of any rank: all stop at this step
                 save(wait=True)
                 raise Interrupted(signum, f"step {trainer.step} of {train.steps} is in {run.checkpoints}")
         save(wait=True)
@@ -218,7 +220,7 @@ def _resume(run: RunDirectory, trainer: Trainer, start: Path | None) -> Memory:
         _restore(trainer, lambda: replace(_final(start, trainer.train), step=0))
     if found is not None:
         say(f"continuing {run.path} after step {found.step} of {trainer.train.steps}")
-    if trainer.layout.leads:
+    if trainer.sharding.is_main_process:
         run.rewind_metrics(trainer.step)
     return _memory(run.checkpoints, found) if found is not None else Memory()
 
@@ -256,9 +258,9 @@ def _return_to_best(run: RunDirectory, trainer: Trainer, best: int | None) -> No
 
 def _restore(trainer: Trainer, read: Callable[[], checkpoint.Checkpoint | None]) -> checkpoint.Checkpoint | None:
     """Put the trainer where a checkpoint is, if there is one. The first rank reads it."""
-    layout = trainer.layout
-    found = read() if layout.leads else None
-    outline = layout.tell(None if found is None else found.outline())
+    sharding = trainer.sharding
+    found = read() if sharding.is_main_process else None
+    outline = sharding.broadcast(None if found is None else found.outline())
     found = found or outline
     if found is not None:
         trainer.restore(found)
@@ -281,7 +283,7 @@ def _counts(train: TrainConfig, batch: Batch) -> dict[str, Any]:
 @contextlib.contextmanager
 def _recorder(run: RunDirectory, trainer: Trainer, memory: Memory) -> Iterator[tracking.Recorder | None]:
     """Writes down the steps after the trainer's and at the end how the run ended, if it has; on the first rank."""
-    if not trainer.layout.leads:
+    if not trainer.sharding.is_main_process:
         yield None
         return
     recorder = tracking.Recorder(run, trainer.step + 1)

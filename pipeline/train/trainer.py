@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.distributed.fsdp import Gradients, Layout
+from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
 from pipeline.forward.head import Head, HeadLoss, chunked_head_loss, unwrapped
@@ -55,7 +55,7 @@ class Trainer:
     """Moves a student along an objective.
 
     Args:
-        layout: of the job whose every rank has such a trainer; by default this process is alone.
+        sharding: of the job whose every rank has such a trainer; by default this process is alone.
 
     Attributes:
         parameters: what is trained, by name.
@@ -70,16 +70,16 @@ class Trainer:
         model: nn.Module,
         objective: Objective,
         train: TrainConfig,
-        layout: Layout = Layout(),  # noqa: B008  frozen
+        sharding: WeightSharding = WeightSharding(),  # noqa: B008  frozen
     ):
-        self.model, self.objective, self.train, self.layout = model, objective, train, layout
+        self.model, self.objective, self.train, self.sharding = model, objective, train, sharding
         Head.of(model)  # what it refuses is refused before the first forward pass
         if train.gradient_checkpointing:
             unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.within = layout.spread(model)
+        self.within = sharding.parallelize(model)
         self.parameters = trainable(model)
         self.masters = master_weights(self.parameters)
-        self.gradients = Gradients(self.masters, layout)
+        self.gradients = Gradients(self.masters, sharding)
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = make_optimizer(self.masters, train)
         self.step = 0
@@ -106,7 +106,7 @@ class Trainer:
         foreach = None if self.device.type == "cuda" else False
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.train.max_grad_norm, foreach=foreach)
         metrics = self.objective.metrics(sums) | {
-            "grad_norm": float(self.layout.whole(norm)),
+            "grad_norm": float(self.sharding.full_tensor(norm)),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
@@ -126,7 +126,7 @@ class Trainer:
         them; what is measured is that of the whole batch too."""
         if self.train.lora_dropout:
             # Masks are a function of seed, step and rank, so there is no generator state to keep.
-            torch.manual_seed(hash((self.train.seed, self.step, self.layout.rank)) % 2**63)
+            torch.manual_seed(hash((self.train.seed, self.step, self.sharding.rank)) % 2**63)
         self.gradients.clear()
         n_tokens = batch.n_tokens
         parts = [Sums.zero(self.device)]
@@ -134,7 +134,7 @@ class Trainer:
             loss, sums = self._forward(micro_batch, n_tokens)
             torch.autograd.backward(loss)
             parts.append(sums)
-        self.gradients.add_up()
+        self.gradients.all_reduce()
         return self._over_ranks(Sums.merge(parts))
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class Trainer:
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
-        return batch.micro_batches(budget, self.layout.rank, self.layout.size, share_prompts_from=share)
+        return batch.micro_batches(budget, self.sharding.rank, self.sharding.size, share_prompts_from=share)
 
     def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, Sums]:
         """A micro-batch's share of the loss, and what is measured of it; `n_tokens` counts the whole global batch."""
@@ -174,14 +174,14 @@ class Trainer:
 
     def _over_ranks(self, sums: Sums) -> Sums:
         sizes = [sums.totals.numel(), sums.drift.numel()]
-        told = self.layout.gather(torch.cat([sums.totals, sums.drift]))
+        told = self.sharding.gather(torch.cat([sums.totals, sums.drift]))
         return Sums.merge([Sums(*torch.split(values, sizes)) for values in told])
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def weights(self) -> Tensors:
         """A copy of what is trained, in the student's own dtype; see `tensors`."""
-        return self.layout.copied(self.parameters)
+        return self.sharding.copy_to_main_process(self.parameters)
 
     def tensors(self) -> dict[str, Tensors]:
         """A copy of all that an update depends on beside the batch: weights, and Adam's moments and step counts.
@@ -189,7 +189,10 @@ class Trainer:
         For every rank to call at the same time; it is whole, and in the first one's host memory only.
         """
         moments = state_tensors(self.optimizer, self.masters)
-        return {"weights": self.layout.copied(self.masters), "optimizer": self.layout.copied(moments)}
+        return {
+            "weights": self.sharding.copy_to_main_process(self.masters),
+            "optimizer": self.sharding.copy_to_main_process(moments),
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved, by any number of ranks; all but the first need its outline only.
@@ -201,9 +204,9 @@ class Trainer:
             raise ModelError("checkpoint: it has other weights than the recipe trains; use another --run")
         with torch.no_grad():
             for name, weight in self.masters.items():
-                weight.copy_(self.layout.share(weights[name], weight))
+                weight.copy_(self.sharding.distribute(weights[name], weight))
         round_from_masters(self.parameters, self.masters)
         owners = {name: self.masters[name.rpartition("/")[0]] for name in state}
-        shared = {name: self.layout.share(value, owners[name]) for name, value in state.items()}
+        shared = {name: self.sharding.distribute(value, owners[name]) for name, value in state.items()}
         set_state(self.optimizer, self.masters, shared)
         self.step = checkpoint.step
