@@ -34,7 +34,7 @@ LIGHT = (
     "pipeline.errors",
     "pipeline.rounds.metrics",
     "pipeline.text.prompts",
-    "pipeline.config.settings",
+    "pipeline.config.schema",
     "pipeline.distributed.signals",
     "pipeline.toy",
     "pipeline.toy.world",

@@ -260,7 +260,7 @@ REFUSED = {
     ),
     "a weight is missing": (
         ['train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 1}"],
-        r"train\.teacher_weights: expected a weight of every teacher, got none of 'other'",
+        r"train\.teacher_weights: expected a weight for every teacher, got none for 'other'",
     ),
     "no weight": (
         ['train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 0, other = 0}"],
@@ -268,15 +268,15 @@ REFUSED = {
     ),
     "weight of one": (
         ["train.teacher=teacher", "train.teacher_weights={teacher = 1}"],
-        r"train\.teacher_weights: belongs to several teachers of a prompt, got the one teacher 'teacher'",
+        r"train\.teacher_weights: needs several teachers for each prompt, got the one teacher 'teacher'",
     ),
     "mixture of one": (
         ["train.teacher=teacher", "train.mixture=geometric"],
-        r"train\.mixture: belongs to several teachers of a prompt, got the one teacher 'teacher'",
+        r"train\.mixture: needs several teachers for each prompt, got the one teacher 'teacher'",
     ),
     "mixture and route": (
         ['train.route={"*" = "teacher"}', "train.mixture=geometric"],
-        r"train\.mixture: belongs to several teachers of a prompt, got train\.route",
+        r"train\.mixture: needs several teachers for each prompt, got train\.route",
     ),
     "none": (["train.teacher=[]"], r"train\.teacher: expected one name or a list of different ones, got \[\]"),
     "twice": (['train.teacher=["other", "other"]'], r"train\.teacher: expected one name or a list of different ones"),
@@ -287,7 +287,7 @@ REFUSED = {
     "route to nobody": (['train.route={"toy/carry" = "huge"}'], r"train\.route = 'huge': .* is scored by"),
     "route elsewhere": (
         ['train.route={"toy/carry" = "teacher", "*" = "other"}', 'train.teacher=["teacher"]'],
-        r"train\.teacher: train\.route sends prompts to other, teacher, so it must be those or left out, got teacher",
+        r"train\.teacher: expected the teachers of train\.route, other, teacher, or nothing, got teacher",
     ),
     "no route": (
         ['train.route={"toy/carry" = "teacher"}'],

@@ -1,4 +1,4 @@
-"""Wording of messages about settings and other names that a user typed."""
+"""Wording of messages about values and names that a user typed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipeline.credentials import mask
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` with the nearest of dotted names, or nothing.
+    """`; did you mean X?` with the most similar of the dotted names, or an empty string.
 
-    The same key in another section comes before a similar key in the same one, and that before any other.
+    The same key in another section is preferred to a similar key in the same section, and that to any other.
     """
     section, _, leaf = given.rpartition(".")
     leaves = [name.rpartition(".") for name in known]
@@ -27,12 +27,12 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 
 def show_value(value: Any) -> str:
-    """A value as its user would write it, cut to fit a line."""
+    """A value as JSON, shortened to 80 characters, credentials masked."""
     value = clip(value, 200) if isinstance(value, str) else value
     text = mask(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def clip(text: str, at_most: int = 80) -> str:
-    """The text, its middle left out where it is longer."""
+    """The text; if it is longer than `at_most`, without its middle."""
     return text if len(text) <= at_most else f"{text[: at_most // 2]}...{text[-(at_most // 4) :]}"
