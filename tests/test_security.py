@@ -321,7 +321,7 @@ def test_an_early_end_of_input_is_no_abortion(monkeypatch: pytest.MonkeyPatch) -
 
 
 #: Where standard streams are written to.
-WRITERS = {"console.py", "output.py"}
+WRITERS = {"console.py", "cli/streams.py"}
 
 
 def test_standard_streams_are_written_by_one_module() -> None:

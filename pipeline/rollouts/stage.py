@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import Recipe
-from pipeline.console import Bar, progress, say, show, suggest, warn
+from pipeline.console import Bar, progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
@@ -263,8 +263,8 @@ def _sample(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: Ran
     if ranks.is_main_process:
         n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
         show(
-            f"rollouts: {_summary(round_)}; {n_pending:,} rollouts now in {seconds:.1f} s, "
-            f"{n_pending / seconds:,.0f} rollouts/s, {n_tokens / seconds:,.0f} tokens/s"
+            f"rollouts: {_summary(round_)}; {n_pending:,} rollouts in {seconds:.1f} s, "
+            f"{speed(n_pending / seconds, 'rollouts')}, {speed(n_tokens / seconds, 'tokens')}"
         )
 
 

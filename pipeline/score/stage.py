@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, show, suggest, warn
+from pipeline.console import progress, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
@@ -138,8 +138,8 @@ def _score(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
     seconds = time.perf_counter() - started
     if ranks.is_main_process:
         show(
-            f"{name}: {_summary(round_, name)}; {n_pending:,} tokens now in {seconds:.1f} s, "
-            f"{n_pending / seconds:,.0f} tokens/s"
+            f"{name}: {_summary(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
+            f"{speed(n_pending / seconds, 'tokens')}"
         )
 
 
