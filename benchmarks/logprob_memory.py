@@ -63,7 +63,7 @@ def prepare(
     def reverse_kl(chunk: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         from pipeline.train import losses
 
-        loss, _ = losses.reverse_kl(logprobs, rest, teacher[chunk, :-1], teacher[chunk, -1])
+        loss = losses.reverse_kl(logprobs, rest, teacher[chunk, :-1], teacher[chunk, -1])
         return loss.sum() / rows
 
     def naive() -> Tensor:
@@ -75,7 +75,8 @@ def prepare(
         return reverse_kl(slice(None), logprobs.gather(1, columns), rest)
 
     def redpen() -> Tensor:
-        from pipeline.forward.head import Head, chunked_head_loss
+        from pipeline.forward.head import Head
+        from pipeline.forward.loss_head import chunked_head_loss
 
         return chunked_head_loss(states, Head(weight), columns, reverse_kl, rows_per_chunk, entropy=True).loss
 

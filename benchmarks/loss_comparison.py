@@ -23,7 +23,7 @@ import torch
 from toy_lab import BLUE, ORANGE, Results, figure, median_curve, spread
 from toy_training import Replayed, make_cache, toy_recipe
 
-from pipeline.train import inputs
+from pipeline.train.build import make_objective
 
 LOSSES = {"reverse_kl": ("reverse KL, 8 candidates", BLUE), "importance_sampling": ("importance sampling", ORANGE)}
 STEPS = (0, 5, 10, 20, 40, 80)
@@ -41,7 +41,7 @@ def noise(work: Path, seed: int) -> dict[str, Any]:
     replayed = Replayed(recipe, make_cache(work / f"noise-{seed}.zarr", recipe))
     trainer, told = replayed.trainer, {}
     objectives = {
-        loss: inputs.objective(toy_recipe(seed, f"train.loss={loss}"), replayed.round, ["teacher"]) for loss in LOSSES
+        loss: make_objective(toy_recipe(seed, f"train.loss={loss}"), replayed.round, ["teacher"]) for loss in LOSSES
     }
     for steps in (0, 20):
         replayed.curve([steps])

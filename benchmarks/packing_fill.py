@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.train.packs import Row, deal, pack_rows, tokens_of
+from pipeline.train.packs import PackedRow, deal, pack_rows, tokens_of
 
 STEPS, PROMPTS, SAMPLES = 30, 64, 4
 SHAPES = {
@@ -21,12 +21,14 @@ SHAPES = {
 }
 
 
-def step(rng: np.random.Generator, prompt: tuple[int, int], median: float, spread: float, share: bool) -> list[Row]:
+def step(
+    rng: np.random.Generator, prompt: tuple[int, int], median: float, spread: float, share: bool
+) -> list[PackedRow]:
     """One step's rollouts: uniform prompts, log-normal responses of at most 2,048 tokens."""
     prompts = np.repeat(rng.integers(*prompt, PROMPTS), SAMPLES)
     responses = np.clip(rng.lognormal(np.log(median), spread, PROMPTS * SAMPLES), 1, 2048)
     sizes = zip(prompts, responses, strict=True)
-    return [Row(i // SAMPLES if share else i, int(p), int(r)) for i, (p, r) in enumerate(sizes)]
+    return [PackedRow(i // SAMPLES if share else i, int(p), int(r)) for i, (p, r) in enumerate(sizes)]
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def fault_of(name: str, code: int, err: str, out: str) -> str | None:
     if "Traceback" in err or code not in (0, 1):
         return f"{name} ended with {code}: {err[-2000:]}"
     refusals = [line for line in err.splitlines() if line.startswith("redpen: ")]
-    if code and not (len(refusals) == 1 and ("process " in refusals[0] or "works in it" in refusals[0])):
+    if code and not (len(refusals) == 1 and ("process " in refusals[0] or "is working on it" in refusals[0])):
         return f"{name} ended with 1: {refusals or err[-2000:]}"
     return None if code or out else f"{name} printed nothing"
 

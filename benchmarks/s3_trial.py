@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import s3_server
+from helpers import s3_server
 
 STAGES = ("rollouts", "score", "train", "verify", "inspect", "rollouts", "score")
 SETTINGS = (

@@ -17,8 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from pipeline.config import TrainConfig
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import ATTENTION, pack, packed_hidden, register_packed_attention
+from pipeline.forward.attention import ATTENTION, register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models import lora
 
 PROMPTS, SAMPLES, VOCAB = 4, 4, 8192

@@ -195,7 +195,7 @@ def score(
     from pipeline.config import ModelConfig
     from pipeline.engines.resident import ResidentScorer
     from pipeline.engines.scoring import ScoreOptions
-    from pipeline.forward.packing import register_packed_attention
+    from pipeline.forward.attention import register_packed_attention
     from pipeline.models import load as models
     from pipeline.streaming.streamed import StreamedScorer
 

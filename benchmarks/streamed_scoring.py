@@ -109,14 +109,15 @@ def child(form: str, directory: Path, tokens: int, out: Path) -> dict[str, float
     from pipeline.config import ModelConfig
     from pipeline.engines.resident import ResidentScorer
     from pipeline.engines.scoring import ScoreOptions
-    from pipeline.forward.packing import register_packed_attention
+    from pipeline.forward.attention import register_packed_attention
     from pipeline.models import load as models
+    from pipeline.models.resolve import resolve
     from pipeline.streaming.streamed import StreamedScorer
 
     register_packed_attention()
     cfg = ModelConfig(model=str(directory), dtype="bfloat16", device="cpu")
     options = ScoreOptions(tile_tokens=TILE_TOKENS, rows_per_chunk=ROWS_PER_CHUNK)
-    vocabulary = models.model_facts(cfg).vocab_size
+    vocabulary = resolve(cfg).vocab_size
     small = {**SHAPE, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
     tiny = Qwen3ForCausalLM(Qwen3Config(**small, attn_implementation="redpen_packed")).bfloat16().eval()
     ResidentScorer(tiny, options).compute_logprobs(rollouts(TILE_TOKENS, 512))  # much is loaded on first use

@@ -22,8 +22,8 @@ from pipeline.engines.scoring import TokenBatch
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.text.prompts import load_prompts
-from pipeline.train import inputs
-from pipeline.train.trainer import Trainer
+from pipeline.train.build import make_objective, make_replay
+from pipeline.train.trainer import StudentTrainer
 
 HELDOUT, CANDIDATES = 512, 64
 GREEDY = RolloutsConfig(rollouts_per_prompt=1, temperature=0.0, max_response_tokens=32)
@@ -68,10 +68,10 @@ class Replayed(Measured):
     def __init__(self, recipe: Recipe, cache: Path, heldout: int = HELDOUT):
         super().__init__(recipe, heldout)
         self.recipe, self.round = recipe, cs.open(str(cache)).round(0)
-        objective = inputs.objective(recipe, self.round, ["teacher"])
-        self.replay = inputs.replay(recipe, self.round, objective)
+        objective = make_objective(recipe, self.round, ["teacher"])
+        self.replay = make_replay(recipe, self.round, objective)
         self.student.model = make_trainable(self.student.model, recipe.train)
-        self.trainer = Trainer(self.student.model, objective, recipe.train)
+        self.trainer = StudentTrainer(self.student.model, objective, recipe.train)
 
     def now(self) -> dict[str, float]:
         """With `cached_kl`, what it looks like from the cache, over the cached candidates and the rest."""

@@ -6,8 +6,8 @@
 The student has the shape of Qwen3-8B and random bf16 weights, made on the device. Each part runs in a process of its
 own, its share of the card capped by torch.cuda.set_per_process_memory_fraction:
 
-    train     Trainer.update, LoRA on all linear layers, gradient checkpointing, reverse KL over 16 candidates and the
-              rest, on rollouts of 256 + 768 tokens in two micro-batches; rank 32 with AdamW, rank 128 with its 8-bit
+    train     StudentTrainer.update: LoRA on all linear layers, gradient checkpointing, reverse KL over 16 candidates,
+              on rollouts of 256 + 768 tokens in two micro-batches; rank 32 with AdamW, rank 128 with its 8-bit
               form (where bitsandbytes is there; else AdamW, which is said). The largest micro-batch, to 1,024 tokens,
               is found by bisection; tokens/s, prompts included, and the peak are taken there
     head      the head and the loss alone, at 4,096 rows: redpen's beside the forms of benchmarks/logprob_memory.py
@@ -79,7 +79,7 @@ class Shape:
         import torch
         from transformers import AutoModelForCausalLM, Qwen3Config
 
-        from pipeline.forward.packing import register_packed_attention
+        from pipeline.forward.attention import register_packed_attention
 
         register_packed_attention()
         torch.manual_seed(0)
@@ -133,9 +133,9 @@ def train(shape: Shape, device: str, rank: int) -> Iterator[dict[str, Any]]:
     import cache_schema as cs
     from pipeline.models.lora import make_trainable
     from pipeline.plan import Device, memory
-    from pipeline.train.mixture import Teachers
-    from pipeline.train.objective import Objective
-    from pipeline.train.trainer import Trainer
+    from pipeline.train.objective import DistillationObjective
+    from pipeline.train.teachers import Teachers
+    from pipeline.train.trainer import StudentTrainer
 
     cap(device)
     in_bits = rank > 32 and device == "cuda" and find_spec("bitsandbytes") is not None
@@ -162,8 +162,8 @@ def train(shape: Shape, device: str, rank: int) -> Iterator[dict[str, Any]]:
             vocab_size=shape.config["vocab_size"], candidate_kind="topk", candidates=CANDIDATES,
             sampling_temperature=None,
         )  # fmt: skip
-        objective = Objective(recipe.train, Teachers({"teacher": manifest}), shape.config["vocab_size"])
-        trainer = Trainer(make_trainable(shape.model(device), recipe.train), objective, recipe.train)
+        objective = DistillationObjective(recipe.train, Teachers({"teacher": manifest}), shape.config["vocab_size"])
+        trainer = StudentTrainer(make_trainable(shape.model(device), recipe.train), objective, recipe.train)
 
         def update(tokens: int) -> dict[str, Any]:
             trainer.train = recipe.train.model_copy(update={"tokens_per_microbatch": tokens})

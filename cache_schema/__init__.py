@@ -1,6 +1,6 @@
-"""The redpen cache, format version 1: rollouts of a student and what any number of models think of every token.
+"""The redpen cache, format version 1: rollouts of a student and per-token scores by any number of models.
 
-A plain Zarr v3 hierarchy described in `SPEC.md`. Reading, writing and verifying need numpy and zarr alone:
+A Zarr v3 hierarchy, described in `SPEC.md`. Reading, writing and verifying need only numpy and zarr:
 
     import cache_schema as cs
 
@@ -25,7 +25,7 @@ from .arrays import (
     teacher_arrays,
 )
 from .blocks import InvalidBlockError, RolloutBlock, RolloutRow, ScoreBlock
-from .cache import STUDENT, VERSION, Cache, PromptTable, Round, create, encode_prompts, open, prompts_sha256
+from .cache import STUDENT, VERSION, Cache, Round, create, open
 from .errors import (
     CacheError,
     CacheLockedError,
@@ -38,6 +38,7 @@ from .errors import (
 )
 from .group import BlockGroup
 from .manifest import ModelIdentity, RoundManifest, ScoresManifest, TokenizerIdentity
+from .prompts import PromptTable, encode_prompts, prompts_sha256
 from .verify import Finding, block_groups, repair, verify
 
 __all__ = [

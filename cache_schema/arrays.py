@@ -1,6 +1,6 @@
-"""The one table of every array in a cache: name, type, dimensions, fill value, unit and meaning.
+"""Every array of a cache: name, type, dimensions, fill value, unit and meaning.
 
-Dimensions after `block` are slots: fixed capacities declared by the round, of which a block uses the first part.
+Dimensions after `block` are slots: capacities fixed by the round, of which a block uses the first part.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LOGPROBS = ArraySpec("logprobs", "f4", ("token",), NAN, "nat", "log-probability
 _ENTROPY = ArraySpec("entropy", "f4", ("token",), NAN, "nat", "entropy of the next-token distribution, temperature 1")
 _CANDIDATE_LOGPROBS = ArraySpec(
     "candidate_logprobs", "f4", ("token", "candidate"), NAN, "nat",
-    "log-probability of each of the student's candidates, temperature 1; NaN: not told, so part of the rest",
+    "log-probability of each of the student's candidates, temperature 1; NaN: missing, so part of the rest",
 )  # fmt: skip
 _REST = ArraySpec(
     "rest_logprob",
@@ -89,7 +89,7 @@ TOPK_ARRAYS = (
 
 
 def teacher_arrays(*, entropy: bool = True, candidates: bool = True, topk: bool = False) -> tuple[ArraySpec, ...]:
-    """The arrays of a teacher that tells this much; every one tells the log-prob of the token itself."""
+    """The arrays of a teacher: log-probs of the sampled tokens, and what else it provides."""
     return (
         _LOGPROBS,
         *((_ENTROPY,) if entropy else ()),
@@ -98,20 +98,20 @@ def teacher_arrays(*, entropy: bool = True, candidates: bool = True, topk: bool 
     )
 
 
-#: Leading fields of a commit record; one `digest.<array>` follows for each array of the group, in table order.
+#: First fields of a commit record; a `digest.<array>` of each array of the group follows, in table order.
 COMMIT_FIELDS = (
-    "rows",  # rollouts in the block; 0: the block is not there
+    "rows",  # rollouts in the block; 0: the block is not committed
     "prompts",
     "tokens",  # response tokens
     "prompt_tokens",
     "digest",  # over the counts above and the array digests
     "rollouts_digest",  # scores: digest of the rollouts that were scored
     "candidates_digest",  # scores: digest of the student's candidate_ids
-    "elapsed_us",  # time that the worker spent on the block
+    "elapsed_us",  # time spent computing the block
     "committed_at_us",  # Unix time
 )
 
-#: Fields that differ between two equally good runs.
+#: Fields that differ between two otherwise identical runs.
 TIME_FIELDS = ("elapsed_us", "committed_at_us")
 
 INNER_CHUNK = 65_536
@@ -119,7 +119,7 @@ WIDE_INNER_CHUNK = 8_192  # tokens per inner chunk of arrays with a candidate or
 
 
 def slot_size(elements: int) -> int:
-    """Capacity of a slot that must hold `elements`: rounded up so that inner chunks divide it evenly."""
+    """Capacity of a slot for `elements`: rounded up to a multiple of the inner chunk."""
     for chunk in (WIDE_INNER_CHUNK, INNER_CHUNK):
         if elements <= chunk:
             unit = 1 if chunk == WIDE_INNER_CHUNK else WIDE_INNER_CHUNK
@@ -128,5 +128,5 @@ def slot_size(elements: int) -> int:
 
 
 def inner_chunk(spec: ArraySpec, slot: int) -> int:
-    """Elements along the slot axis in one inner chunk (the slot itself where it is smaller)."""
+    """Elements of an inner chunk along the slot axis, at most the slot."""
     return min(slot, WIDE_INNER_CHUNK if len(spec.dims) > 1 else INNER_CHUNK)

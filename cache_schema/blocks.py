@@ -1,4 +1,4 @@
-"""Frozen numpy records of one block's used part, and what makes them valid.
+"""The data of one block as frozen dataclasses of numpy arrays, and their validation.
 
 Shapes: P prompts, PT prompt tokens, R rollouts (rows), T response tokens, K candidates, M teacher top-k.
 """
@@ -27,7 +27,7 @@ LOGPROB_TOLERANCE = 1e-3
 
 
 class InvalidBlockError(CacheError):
-    """A record does not mean anything: `array` is at fault."""
+    """The values of `array` are invalid."""
 
     def __init__(self, array: str, problem: str):
         self.array, self.problem = array, problem
@@ -41,7 +41,7 @@ def _require(condition: bool | np.bool_, array: str, problem: str) -> None:
 
 @dataclass(frozen=True)
 class RolloutRow:
-    """One rollout on its way into a block. `prompt` counts within the block; `trained` defaults to all ones."""
+    """One rollout, to build a `RolloutBlock` from. `prompt` counts within the block; `trained` defaults to ones."""
 
     prompt: int
     sample_index: int
@@ -53,7 +53,7 @@ class RolloutRow:
 
 @dataclass(frozen=True)
 class RolloutBlock:
-    """All rollouts of a block's prompts. Rows are ordered by (row_prompt, sample_index), their tokens end to end."""
+    """All rollouts of a block's prompts, in order of (row_prompt, sample_index), their tokens concatenated."""
 
     prompt_token_ids: Int32  # [PT]
     prompt_index: Int64  # [P]
@@ -70,7 +70,7 @@ class RolloutBlock:
 
     @classmethod
     def from_rows(cls, prompts: Sequence[tuple[int, npt.ArrayLike]], rows: Sequence[RolloutRow]) -> RolloutBlock:
-        """Assemble a block from `(prompt index in the round, prompt token ids)` and its rollouts, in any order."""
+        """Build a block from `(prompt index in the round, prompt token ids)` and its rollouts, in any order."""
         rows = sorted(rows, key=lambda row: (row.prompt, row.sample_index))
         prompt_ids = [np.asarray(ids, np.int32) for _, ids in prompts]
         token_ids = [np.asarray(row.token_ids, np.int32) for row in rows]
@@ -114,22 +114,22 @@ class RolloutBlock:
         return self.prompt_ids(int(self.row_prompt[row]))
 
     def prompt_ids(self, prompt: int) -> Int32:
-        """Token ids of the block's prompt number `prompt`."""
+        """Token ids of prompt `prompt`, counted within the block."""
         start = int(self.prompt_start[prompt])
         return self.prompt_token_ids[start : start + int(self.prompt_length[prompt])]
 
     @property
     def token_positions(self) -> npt.NDArray[np.int64]:
-        """i8 [T]: every token's position in its response, from 0."""
+        """i8 [T]: position of every token in its response, from 0."""
         return np.arange(self.n_tokens) - np.repeat(self.response_start, self.response_length)
 
     @property
     def token_prompts(self) -> Int32:
-        """i4 [T]: the prompt of every token, counted in the round."""
+        """i4 [T]: prompt of every token, counted in the round."""
         return np.repeat(self.prompt_index[self.row_prompt], self.response_length)
 
     def response_slice(self, row: int) -> slice:
-        """Where the response of rollout `row` lies in every [T] array, of this block and of its scores."""
+        """Slice of rollout `row` in every [T] array of this block and of its scores."""
         start = int(self.response_start[row])
         return slice(start, start + int(self.response_length[row]))
 
@@ -146,7 +146,7 @@ class RolloutBlock:
         }
 
     def validate(self, manifest: RoundManifest, block: int) -> None:
-        """Raise `InvalidBlockError` naming the first array whose values cannot be right."""
+        """Raise `InvalidBlockError` naming the first array with invalid values."""
         _check_shapes(self, manifest.arrays(), self.counts(), {})
         expected = np.array(manifest.block_prompts(block), np.int64)
         _require(self.n_rows > 0, "row_prompt", "a block must hold at least one rollout")
@@ -168,7 +168,7 @@ class RolloutBlock:
         _require(
             not (self.rollout_logprobs > LOGPROB_TOLERANCE).any() and not np.isinf(self.rollout_logprobs).any(),
             "rollout_logprobs",
-            "must be at most 0 and finite (NaN where unknown)",
+            "must be at most 0 and finite (NaN: unknown)",
         )
         _require((self.trained <= 1).all(), "trained", "must be 0 or 1")
         _require(
@@ -203,16 +203,16 @@ class RolloutBlock:
 
 @dataclass(frozen=True)
 class ScoreBlock:
-    """One model's reading of a block's response tokens. Arrays that its group does not have are None.
+    """One model's scores of a block's response tokens. Arrays that its group does not have are None.
 
-    In partial scores NaN means "not told": a token without a log-prob has no other score either, and a candidate
-    without one belongs to the rest.
+    In partial scores NaN means "missing": a token without a log-prob has no other score either, and a candidate
+    without one is part of the rest.
     """
 
     logprobs: Float32  # [T] nats
     entropy: Float32 | None = None  # [T] nats
     candidate_logprobs: Float32 | None = None  # [T, K]
-    rest_logprob: Float32 | None = None  # [T]; -inf where the candidates are the whole vocabulary
+    rest_logprob: Float32 | None = None  # [T]; -inf if the candidates are the whole vocabulary
     candidate_ids: Int32 | None = None  # [T, K], student only
     sampling_logprobs: Float32 | None = None  # [T], student only
     topk_ids: Int32 | None = None  # [T, M], teacher only
@@ -224,7 +224,7 @@ class ScoreBlock:
         return len(self.logprobs)
 
     def validate(self, manifest: ScoresManifest, rollouts: RolloutBlock) -> None:
-        """Raise `InvalidBlockError` naming the first array whose values cannot be right for `rollouts`."""
+        """Raise `InvalidBlockError` naming the first array with values that are invalid as scores of `rollouts`."""
         specs = manifest.arrays()
         for field in dataclasses.fields(self):
             belongs = any(spec.name == field.name for spec in specs)
@@ -235,14 +235,14 @@ class ScoreBlock:
             )
         sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
         _check_shapes(self, specs, {"tokens": rollouts.n_tokens}, sizes)
-        told = np.isfinite(self.logprobs) if manifest.partial else np.ones(self.n_tokens, bool)
+        scored = np.isfinite(self.logprobs) if manifest.partial else np.ones(self.n_tokens, bool)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is None or value.dtype != np.float32:
                 continue
             if manifest.partial:
-                _require(np.isnan(value[~told]).all(), field.name, "must be NaN where logprobs is")
-                value = value[told]
+                _require(np.isnan(value[~scored]).all(), field.name, "must be NaN for tokens without a log-prob")
+                value = value[scored]
             if field.name == "entropy":
                 at_least_0 = np.isfinite(value) & (value >= -LOGPROB_TOLERANCE)
                 _require(at_least_0.all(), field.name, "must be finite and at least 0")
@@ -252,12 +252,12 @@ class ScoreBlock:
                 _check_logprobs(value, field.name, lowest_finite=field.name in ("logprobs", "sampling_logprobs"))
         if manifest.candidate_kind == "topk" and self.candidate_logprobs is not None:
             assert self.rest_logprob is not None
-            of_candidates = np.exp(self.candidate_logprobs[told].astype(np.float64))
-            total = np.nansum(of_candidates, -1) + np.exp(self.rest_logprob[told].astype(np.float64))
+            of_candidates = np.exp(self.candidate_logprobs[scored].astype(np.float64))
+            total = np.nansum(of_candidates, -1) + np.exp(self.rest_logprob[scored].astype(np.float64))
             _require(
                 (np.abs(total - 1) < 1e-2).all(),
                 "rest_logprob",
-                "candidates and rest must have probability 1 together",
+                "the candidates and the rest must add up to probability 1",
             )
         if self.candidate_ids is not None:
             _check_ids(self.candidate_ids, manifest.vocab_size, "candidate_ids")
@@ -285,7 +285,7 @@ _COUNT_OF_DIM = {"prompt_token": "prompt_tokens", "prompt": "prompts", "row": "r
 
 
 def used_shape(spec: ArraySpec, counts: dict[str, int], sizes: dict[str, int]) -> tuple[int, ...]:
-    """Shape of the used part of `spec` in a block with these counts; `sizes` gives the candidate and topk axes."""
+    """Shape of the used part of `spec` in a block with these counts; `sizes` has the candidate and topk axes."""
     return tuple(counts[_COUNT_OF_DIM[dim]] if dim in _COUNT_OF_DIM else sizes[dim] for dim in spec.dims)
 
 

@@ -1,38 +1,40 @@
-"""What can go wrong with a cache, each as a `CacheError` whose message is one line: what, where, and the remedy."""
+"""Errors of a cache. Each is a `CacheError` with a message of one line: what, where, and what to do."""
 
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class CacheError(ValueError):
-    """Root of every error that a cache raises for its user."""
+    """Base class of every error of this package."""
 
 
 class NotACacheError(CacheError):
-    """Nothing, or something other than a redpen cache, is at the given place."""
+    """The location is empty or holds something other than a redpen cache."""
 
 
 class FormatVersionError(CacheError):
-    """The cache was written by a newer format version than this reader knows."""
+    """The cache has a newer format version than this package supports."""
 
 
 class ProvenanceError(CacheError):
-    """What would be appended was made by other models, prompts or settings than what the cache holds."""
+    """The round or scores to continue were made with different models, prompts or settings."""
 
 
 class UncommittedError(CacheError):
-    """The block was asked for, but it is not (or no longer) committed."""
+    """The block to read is not, or no longer, committed."""
 
 
 class CorruptBlockError(CacheError):
-    """A committed block does not decode to the data that was committed.
+    """A committed block does not decode to the data that was written.
 
     Attributes:
         block: index of the block within its group.
-        array: name of the array at fault.
+        array: name of the damaged array.
     """
 
     def __init__(self, group: str, block: int, array: str, problem: str):
@@ -44,11 +46,20 @@ class CorruptBlockError(CacheError):
 
 
 class CacheLockedError(CacheError):
-    """Another process is writing to the cache."""
+    """Another process holds the lock of the cache."""
 
 
 class StorageError(CacheError):
-    """The storage refused a read or write (full disk, read-only directory, permissions, unreachable server)."""
+    """A read or write failed (full disk, read-only directory, permissions, unreachable server)."""
+
+
+def shown(value: Any, at_most: int = 60) -> str:
+    """A JSON value for a message: one line, clipped to `at_most` characters."""
+    if not (isinstance(value, str) and value.isprintable()):
+        parts, value = json.JSONEncoder(default=str).iterencode(value), ""
+        while len(value) <= at_most and (part := next(parts, None)) is not None:
+            value += part[: 4 * at_most]
+    return value if len(value) <= at_most else f"{value[: at_most - 3]}..."
 
 
 _REMEDIES = {
@@ -63,7 +74,7 @@ _REMEDIES = {
 
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turn an `OSError` from the storage into one line; committed blocks are never affected by a failed write."""
+    """Turn an `OSError` into a `StorageError` that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""A group of block arrays and its commits: rollouts, or one model's scores of them.
+"""A group of block arrays and their commits: rollouts, or one model's scores of them.
 
-A block is written as whole padded slots, one shard per array, and its commit last. A commit carries a digest of every
-array, so a reader notices missing shards and two writers that mixed their shards; crc32c catches flipped bits.
+A block is written as whole padded slots, one shard per array, and its commit last. The commit has a digest of every
+array, by which a reader notices missing shards and shards of two writers; crc32c catches flipped bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
 from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
 from .layout import block_layouts, commit_fields, decoding_errors, open_array, write_only
 from .manifest import RoundManifest, ScoresManifest
-from .stores import hang_up
+from .stores import cancel_requests
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -77,42 +77,33 @@ class BlockGroup:
         return self._round.n_blocks
 
     def commits(self) -> npt.NDArray[Any]:
-        """Every block's commit record, [n_blocks], as a structured array; rows == 0 where there is none.
+        """Every block's commit record, [n_blocks], as a structured array; rows == 0: not committed.
 
-        Raises `CorruptBlockError` where a record fails its checksum.
+        Raises `CorruptBlockError` if a record fails its checksum.
         """
         try:
             raw = self._load("commit", slice(None))
         except CacheError:
             raise
-        except ValueError:  # a record fails its checksum: find out which
+        except ValueError:  # a record fails its checksum; read one by one to find which
             raw = np.stack([self._raw_commit(block) for block in range(self.n_blocks)])
-        commits = raw.view(self._dtype)[:, 0]
-        for name, most in self._most().items():
-            over = np.flatnonzero(commits[name] > most)
-            if len(over):
-                self._require_counts(int(over[0]), commits[over[0]])
-        return commits
+        return self._checked(raw.view(self._dtype)[:, 0])
 
     def commit(self, block: int) -> Any:
         """One block's commit record."""
-        commit = self._raw_commit(block).view(self._dtype)[0]
-        self._require_counts(block, commit)
-        return commit
+        return self._checked(self._raw_commit(block).view(self._dtype), block)[0]
 
-    def _most(self) -> dict[str, int]:
-        """What a block can hold of each of `_COUNTS`."""
+    def _checked(self, commits: npt.NDArray[Any], first: int = 0) -> npt.NDArray[Any]:
+        """Raise `CorruptBlockError` if a commit, the first of block `first`, has more than its slots hold."""
         slots = self._round.slots()
-        return {f"{name}s": slots[name] for name in ("row", "prompt", "token", "prompt_token")}
-
-    def _require_counts(self, block: int, commit: Any) -> None:
-        for name, most in self._most().items():
-            if commit[name] > most:
-                problem = f"{name}: expected at most {most}, found {commit[name]}"
-                raise CorruptBlockError(self._label, block, "commit", problem)
+        for dim in ("row", "prompt", "token", "prompt_token"):
+            for block in np.flatnonzero(commits[f"{dim}s"] > slots[dim])[:1]:
+                problem = f"{dim}s: expected at most {slots[dim]}, found {commits[f'{dim}s'][block]}"
+                raise CorruptBlockError(self._label, first + int(block), "commit", problem)
+        return commits
 
     def check_metadata(self) -> Iterator[tuple[str, str]]:
-        """Pairs of an array whose metadata are missing or damaged, and what is wrong with them."""
+        """Pairs of an array with missing or damaged metadata, and the problem."""
         for name in self._layouts:
             try:
                 self._array(name)
@@ -122,7 +113,7 @@ class BlockGroup:
                 yield name, str(error)
 
     def read_own(self, block: int) -> Any:
-        """`read`, whatever has become of what was scored; None where the block was not written."""
+        """`read`, even if what was scored has changed since; None if the block was not written."""
         commit = self.commit(block)
         if commit["rows"] == 0:
             return None
@@ -132,7 +123,7 @@ class BlockGroup:
     def committed(self) -> npt.NDArray[np.bool_]:
         """[n_blocks]: which blocks can be read.
 
-        Scores count only while the rollouts, and for a teacher the candidates, are still those that were scored.
+        Scores are committed only while the rollouts, and for a teacher the candidates, are those that were scored.
         """
         return self._committed(None if self._rollouts is None else self._rollouts.commits())[1]
 
@@ -151,24 +142,24 @@ class BlockGroup:
         return self._why_uncommitted(*self._commits_of(block)) is None
 
     def _commits_of(self, block: int) -> list[Any]:
-        """The block's commit here, in the rollouts and in the student's scores; None where there is no such link."""
+        """Commits of the block here, in the rollouts and in the student's scores (None: not depended on)."""
         groups = (self, self._rollouts, self._student)
         return self._together(lambda group: None if group is None else group.commit(block), groups)
 
     def _why_uncommitted(self, commit: Any, rollouts: Any, candidates: Any) -> str | None:
         if commit["rows"] == 0:
-            return "it was not written yet"
+            return "not written yet"
         if rollouts is not None and commit["rollouts_digest"] != rollouts["digest"]:
-            return "it scores other rollouts than the block holds now"
+            return "the rollouts have changed since it was scored"
         if self._student is not None:
             if self._student._why_uncommitted(candidates, rollouts, None) is not None:
-                return "the student's scores, which bring its candidates, are not there"
+                return "the student's scores, which choose its candidates, are missing"
             if commit["candidates_digest"] != candidates["digest.candidate_ids"]:
-                return "it scores other candidates than the student's scores hold now"
+                return "the candidates have changed since it was scored"
         return None
 
     def uncommit(self, block: int) -> None:
-        """Take a block back: it reads as not there, and the next run of its stage writes it again."""
+        """Mark a block as not committed; the next run of its stage writes it again."""
         self._store("commit", block, np.zeros(len(self._dtype.names or ()), np.uint64))
 
     def read(self, block: int, *, check: bool = True) -> Any:
@@ -181,7 +172,7 @@ class BlockGroup:
         if not isinstance(self.manifest, RoundManifest):
             return ScoreBlock(**values)
         record = RolloutBlock(**values)
-        if check:  # readers index by these values
+        if check:  # readers use these values as indices
             try:
                 record.validate(self.manifest, block)
             except InvalidBlockError as error:
@@ -189,7 +180,7 @@ class BlockGroup:
         return record
 
     def read_arrays(self, block: int, names: Iterable[str], *, check: bool = True) -> dict[str, npt.NDArray[Any]]:
-        """The used part of some of the block's arrays; errors as `read`."""
+        """The used part of some of the block's arrays. Raises what `read` raises."""
         self._require_block(block)
         commits = self._commits_of(block)
         why = self._why_uncommitted(*commits)
@@ -201,7 +192,9 @@ class BlockGroup:
         self, block: int, commit: Any, names: set[str], *, check: bool
     ) -> dict[str, npt.NDArray[Any]]:
         if check and int(commit["digest"]) != self._block_digest(commit):
-            raise CorruptBlockError(self._label, block, "commit", "the commit record contradicts itself")
+            raise CorruptBlockError(
+                self._label, block, "commit", "the digest of the commit record does not match its fields"
+            )
         specs = [spec for spec in self.specs if spec.name in names]
         values = self._together(lambda spec: self._read_array(block, commit, spec, check=check), specs)
         return {spec.name: value for spec, value in zip(specs, values, strict=True)}
@@ -218,7 +211,7 @@ class BlockGroup:
             raise CorruptBlockError(self._label, block, spec.name, f"has shape {value.shape}, expected {shape}")
         if check and array_digest(value) != int(commit[f"digest.{spec.name}"]):
             missing = value.size and _is_fill(value, spec)
-            problem = "its shard is missing" if missing else "holds other data than were committed (two writers?)"
+            problem = "its shard is missing" if missing else "does not match the digest of the commit (two writers?)"
             raise CorruptBlockError(self._label, block, spec.name, problem)
         return value
 
@@ -231,13 +224,13 @@ class BlockGroup:
         candidate_ids: npt.NDArray[np.int32] | None = None,
         elapsed_seconds: float = 0.0,
     ) -> None:
-        """Validate, write and commit a block. A block that is there already is uncommitted first.
+        """Validate, write and commit a block. A committed block is uncommitted first.
 
         Args:
-            rollouts, candidate_ids: scores: what was scored, as it was read; by default what the cache holds now.
-                Where others have changed it meanwhile, the scores read as uncommitted.
+            rollouts, candidate_ids: what was scored; by default what the cache holds now. If it has changed in the
+                cache since, the scores do not count as committed.
 
-        Raises `CacheError` where the record is invalid, `StorageError` where the storage refuses.
+        Raises `CacheError` if the record is invalid, `StorageError` if a write fails.
         """
         self._require_block(block)
         links = {"rollouts_digest": 0, "candidates_digest": 0}
@@ -277,39 +270,39 @@ class BlockGroup:
             commit[f"digest.{spec.name}"] = digest
         commit["digest"] = self._block_digest(commit)
         commit["elapsed_us"] = max(0, round(elapsed_seconds * 1e6))
-        commit["committed_at_us"] = max(0, time.time_ns() // 1000)  # a clock may stand before 1970
+        commit["committed_at_us"] = max(0, time.time_ns() // 1000)  # the clock may be before 1970
         self._store("commit", block, commit.reshape(1).view(np.uint64))
 
     def _write_array(self, block: int, spec: ArraySpec, value: npt.NDArray[Any]) -> int:
-        """Write the whole slot; the digest of what it holds."""
+        """Write the whole slot; returns the digest of `value`."""
         slot = np.full(self._layouts[spec.name].shape[1:], spec.fill, np.dtype(spec.dtype))
         slot[: value.shape[0]] = value
         self._store(spec.name, block, slot)
         return array_digest(value)
 
     def record_digest(self, record: RolloutBlock) -> int:
-        """The `digest` of a commit of this record."""
+        """The `digest` that a commit of this record has."""
         fields = record.counts() | {
             f"digest.{spec.name}": array_digest(getattr(record, spec.name)) for spec in self.specs
         }
         return self._block_digest(fields)
 
     def _together(self, do: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-        """`map` over a block's arrays, side by side: codecs and digests leave the GIL, and servers are far away.
+        """`map` over a block's arrays in threads: codecs and digests release the GIL, and servers are far away.
 
-        All end before an error is raised: nothing writes behind the back of who then gives up the lock.
+        All calls end before an error is raised, so that nothing is written after the lock is released.
         """
         begun = [_threads().submit(do, item) for item in items]
         try:
             wait(begun)
-        except BaseException:  # Ctrl-C: nobody waits for a server's answer any more
-            hang_up(self._group.store)
+        except BaseException:  # Ctrl-C
+            cancel_requests(self._group.store)
             raise
         return [item.result() for item in begun]
 
     @property
     def _label(self) -> str:
-        return f"{self._group.path}"
+        return str(self._group.path)
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -338,13 +331,11 @@ class BlockGroup:
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             with storage_errors(f"{self._label}: cannot read {name}"):
-                self._arrays[name] = open_array(
-                    self._group.store, f"{self._group.path}/{name}".lstrip("/"), self._layouts[name]
-                )
+                self._arrays[name] = open_array(self._group.store, f"{self._group.path}/{name}", self._layouts[name])
         return self._arrays[name]
 
     def _load(self, name: str, where: Any) -> npt.NDArray[Any]:
-        """Decoded values. Raises `CacheError` where the metadata are damaged, `ValueError` where the values are."""
+        """Decoded values. Raises `CacheError` for damaged metadata, `ValueError` for damaged values."""
         array = self._array(name)
         with storage_errors(f"{self._label}: cannot read {name}"), decoding_errors():
             return np.ascontiguousarray(array[where])

@@ -1,40 +1,37 @@
-"""How every array of a cache is stored: its `zarr.json`, written from and compared with one description.
+"""How every array of a cache is stored: its `zarr.json`, and the comparison with one that is found.
 
-Shapes, types and codecs all follow from the manifests, so metadata that say anything else are damaged. zarr is given
-our own description rather than what was found: nothing that a file declares is ever allocated.
+Shapes, types and codecs follow from the manifests, so metadata that say anything else are damaged. zarr gets our own
+description rather than the one found, so nothing is allocated because a file declares it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, RangeByteRequest, Store
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
-from zarr.core.array_spec import ArraySpec as ChunkSpec
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
-from zarr.core.metadata import ArrayV3Metadata
-from zarr.core.sync import sync
-from zarr.storage import StorePath, WrapperStore
+from zarr.abc.store import Store
+from zarr.buffer import default_buffer_prototype
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+from ._zarr_compat import BoundedZstd, make_array, sync, with_store
 from .arrays import COMMIT_FIELDS, INNER_CHUNK, ArraySpec, inner_chunk
-from .errors import CacheError
-from .manifest import MOST_SLOT_VALUES, RoundManifest, ScoresManifest, shown
+from .errors import CacheError, shown
+from .manifest import MOST_SLOT_VALUES, RoundManifest, ScoresManifest
 from .nodes import damaged, read_node
+from .stores import BoundedStore, WriteOnlyStore
 
 _BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C: dict[str, Any] = {"name": "crc32c"}
 _ZSTD: dict[str, Any] = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
-#: Keys that reading does not depend on.
-_FREE = ("attributes", "dimension_names")
+#: Keys that do not matter for reading.
+_IGNORED = ("attributes", "dimension_names")
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Layout:
 
     Attributes:
         dtype: numpy's code; stored little-endian.
-        chunks: shape of an inner chunk, which has a checksum.
-        shards: shape of a stored object that holds several chunks; None: each chunk is an object.
-        compressed: whether chunks are compressed by zstd.
+        chunks: shape of a chunk (in a shard: of an inner chunk).
+        shards: shape of a shard; None: not sharded.
+        compressed: whether chunks are compressed with zstd.
     """
 
     dtype: str
@@ -83,20 +80,21 @@ class Layout:
         }
 
     def object_bytes(self) -> int:
-        """The most that one stored object can hold."""
+        """An upper bound of the size of one stored object."""
         raw = math.prod(self.chunks) * np.dtype(self.dtype).itemsize
-        n_chunks = math.prod(s // c for s, c in zip(self.shards, self.chunks, strict=True)) if self.shards else 1
-        return n_chunks * (raw + raw // 128 + 1024) + 16 * n_chunks + 64  # what zstd, the checksum and the index add
+        n_chunks = math.prod(self.shards or self.chunks) // math.prod(self.chunks)
+        return n_chunks * (raw + raw // 128 + 1024) + 16 * n_chunks + 64  # with what zstd, crc32c and the index add
 
-    def in_memory(self) -> ArrayV3Metadata:
-        codecs: Sequence[Any] = (
+    def open(self, store: Store, path: str) -> zarr.Array[Any]:
+        """The array at `path`, opened by this description alone."""
+        codecs: tuple[Any, ...] = (
             BytesCodec(endian="little"),
-            *([_Zstd(level=1)] if self.compressed else []),
+            *([BoundedZstd(level=1)] if self.compressed else []),
             Crc32cCodec(),
         )
         if self.shards is not None:
             codecs = (ShardingCodec(chunk_shape=self.chunks, codecs=codecs),)
-        return ArrayV3Metadata.from_dict({**self.to_json(), "codecs": codecs})
+        return make_array(BoundedStore(store, self.object_bytes()), path, self.to_json(), codecs)
 
 
 def block_layouts(manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest) -> dict[str, Layout]:
@@ -110,8 +108,8 @@ def block_layouts(manifest: RoundManifest | ScoresManifest, round_manifest: Roun
         slot = tuple(slots[dim] for dim in spec.dims)
         if math.prod(slot) > MOST_SLOT_VALUES:
             raise CacheError(
-                f"array {spec.name}: a block would hold {math.prod(slot):,} values, at most {MOST_SLOT_VALUES:,} are "
-                "possible; lower rollouts.prompts_per_block or score.candidates"
+                f"array {spec.name}: expected at most {MOST_SLOT_VALUES:,} values a block, found "
+                f"{math.prod(slot):,}; lower rollouts.prompts_per_block or score.candidates"
             )
         found[spec.name] = Layout(
             dtype=spec.dtype,
@@ -162,21 +160,20 @@ def commit_fields(specs: Iterable[ArraySpec]) -> list[str]:
 
 
 def create(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:
-    """Create arrays, empty, in `group`."""
+    """Create empty arrays in `group`, concurrently: a server may be far away."""
 
     async def write() -> None:
-        # At once: servers are far away.
-        buffer = default_buffer_prototype().buffer
+        from_bytes = default_buffer_prototype().buffer.from_bytes
         files = {name: json.dumps(layout.to_json(), indent=2).encode() for name, layout in layouts.items()}
         await asyncio.gather(
-            *((group.store_path / f"{name}/zarr.json").set(buffer.from_bytes(file)) for name, file in files.items())
+            *((group.store_path / f"{name}/zarr.json").set(from_bytes(file)) for name, file in files.items())
         )
 
     sync(write())
 
 
 def open_array(store: Store, path: str, layout: Layout) -> zarr.Array[Any]:
-    """The array at `path`. Raises `CacheError` naming what its metadata have that `layout` has not."""
+    """The array at `path`. Raises `CacheError` naming the first difference between its metadata and `layout`."""
     found = read_node(store, path)
     if found is None:
         raise damaged(path, "is missing")
@@ -187,35 +184,33 @@ def open_array(store: Store, path: str, layout: Layout) -> zarr.Array[Any]:
         problem = _difference(layout.attributes["fields"], fields, "attributes.fields")
     if problem is not None:
         raise damaged(path, problem)
-    where = StorePath(_Bounded(store, layout.object_bytes()), path)
-    return zarr.Array(zarr.AsyncArray(layout.in_memory(), where))
+    return layout.open(store, path)
 
 
 def write_only(array: zarr.Array[Any]) -> zarr.Array[Any]:
-    """The array with a store in which it finds nothing: zarr would read the shard that it replaces whole, and stop at
-    a damaged one."""
-    where = StorePath(_Unread(array.store_path.store), array.store_path.path)
-    return zarr.Array(dataclasses.replace(array.async_array, store_path=where))
+    """The array, to replace whole shards of without reading them first."""
+    return with_store(array, WriteOnlyStore(array.store_path.store))
 
 
 @contextmanager
 def decoding_errors() -> Iterator[None]:
-    """Turn whatever zarr and its codecs raise about stored values into `ValueError`, one line."""
+    """Turn whatever zarr and its codecs raise for damaged values into a `ValueError` of one line."""
     try:
         yield
     except (OSError, CacheError):
         raise
-    except Exception as error:  # by codec: ValueError, RuntimeError, MemoryError, struct.error and more
+    except (
+        Exception
+    ) as error:  # ValueError, RuntimeError, MemoryError, struct.error and others, depending on the codec
         raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
 
 
 def _normal(value: dict[str, Any]) -> dict[str, Any]:
-    """An array's metadata without what other writers may leave out or say otherwise."""
-    optional: dict[str, Any] = {"storage_transformers": []}
+    """An array's metadata in the form that redpen writes: other writers may omit defaults or write other levels."""
     found = {
         name: item
-        for name, item in (optional | value).items()
-        if name not in _FREE and not (isinstance(item, dict) and item.get("must_understand") is False)
+        for name, item in ({"storage_transformers": []} | value).items()
+        if name not in _IGNORED and not (isinstance(item, dict) and item.get("must_understand") is False)
     }
     if isinstance(encoding := found.get("chunk_key_encoding"), dict):
         found["chunk_key_encoding"] = {"configuration": {"separator": "/"}} | encoding
@@ -234,9 +229,7 @@ def _normal_codecs(codecs: Any, data_type: Any) -> Any:
             return codecs
         configuration, name = codec.get("configuration", {}), codec.get("name")
         if isinstance(configuration, dict):
-            if name == "zstd" or (
-                name == "bytes" and data_type == "uint8"
-            ):  # how hard it was compressed is not for the reader
+            if name == "zstd" or (name == "bytes" and data_type == "uint8"):  # level; endianness of single bytes
                 configuration = {}
             elif name == "sharding_indexed":
                 configuration = {"index_location": "end"} | configuration
@@ -247,7 +240,7 @@ def _normal_codecs(codecs: Any, data_type: Any) -> Any:
 
 
 def _difference(expected: Any, found: Any, where: str = "") -> str | None:
-    """The first place at which JSON `found` is not `expected`; 1, 1.0 and true are three values."""
+    """The first difference of two JSON values, for a message; 1, 1.0 and true are different."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in [*expected, *(key for key in found if key not in expected)]:
             name = f"{where}.{key}" if where else str(key)
@@ -264,52 +257,3 @@ def _difference(expected: Any, found: Any, where: str = "") -> str | None:
     elif json.dumps(expected) != json.dumps(found):
         return f"{where}: expected {shown(expected)}, found {shown(found)}"
     return None
-
-
-class _Bounded(WrapperStore[Store]):
-    """A store whose objects hold at most so many bytes."""
-
-    def __init__(self, store: Store, at_most: int = 0):
-        super().__init__(store)
-        self._at_most = at_most
-
-    def _with_store(self, store: Store) -> _Bounded:
-        return _Bounded(store, self._at_most)
-
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        whole = RangeByteRequest(0, self._at_most + 1)
-        if isinstance(byte_range, RangeByteRequest) and byte_range.end - byte_range.start > self._at_most:
-            raise ValueError(f"expected at most {self._at_most:,} bytes, its index says more")
-        found = await self._store.get(key, prototype, whole if byte_range is None else byte_range)
-        if found is not None and len(found) > self._at_most:
-            raise ValueError(f"expected at most {self._at_most:,} bytes, found more")
-        return found
-
-
-class _Unread(WrapperStore[Store]):
-    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        return None
-
-
-class _Zstd(ZstdCodec):
-    """zstd that looks at the declared size before it decompresses."""
-
-    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
-        dtype = chunk_spec.dtype.to_native_dtype()
-        expected, found = math.prod(chunk_spec.shape) * dtype.itemsize, _content_size(chunk_bytes.to_bytes()[:18])
-        if found != expected:
-            raise ValueError(f"a chunk should decompress to {expected:,} bytes, it says {found}")
-        return super()._decode_sync(chunk_bytes, chunk_spec)
-
-
-def _content_size(frame: bytes) -> int | None:
-    """Bytes that a zstd frame says it decompresses to (RFC 8878, 3.1.1.1); None where it does not say."""
-    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
-        return None
-    descriptor = frame[4]
-    flag, single = descriptor >> 6, descriptor >> 5 & 1
-    start = 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3]
-    width = (single, 2, 4, 8)[flag]
-    if not width or len(frame) < start + width:
-        return None
-    return int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)

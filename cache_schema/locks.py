@@ -1,4 +1,4 @@
-"""One writer at a time: the kernel's lock for a local cache, a lease on S3."""
+"""Locks that keep a second writer out: a kernel lock for a local cache, a lease on S3."""
 
 from __future__ import annotations
 
@@ -18,19 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zarr.core.sync import sync
-
 from . import s3
-from .errors import CacheLockedError, StorageError, storage_errors
-from .manifest import shown
+from ._zarr_compat import sync
+from .errors import CacheLockedError, StorageError, shown, storage_errors
 
 if TYPE_CHECKING:
     import obstore
 
-#: A lease is renewed six times in this time, and is over when it was not.
+#: A lease ends this long after its last renewal; it is renewed six times as often.
 LEASE_SECONDS = 120.0
 
-#: Tokens of the leases that this process holds. One that it could not give back is not held.
+#: Tokens of the leases that this process holds.
 _held: set[str] = set()
 
 _log = logging.getLogger(__name__)
@@ -38,8 +36,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def local(root: Path, url: str, command: str) -> Iterator[None]:
-    """Hold the cache at `root`; the kernel frees it when the process ends. Raises `CacheLockedError`."""
-    path = root.resolve()  # one lock, however the path is spelled
+    """Lock the cache at `root`; the kernel releases the lock when the process ends. Raises `CacheLockedError`."""
+    path = root.resolve()  # one lock for all spellings of the path
     lock_path = path.with_name(f".{path.name}.lock")
     with storage_errors(f"cache {url}: lock file {lock_path}"):
         handle = _acquire(lock_path, url)
@@ -55,11 +53,11 @@ def local(root: Path, url: str, command: str) -> Iterator[None]:
 
 @contextmanager
 def leased(server: s3.Server, command: str) -> Iterator[None]:
-    """Hold a cache on S3: an object beside it names the holder, who renews it and deletes it at the end.
+    """Lock a cache on S3: an object beside it names the holder, which renews it, and deletes it at the end.
 
-    The lease of a dead process of this machine is taken over at once, any other when it was not renewed for
-    `LEASE_SECONDS`: a job that was killed and starts again elsewhere waits for that. Every step is a conditional
-    write, so of two processes one gets it. Raises `CacheLockedError` naming a holder that lives.
+    The lease of a dead process of this machine is taken over immediately; any other one after `LEASE_SECONDS` without
+    renewal, for which a job that was killed and restarted elsewhere waits. Every step is a conditional write, so only
+    one of two processes gets the lease. Raises `CacheLockedError` naming a holder that is alive.
     """
     lease = _Lease(server, _myself(command))
     try:
@@ -96,13 +94,13 @@ class _Lease:
                 raise CacheLockedError(
                     f"cache {self._server.url} is being written by {_name(holder)}; wait for it or stop it"
                 )
-            # Its age is by two clocks, so it has to miss a renewal before our eyes too.
+            # Its age compares two clocks, so we also wait until it misses a renewal.
             elif unchanged > (LEASE_SECONDS / 4 if over else LEASE_SECONDS):
                 mode = {"e_tag": tag}
             else:
                 if watched is None:
                     _log.warning(
-                        "cache %s was being written by %s %.0f s ago; looking whether it still is, at most %.0f s",
+                        "cache %s was locked by %s %.0f s ago; waiting at most %.0f s to see if it still is",
                         *(self._server.url, _name(holder), age, LEASE_SECONDS),
                     )
                 watched = tag
@@ -116,22 +114,22 @@ class _Lease:
         _held.discard(self._token)
         surely_ours = time.monotonic() - self._renewed < LEASE_SECONDS / 2 and self._server.lost_to is None
         if surely_ours:
-            with contextlib.suppress(OSError, TimeoutError):  # or it ends by itself
+            with contextlib.suppress(OSError, TimeoutError):  # else it expires
                 await asyncio.wait_for(self._server.delete_lock(), s3.PATIENCE_SECONDS / 2)
 
     async def _renew(self) -> None:
         while self._server.lost_to is None:
             await asyncio.sleep(LEASE_SECONDS / 6)
-            with contextlib.suppress(OSError):  # the work will say that the server is away
+            with contextlib.suppress(OSError):  # reported by the next read or write
                 if not await self._put({"e_tag": self._tag}):
                     self._server.lost_to = _name((await self._found())[0])
 
     async def _put(self, mode: obstore.PutMode) -> bool:
-        """Write the lock on that condition; whether it is ours now."""
+        """Write the lock if the condition `mode` holds; returns whether this process has it now."""
         import obstore.exceptions
 
         started = time.monotonic()
-        # Each write differs, so that its tag does: who takes over must not overlook a renewal.
+        # Each renewal has different content, so a different tag, which other processes wait for.
         body = json.dumps(self._holder | {"renewed": time.time_ns()}).encode()
         try:
             self._tag = await self._server.put_lock(body, mode)
@@ -139,12 +137,12 @@ class _Lease:
             holder, tag, _ = await self._found()
             if holder.get("token") != self._token:
                 return False
-            self._tag = tag  # our own write, whose answer was lost
+            self._tag = tag  # our own write; its response was lost
         self._renewed = started
         return True
 
     async def _found(self) -> tuple[dict[str, Any], str | None, float]:
-        """Holder, tag and age in seconds of the lock that is there; the tag is None where none is."""
+        """Holder, tag and age in seconds of the lock; the tag is None if there is no lock."""
         try:
             body, meta = await self._server.get_lock()
         except FileNotFoundError:
@@ -153,7 +151,7 @@ class _Lease:
 
 
 def _machine() -> str | None:
-    """What process ids are counted in: this machine since its start, and this container of it. None: not known."""
+    """The boot of this machine and the PID namespace, in which process ids are unique. None: unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -162,7 +160,7 @@ def _machine() -> str | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder's process is there; None: it is on another machine, or nothing is known."""
+    """Whether the holder's process is alive; None: unknown, for example on another machine."""
     pid = holder.get("pid")
     if _machine() is None or holder.get("machine") != _machine() or not isinstance(pid, int):
         return None
@@ -173,9 +171,9 @@ def _lives(holder: dict[str, Any]) -> bool | None:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # a process of another user
         return True
-    return state.split()[:1] != ["Z"]  # a zombie was killed, and its parent has not looked
+    return state.split()[:1] != ["Z"]  # a zombie is dead
 
 
 def _myself(command: str) -> dict[str, Any]:
@@ -218,7 +216,7 @@ def _acquire(lock_path: Path, label: str) -> int:
 
 
 def _open(lock_path: Path) -> int:
-    """The lock file, made if it is missing. Raises `StorageError` where something else is in its place."""
+    """Open or create the lock file. Raises `StorageError` if something else is in its place."""
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         handle = os.open(lock_path, flags, 0o644)
@@ -227,14 +225,14 @@ def _open(lock_path: Path) -> int:
             raise
         raise StorageError(f"{lock_path}: expected redpen's lock file, found something else; remove it") from None
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # its content would be replaced under all of its names
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # a hard link to a file of somebody else
         os.close(handle)
         raise StorageError(f"{lock_path}: expected redpen's lock file, found something else; remove it")
     return handle
 
 
 def _sweep_partial_writes(root: Path) -> None:
-    """Remove what killed processes left of zarr's write-then-rename; nothing else writes while the lock is held."""
+    """Remove temporary files that killed processes left; nothing else writes while the lock is held."""
     for directory, _, names in os.walk(root):
         for name in names:
             if name.endswith(".partial"):

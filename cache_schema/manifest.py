@@ -1,30 +1,22 @@
-"""Provenance: who and what made a round or its scores. Frozen records, stored in Zarr attributes as JSON."""
+"""Manifests: what made a round or its scores, as frozen dataclasses stored as JSON in Zarr attributes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Annotated, Any, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from .arrays import (
-    ROLLOUT_ARRAYS,
-    STUDENT_ARRAYS,
-    ArraySpec,
-    slot_size,
-    teacher_arrays,
-)
-from .errors import CacheError
+from .arrays import ROLLOUT_ARRAYS, STUDENT_ARRAYS, ArraySpec, slot_size, teacher_arrays
+from .errors import CacheError, shown
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both included."""
+    """Inclusive bounds of a number, or of the length of a text."""
 
     low: float
     high: float
@@ -34,25 +26,25 @@ _INT32 = 2**31 - 1
 Text = Annotated[str, Between(0, 2**16)]  # characters
 Count = Annotated[int, Between(1, _INT32)]
 TokenId = Annotated[int, Between(0, _INT32)]
-Alternatives = Annotated[int, Between(0, 2**20)]  # tokens beside the sampled one
+TokensPerPosition = Annotated[int, Between(0, 2**20)]  # candidates or teacher top-k
 Temperature = Annotated[float, Between(0, 1000)]
 
-#: The most that a round may declare. Arrays of these sizes fit the memory of the machines that redpen is for.
+#: Limits of a round, so that its arrays fit in memory.
 MOST_PROMPTS, MOST_BLOCKS, MOST_SLOT_VALUES = 2**26, 2**22, 2**34
 
-#: Recorded for people, never compared: a new release may continue an old cache.
+#: Recorded but not compared, so that a new release can continue an old cache.
 _NOT_COMPARED = frozenset({"created_by"})
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model by what its numbers depend on.
+    """A model, identified by the digests of its files.
 
     Attributes:
-        name: Hub repository or path, for people (two paths to equal weights are the same model).
-        revision: Hub commit, where known.
+        name: Hub repository or path, for display (two paths with equal weights are the same model).
+        revision: Hub commit, if known.
         digest: of the configuration and the weights.
-        adapter_digest: of the PEFT adapter on top, if any.
+        adapter_digest: of the PEFT adapter, if any.
     """
 
     name: Text
@@ -63,7 +55,8 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """A tokenizer by the digest of its token->id map and special tokens; `vocab_size` is the highest id plus one."""
+    """A tokenizer, identified by the digest of its vocabulary and special tokens; `vocab_size` is the highest id plus
+    one."""
 
     name: Text
     digest: Text
@@ -72,7 +65,7 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class Header:
-    """What the root group says: that this is a cache, and of which version."""
+    """Attribute `redpen` of the root group: format name and version."""
 
     format: Text
     version: Annotated[int, Between(1, 2**31 - 1)]
@@ -85,17 +78,17 @@ class _Manifest:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
-        """Parse attributes read from a store. Raises `CacheError` naming the field that is missing, unknown, of
-        another type or out of bounds."""
+        """Parse attributes read from a store. Raises `CacheError` naming the first field that is missing, unknown, of
+        the wrong type or out of bounds."""
         return parse(cls, value, f"{where}: attribute redpen")
 
     def differences(self, other: Self) -> list[str]:
-        """Fields in which `other` differs, as `field: cached X, now Y`; models compare by digest, not name."""
+        """Fields that differ in `other`, as `field: cached X, now Y`; models are compared by digest, not name."""
         return _differences(self.to_json(), other.to_json())
 
 
 def parse(record: type[T], value: Any, where: str) -> T:
-    """A record, and the records in it, from JSON. Raises `CacheError`, one line."""
+    """A dataclass, nested ones included, from JSON. Raises `CacheError`."""
     if not isinstance(value, dict):
         raise CacheError(f"{where}: expected an object, found {shown(value)}")
     fields = dataclasses.fields(record)  # type: ignore[arg-type]
@@ -109,13 +102,13 @@ def parse(record: type[T], value: Any, where: str) -> T:
     for name, item in value.items():
         if dataclasses.is_dataclass(types[name]):
             found[name] = parse(types[name], item, f"{where}.{name}")
-        elif (expected := _unlike(item, types[name])) is not None:
+        elif (expected := _expected(item, types[name])) is not None:
             raise CacheError(f"{where}.{name}: expected {expected}, found {shown(item)}")
         else:
             found[name] = tuple(item) if isinstance(item, list) else item
     try:
         return record(**found)
-    except CacheError as error:  # fields that contradict one another
+    except CacheError as error:  # fields that contradict each other
         raise CacheError(f"{where}: {error}") from None
 
 
@@ -124,23 +117,23 @@ def _types(record: Any) -> dict[str, Any]:
     return get_type_hints(record, include_extras=True)
 
 
-def _unlike(value: Any, type_: Any) -> str | None:
-    """What a field of this type expects, where JSON's `value` is something else; 1 is a float too."""
+def _expected(value: Any, type_: Any) -> str | None:
+    """What a field of this type expects if the JSON `value` does not match it, else None; 1 is also a float."""
     origin = get_origin(type_) or type_
     if origin is Annotated:
         plain, bounds = get_args(type_)
-        if (expected := _unlike(value, plain)) is not None:
+        if (expected := _expected(value, plain)) is not None:
             return expected
         if isinstance(value, str):
             return None if len(value) <= bounds.high else f"at most {bounds.high} characters"
         return None if bounds.low <= value <= bounds.high else f"a number from {bounds.low} to {bounds.high}"
     if origin in (Union, UnionType):
-        problems = [_unlike(value, member) for member in get_args(type_)]
+        problems = [_expected(value, member) for member in get_args(type_)]
         return None if None in problems else " or ".join(str(problem) for problem in problems)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             return "a list"
-        problems = [_unlike(item, get_args(type_)[0]) for item in value]
+        problems = [_expected(item, get_args(type_)[0]) for item in value]
         return next((f"each to be {problem}" for problem in problems if problem is not None), None)
     names = {int: "int", float: "a number", str: "text", bool: "true or false", dict: "an object", type(None): "null"}
     is_one = isinstance(value, int | float if origin is float else origin)
@@ -150,28 +143,11 @@ def _unlike(value: Any, type_: Any) -> str | None:
 
 
 def _check(record: Any, name: str) -> None:
-    """Raise `CacheError` where a field is out of its bounds."""
+    """Raise `CacheError` if a field is out of bounds."""
     for field_, type_ in _types(record.__class__).items():
         value = getattr(record, field_)
-        if not dataclasses.is_dataclass(value) and (expected := _unlike(value, type_)) is not None:
+        if not dataclasses.is_dataclass(value) and (expected := _expected(value, type_)) is not None:
             raise CacheError(f"{name} manifest: {field_}: expected {expected}, found {shown(value)}")
-
-
-def shown(value: Any, at_most: int = 60) -> str:
-    """JSON as part of a message: one line, clipped."""
-    text = value if isinstance(value, str) and value.isprintable() else _json(value, 4 * at_most)
-    return text if len(text) <= at_most else f"{text[: at_most - 3]}..."
-
-
-def _json(value: Any, at_most: int) -> str:
-    """JSON text, of which only so much is made as is shown."""
-    parts: Iterator[str] = json.JSONEncoder(default=str).iterencode(value)
-    text = ""
-    for part in parts:
-        text += part[:at_most]
-        if len(text) > at_most:
-            break
-    return text
 
 
 def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -181,7 +157,7 @@ def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         if key in _NOT_COMPARED:
             continue
         if "digest" in cached and key in ("name", "revision"):
-            continue  # identity is the digest; its name is told with it below
+            continue  # only the digest is compared; a different name is added below
         if isinstance(a, dict) and isinstance(b, dict) and key in ("student", "model", "tokenizer"):
             inner = _differences(a, b, f"{label}.")
             if inner and a.get("name") != b.get("name"):
@@ -194,7 +170,7 @@ def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @dataclass(frozen=True)
 class RoundManifest(_Manifest):
-    """One sampling pass by one student over one list of prompts.
+    """What a round was sampled from and with.
 
     Attributes:
         vocab_size: rows of the student's output layer; token ids are below it.
@@ -261,18 +237,18 @@ class RoundManifest(_Manifest):
 
 @dataclass(frozen=True)
 class ScoresManifest(_Manifest):
-    """One model's reading of a round's rollouts.
+    """How one model scored a round's rollouts.
 
     Attributes:
-        role: "student" (brings the candidates) or "teacher".
-        engine: how log-probabilities were computed; tile_tokens: packing that they depend on in the last bits.
-        candidate_kind: "topk" or "sampled"; candidates: K, the sampled token included; 0: a teacher that tells of the
-            token itself alone, and so does not depend on the student's scores.
+        role: "student" (chooses the candidates) or "teacher".
+        engine: what computed the log-probabilities; tile_tokens: tokens in one forward pass, which affect the
+            last bits of a score.
+        candidate_kind: "topk" or "sampled"; candidates: K, the sampled token included. 0: a teacher with log-probs of
+            the sampled tokens only, which does not depend on the student's scores.
         sampling_temperature: of `sampling_logprobs` (student), None for a teacher.
-        topk: how many of the teacher's own likeliest tokens are stored (0: none).
+        topk: how many of the teacher's most likely tokens are stored (0: none).
         entropy: whether entropies are stored.
-        partial: the teacher may leave out (NaN) what it was not asked or could not tell: whole tokens, or candidates,
-            which then belong to the rest.
+        partial: values may be missing (NaN): of whole tokens, or of candidates, which then count as part of the rest.
     """
 
     role: Text
@@ -285,9 +261,9 @@ class ScoresManifest(_Manifest):
     tile_tokens: Annotated[int, Between(0, 2**40)]
     vocab_size: Count
     candidate_kind: Text
-    candidates: Alternatives
+    candidates: TokensPerPosition
     sampling_temperature: Temperature | None
-    topk: Alternatives = 0
+    topk: TokensPerPosition = 0
     entropy: bool = True
     partial: bool = False
     created_by: Text = ""

@@ -1,4 +1,4 @@
-"""Groups and arrays of a store by their `zarr.json`, read here and nowhere else."""
+"""Groups and arrays of a store: the only module that reads a `zarr.json`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.group import AsyncGroup, GroupMetadata
-from zarr.core.sync import sync
-from zarr.storage import StorePath
+from zarr.buffer import default_buffer_prototype
 
-from .errors import CacheError
-from .manifest import shown
+from ._zarr_compat import make_group, sync
+from .errors import CacheError, shown
+from .stores import BoundedStore, holds_blocks
 
-#: How deep metadata may be nested; an array's go down to 7.
-NESTING = 32
+#: Limits of a `zarr.json`: bytes and nesting. Those that redpen writes have a few thousand bytes and 7 levels.
+METADATA_BYTES, NESTING = 2**24, 32
 
 
 def damaged(path: str, problem: str) -> CacheError:
-    """The error of a node whose `zarr.json` is not what it should be."""
+    """The error to raise about a missing or wrong `zarr.json` of the node at `path`."""
     return CacheError(
         f"unreadable metadata in {shown(f'{path}/zarr.json' if path else 'zarr.json', 200)} ({problem}); restore the "
         "cache from a copy, or start another"
@@ -28,13 +26,13 @@ def damaged(path: str, problem: str) -> CacheError:
 
 
 def read_node(store: Store, path: str) -> dict[str, Any] | None:
-    """The metadata of the group or array at `path`; None where there is none.
+    """The metadata of the group or array at `path`, or None if there is none.
 
-    Raises `CacheError` where they are no JSON object. `OSError` is the storage's.
+    Raises `CacheError` if they are not a JSON object within the limits, and whatever the storage raises.
     """
     key = f"{path}/zarr.json" if path else "zarr.json"
     try:
-        found = sync(store.get(key, default_buffer_prototype()))
+        found = sync(BoundedStore(store, METADATA_BYTES).get(key, default_buffer_prototype()))
         if found is None:
             return None
         value = json.loads(found.to_bytes())
@@ -42,7 +40,7 @@ def read_node(store: Store, path: str) -> dict[str, Any] | None:
         raise
     except RecursionError:
         raise damaged(path, "not valid JSON: nested too deeply") from None
-    except ValueError as error:  # also bytes that are no text, integers of thousands of digits, a pipe
+    except ValueError as error:  # also: not UTF-8, an integer of thousands of digits, not a regular file, too large
         raise damaged(path, " ".join(str(error).split())[:200]) from None
     if not isinstance(value, dict):
         raise damaged(path, f"expected a JSON object, found {shown(value)}")
@@ -51,7 +49,7 @@ def read_node(store: Store, path: str) -> dict[str, Any] | None:
 
 
 def open_group(store: Store, path: str) -> zarr.Group | None:
-    """The group at `path`, None where there is none. Raises `CacheError` where something else is there."""
+    """The group at `path`, or None if there is none. Raises `CacheError` if something else is there."""
     found = read_node(store, path)
     if found is None:
         return None
@@ -61,7 +59,23 @@ def open_group(store: Store, path: str) -> zarr.Group | None:
     attributes = found.get("attributes", {})
     if not isinstance(attributes, dict):
         raise damaged(path, f"attributes: expected a JSON object, found {shown(attributes)}")
-    return zarr.Group(AsyncGroup(GroupMetadata(attributes=attributes), StorePath(store, path)))
+    return make_group(store, path, attributes)
+
+
+def open_complete_group(store: Store, path: str) -> zarr.Group | None:
+    """The group of a round or scorer; None if its creation, which writes attribute `redpen` last, never ended."""
+    group = open_group(store, path)
+    return group if group is not None and "redpen" in group.attrs else None
+
+
+def is_orphaned(store: Store, path: str, *children: str) -> bool:
+    """Whether there are blocks below `path` (or below `children` of it) without the metadata to read them by."""
+    try:
+        if open_complete_group(store, path) is not None:
+            return False
+    except CacheError:  # damaged, but not missing
+        return False
+    return any(holds_blocks(store, f"{path}/{child}".rstrip("/")) for child in children or ("",))
 
 
 def _check_nesting(value: Any, path: str) -> None:

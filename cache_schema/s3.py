@@ -1,10 +1,10 @@
-"""Caches on S3, `s3://BUCKET/NAME`: zarr's own store over obstore (extra `s3`), made patient and plain-spoken.
+"""Caches on S3, `s3://BUCKET/NAME`: zarr's `ObjectStore` over obstore (extra `s3`), with retries and one-line errors.
 
-Credentials, region and endpoint are those of the usual AWS_* environment variables and are kept nowhere else.
+Credentials, region and endpoint come from the usual AWS_* environment variables and are not stored.
 
-A server that fails for a moment is asked again; one that fails for `RETRY_SECONDS` ends the command with one line. To
-zarr a missing key is an array's fill value, so only the answer "no such key" may ever read as missing: every other
-failure, a missing bucket included, leaves this module as an `OSError` that is not a `FileNotFoundError`.
+A failing request is retried for `RETRY_SECONDS`. zarr reads a missing key as fill values, so only the response "no
+such key" may count as missing: every other failure, a missing bucket included, is an `OSError` other than
+`FileNotFoundError`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from .errors import CacheLockedError, StorageError
-from .local import METADATA_BYTES
 
 if TYPE_CHECKING:
     import obstore
     import obstore.store
 
-#: How long a failing request is tried again, and how long an answer is awaited before a line says so.
+#: How long a failing request is retried, and how long a response is awaited before a warning.
 RETRY_SECONDS, PATIENCE_SECONDS = 30.0, 5.0
-#: To connect, and for one request with its answer; a large shard is written in parts of 5 MB.
+#: Timeouts of connecting and of one request; a large shard is written in parts of 5 MB.
 CONNECT_SECONDS, REQUEST_SECONDS = 5.0, 60.0
 
 _URL = re.compile(r"s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9._-]+)/(?P<path>.+)")
@@ -49,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_s3(url: str, *, read_only: bool) -> S3Store:
-    """The store at `url`; nothing is asked of the server yet. Raises `StorageError`."""
+    """The store at `url`, without a request to the server. Raises `StorageError`."""
     match = _URL.fullmatch(url)
     parts = [part for part in match["path"].split("/") if part] if match else []
     if match is None or not parts or {".", ".."} & set(parts):
@@ -79,7 +78,7 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
                 "timeout": timedelta(seconds=REQUEST_SECONDS),
             },
             retry_config={
-                "max_retries": 1000,  # it is time that bounds them
+                "max_retries": 1000,  # bounded by retry_timeout
                 "retry_timeout": timedelta(seconds=RETRY_SECONDS),
                 "backoff": {"max_backoff": timedelta(seconds=2)},
             },
@@ -89,17 +88,17 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
     try:
         server.lock_store, server.lock_key = connect(parts[:-1]), f".{parts[-1]}.lock"
         return S3Store(connect(parts), server, read_only=read_only)
-    except obstore.exceptions.BaseError as error:  # half of the credentials, an unknown setting
+    except obstore.exceptions.BaseError as error:  # incomplete credentials, an unknown setting
         raise StorageError(f"cache {url}: {server.explained(str(error))}") from error
 
 
 @dataclass
 class Server:
-    """Whom the stores of one cache talk to.
+    """The server of one cache: requests with retries and error messages, and the cache's lock.
 
     Attributes:
-        lock_store, lock_key: where the cache's lock lies: beside it.
-        lost_to: who holds the lock that this process held, once another does.
+        lock_store, lock_key: place of the lock, beside the cache.
+        lost_to: who holds the lock after this process has lost it.
     """
 
     url: str
@@ -109,42 +108,42 @@ class Server:
     lock_key: str = field(init=False)
     lost_to: str | None = None
     _waiting: int = 0
-    _asked: set[asyncio.Task[Any]] = field(default_factory=set)
+    _pending: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def answer(
         self, request: Callable[[], Awaitable[_T]], *, sends: int = 0, may_be_missing: bool = False
     ) -> _T:
-        """The answer to `request`. Its failures are `OSError`s that say what to check.
+        """The response to `request`. A failure raises an `OSError` that says what to check.
 
         Args:
-            sends: bytes to upload first; a slow line is no reason for a line of ours.
-            may_be_missing: pass the answer "no such key" on, as the `FileNotFoundError` that it is.
+            sends: bytes to upload, which allow for a longer wait before the warning.
+            may_be_missing: raise `FileNotFoundError` for the response "no such key".
         """
         import obstore.exceptions
 
         task = asyncio.create_task(_persistently(request))
-        self._asked.add(task)
+        self._pending.add(task)
         try:
             if (await asyncio.wait({task}, timeout=PATIENCE_SECONDS + sends / 1e6))[0]:
                 return task.result()
             return await self._awaited(task)
         except (obstore.exceptions.PreconditionError, obstore.exceptions.AlreadyExistsError):
-            raise  # what a conditional request asks for
+            raise  # the condition of a conditional request failed
         except (obstore.exceptions.BaseError, FileNotFoundError) as error:
             if may_be_missing and isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                 raise
             if "status code: 416" in str(error):
-                raise ValueError("the object is shorter than its index says") from error
+                raise ValueError("the object is shorter than expected") from error
             raise OSError(errno.EIO, self.explained(str(error))) from error
         finally:
             task.cancel()
-            self._asked.discard(task)
+            self._pending.discard(task)
 
     async def _awaited(self, task: asyncio.Task[_T]) -> _T:
-        """The result of what takes long; the first that does says so, the last says that it is over."""
+        """The result of a slow request. The first slow one logs a warning, the last one its end."""
         if self._waiting == 0:
             _log.warning(
-                "cache %s: no answer from %s for %.0f s, trying on", self.url, self.endpoint, PATIENCE_SECONDS
+                "cache %s: no response from %s for %.0f s, still trying", self.url, self.endpoint, PATIENCE_SECONDS
             )
         self._waiting += 1
         try:
@@ -152,23 +151,26 @@ class Server:
         finally:
             self._waiting -= 1
         if self._waiting == 0:
-            _log.warning("cache %s: %s answers again", self.url, self.endpoint)
+            _log.warning("cache %s: %s responds again", self.url, self.endpoint)
         return answer
 
-    def hang_up(self) -> None:
-        """Give up, from any thread, the requests that wait for an answer."""
-        for task in list(self._asked):
+    def cancel_requests(self) -> None:
+        """Cancel, from any thread, the requests that wait for a response."""
+        for task in list(self._pending):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     async def put_lock(self, body: bytes, mode: obstore.PutMode) -> str | None:
-        """Write the lock on a condition; its new tag. Raises obstore's PreconditionError or AlreadyExistsError."""
+        """Write the lock if the condition `mode` holds, and return its new tag.
+
+        Raises obstore's PreconditionError or AlreadyExistsError.
+        """
         import obstore
 
         put = await self.answer(lambda: obstore.put_async(self.lock_store, self.lock_key, body, mode=mode))
         return put["e_tag"]
 
     async def get_lock(self) -> tuple[bytes, obstore.ObjectMeta]:
-        """The lock and its tag and time. Raises `FileNotFoundError`."""
+        """The lock's content and metadata. Raises `FileNotFoundError`."""
         import obstore
 
         async def get() -> tuple[bytes, obstore.ObjectMeta]:
@@ -183,22 +185,24 @@ class Server:
         await self.answer(lambda: obstore.delete_async(self.lock_store, self.lock_key))
 
     def require_lock(self) -> None:
-        """Raise `CacheLockedError` where this process held the cache's lock and lost it."""
+        """Raise `CacheLockedError` if this process has lost the cache's lock."""
         if self.lost_to is not None:
-            raise CacheLockedError(f"cache {self.url}: {self.lost_to} has taken it over; wait for it or stop it")
+            raise CacheLockedError(
+                f"cache {self.url}: {self.lost_to} has taken over the lock; wait for it or stop it"
+            )
 
     def explained(self, text: str) -> str:
-        """What obstore said over many lines, in one: what to check."""
+        """One line for an obstore error of many lines: what happened and what to check."""
 
-        def said(pattern: str) -> str:
+        def match(pattern: str) -> str:
             return next(iter(re.findall(pattern, text)), "")
 
         status, code, message = (
-            said(r"status code: (\d+)"),
-            said(r"<Code>(.*?)</Code>"),
-            said(r"<Message>(.*?)</Message>"),
+            match(r"status code: (\d+)"),
+            match(r"<Code>(.*?)</Code>"),
+            match(r"<Message>(.*?)</Message>"),
         )
-        reply = " ".join(f"{self.endpoint} answered {status} {code} {message}".split())[:200]
+        reply = " ".join(f"{self.endpoint} responded {status} {code} {message}".split())[:200]
         if code == "NoSuchBucket":
             return f"{self.endpoint} has no bucket {self.bucket!r}; create it or choose another --cache"
         if re.search(r"Missing\w*(KeyId|AccessKey)|/latest/(api|meta-data)/|//169\.254\.", text):
@@ -209,7 +213,7 @@ class Server:
                 f"list, get, put and delete objects of bucket {self.bucket!r}"
             )
         if status == "501":  # not for S3 itself, nor for recent releases of other servers
-            return f"{reply}; if it lacks conditional writes, AWS_CONDITIONAL_PUT=disabled does without a lock"
+            return f"{reply}; if it lacks conditional writes, set AWS_CONDITIONAL_PUT=disabled to go without a lock"
         if status.startswith("5") or status == "429":
             return f"{reply} for {RETRY_SECONDS:.0f} s; wait until the server works again"
         if "redirect" in text:
@@ -217,17 +221,20 @@ class Server:
         if status:
             return f"{reply}; check AWS_ENDPOINT_URL, AWS_REGION and the credentials"
         if "InvalidCertificate" in text:
-            return f"{self.endpoint} has a certificate that is not trusted; give its authority's as SSL_CERT_FILE"
+            return f"{self.endpoint} has an untrusted certificate; set SSL_CERT_FILE to its certificate authority"
         if "HTTP error" in text:
             why = (
-                said(r'message: "(.*?)"') or said(r'error: "(.*?)"') or said(r"kind: (Timeout)") or "connection lost"
+                match(r'message: "(.*?)"')
+                or match(r'error: "(.*?)"')
+                or match(r"kind: (Timeout)")
+                or "connection lost"
             )
             return f"{self.endpoint} cannot be reached ({why}); check the network and AWS_ENDPOINT_URL"
         return f"{self.endpoint}: {' '.join(text.partition('Debug source')[0].split())[:200]}"
 
 
 async def _persistently(request: Callable[[], Awaitable[_T]]) -> _T:
-    """obstore itself asks again where no answer comes; this does where an answer breaks off."""
+    """`request`, retried if its response breaks off (obstore retries only if there is no response)."""
     import obstore.exceptions
 
     deadline = time.monotonic() + RETRY_SECONDS
@@ -242,7 +249,7 @@ async def _persistently(request: Callable[[], Awaitable[_T]]) -> _T:
 
 
 class S3Store(ObjectStore["obstore.store.S3Store"]):
-    """zarr's `ObjectStore` with every request put through `Server.answer`."""
+    """zarr's `ObjectStore`, with every request made by `Server.answer`."""
 
     def __init__(self, store: obstore.store.S3Store, server: Server, *, read_only: bool = False):
         super().__init__(store, read_only=read_only)
@@ -267,10 +274,7 @@ class S3Store(ObjectStore["obstore.store.S3Store"]):
             options["range"] = {"offset": byte_range.offset}
         elif isinstance(byte_range, SuffixByteRequest):
             options["range"] = {"suffix": byte_range.suffix}
-        found = await obstore.get_async(self.store, key, options=options)
-        if key.endswith("zarr.json") and (size := found.meta["size"]) > METADATA_BYTES:
-            raise ValueError(f"expected at most {METADATA_BYTES:,} bytes, found {size:,}")
-        return await found.bytes_async()
+        return await (await obstore.get_async(self.store, key, options=options)).bytes_async()
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

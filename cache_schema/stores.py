@@ -1,4 +1,4 @@
-"""Where a cache is: a location becomes a zarr `Store`; what lies in one, without opening it."""
+"""From a location (a path, `s3://`, a zarr `Store`) to a `Store`, and what a store lists or may return."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from zarr.abc.store import Store
-from zarr.core.sync import sync
-from zarr.storage import LocalStore
+import numpy as np
+from zarr.abc.buffer import Buffer, BufferPrototype
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.storage import LocalStore, WrapperStore
 
+from ._zarr_compat import sync
 from .errors import NotACacheError, StorageError
 from .local import LocalDirectory
 from .s3 import S3Store, open_s3
 
-#: Bytes of a name in a path, beside which a lock `.NAME.lock` must be possible; of a path, below which arrays lie.
+#: Limits of a name (leaves room for the lock `.NAME.lock`) and of a path (leaves room for arrays).
 NAME_BYTES, PATH_BYTES = 255 - len("..lock"), 4096 - 512
-#: A user before the host, or anything behind a `?`; S3 names hold neither.
+#: A user before the host, or a query after `?`: no valid location has either.
 _CREDENTIALS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:/{1,2}([^/?#]+@|[^/?#:@]+:[^@]*@|[^?]*\?.*=)")
 
 
 def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:
-    """The store at `location`, and what to call it. Raises `StorageError`, `NotACacheError`."""
+    """The store at `location`, and its name for messages. Raises `StorageError`, `NotACacheError`."""
     if isinstance(location, Store):
         return location if writable else location.with_read_only(True), str(location)
     label = os.fspath(location)
     _require_possible(label)
     if _CREDENTIALS.match(label):
         raise StorageError(
-            f"cache {label.partition(':')[0]}://...: holds a password, a key or a query, which would be stored and "
-            "shown; credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+            f"cache {label.partition(':')[0]}://...: expected a location without password, key or query, since it is "
+            "stored and printed; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
     scheme, separator, rest = label.partition("://")
     if separator and scheme == "s3":
@@ -40,15 +42,15 @@ def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> t
             f"cache {label}: {scheme}:// is not supported; give a local path, s3://BUCKET/NAME or a zarr Store"
         )
     if separator and not rest.startswith("/"):
-        raise StorageError(f"cache {label}: expected file:///PATH, found a host; this machine's files have none")
+        raise StorageError(f"cache {label}: expected file:///PATH, found a host name; use three slashes")
     path = Path(rest if separator else label)
     if path.exists() and not path.is_dir():
-        raise NotACacheError(f"cache {label}: this is a file; a cache is a directory")
+        raise NotACacheError(f"cache {label}: expected a directory, found a file")
     return LocalDirectory(path, read_only=not writable), label
 
 
 def _require_possible(label: str) -> None:
-    """Raise `StorageError` where no file system or server takes such a name."""
+    """Raise `StorageError` for a name that no file system or server accepts."""
     name = max(label.split("/"), key=_bytes)
     shown = label if len(label) <= 100 else f"{label[:60]}...{label[-20:]}"
     if "\0" in label:
@@ -63,26 +65,26 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def hang_up(store: Store) -> None:
-    """Give up the requests that wait for an answer."""
+def cancel_requests(store: Store) -> None:
+    """Cancel requests to a server that wait for a response."""
     if isinstance(store, S3Store):
-        store.server.hang_up()
+        store.server.cancel_requests()
 
 
 def is_empty(store: Store) -> bool:
     if isinstance(store, LocalStore):
-        # what a kill during the very first write may leave is nothing yet
+        # A process killed during the very first write leaves only partial files.
         return not store.root.exists() or all(name.endswith(".partial") for name in os.listdir(store.root))
     return not _listed_keys(store.list_dir(""), at_most=1)
 
 
 def entries(store: Store, path: str) -> list[str]:
-    """Names directly below `path`. zarr's own listing of a group would warn of those that hold no metadata."""
+    """Names directly below `path`. (`Group.keys` would warn about those without metadata.)"""
     return [name.rstrip("/") for name in _listed_keys(store.list_dir(path)) if not name.startswith("zarr.json")]
 
 
 def holds_blocks(store: Store, path: str) -> bool:
-    """Whether anything below `path` holds values, with or without metadata to read them by."""
+    """Whether any chunk or shard is stored below `path`, with or without metadata to read it by."""
 
     async def data() -> AsyncIterator[str]:
         async for key in store.list_prefix(f"{path}/"):
@@ -102,3 +104,38 @@ def _listed_keys(keys: AsyncIterator[str], at_most: int | None = None) -> list[s
         return found
 
     return sync(collect())
+
+
+class BoundedStore(WrapperStore[Store]):
+    """A store that refuses to return more than `limit` bytes of one object, or of the chunks in one shard."""
+
+    def __init__(self, store: Store, limit: int = 0):
+        super().__init__(store)
+        self.limit = limit
+
+    def _with_store(self, store: Store) -> BoundedStore:
+        return BoundedStore(store, self.limit)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        if isinstance(byte_range, RangeByteRequest) and byte_range.end - byte_range.start > self.limit:
+            raise ValueError(f"expected at most {self.limit:,} bytes, its index says more")
+        found = await self._store.get(key, prototype, byte_range or RangeByteRequest(0, self.limit + 1))
+        if found is not None and len(found) > self.limit:
+            raise ValueError(f"expected at most {self.limit:,} bytes, found more")
+        if found is not None and isinstance(byte_range, SuffixByteRequest):
+            self._check_index(found.to_bytes())
+        return found
+
+    def _check_index(self, index: bytes) -> None:
+        """Raise `ValueError` if a shard's index (offset, length of every chunk; crc32c) has chunks that overlap."""
+        lengths = np.frombuffer(index[:-4], "<u8")[1::2]
+        lengths = lengths[lengths != 2**64 - 1]  # not stored
+        if (lengths > self.limit).any() or lengths.sum() > self.limit:
+            raise ValueError(f"expected chunks of at most {self.limit:,} bytes together, its index says more")
+
+
+class WriteOnlyStore(WrapperStore[Store]):
+    """A store that finds nothing: zarr would read the shard it is about to replace, and fail if it is damaged."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        return None

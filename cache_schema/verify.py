@@ -1,4 +1,4 @@
-"""Recompute every digest of a cache and check that its values mean something; take back what is bad."""
+"""Check every digest and value of a cache, and uncommit damaged blocks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .manifest import ScoresManifest
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with a cache.
+    """One problem of a cache.
 
     Attributes:
-        round: None where it is about what lies above the rounds.
+        round: number of the round, or None for group "rounds".
         group: "rollouts", "scores/<name>", "prompts", "scores", "round" or "rounds".
-        block: the bad block, or None where the whole group is concerned; only blocks can be repaired.
+        block: the damaged block, or None if the whole group is; only blocks can be repaired.
     """
 
     round: int | None
@@ -36,45 +36,39 @@ class Finding:
 
 
 def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: None) -> Iterator[Finding]:
-    """Yield everything that is wrong with the committed blocks of every round.
+    """Yield every problem of the metadata, prompts and committed blocks of a cache.
 
     Args:
-        progress: called with the number of blocks done since the last call.
+        progress: called with the number of blocks checked since the last call.
 
-    Blocks that are not committed are not findings: the stage that writes them has not finished.
+    A block that is not committed is not a problem: the stage that writes it has not finished.
     """
-    try:
-        numbers, lost = cache.round_numbers(), cache.lost_rounds()
-    except StorageError:
-        raise
-    except CacheError as error:
-        yield Finding(None, "rounds", None, "attributes", str(error))
+    found: list[Finding] = []
+    with _reported(found, None, "rounds"):
+        numbers, orphaned = cache.round_entries(), cache.orphaned_rounds()
+    yield from found
+    if found:
         return
     for index in numbers:
-        if index in lost:
-            yield Finding(index, "round", None, "attributes", "holds blocks, but its metadata (zarr.json) is gone")
-            continue
-        try:
-            round_ = cache.round(index) if cache.is_described(index) else None
-        except StorageError:
-            raise
-        except CacheError as error:
-            yield Finding(index, "round", None, "attributes", str(error))
-        else:
-            if round_ is not None:
-                yield from _verify_round(round_, progress)
-    gaps = sorted(set(range(min(len(numbers), max(numbers, default=0)))) - set(numbers))
-    for index in gaps:
+        round_, found = None, []
+        if index in orphaned:
+            found.append(Finding(index, "round", None, "attributes", _ORPHANED))
+        with _reported(found, index, "round"):
+            round_ = cache.round(index) if index not in orphaned and cache.has_round(index) else None
+        yield from found
+        if round_ is not None:
+            yield from _verify_round(round_, progress)
+    for index in sorted(set(range(min(len(numbers), max(numbers, default=0)))) - set(numbers)):
         yield Finding(index, "round", None, "attributes", "is missing, though there are later rounds")
 
 
 def block_groups(cache: Cache) -> list[BlockGroup]:
-    """Every group of blocks whose metadata can be read, over all rounds."""
+    """Every group of blocks, of all rounds, with readable metadata."""
     groups: list[BlockGroup] = []
-    with contextlib.suppress(CacheError):  # what cannot be read is a finding of `verify`
-        for index in cache.round_numbers():
+    with contextlib.suppress(CacheError):  # `verify` reports it
+        for index in cache.round_entries():
             with contextlib.suppress(CacheError):
-                if cache.is_described(index):
+                if cache.has_round(index):
                     round_ = cache.round(index)
                     groups.append(round_.rollouts)
                     for name in round_.scorer_entries():
@@ -84,10 +78,10 @@ def block_groups(cache: Cache) -> list[BlockGroup]:
 
 
 def repair(cache: Cache, findings: Sequence[Finding]) -> int:
-    """Uncommit the blocks that `findings` name, and only those; returns how many there were.
+    """Uncommit the blocks of `findings`, and return how many there are.
 
-    Scores of a repaired rollouts block need no repair: they read as uncommitted once the block is sampled again
-    differently, and stay good where it is sampled again the same.
+    Scores of a repaired rollouts block need no repair: if sampling gives the same rollouts again they are valid, else
+    they do not count as committed.
     """
     blocks = {(f.round, f.group, f.block) for f in findings if f.round is not None and f.block is not None}
     for index, name, block in sorted(blocks):
@@ -97,33 +91,37 @@ def repair(cache: Cache, findings: Sequence[Finding]) -> int:
     return len(blocks)
 
 
+_ORPHANED = "holds blocks, but its metadata (zarr.json) is missing"
+
+
+@contextlib.contextmanager
+def _reported(found: list[Finding], round_: int | None, group: str, array: str = "attributes") -> Iterator[None]:
+    """Turn a `CacheError` into a finding, but not a `StorageError`: it says nothing about the cache."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except CacheError as error:
+        found.append(Finding(round_, group, None, array, str(error)))
+
+
 def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Finding]:
-    try:
-        round_.prompts.check()
-    except StorageError:
-        raise
-    except CacheError as error:
-        yield Finding(round_.index, "prompts", None, "bytes", str(error))
+    found: list[Finding] = []
     groups: list[BlockGroup] = [round_.rollouts]
-    try:
-        names, lost = round_.scorer_entries(), round_.lost_scorers()
-    except StorageError:
-        raise
-    except CacheError as error:
-        yield Finding(round_.index, "scores", None, "attributes", str(error))
-        names, lost = [], []
+    with _reported(found, round_.index, "prompts", "bytes"):
+        round_.prompts.check()
+    names: list[str] = []
+    orphaned: list[str] = []
+    with _reported(found, round_.index, "scores"):
+        names, orphaned = round_.scorer_entries(), round_.orphaned_scorers()
     for name in names:
-        if name in lost:
-            problem = "holds blocks, but its metadata (zarr.json) is gone"
-            yield Finding(round_.index, f"scores/{name}", None, "attributes", problem)
+        if name in orphaned:
+            found.append(Finding(round_.index, f"scores/{name}", None, "attributes", _ORPHANED))
             continue
-        try:
-            if round_.is_described(name):
+        with _reported(found, round_.index, f"scores/{name}"):
+            if round_.has_scores(name):
                 groups.append(round_.scores(name))
-        except StorageError:
-            raise
-        except CacheError as error:
-            yield Finding(round_.index, f"scores/{name}", None, "attributes", str(error))
+    yield from found
     readable = []
     for group in groups:
         problems = list(group.check_metadata())
@@ -139,7 +137,7 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
                     if rollouts is not None:
                         rollouts.validate(round_.manifest, block)
                 elif not _is_stale(group, block):
-                    # Bad rollouts make it impossible to check what scores mean, not whether they are whole.
+                    # Without valid rollouts, scores are checked for digests only.
                     _check_scores(group, block, rollouts)
             except CorruptBlockError as error:
                 yield Finding(round_.index, group.name, block, error.array, error.problem)
@@ -151,7 +149,7 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
 
 
 def _is_stale(group: BlockGroup, block: int) -> bool:
-    """Whether the block scores what the cache no longer holds. Not where that cannot be known."""
+    """Whether the block scores rollouts or candidates that have changed since; False if that is unknown."""
     try:
         return not group.is_committed(block)
     except StorageError:

@@ -29,7 +29,7 @@ where and how much. Results go to stdout, everything else to stderr.
 | exit code | means |
 |---|---|
 | 0 | done |
-| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#what-a-message-means)) |
+| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#error-messages)) |
 | 1 | also what `verify` found damaged, and a pair that `diagnose` says cannot work |
 | 2 | usage: an unknown command or option |
 | 3 | `train`: the cache is stale, sample a new round ([when training ends](stage-two.md#when-training-ends)) |

@@ -1,4 +1,4 @@
-"""On-policy distillation from Python, for people with a loop of their own.
+"""On-policy distillation from Python, for custom training loops.
 
     student = Student(ModelConfig(model="Qwen/Qwen3-8B"))
     teacher = Teacher(ModelConfig(model="Qwen/Qwen3-32B"))
@@ -12,8 +12,8 @@
         advantage = -(student_logp - teacher_logp)
         trainer.update(rollouts, advantage, loss_fn="importance_sampling")
 
-Sampler, scorer and trainer are those of the commands. Student and teacher are in memory together here; where they do
-not fit, `Student.cached` reads what `redpen rollouts` and `redpen score` left on disk.
+Sampler, scorer and trainer are the ones that the commands use. Student and teacher share memory here; if they do not
+fit, `Student.cached` reads rollouts from the cache of `redpen rollouts` and `redpen score`.
 
 Shapes: T response tokens of all rollouts end to end, K candidates.
 """
@@ -37,14 +37,15 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.forward.packing import check_packing
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
+from pipeline.models.resolve import resolve
 from pipeline.teachers.alignment import View, align
-from pipeline.text.prompts import check_record, render_all
-from pipeline.train import in_memory as given
-from pipeline.train import trainer
-from pipeline.train.objective import Objective
+from pipeline.text.records import check_record
+from pipeline.text.rendering import render_all
+from pipeline.train import in_memory, trainer
+from pipeline.train.objective import DistillationObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,13 +59,13 @@ _CHECKED_ROLLOUTS = 4
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """What a student answered, and what it thought of every token.
+    """Responses that a student sampled, with its own log-probs of every token.
 
     Attributes:
         block: token ids, exactly as sampled: prompts, responses, lengths.
-        scores: the student's reading by the forward that also trains, with its candidates; at temperature 1 and in
-            nats, whatever the sampling temperature was.
-        top_p: they were sampled at.
+        scores: the student's log-probs and candidates by the forward pass that also trains, in nats at temperature 1,
+            whatever the sampling temperature was.
+        top_p: used for sampling.
         vocab_size: of the student's head.
     """
 
@@ -76,12 +77,12 @@ class Rollouts:
 
     @property
     def logprobs(self) -> Float32:
-        """f4 [T]: log p_S(x_t | x_<t) of the student that sampled, at temperature 1."""
+        """f4 [T]: log p_S(x_t | x_<t) by the student that sampled, at temperature 1."""
         return self.scores.logprobs
 
     @property
     def texts(self) -> list[str]:
-        """Every response, those of one prompt beside each other, without special tokens."""
+        """Every response without special tokens; those of one prompt are adjacent."""
         ids = [self.block.response(row) for row in range(len(self))]
         texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts
@@ -91,17 +92,17 @@ class Rollouts:
 
 
 class Student:
-    """The model that answers and learns; `Trainer` moves it in place, and it always samples as it then is.
+    """The model that samples and learns. `Trainer` updates it in place, and it samples with its current weights.
 
     Attributes:
-        model: of transformers, inside PEFT's once a `Trainer` has put a LoRA on it; `model.save_pretrained(DIR)` then
-            writes the adapter, for `ModelConfig(adapter=DIR)`, for plain peft and for vLLM.
+        model: the transformers model, wrapped by PEFT once a `Trainer` has added a LoRA; `model.save_pretrained(DIR)`
+            then writes the adapter, for `ModelConfig(adapter=DIR)`, plain peft and vLLM.
 
     Args:
         model: a path or Hub id, or its whole configuration (dtype, adapter, device, ...).
-        template, template_args: how prompts become tokens, as in a recipe's [prompts].
+        template, template_args: how prompts are tokenized, as in a recipe's [prompts].
         candidates: K, the sampled token and the student's likeliest others, which "reverse_kl" compares.
-        tile_tokens: prompt and response tokens in one forward while reading.
+        tile_tokens: prompt and response tokens in one forward pass while scoring.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -117,29 +118,30 @@ class Student:
         tile_tokens: int = 8192,
     ):
         self.config = _config(model)
-        self.tokenizer = models.load_tokenizer(self.config)
+        self._facts = resolve(self.config)
+        self.tokenizer = self._facts.tokenizer
         self.model: Any = models.load_model(self.config, trainable=True)
         self._prompts = PromptsConfig(path="prompts", template=template, template_args=template_args or {})
-        self._facts = models.model_facts(self.config)
-        known = models.tokenizer_identity(self.tokenizer, self.config.model).vocab_size
-        known = min(known, self._facts.vocab_size)
-        self._options = ScoreOptions(candidates=candidates, candidate_vocab=known, tile_tokens=tile_tokens)
+        self._options = ScoreOptions(
+            candidates=candidates, candidate_vocab=self._facts.known_tokens, tile_tokens=tile_tokens
+        )
         self._passes = 0
 
     def sample(self, prompts: Sequence[Prompt], settings: RolloutsConfig = RolloutsConfig()) -> Rollouts:  # noqa: B008
-        """Answers of the student as it is now. Every call draws anew; the same calls in the same order draw the same.
+        """Sample responses with the current weights. Each call draws new ones; repeating the calls repeats the draws.
 
         Args:
             prompts: texts, or lists of messages (`{"role": ..., "content": ...}`).
-            settings: rollouts for each prompt, lengths, seed, top_p, and temperature, which importance sampling wants
-                at 1.
+            settings: rollouts for each prompt, lengths, seed, top_p, and temperature, which should be 1 for
+                importance sampling.
 
         Raises:
-            PromptError, ConfigError: a prompt, or one with the longest response, does not fit the student.
+            PromptError, ConfigError: a prompt, alone or with the longest response, exceeds the student's context.
         """
         if settings.engine != "transformers":
             raise ConfigError(
-                f'rollouts.engine = {settings.engine!r}: vLLM cannot follow a student that moves; use "transformers"'
+                f'rollouts.engine = {settings.engine!r}: expected "transformers", vLLM cannot sample a student that '
+                "is being trained"
             )
         if not prompts:
             raise PromptError("prompts: expected at least one, got none")
@@ -150,7 +152,7 @@ class Student:
         sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,
-            stop_token_ids=models.stop_token_ids(self.config, self.tokenizer, settings),
+            stop_token_ids=self._facts.stop_token_ids(settings),
             rollouts_per_prompt=settings.rollouts_per_prompt,
             max_response_tokens=settings.max_response_tokens,
             seed=settings.seed,
@@ -160,27 +162,29 @@ class Student:
             sampler = TransformersSampler(self.model, sampling, batch_size=settings.batch_size)
             block = sampler.sample_block(PromptBlock(0, list(enumerate(ids))))
         self._passes += 1
-        scores = _read(self.model, TokenBatch((block,)), self._options)
+        scores = _score(self.model, TokenBatch((block,)), self._options)
         return self._rollouts(block, scores, settings.top_p)
 
     def compute_logprobs(self, rollouts: Rollouts) -> Float32:
-        """f4 [T]: what the student thinks of the tokens *now*; `rollouts.logprobs` is what it thought."""
-        return _read(self.model, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids), self._options).logprobs
+        """f4 [T]: log-probs by the *current* student; `rollouts.logprobs` are those of the student that sampled."""
+        return _score(
+            self.model, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids), self._options
+        ).logprobs
 
     def cached(self, round_: cs.Round, block: int) -> Rollouts:
-        """A block of a cache's round; `round_.scores(TEACHER).read(block).logprobs` is what a teacher says of it.
+        """Rollouts from a block of a cache; `round_.scores(TEACHER).read(block).logprobs` are a teacher's log-probs.
 
         Raises:
             CacheError: the block is not sampled or not scored yet, or damaged.
-            ModelError: another student sampled it, or its candidates were drawn at random, which `redpen train` can
-                learn from.
+            ModelError: a different student sampled it, or its candidates were drawn at random, which only
+                `redpen train` can learn from.
         """
-        cached, own = round_.manifest.student, models.model_identity(self.config)
+        cached, own = round_.manifest.student, self._facts.identity
         read = round_.scores(cs.STUDENT)
         if (cached.digest, cached.adapter_digest) != (own.digest, own.adapter_digest):
             raise ModelError(
-                f"round {round_.index} of {round_.cache.url} was sampled by another student, {cached.name}; "
-                f"load that one, or sample a round by {own.name}"
+                f"round {round_.index} of {round_.cache.url} was sampled by a different student, {cached.name}; "
+                f"load that one, or sample a round with {own.name}"
             )
         assert isinstance(read.manifest, cs.ScoresManifest)
         if read.manifest.candidate_kind != "topk":
@@ -195,7 +199,7 @@ class Student:
 
 
 class Teacher:
-    """A model that reads what the student wrote.
+    """A model that scores what the student sampled.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -203,49 +207,50 @@ class Teacher:
 
     def __init__(self, model: str | ModelConfig, *, tile_tokens: int = 8192):
         self.config = TeacherConfig(**_config(model).model_dump())
-        self.tokenizer = models.load_tokenizer(self.config)
+        self.tokenizer = resolve(self.config).tokenizer
         self.model = models.load_model(self.config)
         self._options = ScoreOptions(tile_tokens=tile_tokens)
-        self._read_before: PreTrainedTokenizerBase | None = None
+        self._aligned_with: PreTrainedTokenizerBase | None = None
         self._view = View()
 
     def compute_logprobs(self, rollouts: Rollouts) -> Float32:
         """f4 [T]: log p_T(x_t | x_<t) in nats, at temperature 1, token by token beside `rollouts.logprobs`.
 
         Raises:
-            ModelError: the teacher's tokenizer cuts text in another way than the student's (other ids are no matter),
-                or packing does not fit its architecture.
+            ModelError: the teacher tokenizes text differently from the student (different ids are fine), or its
+                architecture does not support packing.
         """
         return self.compute_scores(rollouts).logprobs
 
     def compute_scores(self, rollouts: Rollouts) -> cs.ScoreBlock:
-        """The same with log-probs [T, K] at the student's candidates (NaN at those that the teacher lacks) and of
-        everything else, for "reverse_kl"."""
+        """The same, with log-probs [T, K] of the student's candidates (NaN for tokens that the teacher lacks) and of
+        all other tokens together, for "reverse_kl".
+        """
         student, batch = rollouts.tokenizer, TokenBatch((rollouts.block,), rollouts.scores.candidate_ids)
-        if self._read_before is not student:
-            sizes = max(rollouts.vocab_size, len(student)), models.model_facts(self.config).vocab_size
+        if self._aligned_with is not student:
+            sizes = max(rollouts.vocab_size, len(student)), resolve(self.config).vocab_size
             alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
             self._view = View(alignment=None if alignment.is_identity(student) else alignment)
             (theirs,) = self._view.of(batch).blocks
             check_packing(self.model, *sequences(theirs, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
-            self._read_before = student
-        return self._view.back(_read(self.model, self._view.of(batch), self._options), batch)
+            self._aligned_with = student
+        return self._view.back(_score(self.model, self._view.of(batch), self._options), batch)
 
 
 class Trainer:
-    """Moves a student, one optimizer step at a time.
+    """Trains a student, one optimizer step at a time.
 
     Args:
-        student: gets a LoRA, or whatever `train.method` asks for, and from then on samples with it.
-        train: settings as in a recipe's [train]; the loss is what `update` is called with, and what only a replay of
-            a cache knows (batch sizes, order, stops, checkpoints) plays no part.
+        student: gets a LoRA, or what `train.method` asks for, and samples with it from then on.
+        train: settings as in a recipe's [train]. `update` chooses the loss; settings that concern the replay of a
+            cache (batch sizes, order, stops, checkpoints) are ignored.
     """
 
     def __init__(self, student: Student, train: TrainConfig = TrainConfig()):  # noqa: B008  frozen
         self.student = student
         self._train = train
         student.model = make_trainable(student.model, train)
-        self._trainer = trainer.Trainer(student.model, self._objective("importance_sampling"), train)
+        self._trainer = trainer.StudentTrainer(student.model, self._objective("importance_sampling"), train)
         self._used: set[bytes] = set()
 
     @property
@@ -262,52 +267,54 @@ class Trainer:
         reverse_kl             sum over candidates and rest of p_S (log p_S - log p_T)
 
         Args:
-            signal: the advantage A [T], in nats, clipped to +-`train.advantage_clip`; for "reverse_kl" what
-                `Teacher.compute_scores` gives.
+            signal: the advantage A [T] in nats, clipped to +-`train.advantage_clip`; for "reverse_kl" the result of
+                `Teacher.compute_scores`.
 
         Returns:
-            Metrics before the step: loss, grad_norm, lr, entropy, and how far the student has left the one that
-            sampled (ratio_mean, ratio_std, ratio_max, ess, chi_square).
+            Metrics before the step: loss, grad_norm, lr, entropy, and the drift from the student that sampled
+            (ratio_mean, ratio_std, ratio_max, ess, chi_square).
 
         Raises:
-            RedpenError: the same advantage for the same rollouts once more, a signal that is not finite or not of
-                these rollouts, importance sampling of a nucleus; nothing has moved then.
+            RedpenError: the same advantage was used for the same rollouts before, the signal is not finite or
+                belongs to different rollouts, or importance sampling meets top_p < 1. No weight has changed then.
         """
         if loss_fn == "importance_sampling":
             if rollouts.top_p < 1:
                 raise RedpenError(
                     f"importance_sampling: the rollouts were sampled at top_p {rollouts.top_p:g}, and tokens outside "
-                    'the nucleus have no ratio; sample at 1, or use loss_fn="reverse_kl"'
+                    'the nucleus have no ratio; sample at top_p 1, or use loss_fn="reverse_kl"'
                 )
-            advantage = given.read_advantage(signal, rollouts.block)
+            advantage = in_memory.read_advantage(signal, rollouts.block)
             use = _digest(rollouts, advantage)
             if use in self._used:
                 raise RedpenError(
-                    "advantage: these rollouts were trained on with this very advantage before. It compares the "
+                    "advantage: these rollouts were trained on with the same advantage before. It compares the "
                     "teacher with the student that sampled, so it is right for one pass only: replayed, its optimum "
-                    "is a point mass on the best rollout. Sample again, or recompute student_logp as it now is with "
+                    "is a point mass on the best rollout. Sample again, or recompute the advantage with "
                     "student.compute_logprobs(rollouts)"
                 )
-            metrics = self._update(rollouts, given.as_teacher(advantage, rollouts.block, rollouts.logprobs), loss_fn)
+            metrics = self._update(
+                rollouts, in_memory.as_teacher(advantage, rollouts.block, rollouts.logprobs), loss_fn
+            )
             self._used.add(use)
-            del metrics["reverse_kl"]  # an advantage tells of the sampled token alone
+            del metrics["reverse_kl"]  # an advantage covers the sampled token only
             return metrics
         if loss_fn == "reverse_kl":
             assert rollouts.scores.candidate_ids is not None
-            return self._update(rollouts, given.at_candidates(signal, rollouts.scores.candidate_ids), loss_fn)
+            return self._update(rollouts, in_memory.at_candidates(signal, rollouts.scores.candidate_ids), loss_fn)
         raise RedpenError(f'loss_fn: expected "importance_sampling" or "reverse_kl", got {loss_fn!r}')
 
-    def _update(self, rollouts: Rollouts, columns: given.Columns, loss_fn: LossFn) -> dict[str, float]:
-        batch = given.batch(self.step, rollouts.block, rollouts.logprobs, columns)
+    def _update(self, rollouts: Rollouts, columns: in_memory.Columns, loss_fn: LossFn) -> dict[str, float]:
+        batch = in_memory.batch(self.step, rollouts.block, rollouts.logprobs, columns)
         if self.step == 0:
             self._trainer.check(batch.rollouts[:_CHECKED_ROLLOUTS])
         self._trainer.objective = self._objective(loss_fn)
         training_mode(self.student.model)
         return self._trainer.update(batch)
 
-    def _objective(self, loss_fn: LossFn) -> Objective:
+    def _objective(self, loss_fn: LossFn) -> DistillationObjective:
         train = self._train.model_copy(update={"loss": loss_fn, "advantage": "cached"})
-        return Objective(train, given.Given({}), models.model_facts(self.student.config).vocab_size)
+        return DistillationObjective(train, in_memory.InMemoryTeacher({}), resolve(self.student.config).vocab_size)
 
 
 def _config(model: str | ModelConfig) -> ModelConfig:
@@ -317,13 +324,13 @@ def _config(model: str | ModelConfig) -> ModelConfig:
     return found
 
 
-def _read(model: PreTrainedModel, batch: TokenBatch, options: ScoreOptions) -> cs.ScoreBlock:
+def _score(model: PreTrainedModel, batch: TokenBatch, options: ScoreOptions) -> cs.ScoreBlock:
     model.eval()
     return ResidentScorer(model, options).compute_logprobs(batch)
 
 
 def _digest(rollouts: Rollouts, advantage: Float32) -> bytes:
-    """Equal for the same rollouts with the same advantage, however often both are read from a cache."""
+    """Equal for equal rollouts with equal advantages, even if both are read from a cache again."""
     block = rollouts.block
     arrays = (block.prompt_token_ids, block.prompt_length, block.token_ids, block.response_length, advantage)
     return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=16).digest()

@@ -1,14 +1,14 @@
-"""New knowledge without losing old behaviour: fine-tune, then distil from the weights as they were, then check both.
+"""New knowledge without losing old behaviour: fine-tune, distil from the original weights, then check both.
 
     redpen continual RECIPE --cache URL --run DIR [--data FILE=SHARE ...]
 
 1. `redpen sft` on documents and chats, in DIR/sft: the student learns what is new, and its behaviour suffers.
 2. `redpen distill` of that student, in DIR/distill: its rollouts to `prompts.path` (chats without answers) are scored
-   by the recipe's teacher, which is the student as it was. No labels are needed.
-3. The gate: every `[[continual.gate]]` evaluation must hold, or the exit code is 4 and one line says what does not.
+   by the recipe's teacher, which is the student before fine-tuning. No labels are needed.
+3. The gate: every `[[continual.gate]]` evaluation must hold, otherwise the exit code is 4 and one line says why.
 
 DIR/adapter (DIR/model with `train.method = "full"`) is the result either way. The next batch of documents starts from
-it: `--set student.adapter=DIR/adapter`, with the same teacher. What there is to do follows from what is on disk, so
+it: `--set student.adapter=DIR/adapter`, with the same teacher. What is left to do follows from what is on disk, so
 the same command continues after any kill.
 """
 
@@ -20,8 +20,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -36,12 +34,14 @@ from pipeline.evaluate.table import share
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.runs.directory import Result, RunDirectory, open_run
+from pipeline.runs.files import DISTILL, GATE, SFT
+from pipeline.runs.trained_student import trained_student
 from pipeline.sft import stage as sft
 from pipeline.text.answers import share_right
 from pipeline.train import ledger
 
 EXIT_GATE = 4
-#: Parts of the recipe that decide what comes out, beside those that every run compares.
+#: Sections of the recipe that decide the result, beside those that every run compares.
 _SECTIONS = ("teacher", "prompts", "rollouts", "score", "sft", "distill", "continual")
 _ROUNDING = 1e-9
 #: The students that the gate compares.
@@ -52,80 +52,81 @@ Measured = dict[str, dict[str, dict[str, float]]]
 
 
 def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: Sequence[str] = ()) -> int:
-    """Go through all three, from wherever an earlier call left off; 0, or `EXIT_GATE`.
+    """Run all three, from wherever an earlier call left off; returns exit code 0, or `EXIT_GATE`.
 
     Under torchrun every rank calls this.
 
     Raises:
-        RedpenError, CacheError: what the stages raise, no gate is given, or the run was started with other settings.
+        RedpenError, CacheError: what the stages raise, no gate is set, or the run has different settings.
     """
     if not recipe.continual.gate:
         raise ConfigError(
             "continual.gate is not set: give one [[continual.gate]] for what must rise, one for what must stay"
         )
-    with contextlib.ExitStack() as held, join_ranks() as ranks:
+    with contextlib.ExitStack() as stack, join_ranks() as ranks:
         recipe = sft.with_data(recipe, data)
-        made = ranks.broadcast(lambda: _open(held, recipe, cache_url, run_dir))
-        result = ranks.broadcast(lambda: made.result)
+        run, result = ranks.broadcast(lambda: _open(stack, recipe, cache_url, run_dir))
         if result is None:
-            ranks.broadcast(lambda: list(_asked(recipe)))  # a gate that cannot be measured is refused before the work
+            ranks.broadcast(lambda: list(_gate_prompts(recipe)))  # refuse unusable prompts first
             if ranks.is_main_process:
-                made.start()
-            if models.made_student(recipe.student, made.path / "sft") is None:
-                with without_suggestions():
-                    sft.run(recipe, (), made.path / "sft")
+                run.start()
+            with without_suggestions():
+                if trained_student(recipe.student, run.path / SFT) is None:
+                    sft.run(recipe, (), run.path / SFT)
+                    models.free_memory()
+                tuned = trained_student(recipe.student, run.path / SFT)
+                assert tuned is not None
+                distill.run(recipe.model_copy(update={"student": tuned}), cache_url, run.path / DISTILL)
                 models.free_memory()
-            tuned = models.made_student(recipe.student, made.path / "sft")
-            assert tuned is not None
-            distill.run(recipe.model_copy(update={"student": tuned}), cache_url, made.path / "distill")
-            models.free_memory()
-            result = ranks.broadcast(lambda: _finish(made, recipe, tuned))
+            result = ranks.broadcast(lambda: _finish(run, recipe, tuned))
         if ranks.is_main_process:
-            show(f"{made.path}: {result.sentence}")
+            show(f"{run.path}: {result.sentence}")
         return result.exit_code if ranks.is_main_process else 0
 
 
 def _open(
-    held: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
-) -> RunDirectory:
-    """The run, locked until `held` closes. Raises `RedpenError` where it was started with other settings."""
-    made = held.enter_context(open_run(run_dir, recipe, {"url": cache_url}))
-    if made.recipe.exists():
-        before = load_stored_recipe(made.recipe)
+    stack: contextlib.ExitStack, recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]
+) -> tuple[RunDirectory, Result | None]:
+    """The run, locked until `stack` closes, and its result. Raises `RedpenError` if its settings were different."""
+    run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url}))
+    if run.recipe.exists():
+        before = load_stored_recipe(run.recipe)
         differing = [f"[{name}]" for name in _SECTIONS if getattr(before, name) != getattr(recipe, name)]
         if differing:
             raise RedpenError(
-                f"run {made.path} was started with another {', '.join(differing)}; choose another --run"
+                f"run {run.path} was started with a different {', '.join(differing)}; choose another --run"
             )
-    return made
+    return run, run.result
 
 
-def _finish(made: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
-    """Keep what was made, measure the gate, and record how it ended."""
-    after = models.made_student(tuned, made.path / "distill") or tuned
-    kept, source = made.made, after.adapter if recipe.train.method == "lora" else after.model
-    with made.writing(), atomic_directory(kept) as partial:
+def _finish(run: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
+    """Copy the trained student, measure the gate, and record how it ended."""
+    after = trained_student(tuned, run.path / DISTILL) or tuned
+    source = after.adapter if recipe.train.method == "lora" else after.model
+    with run.writing(), atomic_directory(run.trained) as partial:
         assert source is not None
         shutil.copytree(source, partial, dirs_exist_ok=True)
     measured = _measure(recipe, {BEFORE: recipe.student, TUNED: tuned, AFTER: after})
-    with made.writing():
-        write_atomically(made.path / "gate.json", json.dumps(measured, indent=1) + "\n")
-        write_atomically(made.ledger, json.dumps(_ledger(made.path), indent=1) + "\n")
+    (sft_cost,) = ledger.read(run.path / SFT).values()  # documents and chats cost nothing
+    costs = {"sft": sft_cost, **ledger.read(run.path / DISTILL)}
+    with run.writing():
+        write_atomically(run.path / GATE, json.dumps(measured, indent=1) + "\n")
+        write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
     _show(measured)
     faults = [fault for gate in recipe.continual.gate if (fault := fault_of(gate, measured[gate.name])) is not None]
     sentence = f"the gate does not hold: {'; '.join(faults)}" if faults else "the gate holds"
-    result = Result(1, f"{sentence}; the {kept.name} is {kept}", EXIT_GATE if faults else 0)
-    made.finish(result)
+    result = Result(1, f"{sentence}; the {run.trained.name} is {run.trained}", EXIT_GATE if faults else 0)
+    run.finish(result)
     return result
 
 
 def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
-    """Greedy responses of every student to every gate's prompts."""
-    asked = _asked(recipe)
-    found: Measured = {name: {} for name in asked}
+    """Score greedy responses of every student to the prompts of every gate."""
+    gates = _gate_prompts(recipe)
+    found: Measured = {name: {} for name in gates}
     for label, cfg in students.items():
         model = models.load_model(cfg)
-        for name, prompts in asked.items():
+        for name, prompts in gates.items():
             right = np.zeros((len(prompts.prompts), 1), np.bool_)
             right[: prompts.count(model)] = True
             found[name][label] = asdict(share_right(right))
@@ -135,18 +136,19 @@ def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
     return found
 
 
-def _asked(recipe: Recipe) -> dict[str, HeldOutPrompts]:
-    """The prompts of every gate. Raises `RedpenError` where they cannot be used."""
+def _gate_prompts(recipe: Recipe) -> dict[str, HeldOutPrompts]:
+    """The prompts of every gate. Raises `RedpenError` if they cannot be used."""
     found = {}
     for gate in recipe.continual.gate:
-        of_gate = recipe.eval.model_copy(update={"path": gate.path, "limit": gate.limit})
-        asking, setting = recipe.model_copy(update={"eval": of_gate}), f"continual.gate.{gate.name}.path"
-        found[gate.name] = HeldOutPrompts.load(asking, gate.metric, gate.limit, setting)
+        prompts = recipe.eval.model_copy(update={"path": gate.path, "limit": gate.limit})
+        setting = f"continual.gate.{gate.name}.path"
+        gate_recipe = recipe.model_copy(update={"eval": prompts})
+        found[gate.name] = HeldOutPrompts.load(gate_recipe, gate.metric, gate.limit, setting)
     return found
 
 
 def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | None:
-    """What of a gate does not hold."""
+    """The limit of a gate that the measured values break, as a sentence; None if it holds."""
     before, tuned, after = (measured[label]["value"] for label in (BEFORE, TUNED, AFTER))
     rise = after - before
     if gate.at_least is not None and after < gate.at_least:
@@ -159,12 +161,6 @@ def fault_of(gate: GateConfig, measured: dict[str, dict[str, float]]) -> str | N
         lost = f"{gate.name} fell by {100 * (tuned - after):.1f} points after fine-tuning"
         return f"{lost}, more than {100 * gate.fall_since_sft:.1f}"
     return None
-
-
-def _ledger(path: Path) -> dict[str, Any]:
-    """What both parts cost."""
-    (tuning,) = ledger.read(path / "sft").values()  # documents and chats cost nothing
-    return ledger.table({"sft": tuning, **ledger.read(path / "distill")})
 
 
 def _show(measured: Measured) -> None:

@@ -75,3 +75,9 @@ def user_message(error: Exception) -> str | None:
             'placement "streamed"), train.tokens_per_microbatch (training) or eval.batch_size, and run it again'
         )
     return None
+
+
+def one_line(error: object, at_most: int = 200) -> str:
+    """A library's exception on one line, its class first, for a message of redpen's."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= at_most else text[: at_most - 3] + "..."

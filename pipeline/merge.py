@@ -1,8 +1,8 @@
-"""An adapter and its base as one model: `redpen merge RUN_OR_ADAPTER -o DIR`.
+"""Merge an adapter into its base model: `redpen merge RUN_OR_ADAPTER -o DIR`.
 
-For every layer with an adapter, W' = round(W + B A alpha / r), added up in fp32 and rounded once, to the dtype of the
-result. The base is loaded on the CPU in its own dtype and one layer at a time is in fp32, so host memory has to hold
-the model once (in the larger of both dtypes), the adapter, and that layer.
+Each layer with an adapter becomes W' = round(W + B A alpha / r), computed in fp32 and rounded once to the dtype of
+the result. The base is loaded on the CPU in the dtype of its checkpoint and converted to fp32 layer by layer, so host
+memory has to hold the model once (in the larger of both dtypes), the adapter, and one layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from pipeline.config import ModelConfig, load_stored_recipe
@@ -24,52 +23,49 @@ from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
 from pipeline.models.files import read_adapter_config
 from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
-
-
-class _AdapterConfig(BaseModel):
-    """What adapter_config.json says of the base model."""
-
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
+from pipeline.models.paths import base_name
+from pipeline.models.resolve import resolve
+from pipeline.runs.files import MODEL, RECIPE
+from pipeline.runs.trained_student import trained_student
 
 
 def run(target: str, output: str, *, base: str | None = None, dtype: str | None = None) -> int:
-    """Write the merged model, its tokenizer and a model card to `output`, all at once; the exit code.
+    """Write the merged model, its tokenizer and a model card to `output`, all at once; returns exit code 0.
 
     Args:
         target: a run, or a PEFT adapter's directory or Hub id.
-        base: what it goes on; by default what the adapter's config names.
+        base: the base model; by default the one in the adapter's config.
         dtype: "bfloat16", "float16" or "float32"; by default the base model's.
 
     Raises:
-        RedpenError: `output` is not empty, there is no adapter, it is not one that can be merged, or it does not fit
-            its base.
+        RedpenError: `output` is not empty, or there is no adapter that can be merged into this base.
     """
     to = Path(output)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RedpenError(f"--output {output}: expected a new or empty directory; choose another, or remove it first")
     cfg = _with_adapter(target, base)
     try:
-        source, facts = models.model_directory(cfg), models.model_facts(cfg)
+        facts = resolve(cfg)
+        source = facts.directory
     except ModelNotFoundError as error:
         raise ModelError(f"--base: {error}") from error
     if facts.quantisation is not None:
         raise ModelError(
-            f"--base = {cfg.model!r}: its weights are quantised ({facts.quantisation}), and what is merged into them "
-            "would be rounded away; give the model as it was before"
+            f"--base = {cfg.model!r}: expected an unquantised model, its weights are in {facts.quantisation} "
+            "and rounding would lose the adapter; give the model that it was quantised from"
         )
     card = _card_of(cfg)
     if card and (quantisation := card.data.get("base_model_quantisation")):
         warn(
-            f"{target}: was trained on a base in {quantisation} and is merged into the unquantised one; what comes "
-            "out differs from what was trained by the rounding of the base, and `redpen eval` measures it"
+            f"{target}: was trained on a base in {quantisation} and is merged into the unquantised one; the merged "
+            "model differs from the trained one by the rounding of the base (`redpen eval` measures how much)"
         )
     name = dtype or facts.dtype
     merged = merge(models.load_model(cfg), getattr(torch, name))
     try:
         with atomic_directory(to) as partial:
             models.save_model(merged, partial, source)
-            write_atomically(partial / "README.md", mask(_merged_card(models.base_name(cfg), name, card)))
+            write_atomically(partial / "README.md", mask(_merged_card(base_name(cfg), name, card)))
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
@@ -78,10 +74,10 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
 
 
 def merge(model: Any, dtype: torch.dtype) -> Any:
-    """The transformers model within a PEFT model, its adapter merged, all weights in `dtype`. Changes `model`.
+    """Merge a PEFT model's adapter, in place, and return the transformers model with all weights in `dtype`.
 
     Raises:
-        ModelError: the adapter is of a kind that cannot be merged, or its weights are not finite.
+        ModelError: adapters of this kind cannot be merged, or the weights are not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -89,8 +85,8 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ModelError(
-            "adapter: it is on the embeddings or on the head, which are one tensor in this model, so what it does to "
-            "one of them cannot be merged without changing the other"
+            "adapter: it changes the embeddings or the head, which are one tensor in this model, so it cannot be "
+            "merged into one without changing the other"
         )
     try:
         for module in base.modules():
@@ -102,33 +98,31 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise ModelError(f"adapter: cannot be merged ({' '.join(str(error).split())[:200]})") from error
     for parameter in whole.parameters():
-        if parameter.dtype == loaded:  # and not one of those that a model keeps in fp32
+        if parameter.dtype == loaded:  # models keep some parameters in fp32
             parameter.data = parameter.data.to(dtype)
     return whole
 
 
 def _with_adapter(target: str, base: str | None) -> ModelConfig:
-    """The base with the adapter that `target` is or holds."""
+    """The config of the base model with the adapter in `target`."""
     run = Path(target)
-    if (run / "recipe.toml").is_file():
-        recipe = load_stored_recipe(run / "recipe.toml")
+    if (run / RECIPE).is_file():
+        recipe = load_stored_recipe(run / RECIPE)
         if recipe.train.method == "full":
-            raise RedpenError(
-                f"{target}: all weights were trained, {run / 'model'} is a whole model, nothing to merge"
-            )
-        made = models.made_student(recipe.student, run)
-        if made is None:
-            raise RedpenError(f"run {target}: has no adapter yet; finish it with the command that began it")
-        if made == recipe.student:
-            raise RedpenError(f"run {target}: its result is the student as it was, so there is nothing to merge")
-        cfg: ModelConfig = made.model_copy(update={"quantisation": None})
+            raise RedpenError(f"run {target}: trained all weights, so {run / MODEL} is a whole model already")
+        trained = trained_student(recipe.student, run)
+        if trained is None:
+            raise RedpenError(f"run {target}: has no adapter yet; repeat the command that started it")
+        if trained == recipe.student:
+            raise RedpenError(f"run {target}: its result is the student of the recipe, so there is nothing to merge")
+        cfg: ModelConfig = trained.model_copy(update={"quantisation": None})
     else:
-        directory = models.adapter_directory(ModelConfig(model="-", adapter=target))
+        directory = resolve(ModelConfig(model="-", adapter=target)).adapter_directory
         assert directory is not None
         settings = read_adapter_config(directory)
         name = base or settings.base_model_name_or_path
         if not name:
-            raise ModelError(f"{target}: its adapter_config.json names no base model; give it with --base")
+            raise ModelError(f"{target}: its adapter_config.json names no base model; set --base")
         cfg = ModelConfig(model=name, revision=settings.revision, adapter=target)
     if base is not None:
         cfg = cfg.model_copy(update={"model": base, "revision": None})
@@ -136,8 +130,8 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
 
 
 def _card_of(cfg: ModelConfig) -> ModelCard | None:
-    """The adapter's model card, if it has one that can be read."""
-    directory = models.adapter_directory(cfg)
+    """The adapter's model card, or None if there is none that can be parsed."""
+    directory = resolve(cfg).adapter_directory
     assert directory is not None
     try:
         card: ModelCard = ModelCard.load(directory / "README.md")
@@ -147,7 +141,7 @@ def _card_of(cfg: ModelConfig) -> ModelCard | None:
 
 
 def _merged_card(base: str, dtype: str, card: ModelCard | None) -> str:
-    """The merged model's own card, which keeps what the adapter's says of its training."""
+    """The merged model's card, with the training section of the adapter's card."""
     _, heading, training = (card.text if card else "").partition(f"{TRAINING}\n")
     return "\n".join(
         [

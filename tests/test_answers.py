@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import EvalConfig
 from pipeline.errors import ConfigError
-from pipeline.text.answers import Checker, as_number, extract_answer, pass_at, share_right
+from pipeline.text.answers import Checker, as_number, pass_at, share_right
 from pipeline.text.math_verify import MathJudge, boxed
 
 BOXED = r"\\boxed\{(.*)\}"
@@ -35,7 +35,7 @@ BOXED = r"\\boxed\{(.*)\}"
     ],
 )
 def test_the_answer_is_the_last_match(response: str, pattern: str | None, answer: str | None) -> None:
-    assert extract_answer(response, pattern) == answer
+    assert Checker(pattern=pattern).answer(response) == answer
 
 
 def test_wilson_intervals() -> None:

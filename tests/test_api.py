@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache
 from torch import Tensor
 
 import cache_schema as cs
+from helpers.caches import make_cache
 from pipeline.api import Rollouts, Student, Teacher, Trainer
 from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError, PromptError, RedpenError
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PROMPTS = ["487+3*5=", "96+4*4=", "10+1*1="]
 FEW = RolloutsConfig(rollouts_per_prompt=4, max_response_tokens=24)
 TRAIN = TrainConfig(
-    learning_rate=1e-3, lora_rank=4, tokens_per_microbatch=100, gradient_checkpointing=False, max_grad_norm=1e9
+    learning_rate=1e-3, lora_rank=4, tokens_per_microbatch=100, gradient_checkpointing=False, max_grad_norm=1e6
 )
 FP32 = {"dtype": "float32"}
 
@@ -133,7 +133,7 @@ def nan_in_one(values: Any) -> Any:
             "importance_sampling",
             r"one value for each of the rollouts' \d+ response tokens, got shape",
         ),
-        (lambda a: a[None], "importance_sampling", r"belongs to other rollouts, or is not by token"),
+        (lambda a: a[None], "importance_sampling", r"pass one value a token"),
         (lambda a: a.mean(), "importance_sampling", r"got shape \(\)"),
         (nan_in_one, "importance_sampling", r"expected finite numbers, got 1 of \d+ that are not"),
         (lambda a: a, "reverse_kl", r"expected what teacher\.compute_scores\(rollouts\) gives"),
@@ -162,7 +162,7 @@ def test_reverse_kl_over_candidates(teacher: Teacher) -> None:
     for _ in range(5):  # no advantage: the same scores may be used again
         last = trainer.update(rollouts, scores, loss_fn="reverse_kl")
     assert last["loss"] < first["loss"]
-    with pytest.raises(RedpenError, match=r"they belong to other rollouts"):
+    with pytest.raises(RedpenError, match=r"score these rollouts"):
         trainer.update(student.sample(PROMPTS[:1], FEW), scores, loss_fn="reverse_kl")
 
 
@@ -246,7 +246,7 @@ def test_a_cached_round_is_read_as_rollouts(toy_cache: Path, recipe: Callable[..
     trainer.update(rollouts, -(rollouts.logprobs - teacher_logp), loss_fn="importance_sampling")
     with pytest.raises(RedpenError, match=r"one pass only"):  # read anew, they are still the same rollouts
         trainer.update(student.cached(round_, 2), -(rollouts.logprobs - teacher_logp), loss_fn="importance_sampling")
-    with pytest.raises(ModelError, match=r"was sampled by another student, toy:student"):
+    with pytest.raises(ModelError, match=r"was sampled by a different student, toy:student"):
         Student(ModelConfig(model="toy:teacher", **FP32)).cached(round_, 2)
     drawn = make_cache(tmp_path / "drawn.zarr", recipe("score.candidate_kind=sampled", "prompts.limit=4"))
     with pytest.raises(ModelError, match=r'expected candidates of kind "topk", got "sampled"; use `redpen train`'):

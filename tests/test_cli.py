@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cache_factory
 import pytest
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 from pipeline import cli, console, errors
 from pipeline.environment import ENVIRONMENT
 
@@ -50,10 +50,10 @@ def one_line(captured: str) -> str:
         ("score toy --cache c --set train.steps=x", '--set train.steps must be an integer >= 1, got "x"'),
         ("train toy --cache c --run r --set steps=1", "did you mean train.steps?"),
         ("verify nothing", "cache nothing: nothing is there"),
-        ("verify file", "cache file: this is a file"),
+        ("verify file", "cache file: expected a directory, found a file"),
         ("verify directory", "cache directory: this is not a redpen cache"),
-        ("inspect newer", "cache newer: format version 2, this redpen reads up to 1; upgrade it"),
-        ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` makes one"),
+        ("inspect newer", "cache newer: expected format version 1 at most, found 2; upgrade redpen"),
+        ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` creates it"),
         ("inspect empty --rollout 0", "cache empty: holds no rollouts yet"),
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),
         ("inspect full --rollout 30", "round 0 has rollouts 0 to 29, got 30"),
@@ -70,7 +70,7 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
     Path("file").touch()
     Path("directory").mkdir()
     Path("directory/file").touch()
-    cache_factory.filled("full")
+    factory.filled("full")
     cs.create("empty")
     cs.create("newer")._root.attrs["redpen"] = {"format": "redpen", "version": 2}
     assert cli.main(args.split()) == 1
@@ -188,7 +188,7 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 
 
 def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
-    cache = cache_factory.filled("c.zarr", n_prompts=10)
+    cache = factory.filled("c.zarr", n_prompts=10)
     assert cli.main(["verify", "c.zarr"]) == 0
     assert "9 of 9 blocks are committed, no errors found" in capsys.readouterr().out
     shard = next(path for path in Path("c.zarr").rglob("rollouts/token_ids/c/1/*") if path.is_file())
@@ -205,7 +205,7 @@ def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_repair_waits_for_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    with cache_factory.filled("c.zarr").lock("redpen rollouts"):
+    with factory.filled("c.zarr").lock("redpen rollouts"):
         assert cli.main(["verify", "c.zarr"]) == 0
         capsys.readouterr()
         assert cli.main(["verify", "c.zarr", "--repair"]) == 1
@@ -294,7 +294,7 @@ def test_first_signal_ends_the_work_cleanly(signum: signal.Signals, code: int) -
     out, err = process.communicate(timeout=30)
     assert process.returncode == code and out == ""
     asked, ended = err.strip().splitlines()
-    assert asked == f"{signum.name}: stopping at the next safe point; once more to kill"
+    assert asked.startswith(f"{signum.name}: ") and asked.endswith(" again to force quit")
     assert ended == f"redpen: stopped by {signum.name}: 1 blocks are committed; the same command continues"
 
 

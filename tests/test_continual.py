@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import killing
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import cache_schema as cs
+from helpers import killing
 from pipeline import continual
 from pipeline.cli import main
 from pipeline.config import GateConfig, load_recipe
@@ -29,6 +29,7 @@ SHORT = (
     "distill.stop_reverse_kl=0",
 )
 HOLDS = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
+FAILS = "continual.gate=[{name='formats', path='toy:company/formats', limit=8, rise=1.0}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- world
@@ -107,9 +108,9 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
     assert capsys.readouterr().out.startswith(f"{run}: the gate does not hold")
     for other in ("sft.steps=5", "rollouts.temperature=0.9", "continual.gate=[{name='a', path='p', fall=0.1}]"):
-        with pytest.raises(RedpenError, match=rf"was started with another .*\[{other.partition('.')[0]}\]"):
+        with pytest.raises(RedpenError, match=rf"was started with a different .*\[{other.partition('.')[0]}\]"):
             continual.run(load_recipe("company", [*SHORT, other]), str(tmp_path / "c.zarr"), run)
-    with pytest.raises(RedpenError, match=r"another \[sft\]"):
+    with pytest.raises(RedpenError, match=r"different \[sft\]"):
         continual.run(recipe, str(tmp_path / "c.zarr"), run, [str(tmp_path / "week2.jsonl")])
     ledger = json.loads((run / "ledger.json").read_text())
     assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)
@@ -135,7 +136,7 @@ def test_the_next_documents_start_where_these_ended(tmp_path: Path, capsys: pyte
 
 
 def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
-    settings = [part for setting in SHORT for part in ("--set", setting)]
+    settings = [part for setting in (*SHORT, FAILS) for part in ("--set", setting)]
 
     def command(name: str) -> list[str]:
         where = ["--cache", str(tmp_path / f"{name}.zarr"), "--run", str(tmp_path / name)]

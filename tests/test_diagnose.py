@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch.nn import functional as F
@@ -28,13 +27,16 @@ import cache_schema as cs
 import pipeline.models.load
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers.caches import make_cache, small_recipe
 from pipeline.cli import main
 from pipeline.config import Recipe
 from pipeline.diagnose import reading, stage
 from pipeline.diagnose import rollout_checks as written
 from pipeline.errors import RedpenError
+from pipeline.models.resolve import resolve
 from pipeline.text.detokenize import local_tokenizer
-from pipeline.text.prompts import load_prompts, render_all
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
 from pipeline.toy import asset_path, build
 
 Model = Any
@@ -176,12 +178,12 @@ def test_a_shuffled_tokenizer_is_aligned_and_no_fault(toy_cache: Path, tmp_path:
 def read_in_a_chat_template(toy_cache: Path, cache: Path, *, recorded: bool) -> Path:
     """The toy's rollouts, to prompts without a template, read by the teacher in its chat template."""
     recipe = small_recipe("prompts.template=chat", "rollouts.max_prompt_tokens=64")
-    records, tokenizer = load_prompts(recipe.prompts), pipeline.models.load.load_tokenizer(recipe.student)
+    records, tokenizer = load_prompts(recipe.prompts), resolve(recipe.student).tokenizer
     prompts = render_all(records, tokenizer, recipe.prompts, 64)
     original = cs.open(str(toy_cache)).round()
     manifest = replace(original.manifest, max_prompt_tokens=64)
     if recorded:
-        manifest = replace(manifest, template=pipeline.text.prompts.template_identity(tokenizer, recipe.prompts))
+        manifest = replace(manifest, template=pipeline.text.rendering.template_identity(tokenizer, recipe.prompts))
     other = cs.create(str(cache.with_suffix(".chat"))).start_round(manifest, records)
     student = other.start_scores("student", replace(original.scores("student").manifest, template=manifest.template))
     for block in range(original.n_blocks):

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, small_recipe
 from safetensors.torch import load_file
 
 import cache_schema as cs
+from helpers.caches import SMALL, small_recipe
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config import Recipe
-from pipeline.distill import Estimate, Round, verdict
+from pipeline.distill import Measurement, RoundResult, final_result
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.rounds.metrics import scores_reverse_kl
 
 Make = Callable[..., Recipe]
@@ -53,7 +53,7 @@ def test_each_round_is_sampled_by_the_student_before(undisturbed: Path) -> None:
     cache, run = cs.open(undisturbed / "cache.zarr"), undisturbed / "run"
     assert cache.round_indices() == [0, 1] and not list(cs.verify(cache))
     first, second = cache.round(0), cache.round(1)
-    adapter = models.model_identity(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student)
+    adapter = resolve(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student).identity
     assert first.manifest.student.adapter_digest is None
     assert second.manifest.student.adapter_digest == adapter.adapter_digest is not None
     asked = [{round_.prompts[i]["prompt"] for i in range(12)} for round_ in (first, second)]
@@ -116,7 +116,9 @@ def test_a_finished_run_says_so_and_more_rounds_go_on(
     cache, run = str(undisturbed / "cache.zarr"), undisturbed / "run"
     before = (run / "run.json").read_bytes()
     assert distill.run(small_recipe(*ROUNDS), cache, run) == 0
-    assert capsys.readouterr().out == f"{run}: max rounds: 2 rounds done\n"
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"{run}: max rounds: 2 rounds done", f"adapter: {run / 'adapter'}"]
+    assert err.startswith(f"next: `redpen eval {run}`")
     assert (run / "run.json").read_bytes() == before
     with pytest.raises(RedpenError, match=r"train\.learning_rate = 0\.001, now 0\.1"):
         distill.run(small_recipe(*ROUNDS, "train.learning_rate=0.1"), cache, run)
@@ -151,18 +153,22 @@ def test_killed_while_it_trains_and_while_it_samples_again(undisturbed: Path, tm
         process.communicate()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "next:" not in done.stderr, "what comes next is its own work"
+    assert done.stderr.count("next:") == 1, "stages do not suggest what distill does itself"
     assert curve(run) == curve(undisturbed / "run")
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (undisturbed / "run" / name).read_bytes()
 
 
-def found(*kls: float, error: float = 0.0, heldout: tuple[float, ...] = (), trained: bool = False) -> list[Round]:
+def found(
+    *kls: float, error: float = 0.0, heldout: tuple[float, ...] = (), trained: bool = False
+) -> list[RoundResult]:
     """Rounds of these fresh reverse KLs; all but the last have trained."""
     rounds = []
     for index, kl in enumerate(kls):
         done = trained or index < len(kls) - 1
-        rounds.append(Round(Estimate(kl, error), heldout[index] if heldout and done else None, 5 if done else None))
+        rounds.append(
+            RoundResult(Measurement(kl, error), heldout[index] if heldout and done else None, 5 if done else None)
+        )
     return rounds
 
 
@@ -212,10 +218,10 @@ def found(*kls: float, error: float = 0.0, heldout: tuple[float, ...] = (), trai
     ],
 )
 def test_when_rounds_end(
-    recipe: Make, settings: tuple[str, ...], rounds: list[Round], kept: int | None, sentence: str | None
+    recipe: Make, settings: tuple[str, ...], rounds: list[RoundResult], kept: int | None, sentence: str | None
 ) -> None:
     overrides = ["distill.rounds=4", "distill.patience=2", *(f"train.heldout_metric={name}" for name in settings)]
-    result = verdict(recipe(*overrides), rounds)
+    result = final_result(recipe(*overrides), rounds)
     if kept is None:
         assert result is None
     else:
@@ -228,7 +234,7 @@ def test_of_a_rounds_measurements_the_best_counts(metric: str, best: float, reci
     values = enumerate((0.2, 0.9, 0.5), 1)
     lines = [json.dumps({"step": step, f"heldout_{metric}": value}) + "\n" for step, value in values]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    told = distill._trained(Round(Estimate(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path)
+    told = distill._after_training(RoundResult(Measurement(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path)
     assert (told.steps, told.heldout) == (3, best)
 
 

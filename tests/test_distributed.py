@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import preloaded
 import pytest
 import torch
-from conftest import SMALL, small_recipe
 from safetensors.torch import load_file, save_file
-from test_workers import processes
 from torch.distributed.tensor import DTensor
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import SMALL, small_recipe
+from helpers.preloaded import processes
 from pipeline import environment
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import Ranks, join_ranks
@@ -31,8 +31,10 @@ from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, ModelError
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.train import inputs, stage, stopping
-from pipeline.train.trainer import Trainer
+from pipeline.train import stage, stopping
+from pipeline.train.build import make_objective, make_replay
+from pipeline.train.teachers import select_teachers
+from pipeline.train.trainer import StudentTrainer
 
 STEPS = 6
 KILLED_STEPS = 40
@@ -74,8 +76,8 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
     for case in cases:
         recipe = small_recipe(*CASES[case])
         round_ = cs.open(cache).round()
-        learnt = inputs.objective(recipe, round_, inputs.teacher_names(recipe, round_, str(cache)))
-        replay = inputs.replay(recipe, round_, learnt)
+        learnt = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
+        replay = make_replay(recipe, round_, learnt)
         with weight_sharding(ranks, recipe.student, recipe.train) as sharding:
             other = models.load_model(sharding.load_config(recipe.student))
             model = lora.make_trainable(
@@ -84,7 +86,7 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
             generator = torch.Generator().manual_seed(1)
             for parameter in lora.trainable(model).values():  # with B = 0 half of a LoRA's gradient is 0
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-            trainer = Trainer(model, learnt, recipe.train, sharding)
+            trainer = StudentTrainer(model, learnt, recipe.train, sharding)
             for parameter in model.parameters():  # a LoRA stays whole, all else is in shards
                 adapter = recipe.train.method == "lora" and parameter.requires_grad
                 assert isinstance(parameter, DTensor) == (sharding.mesh is not None and not adapter)
@@ -96,12 +98,12 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
             }
             metrics = [value for step in range(2) for value in trainer.update(replay.batch(step)).values()]
             found["metrics"] = torch.tensor(metrics, dtype=torch.float64)
-            assert all(torch.equal(told, found["metrics"]) for told in sharding.gather(found["metrics"]))
-            if sharding.is_main_process:
+            assert all(torch.equal(told, found["metrics"]) for told in sharding.ranks.gather(found["metrics"]))
+            if sharding.ranks.is_main_process:
                 save_file(found, out / f"{case}.safetensors")
-            if sharding.size > 1:
-                next(iter(other.parameters())).data[0] += sharding.rank
-                with pytest.raises(ModelError, match=r"rank 1 holds other weights than rank 0 \(1 of \d+ differ"):
+            if sharding.ranks.size > 1:
+                next(iter(other.parameters())).data[0] += sharding.ranks.rank
+                with pytest.raises(ModelError, match=r"rank 1 and rank 0 .*\(1 of \d+ tensors"):
                     sharding.parallelize(other)
 
 
@@ -145,14 +147,14 @@ def broken(cache: Path, out: Path) -> None:
     from pipeline import cli
     from pipeline.distributed import signals
 
-    real, signals._OTHERS_WAIT_SECONDS = Trainer.update, 1
+    real, signals._MAIN_PROCESS_SECONDS = StudentTrainer.update, 1
 
-    def fails(self: Trainer, batch: Any) -> dict[str, float]:
-        if (self.sharding.rank, self.step) == (1, 2):
+    def fails(self: StudentTrainer, batch: Any) -> dict[str, float]:
+        if (self.ranks.rank, self.step) == (1, 2):
             raise ModelError("something that only rank 1 has")
         return real(self, batch)
 
-    Trainer.update = fails  # type: ignore[method-assign]
+    StudentTrainer.update = fails  # type: ignore[method-assign]
     sys.exit(cli.main(command(cache, out / "run")[3:]))
 
 

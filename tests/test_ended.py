@@ -7,19 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import pytest
-from conftest import SMALL, small_recipe
 
 import cache_schema as cs
+from helpers import killing
+from helpers.caches import SMALL, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
 from pipeline.config import ModelConfig
-from pipeline.distill import Estimate
+from pipeline.distill import Measurement
 from pipeline.errors import RedpenError
-from pipeline.models import load as models
+from pipeline.models.paths import find_directory
+from pipeline.models.resolve import resolve
 from pipeline.report import runs
 from pipeline.runs.files import DamagedRunError, digests, read_record, write_record
+from pipeline.runs.trained_student import trained_student
 from pipeline.train import stage
 
 STEPS = ("train.steps=3",)
@@ -65,8 +67,8 @@ def test_what_was_removed_is_made_again_from_the_checkpoint(
 ) -> None:
     path = run / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert part != "adapter" or models.made_student(small_recipe().student, run) is None
-    monkeypatch.setattr("pipeline.train.trainer.Trainer.update", None)  # nothing is trained again
+    assert part != "adapter" or trained_student(small_recipe().student, run) is None
+    monkeypatch.setattr("pipeline.train.trainer.StudentTrainer.update", None)  # nothing is trained again
     assert stage.run(small_recipe(*STEPS), str(toy_cache), run) == 0
     assert same(run, finished) and (run / "ledger.json").exists()
 
@@ -96,10 +98,10 @@ def test_damage_of_a_finished_run_reaches_nobody(
     assert main(["verify", str(run)]) == 1
     assert str(run / name) in capsys.readouterr().out
     if name.startswith("adapter"):
-        models._directory.cache_clear()
+        find_directory.cache_clear()
         uses: list[Callable[[], object]] = [
-            lambda: models.made_student(small_recipe().student, run),
-            lambda: models.adapter_directory(ModelConfig(model="toy:student", adapter=str(run / "adapter"))),
+            lambda: trained_student(small_recipe().student, run),
+            lambda: resolve(ModelConfig(model="toy:student", adapter=str(run / "adapter"))).adapter_directory,
             lambda: merge.run(str(run), str(tmp_path / "merged")),
             lambda: merge.run(str(run / "adapter"), str(tmp_path / "merged")),
         ]
@@ -129,7 +131,7 @@ def test_a_run_made_before_there_were_digests_goes_on(run: Path, toy_cache: Path
         del old["digest"]
         state.write_text(json.dumps(old))
     assert main(["verify", str(run)]) == 0 and not runs.read_run(run)["notes"]
-    assert models.made_student(small_recipe().student, run) is not None
+    assert trained_student(small_recipe().student, run) is not None
     assert stage.run(small_recipe(*STEPS), str(toy_cache), run) == 0
     assert stage.run(small_recipe("train.steps=4"), str(toy_cache), run) == 0
     now = read_record(run)
@@ -164,20 +166,20 @@ def test_the_student_as_it_was_is_a_result(
 ) -> None:
     """A second round shows that the first one made the student worse; nothing of the earlier finish is left."""
     cache, run = str(tmp_path / "cache.zarr"), tmp_path / "run"
-    kls = {0: Estimate(0.1), 1: Estimate(0.9)}
+    kls = {0: Measurement(0.1), 1: Measurement(0.9)}
     monkeypatch.setattr(distill, "fresh_reverse_kl", lambda recipe, url, index: kls[index])
     assert distill.run(small_recipe(*TINY, "distill.rounds=1"), cache, run) == 0
     recipe = small_recipe(*TINY, "distill.rounds=3")
-    assert models.made_student(recipe.student, run) not in (None, recipe.student)
+    assert trained_student(recipe.student, run) not in (None, recipe.student)
     (run / "eval.json").write_text("{}")
     capsys.readouterr()
     assert distill.run(recipe, cache, run) == 0
-    assert "the result is the student as it was" in capsys.readouterr().out
+    assert "the result is the student of the recipe" in capsys.readouterr().out
     record = read_record(run)
     assert record is not None and record.result is not None and record.result.step == 0
     assert not (run / "adapter").exists()
-    assert models.made_student(recipe.student, run) == recipe.student
-    with pytest.raises(RedpenError, match="as it was"):
+    assert trained_student(recipe.student, run) == recipe.student
+    with pytest.raises(RedpenError, match="nothing to merge"):
         merge.run(str(run), str(tmp_path / "merged"))
     (note,) = runs.read_run(run)["notes"]
     assert "eval.json" in note

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, small_recipe
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers.caches import SMALL, small_recipe
 from pipeline.cli import main
 from pipeline.diagnose import reading, stage
 

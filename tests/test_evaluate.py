@@ -9,15 +9,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import killing
 import numpy as np
-import preloaded
 import pytest
 import torch
-from conftest import small_recipe, tree_digest
 from safetensors import safe_open
 
 import cache_schema as cs
+from helpers import killing, preloaded
+from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
 from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -26,11 +25,14 @@ from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.evaluate import stage
 from pipeline.evaluate.reread import reread
 from pipeline.models import load as models
+from pipeline.models.paths import resolve_path
+from pipeline.models.resolve import resolve
 from pipeline.report.runs import read_run
-from pipeline.rounds.scored_block import marked_blocks
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.files import fault, read_record, write_record
 from pipeline.runs.lock import locked
-from pipeline.text.prompts import load_prompts, render
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render
 from pipeline.toy import asset_path, world
 
 N_PROMPTS = 20
@@ -75,7 +77,7 @@ def recipes_student(run_dir: Path, label: str) -> Recipe:
 @torch.inference_mode()
 def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     recipe = recipes_student(run_dir, label)
-    model, tokenizer = models.load_model(recipe.student, attention="sdpa"), models.load_tokenizer(recipe.student)
+    model, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
     right = 0
     records = [json.loads(line) for line in asset_path("prompts/heldout.jsonl").read_text().splitlines()]
     for record in records[:N_PROMPTS]:
@@ -94,7 +96,7 @@ def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, d
 def test_reverse_kl_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """The whole vocabulary in float64, each fresh rollout alone, and the sampled accuracy of the same rollouts."""
     recipe = recipes_student(run_dir, label)
-    student, tokenizer = models.load_model(recipe.student, attention="sdpa"), models.load_tokenizer(recipe.student)
+    student, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
     teacher = models.load_model(recipe.teacher[0], attention="sdpa")
     prompts = heldout(N_PROMPTS)
     records = load_prompts(prompts)
@@ -219,9 +221,9 @@ def test_the_fresh_rollouts_are_kept_as_a_cache(
         round_ = cache.round(index)
         assert round_.manifest.engine == "eval" and round_.prompts[3] == load_prompts(heldout(N_PROMPTS))[3]
         assert (round_.n_blocks, bool(round_.manifest.student.adapter_digest)) == (3, label == "after")
-        kl = [m.reverse_kl["teacher"] for m in marked_blocks(round_)]
+        kl = [m.reverse_kl["teacher"] for m in scored_blocks(round_)]
         assert np.concatenate(kl).mean() == pytest.approx(measured[label]["reverse_kl"]["value"], rel=1e-6)
-        tokenizer, n_right = models.load_tokenizer(recipes_student(kept, label).student), 0
+        tokenizer, n_right = resolve(recipes_student(kept, label).student).tokenizer, 0
         for block in range(round_.n_blocks):
             rollouts = round_.rollouts.read(block)
             for row in range(rollouts.n_rows):
@@ -340,22 +342,22 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
     assert about == {key: str(value) for key, value in json.loads((kept / "run.json").read_text())["cache"].items()}
     round_ = cs.open(toy_cache).round()
     worst, place = {}, {}
-    for marked in marked_blocks(round_):
-        rollouts = marked.rollouts
+    for scored in scored_blocks(round_):
+        rollouts = scored.rollouts
         for row in range(rollouts.n_rows):
             number = int(rollouts.prompt_index[rollouts.row_prompt[row]] * 4 + rollouts.sample_index[row])
-            worst[number] = marked.reverse_kl["teacher"][rollouts.response_slice(row)].max()
-            place[number] = (marked, row)
+            worst[number] = scored.reverse_kl["teacher"][rollouts.response_slice(row)].max()
+            place[number] = (scored, row)
     assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
     assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
     model = models.load_model(recipes_student(kept, "after").student, attention="sdpa")
     for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
-        marked, row = place[int(number)]
-        prompt, response = marked.rollouts.prompt(row), marked.rollouts.response(row)
+        scored, row = place[int(number)]
+        prompt, response = scored.rollouts.prompt(row), scored.rollouts.response(row)
         sequence = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
         logp = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double().log_softmax(1)
         logp_TV, span = logp.numpy(), slice(int(start), int(start + length))
-        candidates = marked.student.candidate_ids[marked.rollouts.response_slice(row)]
+        candidates = scored.student.candidate_ids[scored.rollouts.response_slice(row)]
         of_candidates = np.take_along_axis(logp_TV, candidates.astype(np.int64), 1)
         np.testing.assert_allclose(told["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
         np.testing.assert_allclose(told["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
@@ -414,7 +416,7 @@ def test_figures_elsewhere_leave_the_run_as_it_is(run_dir: Path, tmp_path: Path)
 def test_a_bare_model_with_prompts(
     figures: dict[str, dict[str, dict[str, float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student, heldout = models.resolve_path("toy:student"), asset_path("prompts/heldout.jsonl")
+    student, heldout = resolve_path("toy:student"), asset_path("prompts/heldout.jsonl")
     settings = [*SMALL, "prompts.template=none", r"eval.answer_pattern=''=(\d+)\s*$''".replace("''", "'")]
     out = tmp_path / "eval.json"
     assert stage.run(student, prompts=str(heldout), overrides=settings, out=out) == 0
@@ -454,7 +456,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
     "neither run nor model": (lambda _, tmp: tmp, {"prompts": "toy:heldout"}, RedpenError, "expected a run of"),
     "no such model": (lambda _, tmp: tmp / "nowhere", {"prompts": "toy:heldout"}, ModelError, "no such directory"),
     "a model without prompts": (
-        lambda *_: models.resolve_path("toy:student"),
+        lambda *_: resolve_path("toy:student"),
         {},
         ConfigError,
         "give the prompts with --prompts",
@@ -497,7 +499,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
         "short's context of 64 tokens",
     ),
     "a teacher without prompts": (
-        lambda *_: models.resolve_path("toy:student"),
+        lambda *_: resolve_path("toy:student"),
         {"teacher": "toy:teacher", "tasks": ["ifeval"]},
         ConfigError,
         "--teacher toy:teacher: ",
@@ -532,7 +534,7 @@ def test_what_cannot_be_measured_is_one_line(
     tmp_path: Path,
 ) -> None:
     if options.get("teacher") == "SHORT":
-        short = Path(shutil.copytree(models.resolve_path("toy:teacher"), tmp_path / "short"))
+        short = Path(shutil.copytree(resolve_path("toy:teacher"), tmp_path / "short"))
         facts = json.loads((short / "config.json").read_text())
         (short / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 64}))
         options = options | {"teacher": str(short)}

@@ -17,9 +17,10 @@ from pipeline.config import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
+from pipeline.runs.files import read_record, write_record
 from pipeline.text.answers import Checker
 from pipeline.train import stage
-from pipeline.train.stopping import Memory, best_step, verdict
+from pipeline.train.stopping import TrainingHistory, best_step, stop_result
 
 Make = Callable[..., Recipe]
 REVERSE_KL = ("train.heldout_metric=reverse_kl", "train.heldout_prompts=6", "train.heldout_every=2")
@@ -84,8 +85,9 @@ def test_an_interrupted_run_remembers_what_was_measured(toy_cache: Path, tmp_pat
     assert stage.run(whole, str(toy_cache), tmp_path / "whole") == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed/checkpoints/step-00000006")
-    state = json.loads((tmp_path / "resumed/run.json").read_text())
-    (tmp_path / "resumed/run.json").write_text(json.dumps(state | {"result": None}))
+    ended = read_record(tmp_path / "resumed")
+    assert ended is not None and ended.result is not None
+    write_record(tmp_path / "resumed", ended.model_copy(update={"result": None, "files": None}))
     assert stage.run(whole, str(toy_cache), tmp_path / "resumed") == 0
     keys = ("step", "loss", "heldout_reverse_kl")
     first, second = ([{k: line.get(k) for k in keys} for line in lines(tmp_path / n)] for n in ("whole", "resumed"))
@@ -105,9 +107,9 @@ def test_right_and_legal_are_those_of_eval(recipe: Make) -> None:
 
 
 def test_the_best_by_format_is_the_highest(recipe: Make) -> None:
-    memory = Memory(heldout={"2": 0.5, "4": 0.9, "6": 0.7})
+    memory = TrainingHistory(heldout={"2": 0.5, "4": 0.9, "6": 0.7})
     assert best_step(recipe(*FORMAT).train, memory) == 4
-    assert "held-out format 90.0%" in str(verdict(recipe(*FORMAT, "train.steps=6").train, 6, memory))
+    assert "held-out format 90.0%" in str(stop_result(recipe(*FORMAT, "train.steps=6").train, 6, memory))
 
 
 def test_a_metric_without_what_it_needs(recipe: Make) -> None:

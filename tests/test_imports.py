@@ -62,9 +62,16 @@ def modules(package: str) -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that a file imports anywhere in it, with absolute names."""
+    """Every module that a file imports anywhere in it when it runs, with absolute names."""
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    of_types = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    never_run = {id(node) for block in of_types for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in never_run:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,8 +89,9 @@ def room(module: str) -> str | None:
 
 @pytest.mark.parametrize("path", modules("cache_schema"), ids=lambda path: path.name)
 def test_cache_schema_needs_numpy_and_zarr_alone(path: Path) -> None:
+    """And numcodecs, which is what zarr decodes with."""
     roots = {name.partition(".")[0] for name in imports(path)}
-    assert roots <= sys.stdlib_module_names | {"cache_schema", "numpy", "zarr"} | OPTIONAL
+    assert roots <= sys.stdlib_module_names | {"cache_schema", "numpy", "zarr", "numcodecs"} | OPTIONAL
 
 
 @pytest.mark.parametrize("path", modules("pipeline"), ids=lambda path: str(path.relative_to(ROOT)))
@@ -96,6 +104,12 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not {name for name in others if ORDER.index(name) > ORDER.index(own)}
     if own in STAGES:
         assert not {(own, name) for name in others & STAGES} - BORROWS, "stages meet in the cache and the run alone"
+
+
+@pytest.mark.parametrize("path", modules("tests"), ids=lambda path: path.name)
+def test_no_test_module_imports_another(path: Path) -> None:
+    others = {file.stem for file in (ROOT / "tests").glob("*.py")}
+    assert not {name.partition(".")[0] for name in imports(path)} & others, "what tests share is in tests/helpers"
 
 
 def test_the_top_is_short() -> None:

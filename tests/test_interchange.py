@@ -10,21 +10,21 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import cache_factory
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import SMALL, tree_digest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import SMALL, tree_digest
 from pipeline import cli
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
-from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 #: The student's ids that the made-up rollouts use, and the one that ends them.
 A, B, EOS = 65, 66, 256
@@ -136,7 +136,7 @@ def test_lightning_opd_is_imported_scored_and_trained_on(
         assert teacher.entropy is None and teacher.candidate_logprobs is None
 
     code, out, _ = redpen("score toy --cache c")
-    assert code == 0 and "teacher: imported, taken as it is" in out and "student: mean log-prob" in out
+    assert code == 0 and "teacher: imported scores are kept" in out and "student: mean log-prob" in out
     assert redpen("inspect c --rollout 3")[0] == 0 and redpen("verify c")[0] == 0
     code, _, err = redpen("train toy --cache c --run refused --set train.loss=jsd")
     assert code == 1 and "the scores by 'teacher' hold no candidates (engine import)" in err
@@ -212,14 +212,14 @@ def test_finish_reason(
     round_ = imported(jsonl(tmp_path / "x.jsonl", [row]), tmp_path / "c")
     assert round_.rollouts.read(0).finish_reason.tolist() == [expected]
     assert (
-        "finished by stop, but not with one of the stop ids" in " ".join(capsys.readouterr().err.split())
+        "finish_reason stop, but do not end with one of the stop ids" in " ".join(capsys.readouterr().err.split())
     ) == warned
 
 
 def test_a_prompt_is_rendered_once(tmp_path: Path) -> None:
     """By the recipe's template, or by whoever wrote the file, never by both."""
     chat = ("prompts.template=chat", "rollouts.max_prompt_tokens=80")
-    tokenizer = models.load_tokenizer(toy().student)
+    tokenizer = resolve(toy().student).tokenizer
     messages = [{"role": "user", "content": "1+1="}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -264,7 +264,7 @@ BAD = {
         rollout(teacher_log_probs=[-0.1, 0.5, -1.0]),
         "teacher_log_probs: expected log-probs, finite and at most 0, got 0.5",
     ),
-    "NaN": (rollout(teacher_log_probs=[-0.1, math.nan, -1.0]), "finite and at most 0, got nan; null is for"),
+    "NaN": (rollout(teacher_log_probs=[-0.1, math.nan, -1.0]), "finite and at most 0, got nan; use null for"),
     "infinity": (rollout(rollout_logprobs=[-0.1, -math.inf, -1.0]), "finite and at most 0, got -inf"),
     "beyond float32": (rollout(rollout_logprobs=[-0.1, -1e39, -1.0]), "rollout_logprobs: expected log-probs, finite"),
     "whole numbers": (rollout(teacher_log_probs=[-1, 2**60, -1]), "finite and at most 0, got 1.15292e+18"),
@@ -315,7 +315,7 @@ def test_a_bad_file_is_refused(rows: list[Any], message: str, tmp_path: Path) ->
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.text.prompts._LINE_AT_MOST", 1000)
     (tmp_path / "x.jsonl").write_text(json.dumps(rollout()) + "\n" + "[" * 1001)
-    assert "x.jsonl:2: expected a line of at most 1,000 bytes" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
+    assert "x.jsonl:2: expected at most 1,000 bytes a line" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", ["prompt", "response_tokens", "metadata"])
@@ -342,7 +342,7 @@ def test_whose_log_probs(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no Parquet")
     assert "x.parquet: expected a Parquet file: ArrowInvalid" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
     two = toy().model_copy(update={"teacher": [toy().teacher[0].model_copy(update={"name": n}) for n in "ab"]})
-    with pytest.raises(RedpenError, match="say with --teacher whose, one of a, b"):
+    with pytest.raises(RedpenError, match="name the teacher with --teacher, one of a, b"):
         importing.run(told, two, str(tmp_path / "c"))
     assert importing.run(told, two, str(tmp_path / "c"), teacher="b") == 0
     assert cs.open(str(tmp_path / "c")).round().teacher_names() == ["b"]
@@ -433,7 +433,7 @@ def test_what_is_not_scored_is_null(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
-    cache_factory.filled(tmp_path / "c")
+    factory.filled(tmp_path / "c")
     file = tmp_path / "x.parquet"
     assert exporting.run(str(tmp_path / "c"), str(file)) == 0
     before = file.read_bytes()
@@ -447,8 +447,8 @@ def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
     (tmp_path / "link.parquet").symlink_to(file)
     with pytest.raises(RedpenError, match=r"link\.parquet.*symbolic link"):
         exporting.run(str(tmp_path / "c"), str(tmp_path / "link.parquet"))
-    records = cache_factory.prompts(4)
-    cs.create(tmp_path / "empty").start_round(cache_factory.round_manifest(records), records)
+    records = factory.prompts(4)
+    cs.create(tmp_path / "empty").start_round(factory.round_manifest(records), records)
     with pytest.raises(cs.CacheError, match="no block of rollouts is finished, nothing to export"):
         exporting.run(str(tmp_path / "empty"), str(file))
 
@@ -459,11 +459,11 @@ def test_round_trip(seed: int, n_prompts: int, per_block: int, tmp_path_factory:
     """Prompts may be equal, have unlike numbers of rollouts, be chats; behaviour may be unknown, tokens untrained."""
     rng, directory = np.random.default_rng(seed), tmp_path_factory.mktemp("trip")
     chats: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": "a\n\U0001f600"}], "source": "chat"}]
-    records = [[*cache_factory.prompts(2), *chats][i] for i in rng.integers(0, 3, n_prompts)]
-    manifest = cache_factory.round_manifest(records, prompts_per_block=per_block)
+    records = [[*factory.prompts(2), *chats][i] for i in rng.integers(0, 3, n_prompts)]
+    manifest = factory.round_manifest(records, prompts_per_block=per_block)
     round_ = cs.create(directory / "a").start_round(manifest, records)
     for block in range(round_.n_blocks):
-        made = cache_factory.rollout_block(manifest, block, rng)
+        made = factory.rollout_block(manifest, block, rng)
         rows = []
         for row in range(made.n_rows):
             if made.sample_index[row] <= rng.integers(0, 3):

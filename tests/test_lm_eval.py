@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_recipe
 
+from helpers.caches import small_recipe
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import harness, stage
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.text.prompts import load_prompts
 
 N = 12
@@ -113,8 +114,8 @@ def test_a_task_whose_responses_do_not_fit_is_refused_first(directory: Path) -> 
 
 def test_prompts_that_the_harness_shortens_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=508", "eval.task_limit=2"))
-    model, tokenizer = models.load_model(recipe.student), models.load_tokenizer(recipe.student)
-    harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval, 512))
+    model = models.load_model(recipe.student)
+    harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval, 512))
     assert "2 prompts lost their beginning" in capsys.readouterr().err
 
 
@@ -123,10 +124,10 @@ def test_a_model_with_an_adapter_as_training_loads_it(directory: Path) -> None:
     from pipeline.models.lora import add_lora
 
     recipe = recipe_with(directory, "sums", "choice", more=("eval.task_limit=4",))
-    tokenizer, tasks = models.load_tokenizer(recipe.student), harness.load_tasks(recipe.eval)
+    tasks = harness.load_tasks(recipe.eval)
     model = add_lora(models.load_model(recipe.student), recipe.train)
     model.train()
-    first, second = (harness.measure(model, tokenizer, recipe, tasks) for _ in range(2))
+    first, second = (harness.measure(model, resolve(recipe.student), recipe, tasks) for _ in range(2))
     assert first == second and set(first) == {"sums", "choice"}
     assert first["choice"]["acc"]["value"] in (0, 0.25, 0.5, 0.75, 1)
     assert model.training and model.config._attn_implementation == "redpen_packed"
@@ -146,9 +147,9 @@ def test_the_chat_template_is_applied_where_the_recipe_does(
     for template in ("prompts.template=none", "prompts.template=chat"):
         system = () if template.endswith("none") else ("prompts.system=Add.",)
         recipe = recipe_with(directory, "sums", more=("eval.task_limit=1", template, *system))
-        tokenizer = models.load_tokenizer(recipe.student)
+        tokenizer = resolve(recipe.student).tokenizer
         model = models.load_model(recipe.student)
-        harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval))
+        harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval))
     plain, chat = prompts
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": plain}]
     assert chat == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -158,7 +159,7 @@ def test_the_chat_template_is_applied_where_the_recipe_does(
     ("task", "kind", "message"),
     [
         ("sum_s", ConfigError, r"^eval\.tasks: 'sum_s' is no task .* did you mean sums\?$"),
-        ("lost", RedpenError, r"^eval\.tasks: 'lost' or its data set cannot be had \(\w+: .*lost\.jsonl.*\)$"),
+        ("lost", RedpenError, r"^eval\.tasks: 'lost' or its data set is not available \(\w+: .*lost\.jsonl.*\)$"),
     ],
 )
 def test_a_task_that_cannot_be_had_is_one_line(
@@ -170,9 +171,9 @@ def test_a_task_that_cannot_be_had_is_one_line(
 
 def test_a_task_longer_than_the_context_names_the_setting(directory: Path) -> None:
     recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=600", "eval.task_limit=1"))
-    tokenizer, model = models.load_tokenizer(recipe.student), models.load_model(recipe.student)
+    model = models.load_model(recipe.student)
     with pytest.raises(RedpenError, match=r"refuses \(AssertionError: .*\); .*set eval\.max_response_tokens$"):
-        harness.measure(model, tokenizer, recipe, harness.load_tasks(recipe.eval))
+        harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval))
 
 
 def test_a_missing_extra_or_directory_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,17 @@
 """The head in row chunks: against a dense float64 oracle, with the naive fp32 form's own error as the yardstick."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen2Config
 
+from helpers.models import largest_output
 from pipeline.errors import ModelError
-from pipeline.forward.head import Head, chunked_head_loss, logits, score_rows, without_repeats
+from pipeline.forward.head import Head, logits, score_rows, without_repeats
+from pipeline.forward.loss_head import chunked_head_loss
 from pipeline.forward.packing import decoder_body
 from pipeline.models.peak_memory import PeakBytes
 from pipeline.train import losses
@@ -26,23 +24,6 @@ HEADS = {
     "softcap": {"softcap": 4.0},
     "all": {"bias": True, "softcap": 4.0, "scale": 0.6},
 }
-
-
-class _LargestOutput(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
-@contextmanager
-def largest_output() -> Iterator[_LargestOutput]:
-    """Everything inside is watched; `.numel` is that of the largest tensor that came out of an operation."""
-    with _LargestOutput() as mode:
-        yield mode
 
 
 def random_head(
@@ -94,7 +75,7 @@ def kl_to(teacher_logprobs: Tensor, columns: Tensor):
 
     def loss_fn(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         teacher = teacher_C[rows].to(rest.dtype), teacher_rest[rows].to(rest.dtype)
-        loss, _ = losses.reverse_kl(logprobs, rest, *teacher, columns[rows] >= 0)
+        loss = losses.reverse_kl(logprobs, rest, *teacher, columns[rows] >= 0)
         return loss.sum() / T
 
     return loss_fn
@@ -298,7 +279,7 @@ def test_gradient_is_finite_and_right_where_the_rest_is_tiny(peaked: tuple[Tenso
 
     def loss_fn(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
         uniform = teacher[rows].to(rest.dtype)
-        return losses.reverse_kl(logprobs, rest, uniform[:, :8], uniform[:, 8])[0].sum()
+        return losses.reverse_kl(logprobs, rest, uniform[:, :8], uniform[:, 8]).sum()
 
     ours = torch.autograd.grad(chunked_head_loss(hidden, head, columns, loss_fn, 6).loss, hidden)[0]
     exact_hidden = hidden.detach().double().requires_grad_()
@@ -374,12 +355,12 @@ def test_student_equal_to_teacher_gives_no_advantage_and_no_gradient() -> None:
 
     def gradient_norms(scores) -> tuple[float, float]:
         def kl(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
-            loss, _ = losses.reverse_kl(logprobs, rest, scores.candidate_logprobs[rows], scores.rest_logprob[rows])
+            loss = losses.reverse_kl(logprobs, rest, scores.candidate_logprobs[rows], scores.rest_logprob[rows])
             return losses.token_sum(loss, torch.ones_like(loss), T)
 
         def policy(rows: slice, logprobs: Tensor, rest: Tensor) -> Tensor:
             sampled = logprobs[:, 0]
-            loss, _ = losses.importance_sampling(
+            loss = losses.importance_sampling(
                 sampled, student.logprobs[rows], losses.advantage(sampled, scores.logprobs[rows])
             )
             return losses.token_sum(loss, torch.ones_like(loss), T)

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, BioGptConfig, Gemma3Config, OPTConfig, PhimoeConfig, XGLMConfig
 
 from pipeline.config import TrainConfig
+from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import unwrapped
-from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
+from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models.lora import add_lora, trainable, training_mode
 
 SHAPE: dict[str, Any] = dict(
@@ -45,7 +46,7 @@ def test_training_mode_switches_on_no_dropout_of_the_base(family: str, checkpoin
 
 def test_a_first_step_is_by_the_student_that_sampled() -> None:
     """Ratio and effective sample size are 1 in a family with dropout in its layers."""
-    from pipeline.train.drift import drift_from_sums, drift_sums
+    from pipeline.train.metrics import drift_metrics, drift_sums
 
     register_packed_attention()
     torch.manual_seed(0)
@@ -60,7 +61,7 @@ def test_a_first_step_is_by_the_student_that_sampled() -> None:
     sampled = logprobs().detach()
     unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     training_mode(model)
-    drift = drift_from_sums(drift_sums(logprobs().detach(), sampled, torch.ones(len(sampled))))
+    drift = drift_metrics(drift_sums(logprobs().detach(), sampled, torch.ones(len(sampled))))
     assert drift["ess"] == pytest.approx(1, abs=1e-6) and drift["ratio_mean"] == pytest.approx(1, abs=1e-6)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.train import losses
-from pipeline.train.drift import drift, drift_from_sums, drift_sums, merge_drift_sums
+from pipeline.train.metrics import drift_metrics, drift_sums, merge_drift_sums
 
 T, V, C = 9, 12, 4
 
@@ -33,18 +33,15 @@ def full_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 def test_reverse_kl_is_the_kl_of_candidates_and_rest() -> None:
     student, teacher = distributions(0), distributions(1)
-    loss, metrics = losses.reverse_kl(*split(student, C), *split(teacher, C))
+    loss = losses.reverse_kl(*split(student, C), *split(teacher, C))
     buckets = [torch.cat([part[0], part[1][:, None]], 1) for part in (split(student, C), split(teacher, C))]
     torch.testing.assert_close(loss, full_kl(*buckets))
-    torch.testing.assert_close(metrics["student_rest"], student[:, C:].exp().sum(1))
-    torch.testing.assert_close(metrics["teacher_rest"], teacher[:, C:].exp().sum(1))
-    assert torch.equal(metrics["reverse_kl"], loss)
 
 
 def test_reverse_kl_is_a_lower_bound_that_grows_with_the_candidates_and_ends_exact() -> None:
     student, teacher = distributions(0), distributions(1)
     exact = full_kl(student, teacher)
-    bounds = [losses.reverse_kl(*split(student, n), *split(teacher, n))[0] for n in range(V + 1)]
+    bounds = [losses.reverse_kl(*split(student, n), *split(teacher, n)) for n in range(V + 1)]
     assert (bounds[0].abs() < 1e-12).all()
     for smaller, larger in pairwise(bounds):
         assert (smaller <= larger + 1e-12).all()
@@ -56,10 +53,10 @@ def test_reverse_kl_gradient() -> None:
     teacher = split(distributions(1), C)
     scores = distributions(0).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda z: losses.reverse_kl(*split(z.log_softmax(1), C), *teacher)[0], (scores,), fast_mode=True
+        lambda z: losses.reverse_kl(*split(z.log_softmax(1), C), *teacher), (scores,), fast_mode=True
     )
     same = scores.detach().log_softmax(1).requires_grad_()
-    loss, _ = losses.reverse_kl(*split(same.log_softmax(1), C), *split(same.detach(), C))
+    loss = losses.reverse_kl(*split(same.log_softmax(1), C), *split(same.detach(), C))
     assert torch.autograd.grad(loss.sum(), same)[0].abs().max() < 1e-12
 
 
@@ -110,13 +107,12 @@ def test_divergences_are_their_definitions_over_candidates_and_rest(
     name: str, seeds: tuple[int, int], columns: int, weight: float
 ) -> None:
     student, teacher = distributions(seeds[0]), distributions(seeds[1])
-    loss, metrics = divergence(name, weight)[0](*split(student, columns), *split(teacher, columns), None)
+    loss = divergence(name, weight)[0](*split(student, columns), *split(teacher, columns), None)
     buckets = [
         torch.cat([part[0], part[1][:, None]], 1) for part in (split(student, columns), split(teacher, columns))
     ]
     torch.testing.assert_close(loss, oracle(name, *buckets, weight), atol=1e-12, rtol=1e-9)
     assert (loss > -1e-12).all() and (loss <= oracle(name, student, teacher, weight) + 1e-9).all(), "a lower bound"
-    assert not any(value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -125,10 +121,10 @@ def test_gradients_of_divergences(name: str) -> None:
     teacher = split(distributions(1), C)
     scores = distributions(0).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda z: loss_of(*split(z.log_softmax(1), C), *teacher, None)[0], (scores,), fast_mode=True
+        lambda z: loss_of(*split(z.log_softmax(1), C), *teacher, None), (scores,), fast_mode=True
     )
     same = scores.detach().log_softmax(1).requires_grad_()
-    loss, _ = loss_of(*split(same.log_softmax(1), C), *split(same.detach(), C), None)
+    loss = loss_of(*split(same.log_softmax(1), C), *split(same.detach(), C), None)
     assert loss.abs().max() < 1e-12 and torch.autograd.grad(loss.sum(), same)[0].abs().max() < 1e-12
 
 
@@ -137,18 +133,18 @@ def test_single_precision_is_as_good_as_its_inputs() -> None:
     for name in DIVERGENCES:
         student = distributions(0, 200)
         for teacher in (distributions(1, 200), (student + 1e-2 * distributions(2, 200)).log_softmax(1)):
-            exact = divergence(name)[0](*split(student, C), *split(teacher, C), None)[0]
+            exact = divergence(name)[0](*split(student, C), *split(teacher, C), None)
             halves = [part.float() for part in (*split(student, C), *split(teacher, C))]
-            torch.testing.assert_close(divergence(name)[0](*halves, None)[0].double(), exact, atol=3e-6, rtol=1e-5)
+            torch.testing.assert_close(divergence(name)[0](*halves, None).double(), exact, atol=3e-6, rtol=1e-5)
 
 
 def test_the_limits_of_the_jsd_are_the_two_divergences() -> None:
     columns = *split(distributions(0), C), *split(distributions(1), C)
-    forward, reverse = losses.forward_kl(*columns)[0], losses.reverse_kl(*columns)[0]
-    torch.testing.assert_close(losses.jsd(*columns, beta=1e-7)[0] / 1e-7, forward, rtol=1e-4, atol=0)
-    torch.testing.assert_close(losses.jsd(*columns, beta=1 - 1e-7)[0] / 1e-7, reverse, rtol=1e-4, atol=0)
-    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=1.0)[0], forward)
-    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=0.0)[0], reverse)
+    forward, reverse = losses.forward_kl(*columns), losses.reverse_kl(*columns)
+    torch.testing.assert_close(losses.jsd(*columns, beta=1e-7) / 1e-7, forward, rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses.jsd(*columns, beta=1 - 1e-7) / 1e-7, reverse, rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=1.0), forward)
+    torch.testing.assert_close(losses.mixed_kl(*columns, forward_weight=0.0), reverse)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -156,18 +152,18 @@ def test_padding_and_an_empty_rest_add_nothing(name: str) -> None:
     loss_of, _ = divergence(name)
     student, teacher = distributions(0), distributions(1)
     (student_C, student_rest), (teacher_C, teacher_rest) = split(student, C), split(teacher, C)
-    expected, _ = loss_of(student_C, student_rest, teacher_C, teacher_rest, None)
+    expected = loss_of(student_C, student_rest, teacher_C, teacher_rest, None)
     padding = torch.full((T, 2), -torch.inf, dtype=torch.float64)
     leaf = torch.cat([student_C, padding], 1).requires_grad_()
     valid = torch.tensor([True] * C + [False] * 2).expand(T, C + 2)
     for filler in (-torch.inf, torch.nan, 0.0):
-        padded, _ = loss_of(leaf, student_rest, torch.cat([teacher_C, padding.fill_(filler)], 1), teacher_rest, valid)
+        padded = loss_of(leaf, student_rest, torch.cat([teacher_C, padding.fill_(filler)], 1), teacher_rest, valid)
         torch.testing.assert_close(padded, expected)
         gradient = torch.autograd.grad(padded.sum(), leaf)[0]
         assert torch.isfinite(gradient).all() and not gradient[:, C:].any()
 
     nothing = torch.full((T,), -torch.inf, dtype=torch.float64, requires_grad=True)
-    full, _ = loss_of(student, nothing, teacher, nothing.detach(), None)
+    full = loss_of(student, nothing, teacher, nothing.detach(), None)
     torch.testing.assert_close(full, oracle(name, student, teacher, 0.3))
     assert not torch.autograd.grad(full.sum(), nothing)[0].any()
 
@@ -186,13 +182,13 @@ def test_an_impossible_token_is_infinite_where_it_should_be(
     some[2, 1] = -torch.inf
     for student, teacher, infinite in ((full, some, without_teacher), (some, full, without_student)):
         leaf = student.clone().requires_grad_()
-        loss, _ = loss_of(*split(leaf, C), *split(teacher, C), None)
+        loss = loss_of(*split(leaf, C), *split(teacher, C), None)
         assert torch.isfinite(loss).sum() == T - infinite and (loss[2] == torch.inf) == infinite
         if not infinite:
             torch.testing.assert_close(loss, oracle(name, *(bucketed(x) for x in (student, teacher)), 0.3))
             assert torch.isfinite(torch.autograd.grad(loss.sum(), leaf)[0]).all()
     leaf = some.clone().requires_grad_()
-    neither, _ = loss_of(*split(leaf, C), *split(some, C), None)
+    neither = loss_of(*split(leaf, C), *split(some, C), None)
     assert neither.abs().max() < 1e-12 and torch.isfinite(torch.autograd.grad(neither.sum(), leaf)[0]).all()
 
 
@@ -206,7 +202,7 @@ def test_an_unscored_token_is_nan(name: str) -> None:
     student, (teacher_C, teacher_rest) = split(distributions(0), C), split(distributions(1), C)
     unscored = teacher_C.clone()
     unscored[4, 1] = torch.nan
-    assert divergence(name)[0](*student, unscored, teacher_rest, None)[0].isnan().nonzero().tolist() == [[4]]
+    assert divergence(name)[0](*student, unscored, teacher_rest, None).isnan().nonzero().tolist() == [[4]]
 
 
 # -- candidates drawn from the student ------------------------------------------------------------------------------
@@ -231,8 +227,7 @@ def estimate(name: str, student: Tensor, teacher: Tensor, old: Tensor, token: in
     student_TC = student[None].gather(1, ids).masked_fill(columns < 0, -torch.inf)
     weights = log_draw_weights(ids, old[None].gather(1, ids))
     assert ((weights > -torch.inf) <= (columns >= 0)).all()
-    loss, _ = losses.over_draws(*divergence(name), student_TC, teacher[None].gather(1, ids), weights)
-    return loss[0]
+    return losses.over_draws(*divergence(name), student_TC, teacher[None].gather(1, ids), weights)[0]
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -314,7 +309,7 @@ def test_importance_sampling_with_the_current_advantage_is_the_gradient_of_the_k
 
         return losses.importance_sampling(
             student, at_token(old), losses.advantage(student, at_token(teacher), clip=torch.inf)
-        )[0]
+        )
 
     expected = torch.autograd.grad(full_kl(scores.log_softmax(1), teacher).sum(), scores)[0]
     torch.testing.assert_close(expected_gradient(scores, old, loss_of_token), expected)
@@ -326,7 +321,7 @@ def test_k2_is_the_gradient_of_the_kl(stale: bool) -> None:
     old = distributions(5) if stale else scores.detach().log_softmax(1)
 
     def loss_of_token(student: Tensor, token: Tensor) -> Tensor:
-        return losses.k2(student, old.gather(1, token[:, None])[:, 0], teacher.gather(1, token[:, None])[:, 0])[0]
+        return losses.k2(student, old.gather(1, token[:, None])[:, 0], teacher.gather(1, token[:, None])[:, 0])
 
     expected = torch.autograd.grad(full_kl(scores.log_softmax(1), teacher).sum(), scores)[0]
     torch.testing.assert_close(expected_gradient(scores, old, loss_of_token), expected)
@@ -353,7 +348,7 @@ def test_behaviour_correction_undoes_the_sampling_temperature(temperature: float
                 losses.advantage(student, at_token(teacher), clip=torch.inf),
                 behaviour_logprobs_T=None if behaviour is None else at_token(behaviour),
                 ppo_clip=ppo_clip,
-            )[0]
+            )
 
         return expected_gradient(scores, sampler, loss_of_token)
 
@@ -364,9 +359,8 @@ def test_behaviour_correction_undoes_the_sampling_temperature(temperature: float
 def test_a_truncated_ratio_keeps_the_gradient_of_its_bound() -> None:
     logprobs, old = torch.tensor([-1.0, -1.0, -90.0], requires_grad=True), torch.tensor([-1.5, -9.0, -0.1])
     gain = torch.tensor([2.0, -3.0, 1.0])
-    loss, metrics = losses.importance_sampling(logprobs, old, gain, truncation=2.0)
+    loss = losses.importance_sampling(logprobs, old, gain, truncation=2.0)
     weight = torch.tensor([0.5, torch.inf, -89.9]).exp().clamp(max=2.0)
-    torch.testing.assert_close(metrics["importance_ratio"], weight)
     torch.testing.assert_close(loss, -weight * gain)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], -weight * gain)
 
@@ -381,12 +375,9 @@ def test_ppo_stops_only_what_has_gone_far_enough(behaviour: bool) -> None:
     sampled = old - torch.tensor([0.3, 0.3, 0.3, 0.3, 9.0]) if behaviour else None
     weight = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.0], dtype=torch.float64).exp() if behaviour else torch.ones(5)
     weight[4] = 3.0 if behaviour else 1.0  # e^9, truncated
-    loss, metrics = losses.importance_sampling(
-        logprobs, old, gain, behaviour_logprobs_T=sampled, truncation=3.0, ppo_clip=0.2
-    )
+    loss = losses.importance_sampling(logprobs, old, gain, behaviour_logprobs_T=sampled, truncation=3.0, ppo_clip=0.2)
     used = torch.tensor([1.2, 1.5, 0.5, 0.8, 1.1], dtype=torch.float64)
     torch.testing.assert_close(loss, -weight * used * gain)
-    torch.testing.assert_close(metrics["importance_ratio"], ratio)
     moving = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), logprobs)[0], -weight * moving * ratio * gain)
 
@@ -396,7 +387,7 @@ def test_truncation_below_the_clip_does_not_switch_it_off() -> None:
     old = torch.zeros(8, dtype=torch.float64)
     logprobs = torch.tensor([0.5, 1.05, 1.15, 5.0] * 2, dtype=torch.float64).log().requires_grad_()
     gain = torch.tensor([2.0] * 4 + [-2.0] * 4, dtype=torch.float64)
-    loss, _ = losses.importance_sampling(logprobs, old, gain, truncation=1.1, ppo_clip=0.2)
+    loss = losses.importance_sampling(logprobs, old, gain, truncation=1.1, ppo_clip=0.2)
     (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
     up, down = [0.5, 1.05, 1.1, 0.0], [0.0, 1.05, 1.1, 1.1]
     torch.testing.assert_close(gradient, -gain * torch.tensor(up + down, dtype=torch.float64))
@@ -404,7 +395,7 @@ def test_truncation_below_the_clip_does_not_switch_it_off() -> None:
 
 def test_a_ratio_beyond_all_numbers_has_a_finite_gradient() -> None:
     logprobs = torch.zeros(2, requires_grad=True)
-    loss, _ = losses.importance_sampling(logprobs, torch.full((2,), -200.0), torch.ones(2), ppo_clip=0.2)
+    loss = losses.importance_sampling(logprobs, torch.full((2,), -200.0), torch.ones(2), ppo_clip=0.2)
     assert torch.autograd.grad(loss.sum(), logprobs)[0].tolist() == [0.0, 0.0]
 
 
@@ -414,15 +405,13 @@ def test_gradients_of_the_sampled_token_losses() -> None:
     for options in ({}, {"behaviour_logprobs_T": sampled}, {"ppo_clip": 0.2, "behaviour_logprobs_T": sampled}):
         loss_of = functools.partial(losses.importance_sampling, old_logprobs_T=old, advantage_T=gain, **options)
         leaf = (old + 0.5 * torch.linspace(-1, 1, T)).requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, loss_of=loss_of: loss_of(x)[0], (leaf,))
+        assert torch.autograd.gradcheck(lambda x, loss_of=loss_of: loss_of(x), (leaf,))
 
 
-def test_importance_sampling_reports_ratio_and_advantage() -> None:
-    current = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss, metrics = losses.importance_sampling(current, torch.tensor([-1.0, -1.0]), torch.tensor([0.5, -2.0]))
-    torch.testing.assert_close(metrics["importance_ratio"], torch.tensor([0.0, -1.0]).exp())
-    torch.testing.assert_close(loss, -metrics["importance_ratio"] * torch.tensor([0.5, -2.0]))
-    assert not metrics["importance_ratio"].requires_grad
+def test_importance_sampling_is_minus_ratio_times_advantage() -> None:
+    current, gain = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([0.5, -2.0])
+    loss = losses.importance_sampling(current, torch.tensor([-1.0, -1.0]), gain)
+    torch.testing.assert_close(loss, -torch.tensor([0.0, -1.0]).exp() * gain)
 
 
 def test_the_naive_mean_difference_is_blind_to_the_teacher() -> None:
@@ -464,13 +453,11 @@ def test_what_is_not_trained_cannot_spoil_the_sum() -> None:
 
 def test_empty_rows_survive() -> None:
     empty, none = torch.zeros(0, C, requires_grad=True), torch.zeros(0)
-    loss, _ = losses.reverse_kl(empty, none, empty, none, torch.zeros(0, C, dtype=torch.bool))
+    loss = losses.reverse_kl(empty, none, empty, none, torch.zeros(0, C, dtype=torch.bool))
     losses.token_sum(loss, none, 0.0).backward()
-    assert loss.shape == (0,) and losses.importance_sampling(none, none, none)[0].shape == (0,)
-    assert losses.reverse_kl(torch.zeros(2, 0), torch.zeros(2), torch.zeros(2, 0), torch.zeros(2))[0].tolist() == [
-        0,
-        0,
-    ]
+    assert loss.shape == (0,) and losses.importance_sampling(none, none, none).shape == (0,)
+    no_columns = torch.zeros(2, 0)
+    assert losses.reverse_kl(no_columns, torch.zeros(2), no_columns, torch.zeros(2)).tolist() == [0, 0]
 
 
 def test_drift_of_chosen_tokens() -> None:
@@ -478,18 +465,18 @@ def test_drift_of_chosen_tokens() -> None:
     new, old = (torch.randn(50, generator=generator) for _ in range(2))
     weights = torch.rand(50, generator=generator) * (torch.arange(50) % 3 > 0)
     ratio = (new.double() - old.double()).exp()[weights > 0]
-    gauge = drift(new, old, weights)
+    gauge = drift_metrics(drift_sums(new, old, weights))
     assert gauge["ratio_mean"] == pytest.approx(float(ratio.mean()))
     assert gauge["ratio_std"] == pytest.approx(float(ratio.std(unbiased=False)))
     assert gauge["ratio_max"] == pytest.approx(float(ratio.max()))
     assert gauge["ess"] == pytest.approx(float(ratio.sum() ** 2 / (ratio.square().sum() * len(ratio))))
     assert gauge["chi_square"] == pytest.approx(float((ratio - 1).square().mean()))
     parts = [drift_sums(new[rows], old[rows], weights[rows]) for rows in (slice(0, 7), slice(7, 7), slice(7, 50))]
-    assert drift_from_sums(merge_drift_sums(parts)) == pytest.approx(gauge)
+    assert drift_metrics(merge_drift_sums(parts)) == pytest.approx(gauge)
 
 
 def test_drift_without_tokens_or_movement_is_none() -> None:
     still = {"ratio_mean": 1.0, "ratio_std": 0.0, "ratio_max": 1.0, "ess": 1.0, "chi_square": 0.0}
-    assert drift(torch.zeros(0), torch.zeros(0), torch.zeros(0)) == still
-    assert drift(torch.full((3,), torch.nan), torch.zeros(3), torch.zeros(3)) == still
-    assert drift(torch.full((3,), -2.0), torch.full((3,), -2.0), torch.ones(3)) == still
+    assert drift_metrics(drift_sums(torch.zeros(0), torch.zeros(0), torch.zeros(0))) == still
+    assert drift_metrics(drift_sums(torch.full((3,), torch.nan), torch.zeros(3), torch.zeros(3))) == still
+    assert drift_metrics(drift_sums(torch.full((3,), -2.0), torch.full((3,), -2.0), torch.ones(3))) == still

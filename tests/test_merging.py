@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import small_recipe
 from pipeline.config import Recipe
-from pipeline.train.mixture import Teachers
-from pipeline.train.objective import Objective
-from pipeline.train.policy_gradient import PolicyGradient
+from pipeline.train import losses
+from pipeline.train.objective import DistillationObjective, PolicyGradient
 from pipeline.train.replay import BEHAVIOUR, Batch, LoadedBlock, MicroBatch, Rollout
 from pipeline.train.reward import ADVANTAGE
+from pipeline.train.teachers import Teachers
 
 VOCAB, LENGTH, N_PROMPTS, N_SAMPLES, N_CANDIDATES = 12, 4, 2, 4, 4
 N_ROWS = N_PROMPTS * N_SAMPLES
@@ -35,18 +35,18 @@ REWARDED = ("reward.coefficient=0.5",)
 SAMPLED = ("train.loss=importance_sampling", "train.ppo_clip=0.2", "train.ratio_truncation=1.1")
 
 
-def over_columns(recipe: Recipe, draws: int = 0) -> Objective:
-    return Objective(
+def over_columns(recipe: Recipe, draws: int = 0) -> DistillationObjective:
+    return DistillationObjective(
         recipe.train, Teachers({"teacher": factory.scores_manifest("teacher")}), VOCAB, draws, recipe.reward
     )
 
 
-def of_sampled_token(recipe: Recipe) -> Objective:
+def of_sampled_token(recipe: Recipe) -> DistillationObjective:
     told = factory.scores_manifest("teacher", candidates=0)
-    return Objective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
+    return DistillationObjective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
 
 
-OBJECTIVES: dict[str, Callable[[], Objective | PolicyGradient]] = {
+OBJECTIVES: dict[str, Callable[[], DistillationObjective | PolicyGradient]] = {
     "reverse_kl": lambda: over_columns(small_recipe(*REWARDED)),
     "forward_kl": lambda: over_columns(small_recipe("train.loss=forward_kl")),
     "draws": lambda: over_columns(small_recipe("train.loss=jsd"), N_CANDIDATES - 1),
@@ -87,7 +87,7 @@ def batch_of(seed: int, words: list[int], counted: list[int], variants: dict[str
     return Batch(0, tuple(Rollout(block, row) for row in range(N_ROWS)))
 
 
-def gradient(objective: Objective | PolicyGradient, parts: list[MicroBatch], n_tokens: float) -> Tensor:
+def gradient(objective: DistillationObjective | PolicyGradient, parts: list[MicroBatch], n_tokens: float) -> Tensor:
     """Of a student in float64, in which logits are a function of all tokens so far."""
     table = torch.randn(97, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
@@ -103,7 +103,8 @@ def gradient(objective: Objective | PolicyGradient, parts: list[MicroBatch], n_t
         outside = torch.ones(len(contexts), VOCAB + 1, dtype=torch.bool).scatter_(1, places, False)[:, :VOCAB]
         rest = logprobs.masked_fill(~outside, -torch.inf).logsumexp(1)
         of_columns = logprobs.gather(1, targets.ids_TC.clamp(min=0))
-        total = total + objective.loss(targets, n_tokens, slice(None), of_columns, rest)
+        loss = objective.token_loss(targets, of_columns, rest)
+        total = total + losses.token_sum(loss, targets.weights_T, n_tokens)
     return torch.autograd.grad(total, table)[0]
 
 

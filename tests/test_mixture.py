@@ -13,19 +13,20 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_partial_scores import poorer
-from test_train import distance, flat_gradient, metrics_of, moved, trainer_of
 from torch import Tensor
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers.caches import poorer, small_recipe
+from helpers.training import curve, distance, flat_gradient, moved, trainer_of
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import inputs, stage
-from pipeline.train.mixture import Told, mixed, routed
+from pipeline.train import stage
+from pipeline.train.build import make_objective
+from pipeline.train.mixture import TeacherColumns, mixed, routed
+from pipeline.train.teachers import load_teachers, select_teachers
 
 Make = Callable[..., Recipe]
 T, V, C = 7, 12, 4
@@ -37,12 +38,12 @@ def distributions(seed: int) -> Tensor:
     )
 
 
-def told(logprobs: Tensor, untold: Tensor | None = None) -> Told:
+def told(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
     """The first C tokens of a teacher, some of them untold and so in its rest."""
     ids = torch.arange(C).repeat(T, 1)
     hidden = torch.zeros(T, C, dtype=torch.bool) if untold is None else untold
     rest = torch.cat([logprobs[:, :C].masked_fill(~hidden, -torch.inf), logprobs[:, C:]], 1).logsumexp(1)
-    return Told(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
+    return TeacherColumns(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
 
 
 weights = st.lists(st.floats(0.05, 1), min_size=2, max_size=3).map(lambda drawn: [w / sum(drawn) for w in drawn])
@@ -233,7 +234,7 @@ def test_several_teachers_train(
     settings: list[str], two: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stage.run(recipe(*settings, "train.steps=3"), str(two), tmp_path / "run") == 0
-    first, *_, last = metrics_of(tmp_path / "run")
+    first, *_, last = curve(tmp_path / "run")
     assert all(np.isfinite(value) for line in (first, last) for value in line.values())
     assert ("(k2)" in capsys.readouterr().err) == ("alone" in str(settings))
     learnt_from = json.loads((tmp_path / "run/run.json").read_text())["cache"]["teacher"]
@@ -243,14 +244,14 @@ def test_several_teachers_train(
 def test_a_weight_of_0_leaves_a_teacher_out(two: Path, recipe: Make) -> None:
     settings = recipe('train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 0, other = 2}")
     round_ = cs.open(two).round()
-    assert inputs.teacher_names(settings, round_, "c") == ("other",)
-    learnt = inputs.objective(settings, round_, ("other",))
+    assert select_teachers(settings, round_, "c") == ("other",)
+    learnt = make_objective(settings, round_, ("other",))
     assert not learnt.teachers.mixed and "topk_ids" in learnt.arrays["other"]
     three = recipe(
         'train.teacher=["teacher", "other", "partial"]', "train.teacher_weights={teacher = 1, other = 0, partial = 3}"
     )
-    names = inputs.teacher_names(three, round_, "c")
-    assert names == ("teacher", "partial") and inputs.teachers(three, round_, names).weights == (0.25, 0.75)
+    names = select_teachers(three, round_, "c")
+    assert names == ("teacher", "partial") and load_teachers(three, round_, names).weights == (0.25, 0.75)
 
 
 REFUSED = {
@@ -287,7 +288,7 @@ REFUSED = {
     "route to nobody": (['train.route={"toy/carry" = "huge"}'], r"train\.route = 'huge': .* is scored by"),
     "route elsewhere": (
         ['train.route={"toy/carry" = "teacher", "*" = "other"}', 'train.teacher=["teacher"]'],
-        r"train\.teacher: expected the teachers of train\.route, other, teacher, or nothing, got teacher",
+        r"train\.teacher: train\.route sends prompts to other, teacher, so it must be those or left out, got teacher",
     ),
     "no route": (
         ['train.route={"toy/carry" = "teacher"}'],

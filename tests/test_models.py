@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import pipeline.models.load as models
 from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError
-from pipeline.models.identity import hub_commit
+from pipeline.models.identity import hub_commit, tokenizer_digest
+from pipeline.models.resolve import resolve
 from pipeline.toy import asset_path
 
 
@@ -27,11 +28,11 @@ def student_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return models.load_tokenizer(ModelConfig(model="toy:student"))
+    return resolve(ModelConfig(model="toy:student")).tokenizer
 
 
 def identity(path: Path, adapter: Path | None = None) -> tuple[str, str | None]:
-    found = models.model_identity(ModelConfig(model=str(path), adapter=str(adapter) if adapter else None))
+    found = resolve(ModelConfig(model=str(path), adapter=str(adapter) if adapter else None)).identity
     return found.digest, found.adapter_digest
 
 
@@ -90,18 +91,19 @@ def test_blobs_of_the_hub_are_taken_by_their_name(student_copy: Path, tmp_path: 
     (snapshot / "model.safetensors").symlink_to(blobs / "notahash")
     assert by_name != identity(snapshot) == identity(student_copy)
     assert hub_commit(snapshot) == commit and hub_commit(student_copy) is None
-    assert models.model_identity(ModelConfig(model=str(snapshot))).revision == commit
+    assert resolve(ModelConfig(model=str(snapshot))).identity.revision == commit
 
 
 def test_tokenizers_are_compared_by_their_map(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    found = models.tokenizer_identity(tokenizer, "toy")
-    assert found.vocab_size == 259
+    found = tokenizer_digest(tokenizer)
+    identity = resolve(ModelConfig(model="toy:student")).tokenizer_identity
+    assert (identity.digest, identity.vocab_size) == (found, 259)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     again.chat_template = "another"
-    assert models.tokenizer_identity(again, "toy") == found
+    assert tokenizer_digest(again) == found
     again.add_tokens(["<tool>"])
-    assert models.tokenizer_identity(again, "toy").digest != found.digest
+    assert tokenizer_digest(again) != found
 
 
 # -- facts ---------------------------------------------------------------------------------------------------
@@ -110,23 +112,23 @@ def test_tokenizers_are_compared_by_their_map(tokenizer: PreTrainedTokenizerFast
 def test_facts_need_no_weights(student_copy: Path) -> None:
     (student_copy / "model.safetensors").unlink()
     edit(student_copy / "config.json", dtype="float16", quantization_config={"quant_method": "gptq"})
-    facts = models.model_facts(ModelConfig(model=str(student_copy), dtype="auto"))
-    assert facts == models.ModelFacts(vocab_size=259, context=512, dtype="float16", quantisation="gptq")
+    facts = resolve(ModelConfig(model=str(student_copy), dtype="auto"))
+    assert (facts.vocab_size, facts.context, facts.dtype, facts.quantisation) == (259, 512, "float16", "gptq")
 
 
 def test_every_eos_of_the_model_and_its_tokenizer_stops(
     student_copy: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     cfg, default = ModelConfig(model=str(student_copy)), RolloutsConfig()
-    assert models.stop_token_ids(cfg, tokenizer, default) == (256, 258)
-    assert models.stop_token_ids(cfg, tokenizer, RolloutsConfig(stop_token_ids=[5, 3, 5])) == (3, 5)
+    assert resolve(cfg).stop_token_ids(default) == (256, 258)
+    assert resolve(cfg).stop_token_ids(RolloutsConfig(stop_token_ids=[5, 3, 5])) == (3, 5)
     (student_copy / "generation_config.json").unlink()
-    assert models.stop_token_ids(cfg, tokenizer, default) == (256,)
+    assert resolve(cfg).stop_token_ids(default) == (256,)
     edit(student_copy / "config.json", eos_token_id=None)
-    nameless = models.load_tokenizer(cfg)
-    nameless.eos_token = None
+    nameless = resolve(cfg)
+    nameless.tokenizer.eos_token = None
     with pytest.raises(ModelError, match=r"names an EOS token; set rollouts\.stop_token_ids"):
-        models.stop_token_ids(cfg, nameless, default)
+        nameless.stop_token_ids(default)
 
 
 # -- loading -------------------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ def test_a_bad_model_gets_one_line(student_copy: Path, damage, message: str) -> 
     damage(student_copy)
     cfg = ModelConfig(model=str(student_copy), dtype="float32")
     with pytest.raises(ModelError, match=message) as error:
-        models.load_tokenizer(cfg)
+        assert resolve(cfg).tokenizer
         models.load_model(cfg)
     assert "\n" not in str(error.value)
 
@@ -223,7 +225,7 @@ def test_a_model_that_cannot_be_had_is_named_with_its_setting(
     }
     for cfg, message in cases.items():
         with pytest.raises(ModelError, match=message) as error:
-            models.model_identity(cfg)
+            assert resolve(cfg).identity
         assert "\n" not in str(error.value)
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match=r'student\.device = "cuda": torch sees no CUDA device'):
@@ -252,8 +254,8 @@ def test_adapters_are_applied_trained_and_told_apart(tmp_path: Path) -> None:
     trainable = {n for n, p in models.load_model(cfg, trainable=True).named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
 
-    first = models.model_identity(cfg)
-    assert first.digest == models.model_identity(plain).digest and first.adapter_digest
+    first = resolve(cfg).identity
+    assert first.digest == resolve(plain).identity.digest and first.adapter_digest
     shutil.copytree(tmp_path / "adapter", tmp_path / "copy")
     saved = json.loads((tmp_path / "copy/adapter_config.json").read_text())
     edit(

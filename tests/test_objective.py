@@ -8,20 +8,29 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
-from test_train import distance, flat_gradient, metrics_of, moved, trainer_of
 from torch import Tensor
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
+from helpers.training import (
+    buckets,
+    columns,
+    curve,
+    distance,
+    flat_gradient,
+    kl,
+    moved,
+    naive_gradient_of,
+    trainer_of,
+)
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import inputs, stage
-from pipeline.train.replay import Batch, Rollout
-from pipeline.train.trainer import Trainer
+from pipeline.train import checks, stage
+from pipeline.train.replay import Rollout
 
 Make = Callable[..., Recipe]
 
@@ -32,35 +41,6 @@ def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("warm") / "c.zarr"
     drawn = ["score.candidates=4", "score.candidate_kind=sampled", "score.teacher_topk=2"]
     return make_cache(path, small_recipe("rollouts.temperature=1.3", "prompts.limit=8", *drawn))
-
-
-def naive_gradient(trainer: Trainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
-    """Each rollout alone, full log-probs [T, V], autograd, one division; `loss_of` gives the sum over tokens."""
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    total = torch.zeros(())
-    for rollout in batch.rollouts:
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        total = total + loss_of(rollout, logits.log_softmax(1))
-    (total / sum(len(r.weights) for r in batch.rollouts)).backward()
-    return flat_gradient(trainer)
-
-
-def columns(rollout: Rollout, name: str) -> Tensor:
-    return torch.from_numpy(rollout.column(name))
-
-
-def buckets(rollout: Rollout, logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Student and teacher over candidates and rest, as log-probs [T, K + 1]."""
-    ids = columns(rollout, "student/candidate_ids").long()
-    rest = logp.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
-    teacher = [columns(rollout, "teacher/candidate_logprobs"), columns(rollout, "teacher/rest_logprob")[:, None]]
-    return torch.cat([logp.gather(1, ids), rest], 1), torch.cat(teacher, 1)
-
-
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p.exp() * (p - q)).sum()
 
 
 def jsd(student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,7 +62,7 @@ def test_gradient_of_a_divergence_is_that_of_the_formula(loss: str, toy_cache: P
     batch = replay.batch(1)
     sums = moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
-    expected = naive_gradient(trainer, batch, lambda r, logp: formula(*buckets(r, logp)))
+    expected = naive_gradient_of(trainer, batch, lambda r, logp: formula(*buckets(r, logp)))
     assert distance(found, expected) < 1e-5
     reference, _ = trainer_of(toy_cache, recipe())
     measured = moved(reference).gradient(batch).metrics()
@@ -114,7 +94,7 @@ def test_gradient_over_drawn_candidates_is_the_mean_over_draws(loss: str, warm_c
 
     sums = moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
-    assert distance(found, naive_gradient(trainer, batch, mean_over_draws)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, mean_over_draws)) < 1e-5
     assert sums.metrics()["loss"] != pytest.approx(sums.metrics()["reverse_kl"], rel=1e-3)
     drawn = [row for r in batch.rollouts for row in r.column("student/candidate_ids")[:, 1:].tolist()]
     assert {len(set(row)) for row in drawn} >= {1, 2}, "repeats, and not only repeats"
@@ -157,7 +137,7 @@ def test_gradient_of_corrected_importance_sampling_is_that_of_the_formula(
 
     moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
-    assert distance(found, naive_gradient(trainer, batch, policy_gradient)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, policy_gradient)) < 1e-5
     assert max(coefficients) > 0.01, "a correction that the fixture cannot tell"
 
 
@@ -182,8 +162,8 @@ def test_every_divergence_learns(toy_cache: Path, tmp_path: Path, recipe: Make) 
     settings = ["train.steps=8", "train.learning_rate=3e-3", "train.prompts_per_step=12", "train.lora_rank=16"]
     for loss in OVER_COLUMNS:
         assert stage.run(recipe(f"train.loss={loss}", *settings), str(toy_cache), tmp_path / loss) == 0
-        curve = [line["reverse_kl"] for line in metrics_of(tmp_path / loss)]
-        assert curve[-1] < 0.6 * curve[0], loss
+        kls = [line["reverse_kl"] for line in curve(tmp_path / loss)]
+        assert kls[-1] < 0.6 * kls[0], loss
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------
@@ -239,15 +219,13 @@ def test_behaviour_correction_says_less_of_the_temperature(
 def test_unknown_behaviour_is_no_denominator(tmp_path: Path, recipe: Make) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=10, engine="import")
     round_, settings = cache.round(), recipe("train.loss=importance_sampling", "train.behaviour_correction=true")
-    inputs.check_replay(settings, round_)
+    checks.check_round(settings, round_)
     block = round_.rollouts.read(2)
     block.rollout_logprobs[3:5] = np.nan
     block.trained[4] = 0  # a tool's
     round_.rollouts.write(2, block)
-    with pytest.raises(
-        ConfigError, match=r"block 2 of the imported round 0 does not know the rollout_logprobs of 1 "
-    ):
-        inputs.check_replay(settings, cs.open(tmp_path / "c.zarr").round())
+    with pytest.raises(ConfigError, match=r"block 2 of the imported round 0 has no rollout_logprobs of 1 "):
+        checks.check_round(settings, cs.open(tmp_path / "c.zarr").round())
 
 
 def test_a_nucleus_rules_out_k2(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:

@@ -6,93 +6,35 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_logprobs import largest_output
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
+from helpers.models import (
+    FAMILIES,
+    LENGTHS,
+    SMALL_CONFIG,
+    STARTS,
+    STARTS_OF_FEW,
+    largest_output,
+    of_few_prompts,
+    random_model,
+    random_sequences,
+)
 from pipeline.errors import ModelError
-from pipeline.forward import packing
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import (
-    ATTENTION,
-    PackPlan,
-    check_packing,
-    pack,
-    packed_attention,
-    packed_hidden,
-    register_packed_attention,
-    tiles,
-)
-
-V = 71
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-FAMILIES = {
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen2-window": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "qwen3": Qwen3Config(**SMALL, head_dim=8),
-    "llama": LlamaConfig(**SMALL),
-    "mistral-window": MistralConfig(**SMALL, sliding_window=5),
-    "gemma2": Gemma2Config(
-        **SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=2.0
-    ),
-    "gemma3": Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-    "qwen3-moe": Qwen3MoeConfig(**SMALL, head_dim=8, **MOE),
-}
-LENGTHS, STARTS = (12, 30, 5, 41, 30, 2, 7, 1), (4, 10, 5, 1, 29, 1, 3, 1)
+from pipeline.forward import attention, packing_check
+from pipeline.forward.attention import ATTENTION, PackPlan, packed_attention, register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden, tiles
+from pipeline.forward.packing_check import check_packing
 
 
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     register_packed_attention()
-
-
-def random_model(config: PreTrainedConfig, attention: str = ATTENTION):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:  # the library's 0.02 makes attention uniform, which hides mistakes
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def random_sequences(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(3, V, length).astype(np.int32) for length in lengths]
-
-
-def of_few_prompts() -> list[np.ndarray]:
-    """The same with rollouts 1 and 3, 4 and 7, and 0, 2 and 6 beginning alike, as far as `STARTS_OF_FEW` says."""
-    sequences = random_sequences()
-    for copy, first in ((3, 1), (7, 4), (2, 0), (6, 0)):
-        shared = STARTS_OF_FEW[copy]
-        sequences[copy][:shared] = sequences[first][:shared]
-    return sequences
-
-
-STARTS_OF_FEW = (4, 10, 4, 10, 1, 1, 4, 1)
 
 
 @pytest.mark.parametrize("share_prompts_from", [None, 1])
@@ -168,7 +110,7 @@ def test_ordinary_calls_and_generate_are_unchanged(family: str) -> None:
 
 def test_check_packing_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     model, one_sequence = random_model(FAMILIES["qwen3"]), PackPlan.of([sum(LENGTHS)], "cpu")
-    monkeypatch.setattr(packing.PackPlan, "of", lambda *_: one_sequence)
+    monkeypatch.setattr(PackPlan, "of", lambda *_: one_sequence)
     with pytest.raises(ModelError, match=r"packing: expected .* within 0\.0001 .* Qwen3ForCausalLM"):
         check_packing(model, random_sequences(), STARTS)
 
@@ -204,16 +146,16 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     packed = pack(random_sequences(), STARTS)
     with pytest.raises(ModelError, match="attn_implementation='redpen_packed', got 'sdpa'"):
         packed_hidden(random_model(FAMILIES["qwen3"], "sdpa"), packed)
-    sinks = GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    sinks = GptOssConfig(**SMALL_CONFIG, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(ModelError, match="attention sinks"):
         packed_hidden(random_model(sinks), packed)
     chunked = Llama4TextConfig(
-        **SMALL, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
+        **SMALL_CONFIG, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
     )
     with pytest.raises(ModelError, match="Llama4ForCausalLM"):
         packed_hidden(random_model(chunked), packed)
     with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
-        packing._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
+        attention._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
     with pytest.raises(ModelError, match="bidirectional"):
         attend(random_qkv(10), lengths=(4, 6), is_causal=False)
     with pytest.raises(ModelError, match="attention mask of its own"):
@@ -253,8 +195,8 @@ def dense(qkv: list[Tensor], lengths: tuple[int, ...], *, sliding_window=None, s
 def test_attention_equals_a_dense_mask(
     settings: dict, lengths: tuple[int, ...], free_padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_FREE_PADDING_TOKENS", free_padding)
-    monkeypatch.setattr(packing, "_QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention, "_FREE_PADDING_TOKENS", free_padding)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 4)
     qkv = [x.requires_grad_() for x in random_qkv(sum(lengths))]
     ours, theirs = attend(qkv, lengths=lengths, **settings), dense(qkv, lengths, **settings)
     torch.testing.assert_close(ours, theirs)
@@ -281,8 +223,8 @@ def test_the_varlen_kernel_is_asked_for_the_same(settings: dict, monkeypatch: py
         batched = [x.transpose(0, 1)[None] for x in (q, k, v)]
         return dense(batched, tuple(cu_q.diff().tolist()), scaling=scale, sliding_window=window)[0]
 
-    monkeypatch.setattr(packing, "_varlen_fits", lambda *_: True)
-    monkeypatch.setattr(packing, "_varlen_kernel", lambda: varlen)
+    monkeypatch.setattr(attention, "_varlen_fits", lambda *_: True)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: varlen)
     qkv, lengths = random_qkv(15), (4, 9, 2)
     torch.testing.assert_close(attend(qkv, lengths=lengths, **settings), dense(qkv, lengths, **settings))
     narrow = [*qkv[:2], qkv[2][..., :5]]
@@ -294,14 +236,15 @@ def test_no_square_mask_is_built() -> None:
     packed = pack(random_sequences((32,) * 64), (8,) * 64)
     with largest_output() as largest, torch.no_grad():
         packed_hidden(model, packed)
-    assert largest.numel <= packed.input_ids.numel() * SMALL["intermediate_size"]  # the MLP's; S x S is 42 times that
+    # the MLP's; S x S is 42 times that
+    assert largest.numel <= packed.input_ids.numel() * SMALL_CONFIG["intermediate_size"]
 
 
 def test_a_long_windowed_sequence_builds_no_square_mask() -> None:
     qkv = [x.float() for x in random_qkv(8192, heads=2, groups=1, size=4)]
     with largest_output() as largest:
         attend(qkv, lengths=(8192,), sliding_window=64)
-    assert largest.numel <= packing._QUERY_BLOCK * (packing._QUERY_BLOCK + 64) * 2
+    assert largest.numel <= attention._QUERY_BLOCK * (attention._QUERY_BLOCK + 64) * 2
 
 
 def test_short_sequences_take_few_calls_and_little_padding() -> None:
@@ -311,7 +254,7 @@ def test_short_sequences_take_few_calls_and_little_padding() -> None:
     mixed = generator.integers(1, 4096, 64).tolist()
     plan = PackPlan.of(mixed, "cpu")
     padding = sum(len(batch.rows) for batch in plan.batches) - sum(mixed)
-    assert padding <= packing._FREE_PADDING_TOKENS * len(plan.batches) + packing._PADDING_SHARE * sum(mixed)
+    assert padding <= attention._FREE_PADDING_TOKENS * len(plan.batches) + attention._PADDING_SHARE * sum(mixed)
     assert len(plan.batches) < 40
     assert PackPlan.of([7, 7, 7], "cpu").order is None
 
@@ -352,6 +295,6 @@ def test_a_model_without_sdpa_is_compared_with_eager(monkeypatch: pytest.MonkeyP
         _supports_sdpa=False,
         set_attn_implementation=asked.append,
     )
-    with packing._own_attention(base):
+    with packing_check._own_attention(base):
         pass
     assert asked == ["eager", ATTENTION]

@@ -7,38 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from test_train import flat_gradient, moved, trainer_of
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.caches import poorer
+from helpers.training import flat_gradient, moved, trainer_of
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
-from pipeline.report import data
+from pipeline.report import inspect
 from pipeline.rounds.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl, scores_reverse_kl
 from pipeline.train import stage
 
 Make = Callable[..., Recipe]
-
-
-def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float = 0.1) -> cs.ScoreBlock:
-    """The same teacher, some of its candidates untold (so in its rest), and some tokens not scored at all."""
-    assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
-    untold = rng.random(scores.candidate_logprobs.shape) < 0.4
-    untold[:, 0] = False
-    told = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
-    rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
-        untold, np.exp(scores.candidate_logprobs), 0
-    ).sum(1)
-    missing = rng.random(scores.n_tokens) < unscored
-    arrays = {"logprobs": scores.logprobs, "candidate_logprobs": told, "rest_logprob": np.log(rest)}
-    for name, value in arrays.items():
-        value = value.astype(np.float32)
-        value[missing] = np.nan
-        arrays[name] = value
-    return cs.ScoreBlock(**arrays)
 
 
 @pytest.fixture
@@ -145,7 +128,7 @@ def test_the_rest_of_a_sure_teacher_is_small_and_not_zero() -> None:
 
 def test_the_views_show_what_was_told(partial_cache: Path) -> None:
     cache = cs.open(partial_cache)
-    shown = {scores["name"]: scores for scores in data.summary(cache)["rounds"][0]["scores"]}
+    shown = {scores["name"]: scores for scores in inspect.summary(cache)["rounds"][0]["scores"]}
     assert 0 < shown["partial"]["reverse_kl_tokens"] < shown["teacher"]["reverse_kl_tokens"]
     assert shown["alone"]["reverse_kl"] > 0
 
@@ -154,7 +137,7 @@ def test_the_views_show_what_was_told(partial_cache: Path) -> None:
             return "x"
 
     for name in ("partial", "alone"):
-        tokens = data.rollout(cache.round(), 3, name, Decoder)["tokens"]
+        tokens = inspect.rollout(cache.round(), 3, name, Decoder)["tokens"]
         assert any(token["reverse_kl"] is not None for token in tokens)
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
-from test_packing import FAMILIES
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -26,12 +24,15 @@ from transformers import (
 )
 
 import cache_schema as cs
+from helpers.caches import small_recipe
+from helpers.models import FAMILIES
 from pipeline import cli, plan
 from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
-from pipeline.forward.head import Head, chunked_head_loss
-from pipeline.forward.packing import pack, packed_hidden, register_packed_attention
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.forward.attention import register_packed_attention
+from pipeline.forward.head import Head
+from pipeline.forward.loss_head import chunked_head_loss
+from pipeline.forward.packing import pack, packed_hidden
+from pipeline.models import flops, meta_model
 from pipeline.models.load import load_model
 from pipeline.models.lora import make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes
@@ -74,18 +75,18 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-Planned = Callable[..., tuple[Recipe, memory.Models]]
+Planned = Callable[..., tuple[Recipe, memory.PlannedModels]]
 
 
 @pytest.fixture(scope="session")
 def planned(configs: Path) -> Planned:
-    """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their shadows."""
+    """`planned(*overrides)`: the recipe of a Qwen3-8B that learns from a Qwen3-32B, and their meta_models."""
 
     @functools.cache
-    def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.Models]:
+    def plan(*overrides: str, depth: str = "shallow-") -> tuple[Recipe, memory.PlannedModels]:
         names = [f"student.model={configs / f'{depth}8b'}", f"teacher.model={configs / f'{depth}32b'}"]
         recipe = load_recipe("qwen3-8b-from-32b", [*names, *overrides])
-        return recipe, memory.Models.of(recipe)
+        return recipe, memory.PlannedModels.of(recipe)
 
     return plan
 
@@ -98,16 +99,16 @@ def test_parameters_are_those_of_the_model_itself(family: str, tmp_path: Path) -
     config = FAMILIES[family]
     config.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_config(config)
-    counted = shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32")))
+    counted = meta_model.Weights.of(meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype="float32")))
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     assert counted.nbytes == 4 * counted.parameters
 
 
 def test_parameters_of_the_toy_are_those_in_its_files() -> None:
     student = ModelConfig(model="toy:student", dtype="float32")
-    counted, model = shadow.Weights.of(shadow.shadow(student)), load_model(student)
+    counted, model = meta_model.Weights.of(meta_model.load_meta_model(student)), load_model(student)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
-    assert counted == shadow.Weights.of(model)
+    assert counted == meta_model.Weights.of(model)
 
 
 def test_qwen3_has_the_parameters_that_its_makers_tell(planned: Planned) -> None:
@@ -128,7 +129,7 @@ def test_a_token_is_multiplied_by_the_chosen_experts_only(tmp_path: Path) -> Non
             moe_intermediate_size=24, num_experts=8, num_experts_per_tok=chosen, vocab_size=100,
         )  # fmt: skip
         config.save_pretrained(tmp_path)
-        return shadow.Weights.of(shadow.shadow(ModelConfig(model=str(tmp_path)))).multiplied
+        return meta_model.Weights.of(meta_model.load_meta_model(ModelConfig(model=str(tmp_path)))).multiplied
 
     an_expert = 3 * 32 * 24
     assert multiplied(3) - multiplied(2) == 2 * an_expert
@@ -136,7 +137,9 @@ def test_a_token_is_multiplied_by_the_chosen_experts_only(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("rank", "parameters"), [(32, 87_293_952), (128, 349_175_808)])
 def test_lora_on_qwen3_has_the_parameters_that_others_count(configs: Path, rank: int, parameters: int) -> None:
-    student = make_trainable(shadow.shadow(ModelConfig(model=str(configs / "8b"))), TrainConfig(lora_rank=rank))
+    student = make_trainable(
+        meta_model.load_meta_model(ModelConfig(model=str(configs / "8b"))), TrainConfig(lora_rank=rank)
+    )
     assert sum(p.numel() for p in trainable(student).values()) == parameters
 
 
@@ -175,13 +178,13 @@ def test_activations_are_those_of_a_real_micro_batch(dtype: str, checkpointing: 
     real: Any = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation="redpen_packed"
     )
-    shade = shadow.shadow(ModelConfig(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
+    shade = meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype=dtype))  # type: ignore[arg-type]
     for model in (real, shade):
         make_trainable(model.eval().requires_grad_(False), train)
         if checkpointing:
-            shadow.checkpoint_gradients(model)
+            meta_model.checkpoint_gradients(model)
         training_mode(model)
-    predicted = shadow.training_bytes(shade, 512)
+    predicted = meta_model.training_bytes(shade, 512)
 
     for parameter in trainable(real).values():
         parameter.grad = torch.zeros_like(parameter)
@@ -200,7 +203,7 @@ def test_head_takes_what_is_planned(trained: bool, tmp_path: Path) -> None:
     rows, vocabulary, hidden = 600, 40_000, 32
     config = Qwen3Config(**QWEN3 | dict(vocab_size=vocabulary), hidden_size=hidden, num_hidden_layers=1)
     config.save_pretrained(tmp_path)
-    model = shadow.shadow(ModelConfig(model=str(tmp_path), dtype="float32"))
+    model = meta_model.load_meta_model(ModelConfig(model=str(tmp_path), dtype="float32"))
     model.get_output_embeddings().weight.requires_grad_(trained)
     planned = memory.head_bytes(model, TrainConfig(rows_per_chunk=256), rows)
 
@@ -216,8 +219,8 @@ def test_head_takes_what_is_planned(trained: bool, tmp_path: Path) -> None:
 
 
 def test_cache_of_a_rollout_is_its_keys_and_values(planned: Planned) -> None:
-    model = planned()[1].shadows["student"]
-    assert shadow.cache_bytes(model, 100) == 100 * SHALLOW * 2 * 8 * 128 * 2
+    model = planned()[1].meta_models["student"]
+    assert meta_model.cache_bytes(model, 100) == 100 * SHALLOW * 2 * 8 * 128 * 2
 
 
 def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
@@ -235,15 +238,15 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
 def test_too_small_a_card_is_told_with_what_would_help(planned: Planned) -> None:
     recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)
-    found = {need.step: table.verdict(need, device, recipe) for need in memory.needs(recipe, models, device)}
+    found = {need.step: table.advice(need, device, recipe) for need in memory.by_step(recipe, models, device)}
     assert found["scoring, teacher, streamed"].startswith("scoring, teacher, streamed: fits 6 GiB")
     assert "does not fit 6 GiB" in found["training"] and "up to" in found["training"]
-    found = {need.step: table.verdict(need, Device(gib=4), recipe) for need in memory.needs(recipe, models, device)}
+    found = {need.step: table.advice(need, Device(gib=4), recipe) for need in memory.by_step(recipe, models, device)}
     assert 'score.placement = "streamed"' in found["scoring, student"]
     hopeless = memory.training(recipe, models, Device(gib=4))
-    assert hopeless.largest == 0 and "adamw_8bit" in table.verdict(hopeless, Device(gib=4), recipe)
-    refused = memory.needs(recipe, models, Device(gib=1))[2]
-    assert refused.refused and "to stream this model" in table.verdict(refused, Device(gib=1), recipe)
+    assert hopeless.largest == 0 and "adamw_8bit" in table.advice(hopeless, Device(gib=4), recipe)
+    refused = memory.by_step(recipe, models, Device(gib=1))[2]
+    assert refused.refused and "to stream this model" in table.advice(refused, Device(gib=1), recipe)
 
 
 def test_fsdp_divides_what_it_shards(planned: Planned) -> None:
@@ -278,9 +281,9 @@ def test_cost_is_what_a_run_then_enters_in_its_ledger(toy_cache: Path, tmp_path:
     prompt = sum(int(b.prompt_length.sum()) for b in blocks) / 24
     response = sum(b.n_tokens for b in blocks) / 96
     recipe = small_recipe("train.steps=6")
-    models = memory.Models.of(recipe)
+    models = memory.PlannedModels.of(recipe)
     lengths, device = Lengths.of(recipe, prompt, response), Device()
-    planned = cost.costs(recipe, models, device, lengths, memory.needs(recipe, models, device))
+    planned = cost.costs(recipe, models, device, lengths, memory.by_step(recipe, models, device))
     stage.run(recipe, str(toy_cache), str(tmp_path / "run"))
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     by_step = {entry.step: entry for entry in planned.steps}
@@ -313,7 +316,7 @@ def test_time_follows_from_the_device(planned: Planned) -> None:
     lengths = Lengths.of(recipe, None, 500)
 
     def seconds(device: Device) -> dict[str, float]:
-        needs = memory.needs(recipe, models, device)
+        needs = memory.by_step(recipe, models, device)
         found = cost.costs(recipe, models, device, lengths, needs).steps
         return {step.step: step.seconds or 0.0 for step in found}
 

@@ -22,13 +22,16 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import cache_schema as cs
 import pipeline.text.chat_template
 import pipeline.text.prompts
 import pipeline.text.token_length
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
 from pipeline.text.chat_template import Renderer, chat_text
-from pipeline.text.prompts import check_record, load_prompts, prompts_sha256, render, render_all, template_identity
+from pipeline.text.prompts import load_prompts
+from pipeline.text.records import check_record
+from pipeline.text.rendering import render, render_all, template_identity
 from pipeline.text.template_effect import without_effect
 from pipeline.text.token_length import least_tokens
 from pipeline.toy import asset_path
@@ -135,7 +138,7 @@ def test_good_lines(tmp_path: Path) -> None:
         {"messages": CHAT},
     ]
     assert load(tmp_path, content, limit=1) == records[:1]
-    assert prompts_sha256(records) != prompts_sha256(records[:1])
+    assert cs.prompts_sha256(records) != cs.prompts_sha256(records[:1])
 
 
 def test_limit_stops_reading(tmp_path: Path) -> None:
@@ -578,7 +581,7 @@ def test_mutated_rows_are_one_line_or_prompts(tmp_path: Path, tokenizer: Any) ->
                 continue
             try:
                 records = load_prompts(config(file))
-                prompts_sha256(records)
+                cs.prompts_sha256(records)
                 assert all(len(ids) for ids in render_all(records, tokenizer, config(file), 2**20))
                 counts[0] += 1
             except PromptError as error:

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cache, small_recipe
-from test_adapters import IDS, logits, plain, random_adapter, small_model
-from test_train import distance, trainer_of
-from test_train_resume import assert_same, stop_after_one_step
 from torch import nn
 
 import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers.caches import make_cache, small_recipe
+from helpers.models import IDS, logits, plain, random_adapter, small_model
+from helpers.training import assert_same_run, distance, stop_after_one_step, trainer_of
 from pipeline import merge
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.runs import checkpoint
 from pipeline.train import stage
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 pytest.importorskip("bitsandbytes")
 
@@ -107,7 +107,7 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     ):
         stage.run(small_recipe(), str(nf4_cache), tmp_path / "run")
     with pytest.raises(
-        ModelError, match=r"was scored unquantised and would be trained in nf4, which is another model"
+        ModelError, match=r"was scored unquantised and would be trained in nf4, which is a different model"
     ):
         stage.run(small_recipe(NF4), str(toy_cache), tmp_path / "run")
     with pytest.raises(cs.ProvenanceError, match="quantisation"):
@@ -159,7 +159,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match=r'student\.quantisation = "nf4": .* is quantised already \(gptq\)'):
-        models.model_facts(ModelConfig(model=str(base), quantisation="nf4"))
+        resolve(ModelConfig(model=str(base), quantisation="nf4"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         ConfigError, match=r'student\.quantisation = "nf4": needs bitsandbytes, .*install redpen\[quant\]'
@@ -170,7 +170,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 # -- 8 bits ---------------------------------------------------------------------------------------------------
 
 
-def weights(trainer: Trainer) -> torch.Tensor:
+def weights(trainer: StudentTrainer) -> torch.Tensor:
     return torch.cat([w.detach().flatten() for w in trainer.masters.values()])
 
 
@@ -215,7 +215,7 @@ def test_interrupted_after_every_step_nf4_and_8_bits_are_those_of_the_undisturbe
         with pytest.raises(Interrupted):
             stage.run(recipe, str(nf4_cache), tmp_path / "run")
     assert stage.run(recipe, str(nf4_cache), tmp_path / "run") == 0
-    assert_same(tmp_path / "run", tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_missing_bitsandbytes_is_one_line(toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cache_schema as cs
+from helpers import cache_factory as factory
 from pipeline.errors import ConfigError
 from pipeline.train import order as order_module
 from pipeline.train import replay
 from pipeline.train.order import Order
-from pipeline.train.packs import Row, deal, pack_rows, tokens_of
+from pipeline.train.packs import PackedRow, deal, pack_rows, tokens_of
 from pipeline.train.replay import Replay
 
 COLUMNS = {"student": ("logprobs", "candidate_ids"), "teacher": ("logprobs", "candidate_logprobs", "rest_logprob")}
@@ -99,26 +99,26 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(drawn) == 6
 
 
-def apart(lengths: Iterable[int]) -> list[Row]:
+def apart(lengths: Iterable[int]) -> list[PackedRow]:
     """Rows with a prompt of one token each, of their own."""
-    return [Row(i, 1, int(length) - 1) for i, length in enumerate(lengths)]
+    return [PackedRow(i, 1, int(length) - 1) for i, length in enumerate(lengths)]
 
 
-def reasoning(seed: int = 0) -> list[Row]:
+def reasoning(seed: int = 0) -> list[PackedRow]:
     """4 responses to each of 64 prompts, of very different lengths, as reasoning models give them."""
     rng = np.random.default_rng(seed)
     responses = np.clip(rng.lognormal(6.5, 0.8, 256), 50, 4096).astype(int)
     prompts = np.repeat(rng.integers(50, 400, 64), 4)
-    return [Row(i // 4, int(p), int(r)) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    return [PackedRow(i // 4, int(p), int(r)) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20)), max_size=60).map(
-    lambda rows: [Row(prompt, (3, 1, 10, 7, 25, 2)[prompt], response) for prompt, response in rows]
+    lambda rows: [PackedRow(prompt, (3, 1, 10, 7, 25, 2)[prompt], response) for prompt, response in rows]
 )
 
 
 @given(ROWS, st.integers(1, 80), st.integers(1, 5))
-def test_packs_hold_every_row_once_within_the_budget(rows: list[Row], budget: int, ranks: int) -> None:
+def test_packs_hold_every_row_once_within_the_budget(rows: list[PackedRow], budget: int, ranks: int) -> None:
     packs = pack_rows(rows, budget, ranks)
     assert sorted(row for pack in packs for row in pack) == list(range(len(rows)))
     for pack in packs:

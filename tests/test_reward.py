@@ -6,20 +6,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_objective import buckets, columns, kl, naive_gradient
-from test_train import distance, flat_gradient, moved
 from torch import Tensor
 
 import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe
+from helpers.training import buckets, columns, distance, flat_gradient, kl, moved, naive_gradient_of
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config import Recipe
@@ -27,10 +26,12 @@ from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models import lora
 from pipeline.toy import world
-from pipeline.train import inputs, stage
+from pipeline.train import checks, stage
+from pipeline.train.build import make_objective, make_replay
 from pipeline.train.replay import Replay, Rollout
 from pipeline.train.reward import ADVANTAGE, VALUE, group_advantages
-from pipeline.train.trainer import Trainer
+from pipeline.train.teachers import select_teachers
+from pipeline.train.trainer import StudentTrainer
 
 Make = Callable[..., Recipe]
 REWARD = ("reward.coefficient=0.5", "rollouts.temperature=2")
@@ -43,12 +44,12 @@ def mixed_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("warm") / "c.zarr", small_recipe(*REWARD))
 
 
-def made(cache: Path, recipe: Recipe) -> tuple[Trainer, Replay]:
+def made(cache: Path, recipe: Recipe) -> tuple[StudentTrainer, Replay]:
     """As `redpen train` makes them, whichever teachers that needs."""
     round_ = cs.open(cache).round()
-    objective = inputs.objective(recipe, round_, inputs.teacher_names(recipe, round_, str(cache)))
+    objective = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
+    return StudentTrainer(model, objective, recipe.train), make_replay(recipe, round_, objective)
 
 
 def is_right(rollout: Rollout) -> bool:
@@ -144,7 +145,7 @@ def test_gradient_is_that_of_the_formula(
     assert len(batch.distinct) < len(batch.rollouts) or "select.first_tokens=1" not in settings
     moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
-    assert distance(found, naive_gradient(trainer, batch, formula)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, formula)) < 1e-5
 
 
 def test_rewards_alone_need_no_teacher_and_make_right_responses_likelier(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_round_with_nothing_to_compare_is_refused(sampled: dict[str, float], t
     """Whatever the recipe says of sampling: every advantage would be 0."""
     round_ = factory.filled(tmp_path / "c.zarr", **sampled).round()
     with pytest.raises(ConfigError, match=r"^reward\.coefficient: round 0 "):
-        inputs.check_replay(recipe(*REWARD), round_)
+        checks.check_round(recipe(*REWARD), round_)
 
 
 def test_without_answers_nothing_can_be_rewarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,14 +25,15 @@ from transformers import (
 )
 
 import cache_schema as cs
+from helpers.sampling import STOP, VOCAB, oracle_logits, processed_logprobs, prompt_block, sampling
 from pipeline.config import Recipe, load_recipe
-from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.engines.sampling import PromptBlock
 from pipeline.engines.transformers_sampler import TransformersSampler, draw
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 from pipeline.rollouts import stage
 
-VOCAB, STOP = 24, (3, 5)
 SHAPE = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -66,42 +67,6 @@ def tiny(family: str = "qwen3") -> PreTrainedModel:
     # none of this may have a part in sampling
     model.generation_config = GenerationConfig(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
     return model
-
-
-def sampling(**changes: object) -> Sampling:
-    values: dict[str, object] = dict(
-        temperature=1.0, top_p=1.0, stop_token_ids=STOP, rollouts_per_prompt=5, max_response_tokens=12, seed=7
-    )
-    return Sampling(**(values | changes))  # type: ignore[arg-type]
-
-
-def prompt_block(lengths: tuple[int, ...] = (1, 9, 4, 4), block: int = 0) -> PromptBlock:
-    rng = np.random.default_rng(block)
-    prompts = [rng.integers(6, VOCAB, n).astype(np.int32) for n in lengths]
-    return PromptBlock(block, [(block * len(lengths) + i, ids) for i, ids in enumerate(prompts)])
-
-
-@torch.inference_mode()
-def oracle_logits(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """float64 [T, V]: logits at every position of one response, alone, without a KV cache."""
-    double = type(model)(model.config).eval().double()
-    double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
-    return double(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].numpy()
-
-
-def processed_logprobs(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """float64 log-probs after temperature and top-p, written out naively."""
-    scaled = logits / temperature
-    probs = np.exp(scaled - scaled.max(-1, keepdims=True))
-    probs /= probs.sum(-1, keepdims=True)
-    for row in probs:
-        order = np.argsort(-row)
-        kept = np.cumsum(row[order]) - row[order] < top_p  # the smallest set that reaches top_p
-        row[order[~kept]] = 0
-        row /= row.sum()
-    with np.errstate(divide="ignore"):
-        return np.log(probs)
 
 
 def same(a: cs.RolloutBlock, b: cs.RolloutBlock) -> bool:
@@ -283,7 +248,7 @@ def test_the_stage_fills_a_round_once(
     round_ = cache.round()
     assert round_.rollouts.committed().all() and round_.n_blocks == 3 and not list(cs.verify(cache))
     assert round_.manifest.stop_token_ids == (256, 258) and round_.manifest.vocab_size == 259
-    tokenizer = models.load_tokenizer(recipe().student)
+    tokenizer = resolve(recipe().student).tokenizer
     for block in range(3):
         rollouts = round_.rollouts.read(block)
         for row in range(rollouts.n_rows):

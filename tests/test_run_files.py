@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import RedpenError
 from pipeline.runs import files as run_files
 from pipeline.runs.files import DamagedRunError, Record, Result, check, digests, read_record, replacing, write_record
+from pipeline.runs.lock import locked
 
 NAMES = ("metrics.jsonl", "ledger.json", "adapter")
 
@@ -91,7 +92,7 @@ def test_what_is_added_is_recorded(tmp_path: Path) -> None:
     (run / "eval.json").write_text("of an earlier result")
     with pytest.raises(DamagedRunError, match=r"eval\.json: does not belong"):
         check(run, "eval.json")
-    with run_files.locked(run), replacing(run, "eval.json", "eval.zarr"):
+    with locked(run), replacing(run, "eval.json", "eval.zarr"):
         (run / "eval.json").write_text("{}")
         (run / "eval.zarr").mkdir()
         (run / "eval.zarr/zarr.json").write_text("{}")

@@ -23,8 +23,9 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import register_packed_attention
+from pipeline.forward.attention import register_packed_attention
 from pipeline.models import load as models
+from pipeline.models.paths import find_directory
 from pipeline.rounds.metrics import reverse_kl
 from pipeline.score import stage
 from pipeline.toy import asset_path
@@ -262,10 +263,10 @@ def test_a_finished_cache_does_not_ask_for_its_teacher_again(
     teacher = Path(shutil.copytree(asset_path("teacher"), tmp_path / "teacher"))
     stage.run(recipe(f"teacher.model={teacher}"), str(fresh))
     shutil.rmtree(teacher)
-    models._directory.cache_clear()  # the next command is another process
+    find_directory.cache_clear()  # the next command is another process
     capsys.readouterr()
     assert stage.run(recipe(f"teacher.model={teacher}"), str(fresh)) == 0
-    assert f"taken as it is: {teacher} is not on this machine" in capsys.readouterr().out
+    assert f"nothing to do ({teacher} is not on this machine)" in capsys.readouterr().out
     with pytest.raises(ModelError, match="no such directory"):
         stage.run(recipe(f"teacher.model={teacher}2"), str(fresh))
 
@@ -343,7 +344,7 @@ def too_many_candidates(path: Path) -> Recipe:
         (
             other_student,
             cs.ProvenanceError,
-            r"sampled by another student \(student\.digest: cached .*--round 1",
+            r"sampled by a different student \(student\.digest: cached .*--round 1",
         ),
         (
             other_vocabulary,

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import hypothesis
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import distance, flat_gradient, moved, trainer_of
 
 import cache_schema as cs
+from helpers import cache_factory as factory
+from helpers.training import distance, flat_gradient, moved, trainer_of
 from pipeline.config import Recipe, SelectConfig
 from pipeline.errors import ConfigError
-from pipeline.models import load as models
-from pipeline.train import inputs, stage
+from pipeline.models.resolve import resolve
+from pipeline.train import stage
+from pipeline.train.build import make_objective, make_replay
 from pipeline.train.order import Order
 from pipeline.train.replay import Batch, Replay
 from pipeline.train.selection import Selection
@@ -198,9 +199,9 @@ def test_the_gradient_is_of_the_selected_tokens_alone(settings: list[str], toy_c
 
 def test_special_tokens_are_the_tokenizers(toy_cache: Path, recipe: Make) -> None:
     settings, round_ = recipe("select.special_tokens=false"), cs.open(toy_cache).round()
-    selection = inputs.replay(settings, round_, inputs.objective(settings, round_, ["teacher"])).selection
+    selection = make_replay(settings, round_, make_objective(settings, round_, ["teacher"])).selection
     assert selection.stop_ids == round_.manifest.stop_token_ids
-    every = set(models.load_tokenizer(settings.student).all_special_ids)
+    every = set(resolve(settings.student).tokenizer.all_special_ids)
     assert set(selection.special_ids) == every - set(selection.stop_ids) != every
 
 

@@ -10,40 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train_resume import curve
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import small_recipe
+from helpers.training import curve
 from pipeline.cli import main
 from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError
 from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage
-from pipeline.sft.examples import Example, Reader, mixed
+from pipeline.sft.examples import Example, ExampleReader, mix
 from pipeline.toy import asset_path, world
+from pipeline.train.build import make_objective, make_replay
 
 END, IM_END = 256, 258
 SMALL = ("sft.steps=4", "sft.examples_per_step=4", "sft.learning_rate=1e-3", "rollouts.prompts_per_block=8")
 
 
-def reader(max_tokens: int = 64, template: str = "auto", **settings: Any) -> Reader:
+def reader(max_tokens: int = 64, template: str = "auto", **settings: Any) -> ExampleReader:
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     tokenizer.chat_template = settings.pop("chat_template", tokenizer.chat_template)
-    return Reader(tokenizer, PromptsConfig(path="-", template=template, **settings), (END, IM_END), max_tokens)
+    return ExampleReader(tokenizer, PromptsConfig(path="-", template=template, **settings), (END, IM_END), max_tokens)
 
 
 def told(example: Example) -> tuple[str, str]:
     """The text that is only read, in place of which the learnt text has a `_` a token, and the learnt text."""
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     ids = np.concatenate([example.prompt, example.response])
-    learnt = np.concatenate([np.zeros(len(example.prompt), bool), example.learnt])
+    learnt = np.concatenate([np.zeros(len(example.prompt), bool), example.trained])
     read = [ord("_") if is_learnt else int(token) for token, is_learnt in zip(ids, learnt, strict=True)]
     return tokenizer.decode(read), tokenizer.decode(ids[learnt])
 
@@ -62,7 +63,7 @@ def test_every_token_of_a_document_but_its_first_is_learnt_once(text: str, max_t
     ids = [*text.encode(), END]
     assert all(len(piece.prompt) == 1 and len(piece.response) < max_tokens for piece in pieces)
     assert np.concatenate([piece.response for piece in pieces]).tolist() == ids[1:]
-    assert all(piece.learnt.all() for piece in pieces)
+    assert all(piece.trained.all() for piece in pieces)
     starts = np.cumsum([0, *(len(piece.response) for piece in pieces[:-1])])
     assert [int(piece.prompt[0]) for piece in pieces] == [ids[start] for start in starts]
 
@@ -73,7 +74,7 @@ def test_every_turn_of_the_assistant_is_learnt_up_to_its_end() -> None:
     read, learnt = told(example)
     assert learnt == "ab<|im_end|>c<|im_end|>"
     assert read.endswith("<|im_start|>assistant\n___\n<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n__")
-    assert len(example.response) == example.learnt.size and example.response[-1] == IM_END
+    assert len(example.response) == example.trained.size and example.response[-1] == IM_END
     assert example.record["messages"][-1] == {"role": "user", "content": "v"} and example.record["source"] == "f"
 
 
@@ -89,7 +90,7 @@ def test_a_turn_that_the_template_rewrites_is_only_read() -> None:
         record, "f", "f"
     )
     assert told(example)[1] == "AB<|im_end|>C<|im_end|>"
-    with pytest.raises(PromptError, match="f:1: the chat template does not render the assistant's last turn"):
+    with pytest.raises(PromptError, match="f:1: the chat template does not render the last assistant turn"):
         reader(200, chat_template=template).read(record, "f:1", "f")
     kept = template.replace("if loop.last", "if loop.last or m.role == 'user'")
     (example,) = reader(200, chat_template=kept).read(record, "f:1", "f")
@@ -121,7 +122,7 @@ def test_prompt_and_response_with_and_without_a_template() -> None:
     ("value", "message"),
     [
         ("a", "expected an object with text, messages"),
-        ({"txt": "a"}, "expected text, messages that end with the assistant's, or prompt and response, got txt"),
+        ({"txt": "a"}, "expected text, messages that .*, or prompt and response, got txt"),
         ({"text": "a", "prompt": "b", "response": "c"}, "got text, prompt, response"),
         ({"prompt": "b"}, "expected text, messages"),
         ({"text": 3}, "text: expected text, got a number"),
@@ -148,10 +149,10 @@ def test_shares_hold_at_any_time(lengths: list[list[int]], share: float, seed: i
 
     sources = [[example(i, n) for n in of_source] for i, of_source in enumerate(lengths)]
     shares = np.array([share, *[(1 - share) / (len(sources) - 1)] * (len(sources) - 1)])
-    chosen = mixed(sources, shares.tolist(), 60, seed)
+    chosen = mix(sources, shares.tolist(), 60, seed)
     tokens = np.zeros(len(sources))
     for found in chosen:
-        tokens[found.record["of"]] += found.learnt.sum()
+        tokens[found.record["of"]] += found.trained.sum()
         # no source is further ahead of its share than by one example
         assert (tokens / shares - (tokens / shares).min() <= 9 / shares + 1e-9).all()
     for of_source in sources:
@@ -189,9 +190,9 @@ def test_the_first_loss_is_transformers_own(tuned: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(asset_path("student"), dtype=torch.float64)
     round_ = cs.open(tuned / "run/data.zarr").round()
     losses = []
-    recipe = stage._of_sft(small_recipe(*SMALL), [str(tuned / "facts.jsonl")])
+    recipe = stage._train_recipe(stage.with_data(small_recipe(*SMALL), [str(tuned / "facts.jsonl")]))
     assert recipe.train.loss == "cross_entropy" and recipe.train.learning_rate == 1e-3
-    order = stage.train.inputs.replay(recipe, round_, stage.train.inputs.objective(recipe, round_, ())).order
+    order = make_replay(recipe, round_, make_objective(recipe, round_, ())).order
     for number in order.step(0).tolist():
         block = round_.rollouts.read(number // round_.manifest.prompts_per_block)
         row = number % round_.manifest.prompts_per_block

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -20,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers.caches import small_recipe
 from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate
@@ -201,7 +201,7 @@ def test_it_is_trained_on_and_told(
     recipe = tmp_path / "spans.toml"
     recipe.write_text(small_recipe(*spelt(teacher)).to_toml())
     assert evaluate.run("toy:student", recipe=str(recipe), teacher=str(teacher), overrides=("eval.limit=8",)) == 0
-    assert "cuts text into other tokens, so reverse KL to it is left out" in capsys.readouterr().err
+    assert "tokenizes text differently from the student, so reverse KL to it is left out" in capsys.readouterr().err
 
 
 def test_the_share_of_tokens_covered_is_told(

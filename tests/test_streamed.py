@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_packing import FAMILIES, SMALL, random_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -27,11 +26,12 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.models import FAMILIES, SMALL_CONFIG, random_model
 from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing import PackPlan
+from pipeline.forward.attention import PackPlan
 from pipeline.models import load as models
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.score import stage
@@ -40,8 +40,8 @@ from pipeline.streaming.streamed import StreamedScorer
 
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIGS = FAMILIES | {
-    "qwen3-tied": Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=True),
-    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-tied": Qwen3Config(**SMALL_CONFIG, head_dim=8, tie_word_embeddings=True),
+    "mixtral": MixtralConfig(**SMALL_CONFIG, num_local_experts=4, num_experts_per_tok=2),
     "gemma3-multimodal": Gemma3Config(
         text_config=FAMILIES["gemma3"].to_dict(),
         vision_config={**VISION, "image_size": 28, "patch_size": 14},
@@ -444,7 +444,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(qwen3: Path) -> None:
 
 def test_decoders_that_do_more_than_call_their_layers(tmp_path: Path) -> None:
     gemma3n = Gemma3nTextConfig(
-        **SMALL,
+        **SMALL_CONFIG,
         head_dim=8,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=71,
@@ -504,7 +504,7 @@ def test_a_cache_may_be_scored_resident_and_streamed(tmp_path: Path, capsys: pyt
         capsys.readouterr()
         stage.run(toy("score.placement=streamed", "score.memory_gib=1"), str(tmp_path / name))
         said = capsys.readouterr().err
-        assert "toy:student streamed to cpu" in said and said.count("packing: a rollout among others") == 2
+        assert "toy:student streamed to cpu" in said and said.count("packing check: packed and unpacked") == 2
         round_ = cs.open(tmp_path / name).round()
         for scorer in ("student", "teacher"):
             assert round_.scores(scorer).manifest == expected.scores(scorer).manifest
@@ -540,7 +540,7 @@ def test_scores_are_the_resident_scorers_on_cuda(
 @on_cuda
 def test_slots_are_not_overwritten_while_they_are_in_use(tmp_path: Path) -> None:
     """Layers that compute longer than they are copied, and many waves."""
-    shape = {**SMALL, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    shape = {**SMALL_CONFIG, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     random_model(Qwen3Config(**shape, head_dim=256), "eager").to(torch.bfloat16).save_pretrained(tmp_path)
     cfg, options = config(tmp_path, "bfloat16", device="cuda"), ScoreOptions(tile_tokens=4096)
     batch = TokenBatch(tuple(block(seed, (2000, 90, 1000, 900)) for seed in range(8)))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_recipe
 
+from helpers.caches import small_recipe
 from pipeline import console
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
@@ -207,7 +207,7 @@ def test_a_tracker_that_fails_costs_one_line(
         recorder.close(DONE)
         assert [line["step"] for line in run.steps()] == [1, 2, 3]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: wandb failed (ConnectionError: no route); training goes on without it")
+    assert line.startswith("warning: wandb failed (ConnectionError: no route); ")
 
 
 @pytest.mark.parametrize("key", ["a" * 40, "short"], ids=["no answer", "not a key"])
@@ -229,7 +229,7 @@ def test_wandb_goes_offline_where_it_cannot_be_online(
     assert [row["_step"] for row in wandb_run(tmp_path)["history"]] == [1, 2]
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("warning: wandb: ") and line.endswith("latest-run` sends the curves later")
+    assert line.startswith("warning: wandb: ") and line.endswith("latest-run` uploads the curves later")
     assert captured.out == ""
 
 
@@ -308,7 +308,7 @@ def test_a_terminal_has_a_bar_and_a_note() -> None:
     assert "━" in frames and re.search(r"train .*\d+/40 steps [\d.]+ steps/s \d:\d\d:\d\d", frames)
     assert re.search(r"^reverse KL 0\.0\d+", frames, re.M), "below the bar"
     told, result, following = screen(written)[-3:]
-    assert told == "SIGTERM: stopping at the next safe point; once more to kill", "not redrawn away"
+    assert told.startswith("SIGTERM: ") and told.endswith(" again to force quit"), "not redrawn away"
     assert re.fullmatch(r"train: 100%, 40/40 steps, [\d.]+ steps/s, reverse KL 0\.0250", result), "one line stays"
     assert following == "next"
 
@@ -317,10 +317,8 @@ def test_a_pipe_has_plain_lines() -> None:
     written = view(False, FORCE_COLOR="1")
     lines = written.splitlines()
     assert "\x1b" not in written and "\r" not in written and 3 <= len(lines) <= 5
-    assert (
-        re.fullmatch(r"train: 100%, 40/40 steps, [\d.]+ steps/s, reverse KL 0\.0250", lines[-2])
-        and lines[-1] == "next"
-    )
+    assert re.fullmatch(r"train: 100%, 40/40 steps, [\d.]+ steps/s, reverse KL 0\.0250", lines[-2])
+    assert lines[-1] == "next"
 
 
 @pytest.mark.parametrize(

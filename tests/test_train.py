@@ -8,86 +8,29 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import cache_factory as factory
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from conftest import make_cache, small_recipe, tree_digest
 
 import cache_schema as cs
 import pipeline.score.stage
+from helpers import cache_factory as factory
+from helpers.caches import make_cache, small_recipe, tree_digest
+from helpers.training import curve, distance, flat_gradient, gradient, moved, naive_gradient, trainer_of
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
-from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.train import inputs, ledger, stage
+from pipeline.models.paths import resolve_path
+from pipeline.train import ledger, stage
 from pipeline.train.packs import tokens_of
-from pipeline.train.replay import Batch, Replay
-from pipeline.train.trainer import Trainer, learning_rate
+from pipeline.train.trainer import learning_rate
 
 Make = Callable[..., Recipe]
 
 
-def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[Trainer, Replay]:
-    round_ = cs.open(cache).round()
-    objective = inputs.objective(recipe, round_, teachers or ("teacher",))
-    model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return Trainer(model, objective, recipe.train), inputs.replay(recipe, round_, objective)
-
-
-def moved(trainer: Trainer) -> Trainer:
-    """A student that has left the one that was sampled: with B = 0 half of the gradient is 0."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainer.parameters.values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return trainer
-
-
-def gradient(trainer: Trainer, batch: Batch) -> torch.Tensor:
-    trainer.gradient(batch)
-    return flat_gradient(trainer)
-
-
-def flat_gradient(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None])
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 # -- the gradient -------------------------------------------------------------------------------------------------
-
-
-def naive_gradient(trainer: Trainer, batch: Batch, loss: str) -> torch.Tensor:
-    """The objective as its formula stands: each rollout alone, full logits, autograd, one division."""
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    total = torch.zeros(())
-    for rollout in batch.rollouts:
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        logp = logits.log_softmax(1)
-        candidates = torch.from_numpy(rollout.column("student/candidate_ids")).long()
-        teacher = torch.from_numpy(rollout.column("teacher/candidate_logprobs"))
-        if loss == "reverse_kl":
-            student = logp.gather(1, candidates)
-            inside = torch.zeros_like(logp, dtype=torch.bool).scatter(1, candidates, True)
-            rest = logp.masked_fill(inside, -torch.inf).logsumexp(1)
-            teacher_rest = torch.from_numpy(rollout.column("teacher/rest_logprob"))
-            total = total + (student.exp() * (student - teacher)).sum() + (rest.exp() * (rest - teacher_rest)).sum()
-        else:
-            sampled, old = (
-                logp.gather(1, candidates[:, :1])[:, 0],
-                torch.from_numpy(rollout.column("student/logprobs")),
-            )
-            advantage = -(sampled - torch.from_numpy(rollout.column("teacher/logprobs"))).detach().clamp(-10, 10)
-            total = total - ((sampled - old).exp() * advantage).sum()
-    (total / sum(len(r.weights) for r in batch.rollouts)).backward()
-    return flat_gradient(trainer)
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "importance_sampling"])
@@ -299,11 +242,6 @@ def finished(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
-
-
 def test_only_the_student_is_loaded_and_the_cache_untouched(
     toy_cache: Path, tmp_path: Path, recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +257,7 @@ def test_only_the_student_is_loaded_and_the_cache_untouched(
     before = tree_digest(toy_cache)
     gone = recipe(f"teacher.model={tmp_path / 'deleted'}", "train.steps=2")
     assert stage.run(gone, str(toy_cache), tmp_path / "run") == 0
-    assert opened == [models.resolve_path("toy:student")]
+    assert opened == [resolve_path("toy:student")]
     assert tree_digest(toy_cache) == before
 
 
@@ -327,7 +265,7 @@ def test_a_run_leaves_what_the_design_says(finished: Path, toy_cache: Path) -> N
     assert {p.name for p in finished.iterdir()} == {
         ".lock", "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "ledger.json"
     }  # fmt: skip
-    lines = metrics_of(finished)
+    lines = curve(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[0].keys() >= {
         "loss", "reverse_kl", "sampled_logprob_gap", "entropy", "grad_norm", "lr", "ess", "ratio_mean", "ratio_max",
@@ -363,7 +301,7 @@ def test_first_metrics_are_those_of_the_cache(finished: Path, toy_cache: Path) -
         teacher, rest = rollout.column("teacher/candidate_logprobs"), rollout.column("teacher/rest_logprob")
         kl += reverse_kl(student.candidate_logprobs[where], student.rest_logprob[where], teacher, rest).tolist()
         gap += (rollout.column("student/logprobs") - rollout.column("teacher/logprobs")).tolist()
-    first = metrics_of(finished)[0]
+    first = curve(finished)[0]
     assert first["reverse_kl"] == pytest.approx(np.mean(kl), rel=1e-4)
     assert first["sampled_logprob_gap"] == pytest.approx(np.mean(gap), rel=1e-4)
     assert first["tokens"] == len(kl)
@@ -373,7 +311,7 @@ def test_importance_sampling_reports_the_same_reverse_kl(
     toy_cache: Path, finished: Path, tmp_path: Path, recipe: Make
 ) -> None:
     assert stage.run(recipe("train.loss=importance_sampling", "train.steps=1"), str(toy_cache), tmp_path / "is") == 0
-    one, other = metrics_of(tmp_path / "is")[0], metrics_of(finished)[0]
+    one, other = curve(tmp_path / "is")[0], curve(finished)[0]
     assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], rel=1e-6) and one["loss"] != other["loss"]
 
 
@@ -399,7 +337,7 @@ def test_tensorboard_holds_the_curve(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     drawn = {event.step: event.value for event in events.Scalars("train/reverse_kl")}
-    assert drawn == pytest.approx({int(line["step"]): line["reverse_kl"] for line in metrics_of(finished)}, rel=1e-6)
+    assert drawn == pytest.approx({int(line["step"]): line["reverse_kl"] for line in curve(finished)}, rel=1e-6)
 
 
 def test_a_finished_run_is_left_alone(finished: Path, toy_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,7 +395,7 @@ def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> 
     run.mkdir()
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RedpenError, match="another process works in it"):
+        with pytest.raises(RedpenError, match="another process is working on it"):
             stage.run(small_recipe(), str(toy_cache), run)
 
 
@@ -473,7 +411,7 @@ def test_a_full_disk_is_one_line(toy_cache: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(RedpenError, match=r"No space left on device.*run the same command again"):
             stage.run(small_recipe(), str(toy_cache), run)
     assert stage.run(small_recipe(), str(toy_cache), run) == 0
-    assert len(metrics_of(run)) == 5
+    assert len(curve(run)) == 5
 
 
 # -- how training ends --------------------------------------------------------------------------------------------
@@ -485,7 +423,7 @@ def test_a_run_stops_when_the_round_is_done(
     easy = recipe("train.stop_reverse_kl=5", "train.stop_window=2")
     assert stage.run(easy, str(toy_cache), tmp_path / "run") == 0
     assert "round done after 2 steps" in capsys.readouterr().out
-    assert len(metrics_of(tmp_path / "run")) == 2 and (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert len(curve(tmp_path / "run")) == 2 and (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 
 
 def test_a_stale_cache_ends_a_run_with_code_3(
@@ -573,7 +511,7 @@ UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "another student": (
         another_student,
         [],
-        "is another student's: it has student.digest ssssssssssssssss (student)",
+        "was sampled by a different student: it has student.digest ssssssssssssssss (student)",
     ),
     "another teacher": (
         lambda p, t: shutil.copytree(t, p) and None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -11,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import preloaded
 import pytest
-from conftest import SMALL, small_recipe
 
+from helpers import preloaded
+from helpers.caches import SMALL, small_recipe
+from helpers.training import assert_same_run, curve, stop_after_one_step
 from pipeline.config import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, RedpenError
@@ -29,18 +29,6 @@ LONG = (f"train.steps={STEPS}", "train.schedule=cosine", "train.lora_dropout=0.1
 def start(cache: Path, run: Path) -> preloaded.Process:
     settings = [part for setting in (*SMALL, *LONG) for part in ("--set", setting)]
     return preloaded.python("-m", "pipeline", "train", "toy", "--cache", str(cache), "--run", str(run), *settings)
-
-
-def curve(run: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    """The curve but for its timings, and every byte of the adapter."""
-    assert curve(run) == curve(undisturbed)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (run / "adapter" / name).read_bytes() == (undisturbed / "adapter" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +58,7 @@ def test_killed_twice_at_random(toy_cache: Path, undisturbed: Path, tmp_path: Pa
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "max steps: 12 done" in out
-    assert_same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_sigterm_checkpoints_and_says_so(toy_cache: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -85,14 +73,7 @@ def test_sigterm_checkpoints_and_says_so(toy_cache: Path, undisturbed: Path, tmp
     assert f"stopped by SIGTERM: step {done} of 12 is in" in errors and "Traceback" not in errors
     assert (run / f"checkpoints/step-{done:08d}").exists()
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
-    assert_same(run, undisturbed)
-
-
-@contextmanager
-def stop_after_one_step() -> Iterator[Stop]:
-    stop = Stop()
-    stop.signum = signal.SIGINT
-    yield stop
+    assert_same_run(run, undisturbed)
 
 
 def test_stopped_after_every_step(
@@ -105,7 +86,7 @@ def test_stopped_after_every_step(
             stage.run(small_recipe(*LONG), str(toy_cache), run)
         assert caught.value.exit_code == 130 and steps_done(run) == step
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
-    assert_same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 class Killed(BaseException):
@@ -117,9 +98,8 @@ def test_killed_in_the_middle_of_a_write(
     moment: str, toy_cache: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.models import lora
-    from pipeline.runs import checkpoint
+    from pipeline.runs import checkpoint, ledger
     from pipeline.runs.directory import RunDirectory
-    from pipeline.train import ledger
 
     run = tmp_path / "run"
     calls = 0
@@ -147,7 +127,7 @@ def test_killed_in_the_middle_of_a_write(
         with pytest.raises(Killed):
             stage.run(small_recipe(*LONG), str(toy_cache), run)
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
-    assert_same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_only(
@@ -179,7 +159,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
     said = capsys.readouterr().err
     assert "step-00000005 is damaged" in said and "after step 4 of 12" in said
-    assert_same(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_a_curve_that_is_not_the_checkpoints_is_refused(
@@ -200,17 +180,17 @@ def test_tensorboard_shows_each_step_once(toy_cache: Path, tmp_path: Path, monke
     """Steps that a kill undid are drawn again; the earlier points are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from pipeline.train.trainer import Trainer
+    from pipeline.train.trainer import StudentTrainer
 
-    run, real = tmp_path / "run", Trainer.update
+    run, real = tmp_path / "run", StudentTrainer.update
 
-    def dies_at_five(self: Trainer, batch: object) -> object:
+    def dies_at_five(self: StudentTrainer, batch: object) -> object:
         if self.step == 5:
             raise Killed
         return real(self, batch)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", dies_at_five)
+        patch.setattr(StudentTrainer, "update", dies_at_five)
         with pytest.raises(Killed):
             stage.run(small_recipe(*LONG), str(toy_cache), run)
     assert stage.run(small_recipe(*LONG), str(toy_cache), run) == 0
@@ -225,13 +205,13 @@ def test_a_finished_run_goes_on_for_more_steps(toy_cache: Path, tmp_path: Path) 
     for steps in (3, 7):
         assert stage.run(small_recipe(f"train.steps={steps}"), str(toy_cache), run) == 0
         assert len(curve(run)) == steps
-    assert_same(run, longer)
+    assert_same_run(run, longer)
     with pytest.raises(RedpenError, match=r"train\.steps = 7, now 5; choose another --run"):
         stage.run(small_recipe("train.steps=5"), str(toy_cache), run)
     cooled = tmp_path / "cooled"
     assert stage.run(small_recipe("train.steps=3", "train.schedule=linear"), str(toy_cache), cooled) == 0
     with pytest.raises(
-        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can go on\); choose'
+        RedpenError, match=r'train\.steps = 3, now 7 \(only schedule = "constant" can be extended\); choose'
     ):
         stage.run(small_recipe("train.steps=7", "train.schedule=linear"), str(toy_cache), cooled)
 

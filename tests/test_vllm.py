@@ -18,17 +18,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_rollouts import oracle_logits, processed_logprobs, prompt_block, sampling
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
 from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.scoring import ScoreOptions
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.models import load as models
+from pipeline.models.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 needs_vllm = [
@@ -62,7 +63,7 @@ def random_student(path: Path, hidden: int = 64, heads: int = 2) -> Path:
     # none of this may have a part in sampling
     model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
     model.save_pretrained(path)
-    models.load_tokenizer(load_recipe("toy").student).save_pretrained(path)
+    resolve(load_recipe("toy").student).tokenizer.save_pretrained(path)
     return path
 
 

@@ -10,23 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import preloaded
 import pytest
 import torch
-from test_stage_one_resume import ROOT, SETTINGS, assert_same, undisturbed, wait_for_commits, without_scores
 
 import cache_schema as cs
+from helpers import preloaded
+from helpers.caches import MANY_BLOCKS, ROOT, assert_same_cache, wait_for_commits, without_scores
+from helpers.preloaded import processes
 from pipeline.config import load_recipe
 from pipeline.distributed import ray as ray_launcher
-from pipeline.distributed.ranks import Ranks, gpu_share
+from pipeline.distributed.ranks import Ranks, rank_gpus
 from pipeline.errors import ConfigError, ModelError
 from pipeline.rollouts import stage as rollouts_stage
-
-__all__ = ["undisturbed"]  # a fixture
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 RANKS = ["--nproc-per-node", "2"]
@@ -37,7 +35,7 @@ RAY = ["--launcher", "ray", "--workers", "2"]
 def start(launcher: list[str], command: str, cache: Path) -> subprocess.Popen[str]:
     """A stage by two workers of one thread each, in a process group of its own."""
     before, after = ([], launcher) if launcher is RAY else (launcher, [])
-    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    settings = [argument for setting in MANY_BLOCKS for argument in ("--set", setting)]
     return subprocess.Popen(
         [sys.executable, *before, "-m", "pipeline", command, "toy", "--cache", str(cache), *settings, *after],
         cwd=ROOT,
@@ -47,17 +45,6 @@ def start(launcher: list[str], command: str, cache: Path) -> subprocess.Popen[st
         text=True,
         start_new_session=True,
     )
-
-
-def processes(pid: int) -> Iterator[tuple[int, str]]:
-    """The processes that one has started, directly or not, with their command lines."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for child in map(int, children):
-            yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            yield from processes(child)
-    except OSError:
-        return  # it has just ended
 
 
 def kill_one(process: subprocess.Popen[str], command_line: str) -> None:
@@ -81,9 +68,9 @@ def kill_rank(job: subprocess.Popen[str] | preloaded.Process, rank: int) -> None
     os.kill(ranks[1 - rank], signal.SIGCONT)
 
 
-def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Path, tmp_path: Path) -> None:
-    cache = without_scores(undisturbed, tmp_path / "toy.zarr")
-    settings = [argument for setting in SETTINGS for argument in ("--set", setting)]
+def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed_cache: Path, tmp_path: Path) -> None:
+    cache = without_scores(undisturbed_cache, tmp_path / "toy.zarr")
+    settings = [argument for setting in MANY_BLOCKS for argument in ("--set", setting)]
     forked = preloaded.torchrun(*RANKS, "-m", "pipeline", "--", "score", "toy", "--cache", str(cache), *settings)
     wait_for_commits(forked, cache / "rounds/00000/scores/student", 2)
     kill_rank(forked, 1)
@@ -104,7 +91,7 @@ def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed: Pa
         "redpen: rank 1: stopped by SIGTERM; the same command continues"
     ]
     assert "Traceback" not in err and "Warning" not in err
-    assert_same(cache, undisturbed, ["student", "teacher"])
+    assert_same_cache(cache, undisturbed_cache, ["student", "teacher"])
 
 
 def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
@@ -115,18 +102,18 @@ def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
     assert "train.step" in done.stderr and "did you mean train.steps" in done.stderr
 
 
-def test_what_the_leader_finds_every_rank_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_receives_what_the_main_process_made(monkeypatch: pytest.MonkeyPatch) -> None:
     store = torch.distributed.HashStore()
-    leader, other = (Ranks(rank, 2, store) for rank in range(2))
+    main, other = (Ranks(rank, 2, store) for rank in range(2))
     found = np.arange(3_000_000), "more than torchrun's store takes at a time"
-    assert leader.broadcast(lambda: found) is found
-    array, text = other.broadcast(lambda: pytest.fail("only the leader looks"))
+    assert main.broadcast(lambda: found) is found
+    array, text = other.broadcast(lambda: pytest.fail("only the main process calls it"))
     np.testing.assert_array_equal(array, found[0])
     assert text == found[1]
-    assert leader.broadcast(lambda: None) is other.broadcast(lambda: None) is None
+    assert main.broadcast(lambda: None) is other.broadcast(lambda: None) is None
 
     with pytest.raises(ModelError, match="no such model"):
-        leader.broadcast(functools.partial(fail, ModelError("no such model")))
+        main.broadcast(functools.partial(fail, ModelError("no such model")))
     waited: list[bool] = []
     monkeypatch.setattr("pipeline.distributed.ranks.defer_to_main_process", lambda: waited.append(True))
     with pytest.raises(SystemExit):
@@ -139,7 +126,7 @@ def fail(error: Exception) -> None:
 
 
 @needs_ray
-def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_ray_run_outlives_its_workers(undisturbed_cache: Path, tmp_path: Path) -> None:
     cache = tmp_path / "toy.zarr"
     run = start(RAY, "rollouts", cache)
     wait_for_commits(run, cache / "rounds/00000/rollouts", 2)
@@ -148,17 +135,17 @@ def test_a_ray_run_outlives_its_workers(undisturbed: Path, tmp_path: Path) -> No
     assert run.returncode == 0, err
     assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts"]
     assert err.count("next: redpen score") == 1
-    assert len(re.findall("a worker's process has ended and is replaced", err)) == 1
-    expected = re.compile(r"(student|entry check|rollouts|next|a worker's process)\b")
+    assert len(re.findall("a worker process has died and is replaced", err)) == 1
+    expected = re.compile(r"(student|format check|rollouts|next|a worker process)\b")
     assert all(expected.match(line) for line in err.splitlines()), err
-    assert_same(cache, undisturbed, ["rollouts"])
+    assert_same_cache(cache, undisturbed_cache, ["rollouts"])
 
 
 #: Stages whose blocks are empty files: block 8 ends its workers, block 5 is refused, no model loads.
 STAGES = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import ray_launcher
+from pipeline.distributed import ray as ray_launcher
 from pipeline.errors import ModelError, RedpenError
 
 class Group:
@@ -184,13 +171,13 @@ class Work:
 ray_launcher._MAX_DEATHS = 2
 handler = lambda signum, frame: None
 signal.signal(signal.SIGTERM, handler)
-with ray_launcher.cluster(1) as team:
+with ray_launcher.cluster(1) as ranks:
     assert signal.getsignal(signal.SIGTERM) is handler
     for FATAL, WRONG, LOADS in ((8, None, True), (None, 5, True), (None, None, False)):
         for name in "0123456789": Path(name).unlink(missing_ok=True)
         counts = []
         try:
-            team.open(Work()).run(range(10), lambda *count: counts.append(count))
+            ranks.open_session(Work()).run(range(10), lambda *count: counts.append(count))
         except RedpenError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         print(*sorted(path.name for path in Path().iterdir()), *map(sum, zip(*counts)))
@@ -210,13 +197,13 @@ def test_what_ends_every_worker_or_stops_one_is_one_line(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     # what could be done is done, and counted: blocks, rows, tokens
     assert done.stdout.splitlines() == ["0 1 2 3 4 5 6 7 8 80", "0 1 2 3 4 3 30", ""]
-    ended = r"a worker's process has ended and is replaced"
+    ended = r"a worker process has died and is replaced"
     patterns = [
-        rf"{ended}; to do again: block 8 \(.*\)",
-        r"RedpenError: block 8 has ended 2 workers \(.*\).*",
+        rf"{ended}; to be repeated: block 8 \(.*\)",
+        r"RedpenError: block 8 has killed 2 workers \(.*\).*",
         r"RedpenError: block 5 is wrong",
         rf"{ended} \(.*\)",
-        r"RedpenError: loading the model has ended 2 workers \(.*\).*",
+        r"RedpenError: loading the model has killed 2 workers \(.*\).*",
     ]
     for line, pattern in zip(done.stderr.splitlines(), patterns, strict=True):
         assert re.fullmatch(pattern, line)
@@ -245,7 +232,7 @@ def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monk
     ],
 )
 def test_ranks_share_the_gpus_of_their_machine(gpus: str, n_ranks: int, shares: list[str]) -> None:
-    assert ["".join(gpu_share(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
+    assert ["".join(rank_gpus(gpus, rank, n_ranks)) for rank in range(n_ranks)] == shares
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.rounds.metrics import first_occurrence
-from pipeline.rounds.scored_block import MarkedBlock, marked_blocks
+from pipeline.rounds.scored_block import ScoredBlock, scored_blocks
 
 #: Tokens that are read; of a larger round evenly spaced blocks.
 TOKENS = 500_000
@@ -132,12 +132,12 @@ def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
     ratios: list[npt.NDArray[np.float32]] = []
     readings: dict[str, list[Reading]] = {}
     own: dict[str, int] = {}  # tokens of the student's own in the blocks that a teacher scored
-    for marked in marked_blocks(round_, teachers, at_most_tokens=TOKENS):
+    for marked in scored_blocks(round_, teachers, at_most_tokens=TOKENS):
         responses.append(_responses(marked))
         ratios.append(_log_ratio(marked))
         for name in marked.teachers:
             own[name] = own.get(name, 0) + int((marked.rollouts.trained == 1).sum())
-            if marked.counts(name).any():
+            if marked.mask(name).any():
                 readings.setdefault(name, []).append(_reading(marked, name))
     if not readings:
         return None
@@ -152,7 +152,7 @@ def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
     return Look(round_, len(responses), n_scored, Responses.joined(responses), np.concatenate(ratios), pairs)
 
 
-def _responses(marked: MarkedBlock) -> Responses:
+def _responses(marked: ScoredBlock) -> Responses:
     rollouts, student = marked.rollouts, marked.student
     assert student.sampling_logprobs is not None and student.entropy is not None
     starts, trained = rollouts.response_start, rollouts.trained == 1
@@ -183,7 +183,7 @@ def spread(student: cs.ScoreBlock) -> Float64:
     return np.asarray(np.maximum(squares - np.square(student.entropy.astype(np.float64)), 0.0))
 
 
-def _log_ratio(marked: MarkedBlock) -> npt.NDArray[np.float32]:
+def _log_ratio(marked: ScoredBlock) -> npt.NDArray[np.float32]:
     assert marked.student.sampling_logprobs is not None
     log_ratio: npt.NDArray[np.float32] = marked.student.sampling_logprobs - marked.rollouts.rollout_logprobs
     return np.asarray(log_ratio[(marked.rollouts.trained == 1) & np.isfinite(log_ratio)])
@@ -200,9 +200,9 @@ def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:
     return False
 
 
-def _reading(marked: MarkedBlock, name: str) -> Reading:
+def _reading(marked: ScoredBlock, name: str) -> Reading:
     rollouts, student, teacher = marked.rollouts, marked.student, marked.teachers[name]
-    counts, n = marked.counts(name), rollouts.n_tokens
+    counts, n = marked.mask(name), rollouts.n_tokens
     assert student.candidate_ids is not None and student.candidate_logprobs is not None
     assert student.rest_logprob is not None and student.entropy is not None
     unknown = np.full(n, np.nan)

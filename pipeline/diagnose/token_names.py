@@ -16,7 +16,7 @@ from pipeline.config import PromptsConfig
 from pipeline.diagnose.reading import Pair
 from pipeline.errors import PromptError
 from pipeline.text.detokenize import labels, load_decoder, local_tokenizer
-from pipeline.text.prompts import render
+from pipeline.text.rendering import render
 
 #: Prompts of the round that are rendered again by a teacher's own tokenizer.
 RENDERED_PROMPTS = 8

@@ -1,8 +1,8 @@
-"""Several processes on one stage, which deal its blocks among themselves.
+"""Stage one on several processes: each rank writes its own blocks of a cache.
 
-Blocks need no coordination: who writes which is known, and each is written once. Only what comes before and after
-them does: the leader reads the recipe's models, holds the cache's lock and creates what is missing; the others take
-over what it found. A process by itself is its own leader, and so is the one that hands blocks to a Ray cluster.
+Ranks need not coordinate while they work: which rank writes a block is known, and each block is written once. Before
+and after, the main process resolves the recipe's models, holds the cache's lock and creates what is missing, and the
+other ranks receive what it found.
 
     torchrun --nproc-per-node 4 -m pipeline score RECIPE --cache CACHE
     redpen score RECIPE --cache CACHE --launcher ray --workers 4
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import cache_schema as cs
 from pipeline.console import Bar
+from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.signals import graceful
-
-if TYPE_CHECKING:
-    from pipeline.distributed.ranks import Ranks
 
 #: Called between units of work with the rollouts that ended and the tokens since the last call. What it raises stops
 #: the work; blocks that are written stay.
@@ -27,7 +25,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Session(Protocol):
-    """A model that is loaded, ready to write blocks.
+    """A loaded model that writes blocks.
 
     Attributes:
         batch_blocks: blocks that keep it busy; fewer at a time cost speed.
@@ -38,21 +36,21 @@ class Session(Protocol):
     def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None: ...
 
     def close(self) -> None:
-        """Stop what runs beside this process's own objects, such as an engine."""
+        """Stop what runs outside this process, such as an engine."""
 
 
 class Work(Protocol):
-    """What a worker needs to know, picklable.
+    """A stage's work on one cache group, picklable.
 
     Attributes:
-        gpus: that one worker uses, where there are any.
+        gpus: how many one worker uses, if the machine has any.
     """
 
     @property
     def gpus(self) -> int: ...
 
     def group(self) -> cs.BlockGroup:
-        """Where the blocks are committed."""
+        """The cache group that the blocks are committed to."""
 
     def open(self) -> Session:
         """Load the model; changes nothing in the cache."""
@@ -62,14 +60,14 @@ class Work(Protocol):
 def open_for_writing(
     url: str, command: str, ranks: Ranks, create: Callable[[], cs.Cache] | None = None
 ) -> Iterator[cs.Cache]:
-    """The cache, open for writing by all ranks; the leader holds its lock until the last of them is done."""
+    """The cache, open for writing by all ranks; the main process holds its lock until all of them are done."""
 
-    def take(stack: ExitStack) -> None:
+    def lock(stack: ExitStack) -> None:
         cache = create() if create is not None else cs.open(url, writable=True)
         stack.enter_context(cache.lock(command))
 
     with ExitStack() as stack:
-        ranks.broadcast(lambda: take(stack))
+        ranks.broadcast(lambda: lock(stack))
         yield cs.open(url, writable=True)
         ranks.barrier()
 
@@ -84,22 +82,22 @@ def run_blocks(
     bar: AbstractContextManager[Bar],
     advance: Callable[[Bar, int, int], None],
 ) -> None:
-    """Do `pending` blocks, this rank its share; returns when every rank is done.
+    """Write this rank's shard of the `pending` blocks; returns when every rank is done.
 
     Args:
-        begin: called on the leader once the model is loaded, and before any block is written: a model that cannot be
-            used leaves no trace in the cache.
-        state: what is on disk by now, for who stops the work.
-        bar: of this rank's share. advance: moves it by rollouts and tokens.
+        begin: called on the main process after the model is loaded and before any block is written, so that a model
+            that cannot be used leaves no trace in the cache.
+        state: describes what is committed so far, for the message of an interrupt.
+        bar: progress over this rank's shard. advance: moves it by rollouts and tokens.
     """
 
-    def prepare() -> None:
+    def begin_without_result() -> None:  # its result may not be picklable
         begin()
 
-    mine = ranks.shard(pending)
+    own = ranks.shard(pending)
     with ExitStack() as stack:
-        session = stack.enter_context(closing(ranks.open(work))) if mine else None
-        ranks.broadcast(prepare)
+        session = stack.enter_context(closing(ranks.open_session(work))) if own else None
+        ranks.broadcast(begin_without_result)
         with graceful() as stop:
 
             def check() -> None:
@@ -112,5 +110,5 @@ def run_blocks(
 
             with bar as shown:
                 if session is not None:
-                    session.run(mine, on_progress)
+                    session.run(own, on_progress)
             ranks.barrier(check)

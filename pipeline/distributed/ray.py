@@ -1,9 +1,9 @@
-"""The workers of a Ray cluster: each holds the model in a process of its own, and is handed blocks as it gets free.
+"""Workers of a Ray cluster: each has the model in its own process, and is assigned blocks as it becomes free.
 
-The command's own process plans, holds the cache's lock and says what happens; it needs no GPU. A task is a few
-blocks, and may be done twice: a worker that dies is replaced, and what it had not committed goes to the next one that
-is free. RAY_ADDRESS names a running cluster (`auto`: the one on this machine), all of whose machines see cache,
-models and redpen at the same paths; without it a cluster of this machine alone starts, and ends with the command.
+The process of the command plans, holds the cache's lock and prints; it needs no GPU. A task is a few blocks, and may
+run twice: a worker that dies is replaced, and the blocks that it had not committed go to the next free worker.
+RAY_ADDRESS names a running cluster (`auto`: the one on this machine), in which every machine has cache, models and
+redpen at the same paths; without it, a cluster of this machine starts and ends with the command.
 
     redpen score RECIPE --cache CACHE --launcher ray --workers 4
 """
@@ -31,7 +31,7 @@ from pipeline.distributed.ranks import Ranks
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, RedpenError, user_message
 
-# A block, or the loading of the model, that ends so many workers would end them all.
+# A block, or the loading of the model, that has killed so many workers would kill them all.
 _MAX_DEATHS = 4
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0
@@ -40,12 +40,12 @@ _END_SECONDS = 10.0
 
 @contextlib.contextmanager
 def cluster(n_workers: int | None) -> Iterator[Ranks]:
-    """The team whose blocks are done by the workers of a cluster.
+    """A single rank whose blocks are written by the workers of a cluster.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers at RAY_ADDRESS.
     """
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # or Ray prints among the results; see `_replace`
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # keeps Ray from printing on stdout
     try:
         import ray
     except ImportError as error:
@@ -57,27 +57,27 @@ def cluster(n_workers: int | None) -> Iterator[Ranks]:
         _require_answer(address or "local")
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"RAY_ADDRESS = {address!r}: no such cluster" if address else "--launcher ray: Ray does not start"
-        raise ConfigError(f"{where} ({_reason(error)})") from error
+        failure = f"RAY_ADDRESS = {address!r}: no such cluster" if address else "--launcher ray: Ray failed to start"
+        raise ConfigError(f"{failure} ({_reason(error)})") from error
     try:
         for signum, handler in handlers.items():
-            signal.signal(signum, handler)  # Ray has put its own in its place
-        yield Ranks(open=lambda work: RaySession(work, n_workers))
+            signal.signal(signum, handler)  # Ray has replaced them
+        yield Ranks(open_session=lambda work: RaySession(work, n_workers))
     finally:
         ray.shutdown()
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What a worker's call led to.
+    """The outcome of a call to a worker.
 
     Attributes:
-        said: lines for the user.
-        error: what went wrong, on one line.
+        output: lines that it printed.
+        error: one line; None if the call succeeded.
         batch_blocks: of the session that was opened.
     """
 
-    said: str
+    output: str
     error: str | None
     batch_blocks: int
 
@@ -86,7 +86,7 @@ class _Worker:
     """One process of the cluster, and the session in it.
 
     Args:
-        directory, host: the command's; relative paths mean the same here, where there is such a directory.
+        directory, host: of the command. The worker changes to that directory if it exists, for relative paths.
     """
 
     def __init__(self, directory: str, host: str):
@@ -96,7 +96,7 @@ class _Worker:
         self._session: Session | None = None
 
     def start(self) -> None:
-        """Returns once the process runs."""
+        """Return once the process runs."""
 
     def open(self, work: Work) -> _Report:
         def load() -> None:
@@ -114,19 +114,19 @@ class _Worker:
             self._session.close()
 
     def _report(self, act: Callable[[], None]) -> _Report:
-        console.file, error = (said := io.StringIO()), None
+        console.file, error = (output := io.StringIO()), None
         try:
             act()
         except Exception as failure:
             if (line := user_message(failure)) is None:
                 raise
             error = self._elsewhere + line
-        return _Report(said.getvalue(), error, 1 if self._session is None else self._session.batch_blocks)
+        return _Report(output.getvalue(), error, 1 if self._session is None else self._session.batch_blocks)
 
 
 @dataclass
 class _Task:
-    """A call that a worker is busy with, and the blocks of it that were not seen committed yet."""
+    """A call in progress on a worker, and its blocks that are not known to be committed."""
 
     worker: Any
     step: str
@@ -134,13 +134,13 @@ class _Task:
 
 
 class RaySession:
-    """Workers that have the model loaded: the `Session` of a whole cluster. It opens as soon as one of them has.
+    """The `Session` of a whole cluster of workers. It is open as soon as one of them has loaded the model.
 
     Args:
-        n_workers: by default as many as the cluster's GPUs are enough for, or one a machine where there is none.
+        n_workers: by default as many as the cluster's GPUs suffice for, or one for each machine without GPUs.
 
     Raises:
-        RedpenError: what stopped a worker; or the model, or a block, ended one worker after another.
+        RedpenError: a worker's error, or the model or a block killed one worker after another.
     """
 
     batch_blocks = 1
@@ -176,13 +176,13 @@ class RaySession:
             raise
 
     def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
-        """Hand out blocks until all are committed."""
+        """Assign blocks to workers until all are committed."""
         group, looked = self._work.group(), time.monotonic()
         self._queue.extend(blocks)
         most = min(self.batch_blocks, math.ceil(len(blocks) / self._n_workers))
         while self._queue or self._running():
             while self._ready and self._queue:
-                # what was in a worker that died goes alone: if that was why, it is known now
+                # a block of a worker that died is assigned alone, to find out whether it was the cause
                 size = 1 if self._deaths[self._queue[0]] else min(most, len(self._queue))
                 batch = [self._queue.popleft() for _ in range(size)]
                 worker = self._ready.pop()
@@ -197,14 +197,14 @@ class RaySession:
             on_progress(*(sum(int(commit[name]) for commit in commits) for name in ("rows", "tokens")))
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         import ray
 
         closing = [worker.close.remote() for worker in self._ready]
         _wait(closing)
         for worker in [*self._ready, *(task.worker for task in self._tasks.values())]:
             ray.kill(worker)
-        _wait(list(self._running()))  # none may still write when the cache's lock is given back
+        _wait(list(self._running()))  # none may still write after the cache's lock is released
 
     def _running(self) -> dict[Any, _Task]:
         return {ref: task for ref, task in self._tasks.items() if task.step == "run"}
@@ -215,7 +215,7 @@ class RaySession:
         self._patient_until = time.monotonic() + _PATIENCE_SECONDS
 
     def _poll(self) -> None:
-        """Take note of calls that have ended; waits up to a second for one."""
+        """Process calls that have ended; waits up to a second for one."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -229,8 +229,8 @@ class RaySession:
             except RayError as error:
                 if getattr(error, "actor_init_failed", False):
                     raise RedpenError(
-                        f"a worker cannot start ({_reason(error)}); every machine of the cluster needs redpen, with "
-                        "the packages that the recipe uses, in the same versions"
+                        f"a worker cannot start ({_reason(error)}); install redpen and the packages that the recipe "
+                        "uses on every machine of the cluster, in the same versions"
                     ) from error
                 self._replace(task, _reason(error))
                 continue
@@ -243,11 +243,11 @@ class RaySession:
             self._warn_of_missing(sum(task.step == "start" for task in self._tasks.values()))
 
     def _take(self, task: _Task, report: _Report) -> None:
-        """A worker is ready again."""
+        """Record a successful call; its worker is ready again."""
         if report.error is not None:
             raise RedpenError(report.error)
-        if task.step == "run" or not self._has_opened:  # all say the same when they open
-            for line in report.said.splitlines():
+        if task.step == "run" or not self._has_opened:  # all print the same when they open
+            for line in report.output.splitlines():
                 say(line)
         if task.step == "open":
             self._has_opened, self.batch_blocks = True, report.batch_blocks
@@ -256,10 +256,10 @@ class RaySession:
         self._done += task.blocks
 
     def _replace(self, task: _Task, reason: str) -> None:
-        """A worker is dead: another one starts, and what it left undone comes first."""
+        """Replace a dead worker; its unfinished blocks go to the front of the queue."""
         import ray
 
-        ray.kill(task.worker)  # if it only cannot be reached
+        ray.kill(task.worker)  # in case it is only unreachable
         if task.step == "run":
             self._take_committed(self._work.group(), task)
             self._queue.extendleft(reversed(task.blocks))
@@ -269,11 +269,11 @@ class RaySession:
             if self._deaths[what] >= _MAX_DEATHS:
                 doing = "loading the model" if what is None else f"block {what}"
                 raise RedpenError(
-                    f"{doing} has ended {_MAX_DEATHS} workers ({reason}); Ray's logs may say why; what is finished "
-                    "is committed, and the same command continues"
+                    f"{doing} has killed {_MAX_DEATHS} workers ({reason}); see Ray's logs. Finished blocks are "
+                    "committed, and the same command continues"
                 )
-        undone = f"; to do again: block {', '.join(map(str, task.blocks))}" if task.blocks else ""
-        say(f"a worker's process has ended and is replaced{undone} ({reason})")
+        undone = f"; to be repeated: block {', '.join(map(str, task.blocks))}" if task.blocks else ""
+        say(f"a worker process has died and is replaced{undone} ({reason})")
         self._start()
 
     def _take_committed(self, group: cs.BlockGroup, task: _Task) -> None:
@@ -292,19 +292,19 @@ class RaySession:
             )
             warn(
                 f"{n_missing} of {self._n_workers} workers have not started in {_PATIENCE_SECONDS:g} s: each needs "
-                f"{needs}, the cluster has {has}; {'the others work' if self._has_opened else 'waiting'}"
+                f"{needs}, the cluster has {has}; {'continuing with the others' if self._has_opened else 'waiting'}"
             )
 
 
 def _require_answer(address: str) -> None:
-    """Raises `OSError` where nothing listens: Ray itself would try for a quarter of an hour."""
+    """Raise `OSError` if nothing listens: Ray itself would try for a quarter of an hour."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), _END_SECONDS).close()
 
 
 def _gpus_each(n_gpus: int, wanted: int, n_workers: int) -> float:
-    """GPUs for one worker: what it wants, or a part of one where several workers share it."""
+    """GPUs for one worker: what it wants, or a fraction of one if several workers share it."""
     if not n_gpus or wanted != 1:
         return float(min(n_gpus, wanted))
     return 1 / math.ceil(n_workers / n_gpus)
@@ -318,6 +318,6 @@ def _wait(calls: list[Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's own reason, without its advice."""
+    """The reason in Ray's message, without its advice."""
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return last.partition("Worker exit detail: ")[2].partition(" Some common causes")[0] or last[:300]

@@ -1,4 +1,4 @@
-"""Clean stops: the first SIGTERM or Ctrl-C asks for one, the second kills.
+"""Clean stops: the first SIGTERM or Ctrl-C requests one, the second ends the process.
 
 with graceful() as stop:
     for block in blocks:
@@ -19,11 +19,11 @@ from types import FrameType
 from pipeline.errors import Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_OTHERS_WAIT_SECONDS = 10
+_MAIN_PROCESS_SECONDS = 10
 
 
 class Stop:
-    """Whether a stop was requested, and by which signal."""
+    """A request to stop, and the signal that made it."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -33,28 +33,29 @@ class Stop:
         return self.signum is not None
 
     def check(self, progress: str = "") -> None:
-        """Raise `Interrupted` if a stop was requested; `progress` says what is safely on disk."""
+        """Raise `Interrupted` if a stop was requested; `progress` describes what is on disk."""
         if self.signum is not None:
             raise Interrupted(self.signum, progress)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: note the first, die of the second."""
+        """Signal handler: request a stop, or end the process if one was requested before."""
         if self.requested:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self.signum = signum
-        if _ignore_repeated_signals():
+        if ignore_repeated_signals():
             return
-        gap = "\n" if os.isatty(2) else ""  # the cursor may stand behind a bar, which redraws its two lines
+        gap = "\n" if os.isatty(2) else ""  # the cursor may be after a progress bar, which redraws its two lines
+        again = "press Ctrl-C again" if signum == signal.SIGINT else "send it again"
         # not print: the interrupted code may itself be inside a write to the buffered stream
-        line = f"{gap}{signal.Signals(signum).name}: stopping at the next safe point; once more to kill\n{gap}"
+        line = f"{gap}{signal.Signals(signum).name}: stopping at the next safe point; {again} to force quit\n{gap}"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
 
 
 @contextlib.contextmanager
 def graceful() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a request for the body to stop. Outside the main thread signals are left alone."""
+    """Turn SIGTERM and SIGINT into a stop request for the body. Does nothing outside the main thread."""
     stop = Stop()
     with _handlers(stop.handle):
         yield stop
@@ -62,10 +63,10 @@ def graceful() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGTERM into `Interrupted` at once, as Python does with Ctrl-C: for whole commands, outside `graceful`."""
+    """Raise `Interrupted` on SIGTERM and SIGINT at once: for whole commands, outside `graceful`."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        _ignore_repeated_signals()
+        ignore_repeated_signals()
         raise Interrupted(signum)
 
     with _handlers(interrupt):
@@ -86,9 +87,11 @@ def _handlers(handler: object) -> Iterator[None]:
                 signal.signal(signum, before)
 
 
-def _ignore_repeated_signals() -> bool:
-    """Hear no second signal in a worker of torchrun: it gets Ctrl-C twice, from the terminal and from torchrun, which
-    says what it does and kills what does not end.
+def ignore_repeated_signals() -> bool:
+    """In a rank of torchrun, ignore further signals; whether this is one.
+
+    A rank gets Ctrl-C twice, from the terminal and from torchrun, which prints what it does and kills ranks that do
+    not end.
     """
     is_worker = "TORCHELASTIC_RUN_ID" in os.environ
     for signum in _SIGNALS if is_worker else ():
@@ -97,10 +100,10 @@ def _ignore_repeated_signals() -> bool:
 
 
 def defer_to_main_process() -> None:
-    """In a rank of torchrun that found what the first rank finds too: wait to be ended by torchrun after its line.
+    """Wait for the main process to report an error that this rank met too; torchrun then ends this rank.
 
-    Returns after some seconds where the first rank has found nothing.
+    Returns after some seconds if the main process met no error.
     """
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
-    time.sleep(_OTHERS_WAIT_SECONDS)
+    time.sleep(_MAIN_PROCESS_SECONDS)

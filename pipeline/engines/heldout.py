@@ -13,25 +13,26 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config import ModelConfig, Recipe
+from pipeline.config import Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
-from pipeline.models import load as models
+from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.text.answers import Checker
-from pipeline.text.prompts import load_prompts, render_all
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
 
 # Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
 _EVALUATION = -1
 
 
-def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+def greedy_sampling(recipe: Recipe, student: ResolvedModel) -> Sampling:
     """One greedy response a prompt, as `eval` wants them."""
     return Sampling(
         temperature=0.0,
         top_p=1.0,
-        stop_token_ids=models.stop_token_ids(cfg, tokenizer, recipe.rollouts),
+        stop_token_ids=student.stop_token_ids(recipe.rollouts),
         rollouts_per_prompt=1,
         max_response_tokens=max_response_tokens(recipe),
         seed=recipe.rollouts.seed,
@@ -42,8 +43,7 @@ def greedy_sampling(recipe: Recipe, cfg: ModelConfig, tokenizer: PreTrainedToken
 def held_out_prompts(
     recipe: Recipe,
     limit: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    cfg: ModelConfig,
+    student: ResolvedModel,
     *,
     metric: str | None = None,
     setting: str = "eval.path",
@@ -54,7 +54,7 @@ def held_out_prompts(
         setting: that the path is from, for messages.
 
     Raises:
-        PromptError, ConfigError: they cannot be read, there are none, or one does not fit the student `cfg`, alone or
+        PromptError, ConfigError: they cannot be read, there are none, or one does not fit the student, alone or
             with the longest response.
     """
     assert recipe.eval.path is not None
@@ -64,8 +64,8 @@ def held_out_prompts(
         records = [record for record in records if "answer" in record]
         if not records:
             raise ConfigError(f"{setting} = {recipe.eval.path!r}: none of the first {limit} prompts has an answer")
-    context = models.model_facts(cfg).context
-    ids = render_all(records, tokenizer, wanted, recipe.rollouts.max_prompt_tokens, context)
+    context = student.context
+    ids = render_all(records, student.tokenizer, wanted, recipe.rollouts.max_prompt_tokens, context)
     require_room(ids, max_response_tokens(recipe), context, response_setting(recipe))
     return records, ids
 
@@ -135,13 +135,13 @@ class HeldOutPrompts:
     @classmethod
     def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
         """The first `limit` prompts, as `held_out_prompts` has them. Raises `RedpenError`."""
-        tokenizer = models.load_tokenizer(recipe.student)
-        records, ids = held_out_prompts(recipe, limit, tokenizer, recipe.student, metric=metric, setting=setting)
+        student = resolve(recipe.student)
+        records, ids = held_out_prompts(recipe, limit, student, metric=metric, setting=setting)
         return cls(
             metric,
             tuple((i, record.get("answer")) for i, record in zip(ids, records, strict=True)),
-            tokenizer,
-            greedy_sampling(recipe, recipe.student, tokenizer),
+            student.tokenizer,
+            greedy_sampling(recipe, student),
             Checker.of(recipe.eval),
             recipe.eval.batch_size,
         )

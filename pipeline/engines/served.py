@@ -15,23 +15,16 @@ The server shows no weights, so a served teacher's identity is its configuration
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import io
-import math
 import os
 import random
-import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
-import numpy as np
-import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
 import cache_schema as cs
 from pipeline.config import ScoreConfig, TeacherConfig
@@ -47,9 +40,20 @@ from pipeline.engines.prompt_logprobs import (
     questions,
 )
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
+from pipeline.engines.server_answers import (
+    Choice,
+    Completion,
+    Failed,
+    ModelList,
+    Refused,
+    decode_array,
+    first_difference,
+    read_bounded,
+    retry_after,
+)
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.files import parse_json, parse_model
-from pipeline.models.load import model_facts, setting
+from pipeline.models.resolve import resolve, setting_name
 
 _T = TypeVar("_T")
 
@@ -68,68 +72,12 @@ _MODELS_BYTES, _BYTES_A_TOKEN, _BYTES_A_TOLD, _BYTES_A_GIVEN, _OTHER_BYTES = 2**
 _ERROR_BYTES = 2**16
 
 
-class _Answer(BaseModel):
-    """What a server sends. Fields that redpen does not use may be anything."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class _Served(_Answer):
-    id: str = Field(max_length=10_000)
-    max_model_len: Annotated[int, Field(ge=1, lt=2**53)] | None = None
-
-
-class _Models(_Answer):
-    """The answer of /models."""
-
-    data: list[_Served] | None = Field(default=None, fail_fast=True)
-
-
-# A first mistake says enough: of millions there would be millions of messages.
-_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
-#: What is told of each token, `EngineLogprobs.positions` checks.
-_Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
-
-
-class _Choice(_Answer):
-    prompt_token_ids: _Ids = None
-    prompt_logprobs: _Positions = None
-
-
-class _Reading(_Answer):
-    """The answer of /completions and of /inference/v1/generate."""
-
-    choices: list[_Choice] | None = Field(default=None, fail_fast=True)
-    prompt_token_ids: _Ids = None
-    prompt_logprobs: _Positions = None
-    prompt_token_id_logprobs: str | None = None
-
-
 @dataclass(frozen=True)
 class _Way:
     """How to ask: for `given` candidates by id (0: the server cannot), and for the `likeliest` tokens."""
 
     given: int
     likeliest: int
-
-
-class _Refused(Exception):
-    """The server understood, and will not."""
-
-    def __init__(self, status: int, text: str):
-        super().__init__(text)
-        self.status = status
-        allowed = re.search(r"max(?:imum)? allowed:? *(\d+)", text)
-        #: log-probs that it tells at a position, where it says
-        self.allowed = int(allowed[1]) if allowed else None
-
-
-class _Failed(Exception):
-    """A request failed for a reason that may pass; the server may have said when."""
-
-    def __init__(self, reason: str, wait: float | None = None):
-        super().__init__(reason)
-        self.wait = wait
 
 
 class ServerScorer:
@@ -163,14 +111,14 @@ class ServerScorer:
                 raise httpx2.InvalidURL("expected http:// or https:// and a host")
         except httpx2.InvalidURL as error:
             raise ConfigError(
-                f"{setting(teacher, 'url')}: expected a URL such as http://localhost:8000/v1, got "
+                f"{setting_name(teacher, 'url')}: expected a URL such as http://localhost:8000/v1, got "
                 f"{mask(teacher.url)!r} ({error})"
             ) from None
         self._url, self._teacher, self._name = url, teacher, teacher.served_name or teacher.model
-        self._who = f"{setting(teacher, 'url')} = {mask(str(url))!r}"
+        self._who = f"{setting_name(teacher, 'url')} = {mask(str(url))!r}"
         self._settings, self._options, self._on_tile = settings, options, on_tile
         self.batch_tokens = _TOKENS_PER_REQUEST * settings.server_requests
-        self._vocab_size = model_facts(teacher).vocab_size
+        self._vocab_size = resolve(teacher).vocab_size
         self._key = next((key for name in _KEYS if (key := os.environ.get(name, "").strip())), None)
         self._way: _Way | None = None
         self._said = -_QUIET_SECONDS
@@ -190,16 +138,16 @@ class ServerScorer:
         async with self._client() as client:
             try:
                 answer = await self._retried(lambda: self._send(client, "GET", self._at("models"), _MODELS_BYTES))
-            except _Refused as refusal:
+            except Refused as refusal:
                 if refusal.status != 404:  # a server without a list of models may have the model
                     raise self._explained(refusal) from refusal
                 return
-        told = parse_model(answer, _Models, f"{self._who}: its list of models cannot be read", error=ModelError)
+        told = parse_model(answer, ModelList, f"{self._who}: its list of models cannot be read", error=ModelError)
         served = {entry.id: entry.max_model_len for entry in told.data or []}
         if served and self._name not in served:
             raise ModelError(
                 f"{self._who}: serves {', '.join(map(repr, list(served)[:5]))}, not {self._name!r}; "
-                f"set {setting(self._teacher, 'served_name')} to the model's name there"
+                f"set {setting_name(self._teacher, 'served_name')} to the model's name there"
             )
         if (context := served.get(self._name)) is not None and max_length >= context:
             raise ModelError(
@@ -220,7 +168,7 @@ class ServerScorer:
             way = ways.pop(0)
             try:
                 await self._retried(lambda way=way: self._ask(client, short, way))  # type: ignore[misc]
-            except _Refused as refusal:
+            except Refused as refusal:
                 if refusal.allowed is not None and max(way.given, way.likeliest) > refusal.allowed > 0:
                     # the likeliest then tell of candidates beyond those asked for
                     more = way.given > refusal.allowed
@@ -281,7 +229,7 @@ class ServerScorer:
                         told[number] = task.result()
                         n_read += told[number].n_tokens
                     self._on_tile(n_read)
-            except _Refused as refusal:
+            except Refused as refusal:
                 raise self._explained(refusal) from refusal
             finally:
                 for task in waiting:
@@ -290,7 +238,7 @@ class ServerScorer:
         return joined([told[number] for number in range(len(asked))])
 
     async def _ask(self, client: httpx2.AsyncClient, question: Question, way: _Way) -> cs.ScoreBlock:
-        """One request and what it tells. Raises `_Refused`, `_Failed`, and `ModelError` for a wrong answer."""
+        """One request and what it tells. Raises `Refused`, `Failed`, and `ModelError` for a wrong answer."""
         sent = question.token_ids.tolist()
         if way.given:
             ids = question.given_ids(way.given, self._vocab_size)
@@ -320,15 +268,15 @@ class ServerScorer:
         at_most += len(question.response) * way.given * _BYTES_A_GIVEN
         answer = parse_model(
             await self._send(client, "POST", path, at_most, body),
-            _Reading,
+            Completion,
             f"{self._who}: an answer that cannot be read",
             error=ModelError,
         )
         try:
-            choice = (answer.choices or [_Choice()])[0]
+            choice = (answer.choices or [Choice()])[0]
             echoed = answer.prompt_token_ids or choice.prompt_token_ids
             if echoed is not None and echoed != sent:
-                raise misaligned(*_first_difference(sent, echoed))
+                raise misaligned(*first_difference(sent, echoed))
             told = None
             if (positions := answer.prompt_logprobs or choice.prompt_logprobs) is not None:
                 told = EngineLogprobs.positions(
@@ -336,8 +284,8 @@ class ServerScorer:
                 )
             if way.given:
                 if echoed is None or (encoded := answer.prompt_token_id_logprobs) is None:
-                    raise _Refused(501, "did not tell the log-probs of the ids asked for")
-                given = EngineLogprobs.given(ids, _array(encoded, ids.shape))
+                    raise Refused(501, "did not tell the log-probs of the ids asked for")
+                given = EngineLogprobs.given(ids, decode_array(encoded, ids.shape))
                 told = given if told is None else given.beside(told)
             if told is None:
                 raise ModelError("told no prompt_logprobs; serve the teacher with vLLM")
@@ -353,33 +301,33 @@ class ServerScorer:
     async def _send(
         self, client: httpx2.AsyncClient, method: str, url: str, at_most: int, body: Any = None
     ) -> dict[str, Any]:
-        """The JSON object that is answered, of `at_most` bytes. Raises `_Refused`, `_Failed`, `ModelError`."""
+        """The JSON object that is answered, of `at_most` bytes. Raises `Refused`, `Failed`, `ModelError`."""
         try:
             async with (
                 asyncio.timeout(self._settings.server_timeout),
                 client.stream(method, url, json=body) as response,
             ):
                 is_answer = response.status_code == 200
-                content = await _bounded(response, at_most if is_answer else _ERROR_BYTES)
+                content = await read_bounded(response, at_most if is_answer else _ERROR_BYTES)
                 if is_answer and len(content) > at_most:
                     raise ModelError(f"{self._who}: expected an answer of at most {at_most:,} bytes, got more")
         except TimeoutError:
-            raise _Failed(f"no answer in {self._settings.server_timeout:g} s") from None
+            raise Failed(f"no answer in {self._settings.server_timeout:g} s") from None
         except httpx2.TransportError as error:
-            raise _Failed(self._shown(f"{type(error).__name__}: {error}")) from None
+            raise Failed(self._shown(f"{type(error).__name__}: {error}")) from None
         except zlib.error as error:
-            raise _Failed(f"its compressed answer is damaged ({error})") from None
+            raise Failed(f"its compressed answer is damaged ({error})") from None
         text = content.decode("utf-8", "replace")
         if response.status_code in _AGAIN:
-            raise _Failed(f"{response.status_code}: {self._shown(text)}", _retry_after(response))
+            raise Failed(f"{response.status_code}: {self._shown(text)}", retry_after(response))
         if response.status_code != 200:
-            raise _Refused(response.status_code, self._shown(text))
+            raise Refused(response.status_code, self._shown(text))
         try:
             answer = parse_json(text, "answer")
         except RedpenError:
-            raise _Failed(f"not JSON: {self._shown(text)}") from None
+            raise Failed(f"not JSON: {self._shown(text)}") from None
         if not isinstance(answer, dict):
-            raise _Failed(f"expected a JSON object, got {type(answer).__name__}")
+            raise Failed(f"expected a JSON object, got {type(answer).__name__}")
         return answer
 
     async def _retried(self, send: Callable[[], Awaitable[_T]]) -> _T:
@@ -387,7 +335,7 @@ class ServerScorer:
         for n_failures in range(self._settings.server_retries + 1):
             try:
                 return await send()
-            except _Failed as failure:
+            except Failed as failure:
                 last = failure
             if n_failures == self._settings.server_retries:
                 break
@@ -401,12 +349,12 @@ class ServerScorer:
             "committed, start the server and run the same command again"
         ) from last
 
-    def _explained(self, refusal: _Refused) -> ModelError:
+    def _explained(self, refusal: Refused) -> ModelError:
         """What to do about a request that the server will not have."""
         remedies = {
             401: f"set the environment variable {_KEYS[0]} or {_KEYS[1]} to its key",
             403: f"set the environment variable {_KEYS[0]} or {_KEYS[1]} to a key that may use {self._name!r}",
-            404: f"check the URL (it ends in /v1 as a rule) and {setting(self._teacher, 'served_name')}, "
+            404: f"check the URL (it ends in /v1 as a rule) and {setting_name(self._teacher, 'served_name')}, "
             f"now {self._name!r}",
             400: f"{self._name!r} must be served with the length of the rollouts and one more (--max-model-len)",
         }
@@ -421,60 +369,3 @@ class ServerScorer:
             text = str(error.get("message") or error.get("detail") or text)
         text = " ".join(text.replace(self._key, "***").split() if self._key else text.split())
         return text if len(text) <= 200 else text[:197] + "..."
-
-
-async def _bounded(response: httpx2.Response, at_most: int) -> bytes:
-    """A body, decompressed; where it is longer than `at_most`, that much and a byte more."""
-    encoding = response.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
-        raise _Failed(f"it answers in content-encoding {encoding[:40]!r}, gzip was asked for")
-    decompressor = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
-    found = bytearray()
-    async for chunk in response.aiter_raw():
-        left = at_most + 1 - len(found)
-        found += chunk[:left] if decompressor is None else decompressor.decompress(chunk, left)
-        if len(found) > at_most:
-            break
-    return bytes(found)
-
-
-def _array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating[Any]]:
-    """Log-probs from a .npy file in base64; its header is read first, so it cannot ask for memory."""
-    try:
-        content = base64.b64decode(encoded, validate=True)
-        file = io.BytesIO(content)
-        if np.lib.format.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
-            raise ValueError("expected version 1.0 of the format")
-        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
-        if dtype.kind != "f" or dtype.itemsize > 8:
-            raise ValueError(f"expected floats, found {dtype}")
-        if found != shape:
-            raise ModelError(f"told log-probs of shape {_short(found)}, asked for {shape}")
-        values = np.frombuffer(content, dtype, offset=file.tell())
-        return values.reshape(found, order="F" if is_fortran else "C")
-    except ModelError:
-        raise
-    except Exception as error:  # numpy evaluates the header as Python, which fails in many ways
-        raise ModelError(f"told log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, object]:
-    for position, token in enumerate(sent):
-        told = echoed[position] if position < len(echoed) else "nothing"
-        if token != told:
-            return position, token, told
-    return len(sent) - 1, sent[-1], f"{len(echoed) - len(sent)} tokens more"
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to be left alone, a minute at most."""
-    try:
-        seconds = float(response.headers["retry-after"])
-        return min(max(seconds, 0), 60) if math.isfinite(seconds) else None
-    except (KeyError, ValueError):
-        return None

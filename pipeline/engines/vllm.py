@@ -28,8 +28,8 @@ from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, ModelError
-from pipeline.models import load as models
 from pipeline.models.files import read_adapter_config
+from pipeline.models.resolve import resolve, setting_name
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -72,8 +72,8 @@ class Engine:
     ):
         started = time.perf_counter()
         vllm, device = import_vllm(), _device(model)
-        directory, adapter = models.model_directory(model), models.adapter_directory(model)
-        facts, label = models.model_facts(model), models.setting(model, "model")
+        facts, label = resolve(model), setting_name(model, "model")
+        directory, adapter = facts.directory, facts.adapter_directory
         options: dict[str, Any] = {}
         self._lora: Any = None
         if adapter is not None:
@@ -195,7 +195,7 @@ def _device(model: ModelConfig) -> str:
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # 0.32 saves it, but cannot load it again
     if model.device not in ("auto", device):
         raise ConfigError(
-            f'{models.setting(model, "device")} = "{model.device}": the vLLM installed here runs on {device}; '
+            f'{setting_name(model, "device")} = "{model.device}": the vLLM installed here runs on {device}; '
             f'use "auto" or "{device}"'
         )
     return device
@@ -205,7 +205,7 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
     """The smallest rank vLLM can be set up for that holds the adapter's."""
     from vllm.config.lora import MaxLoRARanks
 
-    label = f"{models.setting(model, 'adapter')} = {model.adapter!r}"
+    label = f"{setting_name(model, 'adapter')} = {model.adapter!r}"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{label}: expected adapter_model.safetensors, found none; only safetensors are read")
     config = read_adapter_config(adapter)

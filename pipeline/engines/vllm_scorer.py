@@ -29,9 +29,8 @@ from pipeline.engines.prompt_logprobs import (
 )
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.vllm import Engine
-from pipeline.errors import ModelError
-from pipeline.models.load import _one_line as one_line
-from pipeline.models.load import model_facts, setting
+from pipeline.errors import ModelError, one_line
+from pipeline.models.resolve import resolve, setting_name
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -68,8 +67,8 @@ class VllmScorer:
         max_length: int,
         on_tile: Callable[[int], None] = lambda tokens: None,
     ):
-        facts = model_facts(model)
-        self._who, self._vocab_size = f"{setting(model, 'model')} = {model.model!r} in vLLM", facts.vocab_size
+        facts = resolve(model)
+        self._who, self._vocab_size = f"{setting_name(model, 'model')} = {model.model!r} in vLLM", facts.vocab_size
         self._options, self._on_tile, self._adapted = options, on_tile, model.adapter is not None
         if facts.context is not None and max_length >= facts.context:
             raise ModelError(

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness (extra `eval`) on a student that is in memory, through the harness's own API.
 
-A task's prompts go through the chat template where the recipe's do, with its system message and arguments. Decoding
-is the task's own, greedy where it says nothing, and ends at the student's stop tokens; `eval.max_response_tokens`,
-where it is set, takes the place of a task's own limit. What a model reasons up to </think> is not scored.
+A task's prompts go through the chat template if the recipe's do, with its system message and arguments. Decoding is
+as the task says, greedy by default, and ends at the student's stop tokens; `eval.max_response_tokens`, if set, takes
+the place of a task's own limit. A model's reasoning up to </think> is not scored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from pipeline.config import EvalConfig, Recipe
 from pipeline.config.messages import did_you_mean
 from pipeline.console import console, warn
 from pipeline.engines.heldout import generating
-from pipeline.errors import ConfigError, RedpenError
+from pipeline.errors import ConfigError, RedpenError, one_line
 from pipeline.forward.head import unwrapped
-from pipeline.models import load as models
+from pipeline.models.resolve import ResolvedModel
 from pipeline.text.answers import END_OF_REASONING
-from pipeline.text.prompts import template_identity
+from pipeline.text.rendering import uses_chat
 
-#: `value` and `stderr` (None where the harness gives none) by task and metric.
+#: `value` and `stderr` (None if the harness gives none) by task and metric.
 Scores = dict[str, dict[str, dict[str, float | None]]]
 
 # With which the harness draws examples; its own default.
@@ -46,7 +46,7 @@ def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, An
 
     Raises:
         ConfigError: there is no such task, it needs another package, or its responses do not fit the context.
-        RedpenError: its data set cannot be had.
+        RedpenError: its data set is not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if settings.task_path is not None and not Path(settings.task_path).is_dir():
@@ -64,9 +64,11 @@ def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, An
             with _quiet():
                 loaded = manager.load([name])
         except ImportError as error:
-            raise ConfigError(f"eval.tasks: {name!r} needs another package ({_one_line(error)})") from error
+            raise ConfigError(f"eval.tasks: {name!r} needs another package ({one_line(error, 300)})") from error
         except Exception as error:  # of the network, the Hub, the files, or a task's own code
-            raise RedpenError(f"eval.tasks: {name!r} or its data set cannot be had ({_one_line(error)})") from error
+            raise RedpenError(
+                f"eval.tasks: {name!r} or its data set is not available ({one_line(error, 300)})"
+            ) from error
         found["tasks"] |= loaded["tasks"]
         found["groups"] |= loaded.get("groups") or {}
     for task in found["tasks"].values():
@@ -85,20 +87,18 @@ def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, An
     return found
 
 
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, tasks: dict[str, Any]
-) -> Scores:
-    """Each task's metrics for the model as it is. Raises `RedpenError` where the harness refuses one."""
-    chat = template_identity(tokenizer, recipe.prompts)["kind"] == "chat"
+def measure(model: PreTrainedModel, student: ResolvedModel, recipe: Recipe, tasks: dict[str, Any]) -> Scores:
+    """Each task's metrics for a loaded model. Raises `RedpenError` if the harness refuses one."""
+    chat = uses_chat(student.tokenizer, recipe.prompts)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(_FEWSHOT_SEED)
     torch.manual_seed(recipe.rollouts.seed)
     try:
-        with generating(model), _stopping(model, recipe, tokenizer), _quiet():
+        with generating(model), _stopping(model, student.stop_token_ids(recipe.rollouts)), _quiet():
             # simple_evaluate would do no more, but ask git and every tool of the machine who they are
-            student = _Student(model, tokenizer, recipe)
+            evaluated = _Student(model, student.tokenizer, recipe)
             found = lm_eval.evaluate(
-                student,
+                evaluated,
                 task_dict=tasks,
                 limit=recipe.eval.task_limit,
                 apply_chat_template=chat,
@@ -108,15 +108,15 @@ def measure(
             )
     except (ValueError, AssertionError, ImportError) as error:  # how it says what it will not do
         raise RedpenError(
-            f"eval.tasks: lm-evaluation-harness refuses ({_one_line(error)}); where a task's own length limit is too "
-            "much, set eval.max_response_tokens"
+            f"eval.tasks: lm-evaluation-harness refuses ({one_line(error, 300)}); if a task's own length limit is "
+            "too large, set eval.max_response_tokens"
         ) from error
-    if student.n_cut:
+    if evaluated.n_cut:
         warn(
-            f"eval.tasks: {student.n_cut:,} prompts lost their beginning, since with the response they do not fit "
-            f"the student's context of {student.max_length} tokens; lower eval.max_response_tokens"
+            f"eval.tasks: {evaluated.n_cut:,} prompts lost their beginning, since with the response they do not fit "
+            f"the student's context of {evaluated.max_length} tokens; lower eval.max_response_tokens"
         )
-    return {name: _metrics(told) for name, told in found["results"].items()}
+    return {name: _metrics(result) for name, result in found["results"].items()}
 
 
 class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
@@ -136,7 +136,7 @@ class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def max_gen_toks(self) -> int:
-        """Of a task that does not say."""
+        """Of a task without a limit."""
         return int(min(self._longest, self.max_length // 2))
 
     def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,11 +149,10 @@ class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 @contextlib.contextmanager
-def _stopping(model: PreTrainedModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Generation that ends at the recipe's stop tokens; what else the model's generation_config says is left out."""
+def _stopping(model: PreTrainedModel, stop_ids: Sequence[int]) -> Iterator[None]:
+    """Generation ends at these tokens; the model's other generation settings do not apply."""
     base = unwrapped(model)
     own = base.generation_config
-    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
     base.generation_config = GenerationConfig(eos_token_id=list(stop_ids))
     try:
         yield
@@ -166,20 +165,15 @@ def _quiet() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if console.is_terminal else contextlib.redirect_stderr(io.StringIO())
 
 
-def _metrics(told: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`metric,filter` and `metric_stderr,filter` together; the filter's name only where it says something."""
+def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """`metric,filter` and `metric_stderr,filter` together; the filter's name only if there is one."""
     found: dict[str, dict[str, float | None]] = {}
-    for key, value in told.items():
+    for key, value in result.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
             continue
-        stderr = told.get(f"{metric}_stderr,{filtered}")
+        stderr = result.get(f"{metric}_stderr,{filtered}")
         known = isinstance(stderr, int | float) and math.isfinite(stderr)
         name = metric if filtered == "none" else f"{metric}, {filtered}"
         found[name] = {"value": float(value), "stderr": stderr if known else None}
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"

@@ -1,4 +1,4 @@
-"""What an evaluation is about: a run's student before and after, or one model; the teacher; where the results go."""
+"""What an evaluation measures, from the arguments of `redpen eval`: students, a teacher, and where results go."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe, loa
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import read_json, refuse_link
-from pipeline.models import load as models
+from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD
+from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
-#: The figures of a run's evaluation.
-FIGURES = "eval.json"
 _WANTED = {
     "--prompts": "a file of prompts",
     "--teacher": "a model's path or Hub id",
@@ -25,14 +24,14 @@ _WANTED = {
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """What to measure: responses to the prompts of `eval.path`, if there is one, and the tasks of `eval.tasks`.
 
     Attributes:
         students: by label; a run's are BEFORE and AFTER.
-        out: where the figures go, if anywhere.
-        run: the run directory in which rollouts are kept for the report; None for a bare model, and where the
-            figures go elsewhere.
+        out: the file for the figures, if any.
+        run: the run directory that keeps the rollouts for the report; None for a bare model, or if the figures are
+            written elsewhere.
     """
 
     recipe: Recipe
@@ -42,32 +41,32 @@ class Job:
     run: Path | None
 
 
-def kept_in(target: str, out: str | os.PathLike[str] | None) -> Path | None:
-    """The run that keeps what is measured; None for a bare model, and where the figures go elsewhere."""
+def run_of(target: str, out: str | os.PathLike[str] | None) -> Path | None:
+    """The run that keeps the results; None for a bare model, or if the figures are written elsewhere."""
     run_dir = Path(target)
-    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / FIGURES)
+    elsewhere = out is not None and os.path.realpath(out) != os.path.realpath(run_dir / EVAL_FIGURES)
     return run_dir if _is_run(run_dir) and not elsewhere else None
 
 
-def job_of(
+def plan_eval(
     target: str,
     prompts: str | None,
     teacher: str | None,
     overrides: Sequence[str],
     recipe_name: str | None,
     out: str | os.PathLike[str] | None,
-) -> Job:
-    """The job that the arguments of `stage.run` describe. Raises `RedpenError` where they do not fit together."""
+) -> EvalJob:
+    """The job that the arguments of `stage.run` describe. Raises `RedpenError` if they contradict one another."""
     run_dir, is_run = Path(target), _is_run(Path(target))
     for option, given in (("--prompts", prompts), ("--teacher", teacher), ("--recipe", recipe_name), ("--out", out)):
         if given is not None and not os.fspath(given):
             raise ConfigError(f"{option}: expected {_WANTED[option]}, got an empty text")
-    _refuse_two_answers(overrides, prompts, is_run)
+    _check_overrides(overrides, prompts, is_run)
     if is_run:
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
-        recipe = load_stored_recipe(run_dir / "recipe.toml", overrides)
-        trained = models.made_student(recipe.student, run_dir)
+        recipe = load_stored_recipe(run_dir / RECIPE, overrides)
+        trained = trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"
             raise RedpenError(f"run {target}: has no {made} yet; finish it with the same `redpen train` command")
@@ -76,7 +75,7 @@ def job_of(
     else:
         if run_dir.is_dir() and not (run_dir / "config.json").is_file():
             raise RedpenError(f"{target}: expected a run of `redpen train`, or a model; this directory is neither")
-        # the embedded models were taught on bare sums, which their recipe says
+        # the embedded models were trained without a chat template, as their recipe says
         recipe_name = recipe_name or ("toy" if target.startswith("toy:") else None)
         recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
         students = {"model": recipe.student}
@@ -92,20 +91,20 @@ def job_of(
             f"--teacher {teacher}: reverse KL is measured on responses to prompts, and eval.path is not set; give "
             "the prompts with --prompts FILE, or leave --teacher out"
         )
-    run = kept_in(target, out)
-    written = run / FIGURES if run else Path(out) if out is not None else None
+    run = run_of(target, out)
+    written = run / EVAL_FIGURES if run else Path(out) if out is not None else None
     if written is not None:
-        _require_writable(written, out)
+        _check_writable(written, out)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"path": path})})
-    return Job(recipe, students, chosen, written, run)
+    return EvalJob(recipe, students, chosen, written, run)
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "recipe.toml").is_file()
+    return (path / RECIPE).is_file()
 
 
-def _refuse_two_answers(overrides: Sequence[str], prompts: str | None, is_run: bool) -> None:
-    """Raise `ConfigError` where --set says what an argument says too, or would have no effect on what is measured."""
+def _check_overrides(overrides: Sequence[str], prompts: str | None, is_run: bool) -> None:
+    """Raise `ConfigError` if --set repeats an argument, or would have no effect on what is measured."""
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key == "eval.path" and prompts is not None:
@@ -118,13 +117,13 @@ def _refuse_two_answers(overrides: Sequence[str], prompts: str | None, is_run: b
             raise ConfigError(f"--set {key}: the run has been trained, so the setting would change nothing")
 
 
-def _require_writable(path: Path, out: str | os.PathLike[str] | None) -> None:
-    """Raise `RedpenError` where the figures could not be written, hours before they are."""
+def _check_writable(path: Path, out: str | os.PathLike[str] | None) -> None:
+    """Raise `RedpenError` if the figures could not be written, hours before they are."""
     name, directory = f"--out {out}" if out is not None else str(path), path.parent
     if not directory.is_dir():
         raise ConfigError(f"{name}: there is no directory {directory}")
     if path.is_dir():
-        raise ConfigError(f"{name}: expected a file such as {path / FIGURES}, found a directory")
+        raise ConfigError(f"{name}: expected a file such as {path / EVAL_FIGURES}, found a directory")
     refuse_link(path)
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"{name}: {directory} cannot be written; choose another file with --out")
@@ -148,7 +147,7 @@ def _recipe_for(
 def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
     """The teacher that the run learned from."""
     try:
-        name = read_json(run_dir / "run.json")["cache"]["teacher"]
+        name = read_json(run_dir / RECORD)["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
     found = next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])

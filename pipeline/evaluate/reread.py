@@ -1,4 +1,4 @@
-"""The trained student's reading of cached rollouts, for the report: the same tokens before and after training.
+"""The trained student's scores of cached rollouts, for the report: the same tokens before and after training.
 
 RUN/reread.safetensors holds the `eval.reread_rollouts` rollouts of the run's round with the highest reverse KL at a
 token, in order of their numbers. Shapes: R rollouts, T tokens end to end, K candidates of the cache.
@@ -6,7 +6,7 @@ token, in order of their numbers. Shapes: R rollouts, T tokens end to end, K can
     numbers i8 [R], start i8 [R], length i8 [R]           the rollout's number in its round, its tokens' place
     logprobs, entropy, rest_logprob f4 [T], candidate_logprobs f4 [T, K]
 
-Its metadata are what run.json says of the cache, as text: url, round, teacher, and the digests.
+Its metadata are the cache's identity in run.json, as text: url, round, teacher, and the digests.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
-from pipeline.models.identity import cache_identity
-from pipeline.rounds.scored_block import marked_blocks
-
-REREAD = "reread.safetensors"
+from pipeline.rounds.identity import cache_identity
+from pipeline.rounds.scored_block import rollout_numbers, scored_blocks
+from pipeline.runs.files import RECORD
 
 
 def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> bytes | None:
-    """Have the trained `model` read the cached rollouts: the file's content; without them None, and one line.
+    """The trained model's scores of cached rollouts, as the file's content; None, with a warning, if the rollouts are
+    not there any more.
 
-    A run of several rounds has no such rollouts, since each of them taught another student, nor has fine-tuning.
+    A run of several rounds has no such rollouts, since each round trained a different student, nor has fine-tuning.
     """
     try:
         if recipe.eval.reread_rollouts and (cached := _cached(run, recipe.eval.reread_rollouts)) is not None:
-            arrays, made_of = _read(model, recipe, *cached)
-            return bytes(save(arrays, made_of))
+            arrays, metadata = _score(model, recipe, *cached)
+            return bytes(save(arrays, metadata))
     except (cs.CacheError, RedpenError) as error:
-        warn(f"the student does not read its cached rollouts again: {error}")
+        warn(f"the cached rollouts are not scored again: {error}")
     return None
 
 
 def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDArray[np.int64]] | None:
-    """What the run learned from: its identity, the round, and the numbers of the rollouts to read, ascending; None
-    where that is no single round, or where no teacher marked it."""
+    """The cache that the run learned from: its identity, the round, and the numbers of the rollouts to score,
+    ascending. None if that is not one round scored by a teacher."""
     try:
-        known = read_json(run / "run.json")["cache"]
+        known = read_json(run / RECORD)["cache"]
         if known.keys() <= {"url", "teacher"} or known["teacher"] == "":
             return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RedpenError(f"{run / 'run.json'} does not say where they are") from None
+        raise RedpenError(f"{run / 'run.json'} does not name their cache") from None
     round_ = cs.open(url).round(index)
     now = cache_identity(url, round_, names)
     if changed := [key for key in now if now[key] != known.get(key)]:
@@ -68,32 +68,28 @@ def worst_rollouts(round_: cs.Round, teachers: Sequence[str], n_wanted: int) -> 
     """Numbers of the rollouts with the highest reverse KL at one token, to any of the teachers, ascending."""
     numbers, worst = [], []
     with progress("cached rollouts: worst tokens", round_.n_blocks) as bar:
-        for marked in marked_blocks(round_, teachers):
-            kl_T = np.max([np.where(marked.counts(t), marked.reverse_kl[t], 0.0) for t in marked.teachers], axis=0)
-            rollouts = marked.rollouts
-            numbers.append(_numbers(rollouts, round_.manifest.rollouts_per_prompt))
+        for scored in scored_blocks(round_, teachers):
+            kl_T = np.max([np.where(scored.mask(t), scored.reverse_kl[t], 0.0) for t in scored.teachers], axis=0)
+            rollouts = scored.rollouts
+            numbers.append(scored.numbers)
             worst.append(np.maximum.reduceat(kl_T, rollouts.response_start))
             bar.advance()
     order = np.argsort(-np.concatenate(worst), kind="stable")[:n_wanted]
     return np.sort(np.concatenate(numbers)[order])
 
 
-def _numbers(rollouts: cs.RolloutBlock, rollouts_per_prompt: int) -> npt.NDArray[np.int64]:
-    return rollouts.prompt_index[rollouts.row_prompt] * rollouts_per_prompt + rollouts.sample_index
-
-
-def _read(
+def _score(
     model: PreTrainedModel, recipe: Recipe, identity: dict[str, Any], round_: cs.Round, numbers: npt.NDArray[np.int64]
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """The file's arrays and metadata."""
     chosen, candidate_ids = _rollouts(round_, numbers)
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
-    with progress("cached rollouts: reading", chosen.n_tokens, "tokens") as bar:
+    with progress("cached rollouts: scoring", chosen.n_tokens, "tokens") as bar:
         scorer = ResidentScorer(model, options, on_tile=bar.advance)
         scores = scorer.compute_logprobs(TokenBatch((chosen,), candidate_ids))
-    told = {name: getattr(scores, name) for name in ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")}
+    values = {name: getattr(scores, name) for name in ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")}
     spans = {"start": chosen.response_start.astype(np.int64), "length": chosen.response_length.astype(np.int64)}
-    return {"numbers": numbers, **spans, **told}, {key: str(value) for key, value in identity.items()}
+    return {"numbers": numbers, **spans, **values}, {key: str(value) for key, value in identity.items()}
 
 
 def _rollouts(round_: cs.Round, numbers: npt.NDArray[np.int64]) -> tuple[cs.RolloutBlock, npt.NDArray[np.int32]]:
@@ -105,7 +101,7 @@ def _rollouts(round_: cs.Round, numbers: npt.NDArray[np.int64]) -> tuple[cs.Roll
     for block in np.unique(block_of).tolist():
         rollouts = round_.rollouts.read(block)
         ids_TK = round_.scores(cs.STUDENT).read_arrays(block, ["candidate_ids"])["candidate_ids"]
-        for row in np.flatnonzero(np.isin(_numbers(rollouts, per_prompt), numbers)).tolist():
+        for row in np.flatnonzero(np.isin(rollout_numbers(round_, rollouts), numbers)).tolist():
             span, index = rollouts.response_slice(row), int(rollouts.prompt_index[rollouts.row_prompt[row]])
             prompts.setdefault(index, rollouts.prompt(row))
             place, sample = list(prompts).index(index), int(rollouts.sample_index[row])

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline import console
 from pipeline.console import escape_control, results
 
-#: Of one prompt's reverse KL the ends are None: it has no interval.
+#: The bounds are None for the reverse KL of a single prompt, which has no interval.
 Estimates = list[dict[str, Any]]
 
 
@@ -32,8 +32,8 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
         cells = [share(e) if is_share else _nats(e) for e in estimates]
         table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
-    for title, told in _task_rows([figures[label].get("tasks", {}) for label in labels]):
-        table.add_row(escape_control(title), *(_told(score) for score in told), *_difference(told))
+    for title, scores in _task_rows([figures[label].get("tasks", {}) for label in labels]):
+        table.add_row(escape_control(title), *(_score(score) for score in scores), *_difference(scores))
     if out.is_terminal:
         out.print(table)
     else:
@@ -53,7 +53,7 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
 
 
 def _rows(students: list[dict[str, Any]], n_samples: int) -> Iterator[tuple[str, bool, Estimates]]:
-    """Title, whether it is a share, and each student's estimate, of what was measured."""
+    """Title, whether it is a fraction, and each student's estimate, of every measure."""
     measured = {key: value for key, value in students[0].items() if all(key in figures for figures in students)}
     if "greedy" in measured:
         yield "accuracy, greedy", True, [figures["greedy"] for figures in students]
@@ -75,16 +75,16 @@ def _task_rows(students: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[
                 yield f"{task}: {metric}", [tasks[task][metric] for tasks in students]
 
 
-def _told(score: dict[str, Any]) -> str:
+def _score(score: dict[str, Any]) -> str:
     return f"{score['value']:.4f}" + ("" if score["stderr"] is None else f" \u00b1 {score['stderr']:.4f}")
 
 
-def _difference(told: list[dict[str, Any]]) -> list[str]:
-    return [f"{told[1]['value'] - told[0]['value']:+.4f}"] if len(told) == 2 else []
+def _difference(scores: list[dict[str, Any]]) -> list[str]:
+    return [f"{scores[1]['value'] - scores[0]['value']:+.4f}"] if len(scores) == 2 else []
 
 
 def share(estimate: dict[str, float]) -> str:
-    """With its interval."""
+    """A fraction with its interval."""
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
@@ -95,7 +95,7 @@ def _nats(estimate: dict[str, Any]) -> str:
 
 
 def _change(is_share: bool, *values: float) -> list[str]:
-    """What training did: points of a share, percent of divergence."""
+    """The change by training: points of a fraction, percent of a divergence."""
     if len(values) == 1:
         return []
     before, after = values

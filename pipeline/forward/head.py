@@ -1,4 +1,4 @@
-"""From hidden rows to log-probs without a [T, V] tensor: scoring, and loss plus gradient in one pass.
+"""From hidden rows to log-probs without a [T, V] tensor; `pipeline.forward.loss_head` makes losses of the same parts.
 
 Shapes: T rows (response positions), n rows of one chunk, V vocabulary, D hidden, C columns asked for at a row,
 K candidates. Log-probs are natural, in fp32 (fp64 for fp64 weights); entropies are in nats.
@@ -17,7 +17,7 @@ error in a row's own constants would be shared by all its V gradients instead of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,8 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
-
-LossFn = Callable[[slice, Tensor, Tensor], Tensor]
 
 # Config fields by which architectures multiply (1) or divide (-1) their logits: Cohere, Falcon-H1, Granite.
 _LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -111,7 +109,7 @@ def logits(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> Tensor:
         torch.mm(hidden_nD, weight.t(), out_dtype=out_nV.dtype, out=out_nV)
     else:
         hidden_nD = hidden_nD.to(out_nV.dtype)
-        for block in _column_blocks(out_nV):
+        for block in column_blocks(out_nV):
             torch.mm(hidden_nD, weight[block].to(out_nV.dtype).t(), out=out_nV[:, block])
     if head.bias_V is not None:
         out_nV += head.bias_V.detach()
@@ -238,7 +236,7 @@ def score_rows(
 
     parts: list[RowScores] = []
     buffer_nV = hidden_TD.new_empty(min(rows_per_chunk, len(hidden_TD)), vocab, dtype=head.logits_dtype)
-    for rows in _chunks(len(hidden_TD), rows_per_chunk) or [slice(0, 0)]:
+    for rows in chunks(len(hidden_TD), rows_per_chunk) or [slice(0, 0)]:
         z = logits(hidden_TD[rows], head, buffer_nV[: rows.stop - rows.start])
         tokens_n1 = token_ids_T[rows, None]
         if candidate_ids_TK is not None:
@@ -264,7 +262,7 @@ def _score(
     """One chunk of `score_rows`. Leaves z changed."""
     columns = tokens_n1 if ids_nK is None else ids_nK
     token_logit, column_logits = z.gather(1, tokens_n1), z.gather(1, columns)
-    part = _partition(z, without_repeats(columns), entropy=True)
+    part = partition(z, without_repeats(columns), entropy=True)
 
     def logprobs(values: Tensor) -> Tensor:
         return (values - part.lse[:, None]).to(z.dtype)
@@ -278,7 +276,7 @@ def _score(
         top_logits, top_ids = shown.topk(topk, dim=1)
         top_logprobs = logprobs(top_logits)
         covered = top_ids if ids_nK is None else torch.cat([ids_nK, top_ids], 1)
-        top_rest = _partition(z, without_repeats(covered)).rest_logprob
+        top_rest = partition(z, without_repeats(covered)).rest_logprob
     return RowScores(
         logprobs=logprobs(token_logit)[:, 0],
         entropy=part.entropy,
@@ -294,136 +292,7 @@ def _score(
 
 
 @dataclass(frozen=True)
-class HeadLoss:
-    """A loss with its gradient to the hidden rows, and the log-probs that it was made of (detached).
-
-    Attributes:
-        loss: scalar, the sum of `loss_fn` over the chunks.
-        logprobs_TC: at the columns; -inf at padding columns.
-        rest_logprob_T: of everything outside them.
-        entropy_T: in nats, if it was asked for.
-    """
-
-    loss: Tensor
-    logprobs_TC: Tensor
-    rest_logprob_T: Tensor
-    entropy_T: Tensor | None = None
-
-
-def chunked_head_loss(
-    hidden_TD: Tensor,
-    head: Head,
-    column_ids_TC: Tensor,
-    loss_fn: LossFn,
-    rows_per_chunk: int = 512,
-    *,
-    entropy: bool = False,
-) -> HeadLoss:
-    """A loss over log-probs at chosen columns and the rest, with its gradient taken in the same pass over chunks.
-
-    Args:
-        hidden_TD: after the model's final norm; receives the gradient.
-        column_ids_TC: token ids, -1 for padding; the others are distinct within a row (see `without_repeats`).
-        loss_fn: `(rows, logprobs_nC, rest_logprob_n) -> scalar`, a pure function of a chunk's log-probs, normalised
-            already (the global token count is known beforehand). It must mask padding columns, which hold -inf.
-        entropy: also give each row's entropy, for one more elementwise pass.
-
-    With e_v = exp(z_v - m), s the sum of e outside C, and G = sum over C of dL/dlog p_v, plus dL/dlog p_rest:
-
-        dL/dz_v = e_v ((dL/dlog p_rest) / s - G exp(m - lse))    outside C
-        dL/dz_v = dL/dlog p_v - G p_v                            at C
-
-    A head that is trained gets its gradient too, accumulated over chunks in fp32; a frozen one costs nothing. With
-    no rows the loss is a zero that still has a graph.
-
-    Raises:
-        ModelError: an id outside the head's vocabulary.
-    """
-    columns = column_ids_TC.to(hidden_TD.device, torch.int64)
-    check_ids(columns, head.vocab_size, "column id", lowest=-1)
-    assert torch.equal(without_repeats(columns), columns), "column_ids_TC: repeated ids within a row"
-    apply: Callable[..., Any] = _ChunkedHeadLoss.apply
-    loss, logprobs_TC, rest_T, entropy_T = apply(
-        hidden_TD,
-        head.weight_VD,
-        head.bias_V,
-        head,
-        columns,
-        loss_fn,
-        rows_per_chunk,
-        entropy,
-        torch.is_grad_enabled(),
-    )
-    return HeadLoss(loss, logprobs_TC, rest_T, entropy_T)
-
-
-class _ChunkedHeadLoss(torch.autograd.Function):
-    """See `chunked_head_loss`. Forward makes the gradient, backward only scales it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        head: Head,
-        columns_TC: Tensor,
-        loss_fn: LossFn,
-        rows_per_chunk: int,
-        entropy: bool,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        n_rows, vocab = len(hidden_TD), head.vocab_size
-        to_hidden, to_weight, to_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        backward = to_hidden or to_weight or to_bias
-        like = hidden_TD.new_empty(0, dtype=head.logits_dtype)
-        loss, logprobs_TC, rest_T = like.new_zeros(()), like.new_empty(columns_TC.shape), like.new_empty(n_rows)
-        entropy_T = like.new_empty(n_rows) if entropy else None
-        grad_hidden = torch.zeros_like(hidden_TD) if to_hidden else None
-        grad_weight = like.new_zeros(weight_VD.shape) if to_weight else None
-        grad_bias = like.new_zeros(vocab) if to_bias else None
-
-        buffer_nV = like.new_empty(min(rows_per_chunk, n_rows), vocab)
-        for rows in _chunks(n_rows, rows_per_chunk):
-            z = logits(hidden_TD[rows], head, buffer_nV[: rows.stop - rows.start])
-            part = _partition(z, columns_TC[rows], entropy=entropy, exponentiate=True)
-            logprobs_TC[rows], rest_T[rows] = part.logprobs_C, part.rest_logprob
-            if entropy_T is not None:
-                entropy_T[rows] = part.entropy
-            leaves = part.logprobs_C.requires_grad_(backward), part.rest_logprob.requires_grad_(backward)
-            with torch.set_grad_enabled(backward):
-                chunk_loss = loss_fn(rows, *leaves)
-            loss += chunk_loss.detach()
-            if not chunk_loss.requires_grad:
-                continue
-            g_C, g_rest = torch.autograd.grad(chunk_loss, leaves, allow_unused=True, materialize_grads=True)
-            size_n1 = _logit_gradient(z, part, columns_TC[rows], g_C, g_rest, head)
-            if grad_hidden is not None:
-                grad_hidden[rows] = _times_weight(z, weight_VD).mul_(size_n1)
-            if grad_weight is not None or grad_bias is not None:
-                z *= size_n1
-            if grad_weight is not None:
-                for block in _column_blocks(z):
-                    grad_weight[block].addmm_(z[:, block].t(), hidden_TD[rows].to(z.dtype))
-            if grad_bias is not None:
-                grad_bias += z.sum(0)
-
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
-            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
-        )
-        ctx.mark_non_differentiable(*(out for out in (logprobs_TC, rest_T, entropy_T) if out is not None))
-        return loss, logprobs_TC, rest_T, entropy_T
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None)
-
-
-@dataclass(frozen=True)
-class _Partition:
+class Partition:
     """Rows split into columns and rest.
 
     m is the rest's largest logit (0 if it is empty), s the sum of exp(z - m) over it; lse, in fp64, that of the row.
@@ -439,7 +308,7 @@ class _Partition:
     entropy: Tensor
 
 
-def _partition(z: Tensor, columns: Tensor, *, entropy: bool = False, exponentiate: bool = False) -> _Partition:
+def partition(z: Tensor, columns: Tensor, *, entropy: bool = False, exponentiate: bool = False) -> Partition:
     """Split rows of logits at `columns` (distinct, -1 for padding).
 
     Overwrites z: with -inf at the columns or, with `exponentiate`, with e = exp(z - m), which is 0 there.
@@ -451,7 +320,7 @@ def _partition(z: Tensor, columns: Tensor, *, entropy: bool = False, exponentiat
     m = z.amax(1)
     m = torch.where(m == -torch.inf, 0.0, m)
     s, within = torch.zeros_like(m), torch.zeros_like(m)
-    for block in _column_blocks(z):
+    for block in column_blocks(z):
         e = torch.sub(z[:, block], m[:, None], out=z[:, block] if exponentiate else None).exp_()
         s += e.sum(1)
         if entropy:
@@ -464,10 +333,10 @@ def _partition(z: Tensor, columns: Tensor, *, entropy: bool = False, exponentiat
     p_rest = rest_logprob.exp()
     within = torch.where(s > 0, s.log() + within / s, 0.0)
     nats = torch.special.entr(logprobs_C.exp()).sum(1) + torch.special.entr(p_rest) + p_rest * within
-    return _Partition(z_C, logprobs_C, rest_logprob, lse, m, s, nats)
+    return Partition(z_C, logprobs_C, rest_logprob, lse, m, s, nats)
 
 
-def _tempered(z: Tensor, part: _Partition, token_logit: Tensor, temperature: float) -> Tensor:
+def _tempered(z: Tensor, part: Partition, token_logit: Tensor, temperature: float) -> Tensor:
     """Log-prob of the sampled token under softmax(z / temperature); z holds -inf at the partition's columns."""
     if temperature == 1.0:
         return (token_logit - part.lse).to(z.dtype)
@@ -475,7 +344,7 @@ def _tempered(z: Tensor, part: _Partition, token_logit: Tensor, temperature: flo
         likeliest = torch.cat([part.z_C, z.amax(1, keepdim=True)], 1).amax(1)
         return torch.where(token_logit >= likeliest, 0.0, -torch.inf).to(z.dtype)
     s = torch.zeros_like(part.s)
-    for block in _column_blocks(z):
+    for block in column_blocks(z):
         s += ((z[:, block] - part.m[:, None]) / temperature).exp_().sum(1)
     rest_lse = part.m.double() / temperature + s.double().log()
     lse = torch.cat([part.z_C.double() / temperature, rest_lse[:, None]], 1).logsumexp(1)
@@ -493,7 +362,7 @@ def _likeliest_others(z: Tensor, tokens_n1: Tensor, count: int, vocab: int) -> T
 def _draw(z: Tensor, uniforms_nm: Tensor) -> Tensor:
     """m independent draws a row from softmax(z), by inverting its cumulative distribution in fp64."""
     draws = torch.empty_like(uniforms_nm, dtype=torch.int64)
-    for rows in _chunks(len(z), _DRAW_ROWS):
+    for rows in chunks(len(z), _DRAW_ROWS):
         cumulative = z[rows].softmax(1, dtype=torch.float64).cumsum_(1)
         # right=True: the first token whose cumulative mass exceeds u, so one of probability 0 is never drawn.
         draws[rows] = torch.searchsorted(cumulative, uniforms_nm[rows] * cumulative[:, -1:], right=True)
@@ -507,52 +376,9 @@ def _uniforms(key: int | Sequence[int], rows: int, columns: int) -> Tensor:
     return torch.rand(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _logit_gradient(z: Tensor, part: _Partition, columns: Tensor, g_C: Tensor, g_rest: Tensor, head: Head) -> Tensor:
-    """Turn z, which holds e = exp(z - m), into dL/d(hidden @ weight.T + bias), each row divided by its size.
-
-    Returns size_n1, the factors to multiply rows by that are made of it. A loss divided by a global token count has
-    gradients of 1e-8 and less, which a cast to half precision would not survive.
-    """
-    valid, index = columns >= 0, columns.clamp_min(0)
-    g_C, g_rest = torch.where(valid, g_C, 0.0).double(), torch.where(part.s > 0, g_rest, 0.0).double()
-    size = torch.cat([g_C.abs(), g_rest.abs()[:, None]], 1).amax(1)
-    size = torch.where(size == 0, 1.0, size)
-    g_C, g_rest = g_C / size[:, None], g_rest / size
-    p_C, p_rest = part.logprobs_C.double().exp(), part.rest_logprob.double().exp()
-    # Divided by the sum of p, which rounding keeps from 1: the row's gradient has to sum to 0.
-    total = (g_C.sum(1) + g_rest) / (p_C.sum(1) + p_rest)
-    # p_v = e_v exp(m - lse), and exp(m - lse) = p_rest / s.
-    outside = torch.where(part.s > 0, (g_rest - total * p_rest) / part.s, 0.0).to(z.dtype)
-    at_C = (g_C - total[:, None] * p_C).to(z.dtype)
-    if head.softcap is None:
-        z *= outside[:, None]
-    else:
-        # dz/du = 1 - (z / c)^2 for z = c tanh(u / c), and z = m + log e; where e is 0 so is the gradient.
-        for block in _column_blocks(z):
-            e = z[:, block]
-            capped = e.clamp_min(torch.finfo(z.dtype).tiny).log_().add_(part.m[:, None]).div_(head.softcap)
-            e.mul_(outside[:, None]).mul_(capped.square_().neg_().add_(1.0))
-        at_C *= 1.0 - (part.z_C / head.softcap).square()
-    z.scatter_add_(1, index, torch.where(valid, at_C, 0.0))
-    return (size * head.scale).to(z.dtype)[:, None]
-
-
-def _times_weight(dz_nV: Tensor, weight_VD: Tensor) -> Tensor:
-    """dz @ W, accumulated and returned in dz's precision, with dz cast to a half-precision weight's on CUDA."""
-    weight = weight_VD.detach()
-    if weight.dtype == dz_nV.dtype:
-        return dz_nV @ weight
-    if weight.is_cuda:
-        return torch.mm(dz_nV.to(weight.dtype), weight, out_dtype=dz_nV.dtype)
-    product = dz_nV.new_zeros(len(dz_nV), weight.shape[1])
-    for block in _column_blocks(dz_nV):
-        product.addmm_(dz_nV[:, block], weight[block].to(dz_nV.dtype))
-    return product
-
-
-def _chunks(total: int, size: int) -> list[slice]:
+def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _column_blocks(z: Tensor) -> list[slice]:
-    return _chunks(z.shape[1], _COLUMN_BLOCK)
+def column_blocks(z: Tensor) -> list[slice]:
+    return chunks(z.shape[1], _COLUMN_BLOCK)

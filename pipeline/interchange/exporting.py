@@ -1,15 +1,15 @@
-"""Export: a round of a cache as one Parquet file that `datasets`, pandas or DuckDB load, one rollout a row.
+"""Export: a round of a cache as one Parquet file for `datasets`, pandas or DuckDB, one rollout a row.
 
     prompt_index, sample_index                  which rollout
-    prompt | messages, answer, source, id       the prompt as it was given
+    prompt | messages, answer, source, id       the prompt's record
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
                                                 there are K values a token
 
-What is unknown or not scored is null: a value, or the whole list where a scorer has not done the block. NAMEs are
+Unknown and unscored values are null; so is the whole list if a scorer has not scored the block. NAMEs are
 those of the cache (cache_schema/SPEC.md); the manifests of round and scorers are JSON under `redpen` in the schema's
-metadata. One block is in memory at a time and makes one row group; the file appears when it is whole. `redpen
+metadata. One block is in memory at a time and makes one row group; the file appears when it is complete. `redpen
 import` reads the rollouts back.
 
     redpen export-cache CACHE -o DIR_OR_FILE
@@ -41,11 +41,12 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     """Write a round's committed blocks; returns the exit code 0.
 
     Args:
-        output: a name ending in .parquet, or a directory for `round-00000.parquet`. A file that is there is replaced.
+        output: a name ending in .parquet, or a directory for `round-00000.parquet`. An existing file is replaced.
         round_index: the latest round by default.
 
     Raises:
-        CacheError: not a cache, no finished block, a damaged one. RedpenError: `output` is a file of another kind.
+        CacheError: not a cache, no finished block, or a damaged one.
+        RedpenError: `output` is a file without the suffix .parquet.
     """
     round_ = cs.open(cache_url).round(round_index)
     blocks = np.flatnonzero(round_.rollouts.committed()).tolist()
@@ -57,7 +58,7 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     if path.parent.is_file():
         raise RedpenError(f"-o {output}: expected a name ending in .parquet or a directory, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    exporter = _Exporter(round_)
+    exporter = BlockExporter(round_)
     with (
         atomic_file(path) as file,
         parquet.ParquetWriter(file, exporter.schema, compression="zstd") as writer,
@@ -77,8 +78,8 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
     return 0
 
 
-class _Exporter:
-    """Blocks of a round as tables of one schema."""
+class BlockExporter:
+    """Turns blocks of a round into tables of one schema."""
 
     def __init__(self, round_: cs.Round):
         self._round = round_

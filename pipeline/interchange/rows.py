@@ -1,4 +1,4 @@
-"""Finished rollouts in a Parquet or JSONL file, row by row, every value checked where it is taken.
+"""Finished rollouts in a Parquet or JSONL file, row by row; every value is checked when it is read.
 
 A field is looked for under each of its names: as a column, as a column literally named `metadata.NAME`, and within an
 object `metadata`, where Lightning-OPD keeps it. Lists of numbers are never Python objects on their way from Parquet.
@@ -20,13 +20,14 @@ from pyarrow import parquet
 
 from cache_schema.blocks import LOGPROB_TOLERANCE
 from pipeline.errors import RedpenError
-from pipeline.text.prompts import FIELDS, json_lines
+from pipeline.text.prompts import json_lines
+from pipeline.text.records import FIELDS
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
-#: What a field may be called; the first that is there counts.
+#: Names of each field; the first one present counts.
 NAMES = {
     "rendered": ("is_lightning_opd", "is_offline_opd"),
     "prompt_index": ("prompt_index",),
@@ -38,19 +39,19 @@ NAMES = {
     "finish_reason": ("finish_reason",),
 }
 _WANTED = {*FIELDS, *(prefix + name for names in NAMES.values() for name in names for prefix in ("", "metadata."))}
-_BATCH_ROWS = 64  # megabytes, of long rollouts
+_BATCH_ROWS = 64  # of long rollouts: megabytes
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One rollout of a file, and its place there for messages. Whatever is wrong is a `RedpenError`, one line."""
+class FileRow:
+    """One rollout of a file, and its place for messages. Bad values raise `RedpenError`, one line."""
 
     place: str
     values: dict[str, Any]
 
     def get(self, name: str) -> tuple[str, Any]:
-        """What the field is called in this file, and its value; None where it has none."""
+        """The field's name in this file, and its value; None if it is missing."""
         names = NAMES[name]
         for called in (*names, *(f"metadata.{called}" for called in names)):
             if self.values.get(called) is not None:
@@ -58,7 +59,7 @@ class Row:
         return names[0], None
 
     def ids(self, name: str, below: int) -> Int32 | None:
-        """Token ids, at least one; None where the row has no such field."""
+        """Token ids, at least one; None if the row has no such field."""
         called, array = self._list(name, "token ids")
         if array is None:
             return None
@@ -70,43 +71,48 @@ class Row:
         outside = ids[(ids < 0) | (ids >= below)]
         if len(outside):
             raise self.fault(
-                called, f"ids in 0..{below - 1}", str(outside[0]), "are they another model's? set student.model to it"
+                called,
+                f"ids in 0..{below - 1}",
+                str(outside[0]),
+                "if they belong to another model, set student.model to it",
             )
         return np.asarray(ids, np.int32)
 
     def logprobs(self, name: str, length: int) -> Float32:
-        """[length], nats; NaN where the file has a null, or no such field."""
+        """[length], nats; NaN for nulls, or if the row has no such field."""
         called, array = self._list(name, "numbers", length)
         if array is None:
             return np.full(length, np.nan, np.float32)
         numbers = pa.types.is_floating(array.type) or pa.types.is_integer(array.type) or pa.types.is_null(array.type)
         if not numbers:
-            raise self.fault(called, "a list of numbers", f"a list {_of(array)}", "null is for what is not known")
+            raise self.fault(called, "a list of numbers", f"a list {_of(array)}", "use null for unknown values")
         array = array.cast(pa.float64(), safe=False)  # whole numbers beyond 2**53 are no log-probs either way
-        told = array.drop_null().to_numpy(zero_copy_only=False)
-        bad = told[~(np.abs(told) <= _LARGEST) | (told > LOGPROB_TOLERANCE)]  # as the cache will hold them
+        known = array.drop_null().to_numpy(zero_copy_only=False)
+        bad = known[~(np.abs(known) <= _LARGEST) | (known > LOGPROB_TOLERANCE)]  # as the cache will hold them
         if len(bad):
             low = f", not below {-_LARGEST:g}" if -np.inf < bad[0] < 0 else ""
             expected = f"log-probs, finite and at most 0{low}"
-            raise self.fault(called, expected, f"{bad[0]:g}", "null is for what is not known")
+            raise self.fault(called, expected, f"{bad[0]:g}", "use null for unknown values")
         return np.asarray(array.to_numpy(zero_copy_only=False), np.float32)
 
     def mask(self, name: str, length: int) -> UInt8:
-        """[length] of 0 and 1; ones where the row has no such field."""
+        """[length] of 0 and 1; ones if the row has no such field."""
         called, array = self._list(name, "0 and 1", length)
         if array is None:
             return np.ones(length, np.uint8)
         flags = pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)
         values = array.to_numpy(zero_copy_only=False) if flags and not array.null_count else np.empty(0)
         if len(values) != length or not np.isin(values, (0, 1)).all():
-            raise self.fault(called, "a list of 0 and 1", f"a list {_of(array)}", "1 marks the student's own tokens")
+            raise self.fault(
+                called, "a list of 0 and 1", f"a list {_of(array)}", "1 marks tokens that the student sampled"
+            )
         return values.astype(np.uint8)
 
     def fault(self, called: str, expected: str, got: str, remedy: str) -> RedpenError:
         return RedpenError(f"{self.place}: {called}: expected {expected}, got {got}; {remedy}")
 
     def _list(self, name: str, what: str, length: int | None = None) -> tuple[str, Any]:
-        """The field as an Arrow array; None where the row has no such field."""
+        """The field as an Arrow array; None if the row has no such field."""
         called, value = self.get(name)
         if isinstance(value, list):
             try:
@@ -122,7 +128,7 @@ class Row:
         return called, value
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[FileRow]:
     """Every row of a `.parquet` file or of one with a JSON object on each line. Raises `RedpenError`."""
     if not os.path.isfile(path):  # False also for a name that cannot be
         came = "a directory" if os.path.isdir(path) else "no such file"
@@ -131,16 +137,16 @@ def read_rows(path: Path) -> Iterator[Row]:
     return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[FileRow]:
     for place, value in json_lines(path, str(path)):
         if not isinstance(value, dict):
             raise RedpenError(f"{place}: expected one JSON object on each line, got {type(value).__name__}")
         metadata = value.get("metadata")
         within = {f"metadata.{key}": item for key, item in metadata.items()} if isinstance(metadata, dict) else {}
-        yield Row(place, within | value)
+        yield FileRow(place, within | value)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[FileRow]:
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, number = file.schema_arrow, 0
@@ -156,7 +162,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for row in range(batch.num_rows):
                     number += 1
                     values = {name: _value(column[row]) for name, column in columns.items()}
-                    yield Row(f"{path}: row {number}", dict.fromkeys(schema.names) | values)
+                    yield FileRow(f"{path}: row {number}", dict.fromkeys(schema.names) | values)
     except RedpenError:
         raise
     except Exception as error:  # Arrow's own, and Python's for values that it has no type for, such as a far date

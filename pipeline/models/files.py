@@ -1,7 +1,7 @@
-"""The files that come with a model, checked before transformers, tokenizers or peft see them.
+"""The JSON files of a model, checked before transformers, tokenizers or peft read them.
 
-Each kind of file has one model here, which says what redpen and the libraries take for granted; all other settings
-are kept as they are. Files of a Hub snapshot are links to blobs, so links are followed.
+Each kind of file has one pydantic model with the fields that redpen and the libraries rely on; other fields are kept
+unchanged. Files of a Hub snapshot are links to blobs, so links are followed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _File(BaseModel):
 
 
 class _Config(_File):
-    """What decoders have in common. None is a setting that is left to its class."""
+    """The settings that decoders have in common. None leaves a setting to the default of its class."""
 
     model_type: str | None = None
     vocab_size: Size | None = None
@@ -121,7 +121,7 @@ class TokenizerConfigFile(_File):
 
 
 class _TokenizerFile(_File):
-    """tokenizer.json, whose rules are for the tokenizers library to check."""
+    """tokenizer.json; the tokenizers library checks its rules."""
 
     model: dict[str, Any]
 
@@ -144,7 +144,7 @@ def read_config(directory: Path) -> ConfigFile:
 
 
 def read_generation_config(directory: Path) -> GenerationConfigFile:
-    """A model's generation_config.json, empty where it has none. Raises `ModelError`."""
+    """A model's generation_config.json, empty if it has none. Raises `ModelError`."""
     return _read(directory / "generation_config.json", GenerationConfigFile) or GenerationConfigFile()
 
 
@@ -159,28 +159,26 @@ def read_adapter_config(directory: Path) -> AdapterConfigFile:
 
 
 def check_model_files(directory: Path) -> None:
-    """Refuse a model whose settings transformers would stumble over, or take otherwise than redpen. Raises
-    `ModelError`.
-    """
+    """Refuse settings that transformers fails on or understands differently from redpen. Raises `ModelError`."""
     read_config(directory)
     read_generation_config(directory)
     read_index(directory)
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{directory}: expected a model or an adapter, found config.json and adapter_config.json, which "
-            "transformers would apply unseen; move the adapter's files to a directory of their own"
+            "transformers would apply silently; move the adapter's files to another directory"
         )
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Refuse a tokenizer that is damaged beyond being tried. Raises `ModelError`."""
-    read_config(directory)  # where transformers looks for the tokenizer's class
+    """Refuse a tokenizer with damaged files. Raises `ModelError`."""
+    read_config(directory)  # names the tokenizer's class for transformers
     _read(directory / "tokenizer_config.json", TokenizerConfigFile)
     _read(directory / "tokenizer.json", _TokenizerFile)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a model's file, as it is. Raises `ModelError`."""
+    """The JSON object in a model's file, unchecked. Raises `ModelError`."""
     try:
         content = read_bytes(path, at_most=_AT_MOST, error=ModelError)
     except FileNotFoundError:
@@ -201,22 +199,21 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     return _required(path, kind) if path.exists() or path.is_symlink() else None
 
 
-# -- tensors without a place ---------------------------------------------------------------------------------
+# -- misplaced tensors ------ ---------------------------------------------------------------------------------
 
-# Tensors that a checkpoint may hold and a causal language model need not: heads that predict further tokens, rotary
-# frequencies and masks, which are made anew, and scales of a quantised key-value cache.
+# Tensors that a checkpoint may have and a causal language model does not need: heads that predict further tokens,
+# rotary frequencies and masks, which are computed, and scales of a quantised key-value cache.
 _HARMLESS = re.compile(
     r"(^|\.)mtp(_block|_layers)?\.|(^|\.)rotary_emb\.|\.masked_bias$|\.attn\.bias$|(^|\.)position_ids$|\.[kv]_scale$"
 )
-# Where wrappers keep what is not text.
+# Parts of multimodal wrappers that are not text.
 _NOT_TEXT = re.compile(
     r"(^|\.)(visual|vision_\w+|audio_\w+|embed_vision|embed_audio|multi_modal_projector|mm_projector|image_newline)(\.|$)"
 )
 
 
-def without_place(unexpected: Iterable[str], config: ConfigFile) -> list[str]:
-    """Those of a checkpoint's tensors that find no place in its model, and make it another model if they are left
-    out."""
+def misplaced_tensors(unexpected: Iterable[str], config: ConfigFile) -> list[str]:
+    """The checkpoint's tensors that have no place in its model, and without which it is a different model."""
     text = config.text_config or config
     n_layers, n_heads = text.num_hidden_layers, text.num_nextn_predict_layers or 0
     wrapper = config.vision_config is not None or config.audio_config is not None
@@ -225,13 +222,13 @@ def without_place(unexpected: Iterable[str], config: ConfigFile) -> list[str]:
         if _HARMLESS.search(name) or (wrapper and _NOT_TEXT.search(name)):
             return True
         layer = re.search(r"(^|\.)layers\.(\d{1,6})\.", name)
-        # Heads for further tokens are laid behind the last layer (DeepSeek-V3, GLM-4.5).
+        # Heads for further tokens are stored after the last layer (DeepSeek-V3, GLM-4.5).
         return layer is not None and n_layers is not None and n_layers <= int(layer[2]) < n_layers + n_heads
 
     return sorted(name for name in unexpected if not harmless(name))
 
 
-def named(names: Collection[str], shown: int = 3) -> str:
-    """A few of many names, for a message."""
+def shortened(names: Collection[str], shown: int = 3) -> str:
+    """The first few of many names, for a message."""
     some = ", ".join(sorted(names)[:shown])
     return f"{some} and {len(names) - shown} more" if len(names) > shown else some

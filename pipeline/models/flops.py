@@ -1,9 +1,9 @@
-"""FLOPs of a model, counted alike by what predicts them and by what adds them up afterwards.
+"""FLOPs of a model, for the prediction of `redpen plan` and for a run's ledger.
 
-With N parameters of a model that a token is multiplied by (`shadow.Weights.multiplied`), of which F are frozen, A
-trained ones (an adapter's, or all), and n tokens read:
+With N parameters of a model that a token is multiplied by (`meta_model.Weights.multiplied`), of which F are frozen, A
+trained parameters (an adapter's, or all), and n tokens:
 
-    sampling, scoring    2 N n      one forward; a sampler reads a prompt once, scorers for every rollout
+    sampling, scoring    2 N n      one forward; a sampler computes a prompt once, a scorer for every rollout
     training             4 F n + 6 A n, and 2 (F + A) n more with gradient checkpointing
                                     forward and the gradient of activations through all weights, and the gradient of
                                     those that are trained
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 
 def forward(multiplied: float, tokens: float) -> float:
-    """Of reading or sampling `tokens` tokens."""
+    """Of scoring or sampling `tokens` tokens."""
     return 2.0 * multiplied * tokens
 
 
@@ -24,7 +24,7 @@ def training(multiplied: float, adapter: float | None, tokens: float, *, recompu
     """Of a forward and backward over `tokens` tokens.
 
     Args:
-        adapter: parameters of the LoRA that is trained; None where the model's own are.
+        adapter: parameters of the LoRA that is trained; None if the model's own weights are trained.
         recomputed: by gradient checkpointing.
     """
     frozen, trained = (0.0, multiplied) if adapter is None else (multiplied, adapter)

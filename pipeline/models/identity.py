@@ -1,10 +1,9 @@
-"""Who made the numbers: digests of weights, adapters and tokenizers, the same for a Hub snapshot and a local
-copy of it.
+"""Digests of weights, adapters and tokenizers, the same for a Hub snapshot and a local copy of it.
 
-A model's digest covers the settings of its `config.json` that mean something and the content of the
-safetensors files that transformers would read. Files are hashed in threads (about 1 GB/s each); a file of a
+A model's digest covers the settings of its `config.json` that affect what it computes and the content of the
+safetensors files that transformers would load. Files are hashed in threads (about 1 GB/s each); a file of a
 Hub snapshot is a link to a blob that the Hub client named by its SHA-256 and checked while downloading, so
-its name is used and 64 GB are not read.
+its name is used instead of hashing 64 GB.
 """
 
 from __future__ import annotations
@@ -12,20 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cache_schema as cs
 from pipeline.errors import ModelError
 from pipeline.models.files import read_index, read_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Engine of rollouts and scores that `redpen import` brought from a file.
+#: Engine of rollouts and scores that `redpen import` read from a file.
 IMPORTED = "import"
 #: Engine of a round of text that nobody sampled: documents and chats of `redpen sft`.
 DATA = "data"
@@ -39,22 +36,21 @@ _INCIDENTAL_ADAPTER = frozenset(
 
 
 def model_digest(directory: Path) -> str:
-    """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not one."""
+    """Digest of the model in `directory`, 32 hexadecimal digits. Raises `ModelError` if it is not one."""
     config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "weights": _contents(weight_files(directory))})
 
 
 def served_digest(directory: Path, served_name: str) -> str:
-    """Digest of what is known here of a model that a server runs: its configuration, and its name there. Raises
-    `ModelError`.
-    """
+    """Digest of a model that a server runs: its configuration, and its name there. Raises `ModelError`."""
     config = _semantic(read_settings(directory / "config.json"), _INCIDENTAL)
     return _digest({"config": config, "served_name": served_name})
 
 
 def adapter_digest(directory: Path) -> str:
-    """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits. Raises `ModelError` where it is not
-    one.
+    """Digest of the PEFT adapter in `directory`, 32 hexadecimal digits.
+
+    Raises `ModelError` if it is not one.
     """
     config = _semantic(read_settings(directory / "adapter_config.json"), _INCIDENTAL_ADAPTER)
     weights = directory / "adapter_model.safetensors"
@@ -65,30 +61,8 @@ def adapter_digest(directory: Path) -> str:
     return _digest({"config": config, "weights": _contents([weights])})
 
 
-def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) -> dict[str, Any]:
-    """What a run learns from: the round, the teachers' names, and digests of every block's content.
-
-    Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
-    """
-    scored = [cs.STUDENT] if cs.STUDENT in round_.scorer_names() else []
-    groups = {
-        "rollouts": [round_.rollouts],
-        "student": [round_.scores(name) for name in scored],
-        "teacher": [round_.scores(name) for name in teachers],
-    }
-    digests = {
-        f"{name} digest": hashlib.blake2b(
-            b"".join(group.commits()["digest"].tobytes() for group in members), digest_size=8
-        ).hexdigest()
-        for name, members in groups.items()
-    }
-    return {"url": cache_url, "round": round_.index, "teacher": ", ".join(teachers)} | digests
-
-
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of the token->id map, added tokens included, and of the special tokens; the chat template is
-    apart.
-    """
+    """Digest of the token->id map, added tokens included, and of the special tokens, without the chat template."""
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return _digest({"tokens": sorted(tokenizer.get_vocab().items()), "special": special})
 
@@ -108,16 +82,14 @@ def hub_commit(directory: Path) -> str | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that transformers reads, sorted by name. Raises `ModelError` where there are
-    none.
-    """
+    """The safetensors files that transformers reads, sorted by name. Raises `ModelError` if there are none."""
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
     if (index := read_index(directory)) is None:
         raise ModelError(
             f"{directory}: expected model.safetensors or model.safetensors.index.json, found neither; "
-            "only safetensors are read, convert other weights with save_pretrained()"
+            "only safetensors are read, convert other formats with save_pretrained()"
         )
     files = [directory / name for name in sorted(set(index.weight_map.values()))]
     for file in files:

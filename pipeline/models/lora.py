@@ -1,4 +1,4 @@
-"""What of the student is trained, a LoRA or all of it, and how it is saved for peft, transformers and vLLM."""
+"""The trained weights of the student, a LoRA or all of them, and their files for peft, transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.console import warn
@@ -22,16 +20,19 @@ from pipeline.forward.finite import name_of
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
+from pipeline.models._transformers_compat import Conv1D, GradientCheckpointingLayer
+from pipeline.models.paths import base_name
+from pipeline.models.resolve import resolve
 
 _NAME = "default"
 
 
 def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
-    """Let `train.method` decide which weights of a loaded student require gradients: a LoRA's, or all.
+    """Require gradients of the weights of a loaded student that `train.method` trains: a LoRA's, or all.
 
     Raises:
-        ModelError: what `add_lora` raises; or all weights are to be trained, and the student has an adapter or
-        weights that are no floating-point numbers.
+        ModelError: as `add_lora`; or all weights are to be trained, and the student has an adapter or weights that
+            are not floating-point numbers.
     """
     if train.method == "lora":
         adapted: nn.Module = add_lora(model, train)
@@ -54,11 +55,10 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
 def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
     """Freeze `model` and put a fresh LoRA on the linear layers of its decoder; its weights are fp32.
 
-    The head and what is beside the decoder (a vision tower) have none, nor have routers, which return more
-    than a product.
+    The head, what is outside the decoder (a vision tower) and routers, which return more than a product, get none.
 
-    A = Kaiming uniform from `train.seed`, B = 0, so the first forward is the student's own. A model that came with an
-    adapter (`student.adapter`) goes on training that one, whose rank and alpha must be the recipe's.
+    A = Kaiming uniform from `train.seed`, B = 0, so the first forward is that of the student. A model with an adapter
+    (`student.adapter`) continues to train it; its rank and alpha must be the recipe's.
 
     Raises:
         ModelError: no layer has one of the names in `lora_targets`, one is the head, or the adapter has other
@@ -88,7 +88,7 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 
 
 def _excluded(model: nn.Module) -> str | None:
-    """A pattern of the linear layers that no LoRA goes on, None if there are none."""
+    """A pattern of the linear layers that get no LoRA; None if there are none."""
     decoder = {id(module) for module in decoder_body(model).modules()}
     head = unwrapped(model).get_output_embeddings()  # which peft leaves out
     names = [
@@ -98,18 +98,18 @@ def _excluded(model: nn.Module) -> str | None:
         and (id(module) not in decoder or _is_router(module))
         and module is not head
     ]
-    # By what they have in common in all layers, since the pattern is kept with the adapter.
+    # With layer numbers as wildcards: the pattern is stored with the adapter.
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(patterns) or None
 
 
 def _is_router(module: nn.Module) -> bool:
-    """Whether a linear layer is one of an architecture, which may return something else than a product."""
+    """Whether a linear layer is defined by an architecture, so that it may return more than a product."""
     return type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
 
 
 def _warn_of_experts(adapted: nn.Module) -> None:
-    """Say that a mixture's experts keep their weights, where peft finds no way to adapt them."""
+    """Warn if peft cannot adapt the experts of a mixture, which then keep their weights."""
     weights = list(adapted.named_parameters())
     adapted_experts = any(".experts." in name and p.requires_grad for name, p in weights)
     count = sum(p.numel() for name, p in weights if ".experts." in name)
@@ -117,18 +117,18 @@ def _warn_of_experts(adapted: nn.Module) -> None:
         share = count / sum(p.numel() for _, p in weights)
         warn(
             f'train.lora_targets = "all-linear": the experts of {name_of(adapted)} ({share:.0%} of its weights) are '
-            "no linear layers and get no LoRA; the other layers are trained"
+            "not linear layers and get no LoRA; the other layers are trained"
         )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that training moves, by name."""
+    """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def training_mode(model: nn.Module) -> None:
-    """Switch on what training needs, LoRA dropout and gradient checkpointing where enabled, and leave the rest in
-    eval mode: a base model's own dropout would make the student another one than the cache was sampled from.
+    """Put LoRA dropout and gradient checkpointing, if enabled, in training mode, and the rest in eval mode: with the
+    base model's dropout the student would not be the one that the cache was sampled from.
 
     A layer checkpoints its gradients in training mode only, but may also drop out by it: its forward runs in eval
     mode.
@@ -152,17 +152,17 @@ def _from_eval(layer: nn.Module, args: Any, output: Any) -> None:
 
 
 def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, student: ModelConfig, card: str) -> None:
-    """Write what was trained, all at once: the adapter in PEFT's format, or the whole model with its tokenizer.
+    """Write what was trained, atomically: the adapter in PEFT's format, or the whole model with its tokenizer.
 
     Args:
-        weights: what was trained, by its name in the model, whole.
-        student: what `model` was loaded from.
+        weights: the trained weights by name, not sharded.
+        student: the model that `model` was loaded from.
         card: text of its README.md.
     """
     with atomic_directory(directory) as partial:
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[_NAME]
-            config.base_model_name_or_path, config.revision = models.base_name(student), student.revision
+            config.base_model_name_or_path, config.revision = base_name(student), student.revision
             if not isinstance(config.target_modules, str):
                 config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
             # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
@@ -171,7 +171,7 @@ def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, stude
             assert isinstance(model, PreTrainedModel)
             tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
-            models.save_model(model, partial, models.model_directory(student), buffers | dict(weights))
+            models.save_model(model, partial, resolve(student).directory, buffers | dict(weights))
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -179,13 +179,13 @@ def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
     config: Any = model.peft_config[_NAME]
     wanted = {"r": train.lora_rank, "lora_alpha": train.lora_alpha, "lora_dropout": train.lora_dropout}
     different = [
-        f"{name} {getattr(config, name, None)} and not {value:g}"
+        f"{name} {getattr(config, name, None)} instead of {value:g}"
         for name, value in wanted.items()
         if getattr(config, name, None) != value
     ]
     if different:
         raise ModelError(
-            f"student.adapter: goes on training, but has {', '.join(different)}; set train.lora_rank, "
+            f"student.adapter: training continues with it, but it has {', '.join(different)}; set train.lora_rank, "
             "train.lora_alpha and train.lora_dropout to the adapter's, or merge it into the student first"
         )
     return model

@@ -1,9 +1,9 @@
-"""A model's shadow: its own code on torch's meta device, where it says what it would take without taking it.
+"""A model on torch's meta device, to measure the memory that it would take without loading it.
 
 Shapes: S tokens, D hidden, h heads, d their size, B rollouts.
 
-Weights are counted and activations measured by running the model as transformers has it, so nothing here depends on
-the architecture. The one stand-in is attention, which on CUDA is a flash kernel that this device does not have.
+Weights are counted and activations measured by running transformers' code of the model, so nothing here depends on
+the architecture. Only attention is replaced: on CUDA it is a flash kernel, which the meta device does not have.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import AttentionInterface
-from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import ModelConfig
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
+from pipeline.models._transformers_compat import Conv1D
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 
 _DispatchMode: Any = _python_dispatch.TorchDispatchMode  # has no types
 _META = torch.device("meta")
 # Known to transformers as attention and not as a mask, so no mask is made.
-_ATTENTION = "redpen_shadow"
-#: Layers that are quantised: GPT-2 has linear layers of its own.
+_ATTENTION = "redpen_meta"
+#: Layers that are quantised; GPT-2 has its own kind of linear layer.
 LINEAR = (nn.Linear, Conv1D)
-# How architectures call the number of experts in a layer.
+# Names of the number of experts in a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Bytes of a weight in NF4, its scales quantised too: 4 bits, a byte for 64 weights, an fp32 for 256 of those
 # (Dettmers et al., "QLoRA", arXiv 2305.14314).
@@ -38,9 +38,9 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 class WithoutValues(_DispatchMode):  # type: ignore[misc]
-    """Answers what a forward on the meta device asks of values that are not there: every number is 0, every condition
-    false, nothing is found. Products by group, which torch has no meta kernel for but in bf16, have their shape, and
-    autocast, which peft switches off on any device, is no error.
+    """Lets a forward on the meta device look at values, which do not exist there: every number is 0, every condition
+    false, and no index is found. Grouped products, for which torch has a meta kernel only in bf16, get their shape,
+    and autocast, which peft switches off on any device, is not an error.
     """
 
     def __enter__(self) -> Any:
@@ -72,7 +72,7 @@ class WithoutValues(_DispatchMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
-def shadow(cfg: ModelConfig) -> Any:
+def load_meta_model(cfg: ModelConfig) -> Any:
     """The model without weights, without its adapter and without a mask. Raises `ModelError`."""
     AttentionInterface.register(_ATTENTION, _attention)
     model = models.load_skeleton(cfg, _META)
@@ -86,8 +86,8 @@ class Weights:
 
     Attributes:
         parameters: all of them.
-        multiplied: those that a token is multiplied by: not the input embedding, and of experts the chosen ones.
-        nbytes: of all, in the model's dtype, or in NF4 where that is asked for.
+        multiplied: those that a token is multiplied by: without the input embedding, with only the active experts.
+        nbytes: of all, in the model's dtype, or in NF4 if the model is quantised.
         largest_layer: bytes of its largest decoder layer.
     """
 
@@ -98,7 +98,7 @@ class Weights:
 
     @classmethod
     def of(cls, model: Any, quantisation: str | None = None) -> Weights:
-        """Of a model, on whatever device."""
+        """Of a model on any device."""
         config = model.config.get_text_config()
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         chosen = getattr(config, "num_experts_per_tok", None)
@@ -130,13 +130,13 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Training:
-    """Bytes of activations in one micro-batch, its head aside.
+class TrainingBytes:
+    """Peak bytes of activations in one micro-batch, without its head.
 
     Attributes:
-        forward: at the highest before the head.
-        kept: of them, what is still there when the head begins.
-        backward: at the highest after it.
+        forward: peak before the head.
+        kept: bytes that are still alive when the head begins.
+        backward: peak after the head.
     """
 
     forward: int
@@ -144,10 +144,10 @@ class Training:
     backward: int
 
 
-def training_bytes(model: nn.Module, tokens: int) -> Training:
-    """What a shadow with trainable weights takes beside them and their gradients, by `tokens` packed tokens.
+def training_bytes(model: nn.Module, tokens: int) -> TrainingBytes:
+    """Memory of a training step with `tokens` packed tokens, without weights and gradients.
 
-    It has to have gradient checkpointing switched on already, if that is wanted.
+    Gradient checkpointing, if wanted, has to be switched on before.
     """
     gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
     for parameter, gradient in gradients:
@@ -158,12 +158,12 @@ def training_bytes(model: nn.Module, tokens: int) -> Training:
         torch.autograd.backward(hidden_SD, torch.zeros_like(hidden_SD))
     for parameter, _ in gradients:
         parameter.grad = None
-    return Training(forward, kept, peak.nbytes)
+    return TrainingBytes(forward, kept, peak.nbytes)
 
 
 @torch.no_grad()
 def forward_bytes(model: nn.Module, tokens: int) -> int:
-    """Bytes of activations at the highest while `tokens` tokens are only read, the head aside."""
+    """Peak bytes of activations in a forward pass over `tokens` tokens without gradients, without the head."""
     with WithoutValues(), PeakBytes() as peak:
         _hidden(model, tokens)
     nbytes: int = peak.nbytes
@@ -172,7 +172,7 @@ def forward_bytes(model: nn.Module, tokens: int) -> int:
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module, tokens: int) -> int:
-    """Bytes that a sequence of `tokens` tokens keeps in memory while it is continued: keys and values, mostly."""
+    """Bytes of the key-value cache (or recurrent state) of a sequence of `tokens` tokens."""
     body: Any = decoder_body(model)
     with WithoutValues():
         out = body(input_ids=_ids(tokens), use_cache=True)
@@ -202,8 +202,8 @@ def _attention(
 
 
 class _Flash(torch.autograd.Function):
-    """Takes and keeps what a flash kernel does, of [S, h, d]: its inputs, its output, and an fp32 for each query and
-    head (Dao et al., "FlashAttention", arXiv 2205.14135). Backward adds up the query's gradient in fp32."""
+    """Allocates and keeps what a flash kernel does, of [S, h, d]: its inputs, its output, and an fp32 for each query
+    and head (Dao et al., "FlashAttention", arXiv 2205.14135). Backward sums the query's gradient in fp32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model card beside trained weights: what they are, what they were made from, how they are loaded."""
+"""The model card of trained weights: what they are, how they were made, how to load them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
 from pipeline.credentials import mask
-from pipeline.models import load as models
 from pipeline.models.identity import DATA, created_by
+from pipeline.models.paths import base_name
 from pipeline.runs.directory import Result
 
 #: Heading of the part that a merged model's card takes over.
@@ -25,7 +25,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result: Result) -> str:
     """The card of what a run made on a round: an adapter, or a whole model."""
-    base = models.base_name(recipe.student)
+    base = base_name(recipe.student)
     is_adapter = recipe.train.method == "lora"
     loading = _load_adapter(base, recipe) if is_adapter else load_model("THIS_DIRECTORY", recipe.student.dtype)
     made, how = (
@@ -69,13 +69,13 @@ LICENCE = (
 
 
 def front_matter(base: str, library: str, quantisation: str | None = None, tags: tuple[str, ...] = DISTILLED) -> str:
-    """The block of metadata that the Hub reads."""
-    told: dict[str, Any] = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation"}
-    told["tags"] = [*tags, "redpen", *(["lora"] if library == "peft" else [])]
+    """The metadata block of the Hub, YAML between dashes."""
+    metadata: dict[str, Any] = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation"}
+    metadata["tags"] = [*tags, "redpen", *(["lora"] if library == "peft" else [])]
     if quantisation is not None:
-        told["base_model_quantisation"] = quantisation
+        metadata["base_model_quantisation"] = quantisation
     # JSON values are YAML
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in told.items()), "---", ""])
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in metadata.items()), "---", ""])
 
 
 def load_model(where: str, dtype: str) -> str:
@@ -157,7 +157,7 @@ def _trained(train: TrainConfig) -> str:
 
 def _names(round_: cs.Round, teachers: tuple[str, ...]) -> str:
     manifests = [round_.scores(name).manifest for name in teachers]
-    return ", ".join(Path(told.model.name).name for told in manifests if isinstance(told, cs.ScoresManifest))
+    return ", ".join(Path(scores.model.name).name for scores in manifests if isinstance(scores, cs.ScoresManifest))
 
 
 def _identity(model: cs.ModelIdentity) -> str:

@@ -1,6 +1,6 @@
-"""Bytes that tensors take: of containers of them, and at the highest while some code runs.
+"""Bytes of tensors: of containers of them, and the peak while some code runs.
 
-Tensors on torch's meta device count like any other, so code can be asked what it would take without taking it.
+Tensors on torch's meta device count like any other, so that memory can be measured without being allocated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DispatchMode: Any = _python_dispatch.TorchDispatchMode
 
 
 class PeakBytes(_DispatchMode):  # type: ignore[misc]
-    """Most bytes of storages that operations under it made and that lived at the same time: `nbytes`."""
+    """Measures `nbytes`, the peak bytes of storages made by operations under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class PeakBytes(_DispatchMode):  # type: ignore[misc]
             if storage._cdata not in known and storage._cdata not in self._made:  # else it is a view
                 self._made[storage._cdata] = _weak_storage(storage), storage.nbytes()
                 self._sum += storage.nbytes()
-        if self._sum > self.nbytes:  # perhaps only because it counts what is gone
+        if self._sum > self.nbytes:  # perhaps only because freed storages are still counted
             self.nbytes = max(self.nbytes, self.alive())
         return out
 
     def alive(self) -> int:
-        """Bytes of what was made and is still there."""
+        """Bytes of the storages that are still alive."""
         self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         self._sum = sum(nbytes for _, nbytes in self._made.values())
         return self._sum

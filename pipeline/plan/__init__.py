@@ -1,7 +1,7 @@
-"""`redpen plan`: what a recipe will take, from configs alone: memory by part, FLOPs, cache bytes, time.
+"""`redpen plan`: memory, FLOPs, cache size and time of a recipe, from model configs alone.
 
-No weight is read or downloaded. Activations are those of the model's own code, run on torch's meta device
-(`pipeline.models.meta_model`); what is assumed beyond that is printed with the figures.
+No weights are loaded or downloaded. Activations are measured by running the model's code on torch's meta device
+(`pipeline.models.meta_model`); all other assumptions are printed with the figures.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def run(
     """Print the plan on stdout.
 
     Raises:
-        ConfigError: mean lengths that the recipe does not allow.
-        ModelError: a model's config cannot be had, or is none of a causal language model.
+        ConfigError: the recipe does not allow these mean lengths.
+        ModelError: a model's config cannot be loaded, or is not that of a causal language model.
     """
     lengths = Lengths.of(recipe, mean_prompt_tokens, mean_response_tokens)
     from pipeline.plan import cost, memory, table
 
-    models = memory.Models.of(recipe)
-    needs = memory.needs(recipe, models, device)
+    models = memory.PlannedModels.of(recipe)
+    needs = memory.by_step(recipe, models, device)
     costs = cost.costs(recipe, models, device, lengths, needs)
     if as_json:
-        found = {"device": asdict(device), "lengths": asdict(lengths), "parameters": models.parameters()}
-        show(json.dumps(found | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
+        plan = {"device": asdict(device), "lengths": asdict(lengths), "parameters": models.parameters()}
+        show(json.dumps(plan | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
     else:
         table.show(recipe, models, device, lengths, needs, costs)

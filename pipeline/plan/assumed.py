@@ -1,4 +1,4 @@
-"""What a plan takes for granted: the machine, and how long prompts and responses are."""
+"""What a plan assumes: the machine, and the mean lengths of prompts and responses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class Device:
-    """The machine to plan for: by default one RTX 4090.
+    """The machine to plan for; by default one RTX 4090.
 
     Attributes:
-        gib: memory of a card; gpus: how many cards share the work.
-        tflops: of dense bf16 products, at best; utilisation: the share of it that forward and backward passes reach.
-        gbps: of the card's memory, in GB/s, by which sampling is bound; link_gbps: between it and the host.
+        gib: memory of one GPU. gpus: how many share the work.
+        tflops: peak for dense bf16 matrix products. utilisation: the fraction that forward and backward passes reach.
+        gbps: bandwidth of the GPU's memory in GB/s, which bounds sampling. link_gbps: between GPU and host.
     """
 
     gib: float = 24.0
@@ -28,7 +28,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt and of a response, on average. `bound`: they are the longest that the recipe allows."""
+    """Mean tokens of a prompt and of a response. `bound`: they are the longest that the recipe allows."""
 
     prompt: float
     response: float
@@ -36,7 +36,7 @@ class Lengths:
 
     @classmethod
     def of(cls, recipe: Recipe, prompt: float | None, response: float | None) -> Lengths:
-        """Means where they are given. Raises `ConfigError` where one is longer than the recipe allows."""
+        """The given means, or the longest allowed. Raises `ConfigError` if a mean exceeds what the recipe allows."""
         longest = recipe.rollouts.max_prompt_tokens, recipe.rollouts.max_response_tokens
         for name, mean, limit in zip(("prompt", "response"), (prompt, response), longest, strict=True):
             if mean is not None and not 0 < mean <= limit:

@@ -1,4 +1,4 @@
-"""FLOPs, bytes of the cache and time of a recipe, by step."""
+"""FLOPs and time of a recipe by step, and the size of its cache."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.disk import bytes_per_token
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.plan.assumed import Device, Lengths
-from pipeline.plan.memory import Models, Need
+from pipeline.plan.memory import PlannedModels, StepMemory
 
-_STEP_SEQUENCES = 1024  # tokens of the sequence by which a cache's bytes for a token are found
+_STEP_SEQUENCES = 1024  # length of the sequence that measures the KV cache per token
 
 
 @dataclass(frozen=True)
-class Cost:
-    """One step: tokens that a model reads or writes, what that costs, and how long it takes; None: done elsewhere."""
+class StepCost:
+    """One step: tokens that a model processes, FLOPs and time; `seconds` is None if a server does the work."""
 
     step: str
     tokens: float
@@ -28,20 +27,20 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Of a round and the training on it.
+class RecipeCost:
+    """The cost of one round and the training on it.
 
     Attributes:
-        prompts: prompts in the round; rollouts: samples in it.
-        steps: as they run.
+        prompts, rollouts: how many the round has.
+        epochs: how often training uses each rollout.
+        steps: in the order in which they run.
         cache: bytes of the cache before compression, by group of arrays.
-        epochs: how often training reads each rollout.
     """
 
     prompts: int
     rollouts: int
     epochs: float
-    steps: tuple[Cost, ...]
+    steps: tuple[StepCost, ...]
     cache: dict[str, float]
     student_flops: float
     teacher_flops: float
@@ -50,48 +49,52 @@ class Costs:
         return asdict(self)
 
 
-def costs(recipe: Recipe, models: Models, device: Device, lengths: Lengths, needs: Sequence[Need]) -> Costs:
-    """`needs` tell how many rollouts are sampled together, and how long a streamed wave is."""
+def costs(
+    recipe: Recipe, models: PlannedModels, device: Device, lengths: Lengths, needs: Sequence[StepMemory]
+) -> RecipeCost:
+    """The cost of a recipe; `needs` has the batch size of sampling and the wave length of streamed scoring."""
     rollouts, train, student = recipe.rollouts, recipe.train, models.weights[cs.STUDENT]
     by_step = {need.step: need for need in needs}
     prompts = recipe.prompts.limit or train.steps * train.prompts_per_step
     samples = prompts * rollouts.rollouts_per_prompt
-    computing = device.gpus * device.tflops * 1e12 * device.utilisation
+    flops_per_second = device.gpus * device.tflops * 1e12 * device.utilisation
 
     sampled = prompts * lengths.prompt + samples * lengths.response
     sampling = flops.forward(student.multiplied, sampled)
     together = by_step["sampling"].together or 1
-    found = [
-        Cost("sampling", sampled, sampling, _sampling_seconds(models, device, lengths, samples, together, sampling))
+    steps = [
+        StepCost(
+            "sampling", sampled, sampling, _sampling_seconds(models, device, lengths, samples, together, sampling)
+        )
     ]
     read = samples * (lengths.prompt + lengths.response)
     teachers = 0.0
     for name, weights in models.weights.items():
         scoring = flops.forward(weights.multiplied, read)
         teachers += 0.0 if name == cs.STUDENT else scoring
-        seconds: float | None = scoring / computing
+        seconds: float | None = scoring / flops_per_second
         if need := by_step.get(f"scoring, {name}, streamed"):
             waves = read / (need.wave or recipe.score.tile_tokens) / device.gpus
-            seconds = max(scoring / computing, waves * weights.nbytes / (device.link_gbps * 1e9))
+            seconds = max(scoring / flops_per_second, waves * weights.nbytes / (device.link_gbps * 1e9))
         elif recipe.placement(models.configs[name]) == "server":
             seconds = None
-        found.append(Cost(f"scoring, {name}", read, scoring, seconds))
+        steps.append(StepCost(f"scoring, {name}", read, scoring, seconds))
     trained = train.steps * min(train.prompts_per_step, prompts) * read / prompts
     training = flops.training(student.multiplied, models.adapter, trained, recomputed=train.gradient_checkpointing)
-    found.append(Cost("training", trained, training, training / computing))
-    return Costs(
+    steps.append(StepCost("training", trained, training, training / flops_per_second))
+    return RecipeCost(
         prompts=prompts,
         rollouts=samples,
         epochs=trained / read,
-        steps=tuple(found),
+        steps=tuple(steps),
         cache=cache_bytes(recipe, samples * lengths.response, prompts * lengths.prompt),
-        student_flops=sum(cost.flops for cost in found) - teachers,
+        student_flops=sum(cost.flops for cost in steps) - teachers,
         teacher_flops=teachers,
     )
 
 
 def cache_bytes(recipe: Recipe, response_tokens: float, prompt_tokens: float) -> dict[str, float]:
-    """Bytes of a round's tokens before compression, by group of arrays; what is of a row or a prompt is left out."""
+    """Bytes of a round's per-token arrays before compression, by group; arrays by row or prompt are left out."""
     score = recipe.score
     sizes = {"candidate": score.candidates, "topk": score.teacher_topk}
     teacher = cs.teacher_arrays(topk=score.teacher_topk > 0)
@@ -103,12 +106,12 @@ def cache_bytes(recipe: Recipe, response_tokens: float, prompt_tokens: float) ->
 
 
 def _sampling_seconds(
-    models: Models, device: Device, lengths: Lengths, samples: int, together: int, sampling_flops: float
+    models: PlannedModels, device: Device, lengths: Lengths, samples: int, together: int, sampling_flops: float
 ) -> float:
-    """Every token of a batch reads all weights and the batch's cache, half full on average, from memory."""
+    """Each decoding step reads all weights and the batch's KV cache, half full on average, from the GPU's memory."""
     weights = models.weights[cs.STUDENT].nbytes
-    of_a_token = shadow.cache_bytes(models.shadows[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
-    cached = together * (lengths.prompt + lengths.response / 2) * of_a_token
+    per_token = meta_model.cache_bytes(models.meta_models[cs.STUDENT], _STEP_SEQUENCES) / _STEP_SEQUENCES
+    cached = together * (lengths.prompt + lengths.response / 2) * per_token
     reading = samples * lengths.response / together * (weights + cached) / (device.gbps * 1e9)
     computing = sampling_flops / (device.tflops * 1e12 * device.utilisation)
     return max(reading, computing) / device.gpus

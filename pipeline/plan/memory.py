@@ -1,4 +1,4 @@
-"""WaveBudget of a card by part, for each step of a recipe. Bytes throughout."""
+"""GPU memory of each step of a recipe, by part, in bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config import ModelConfig, Recipe, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
-from pipeline.models import meta_model as shadow
+from pipeline.models import meta_model
 from pipeline.models.lora import make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.plan.assumed import Device
@@ -22,15 +22,15 @@ from pipeline.streaming.layers import SLOTS
 from pipeline.streaming.memory import WaveBudget
 
 GIB = 2**30
-# CUDA's context, its kernels and cuBLAS workspaces.
+# CUDA context, kernels and cuBLAS workspaces.
 CONTEXT_BYTES = 0.75 * GIB
-# Logits of a chunk, and as much again for what is made of them.
+# Logits of a chunk, and as much again for intermediate results.
 _SCORED_LOGITS = 2.0
-# Columns that the loss takes at a time where it needs a temporary.
+# Columns that the loss processes at a time when it needs a temporary tensor.
 _COLUMN_BLOCK = 16_384
-# Per position and column on the device: an int64 id, log-probs of teacher and student, and a mask.
+# For each position and column: an int64 id, log-probs of teacher and student in fp32, and a mask.
 _COLUMN_BYTES = 8 + 3 * 4 + 1
-# bitsandbytes keeps moments of tensors with fewer elements in fp32, and an fp32 scale for so many others.
+# bitsandbytes keeps moments of smaller tensors in fp32, and of others one fp32 scale for each block.
 _SMALLEST_IN_8_BITS, _BLOCK_IN_8_BITS = 4096, 256
 # Tokens that vLLM prefills at a time.
 _PREFILL_TOKENS = 8192
@@ -38,15 +38,15 @@ _STEP = 256
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one step takes of a card.
+class StepMemory:
+    """The peak GPU memory of one step.
 
     Attributes:
-        parts: bytes, by what for; they live at the same time.
-        refused: why it cannot be done at all.
-        largest: tokens_per_microbatch that would fit (training).
+        parts: bytes by purpose, in use at the same time.
+        refused: why the step cannot run at all.
+        largest: the largest tokens_per_microbatch that fits (training).
         wave: tokens that go through the layers together (streamed scoring).
-        together: rollouts that are sampled at the same time.
+        together: rollouts that are sampled together.
     """
 
     step: str
@@ -66,31 +66,32 @@ class Need:
 
 
 @dataclass
-class Models:
-    """The shadows of a recipe's models, and how many weights they have.
+class PlannedModels:
+    """A recipe's models on torch's meta device, and their weight counts, by name.
 
     Attributes:
-        adapter: parameters of the LoRA to train; None with train.method = "full".
+        adapter: parameters of the LoRA; None with train.method = "full".
+        trainer: the student with its LoRA or trainable weights.
     """
 
     configs: dict[str, ModelConfig]
-    shadows: dict[str, Any]
-    weights: dict[str, shadow.Weights]
+    meta_models: dict[str, Any]
+    weights: dict[str, meta_model.Weights]
     adapter: int | None
     trainer: Any = field(repr=False)
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Models:
-        """Raises `ModelError`."""
+    def of(cls, recipe: Recipe) -> PlannedModels:
+        """Build them from their configs. Raises `ModelError`."""
         configs: dict[str, ModelConfig] = {"student": recipe.student} | {t.name: t for t in recipe.teacher}
-        shadows = {name: shadow.shadow(cfg) for name, cfg in configs.items()}
-        weights = {name: shadow.Weights.of(shadows[name], cfg.quantisation) for name, cfg in configs.items()}
-        trainer = make_trainable(shadow.shadow(recipe.student), recipe.train)
+        meta_models = {name: meta_model.load_meta_model(cfg) for name, cfg in configs.items()}
+        weights = {name: meta_model.Weights.of(meta_models[name], cfg.quantisation) for name, cfg in configs.items()}
+        trainer = make_trainable(meta_model.load_meta_model(recipe.student), recipe.train)
         if recipe.train.gradient_checkpointing:
-            shadow.checkpoint_gradients(trainer)
+            meta_model.checkpoint_gradients(trainer)
         training_mode(trainer)
         adapter = sum(p.numel() for p in trainable(trainer).values()) if recipe.train.method == "lora" else None
-        return cls(configs, shadows, weights, adapter, trainer)
+        return cls(configs, meta_models, weights, adapter, trainer)
 
     def parameters(self) -> dict[str, dict[str, float]]:
         found = {
@@ -100,8 +101,8 @@ class Models:
         return found | ({} if self.adapter is None else {"adapter": {"parameters": self.adapter}})
 
 
-def needs(recipe: Recipe, models: Models, device: Device) -> list[Need]:
-    """Of sampling, of every scorer that runs here, and of training."""
+def by_step(recipe: Recipe, models: PlannedModels, device: Device) -> list[StepMemory]:
+    """Sampling, each scorer that runs on this machine, and training."""
     found = [_sampling(recipe, models, device)]
     for name, cfg in models.configs.items():
         match recipe.placement(cfg):
@@ -115,42 +116,42 @@ def needs(recipe: Recipe, models: Models, device: Device) -> list[Need]:
 # -- stage one -----------------------------------------------------------------------------------------------
 
 
-def _sampling(recipe: Recipe, models: Models, device: Device) -> Need:
-    model, weights, rollouts = models.shadows["student"], models.weights["student"], recipe.rollouts
+def _sampling(recipe: Recipe, models: PlannedModels, device: Device) -> StepMemory:
+    model, weights, rollouts = models.meta_models["student"], models.weights["student"], recipe.rollouts
     longest = rollouts.max_prompt_tokens + rollouts.max_response_tokens
-    a_rollout = shadow.cache_bytes(model, longest)
+    a_rollout = meta_model.cache_bytes(model, longest)
     parts = {"context and libraries": CONTEXT_BYTES, "weights": weights.nbytes}
     together = min(rollouts.batch_size, rollouts.prompts_per_block * rollouts.rollouts_per_prompt)
     if rollouts.engine == "vllm":
         share = (recipe.vllm.gpu_memory_utilization or 0.9) * device.gib * GIB
         together = rollouts.batch_size
-        working = shadow.forward_bytes(model, _PREFILL_TOKENS) + together * _vocabulary(model) * 4
+        working = meta_model.forward_bytes(model, _PREFILL_TOKENS) + together * _vocabulary(model) * 4
         room = share - sum(parts.values()) - working
         together = min(together, int(room / a_rollout))
         if together < 1:
-            return Need("sampling", parts | {"one rollout's cache": a_rollout, "activations": working})
+            return StepMemory("sampling", parts | {"one rollout's cache": a_rollout, "activations": working})
     else:
         prompts = -(-together // rollouts.rollouts_per_prompt)
         logits = together * _vocabulary(model) * 4
-        working = max(shadow.forward_bytes(model, prompts * rollouts.max_prompt_tokens), 2 * logits)
+        working = max(meta_model.forward_bytes(model, prompts * rollouts.max_prompt_tokens), 2 * logits)
     cache = f"cache of {together} rollouts of {longest:,} tokens"
-    return Need("sampling", parts | {cache: together * a_rollout, "activations": working}, together=together)
+    return StepMemory("sampling", parts | {cache: together * a_rollout, "activations": working}, together=together)
 
 
-def _resident(recipe: Recipe, models: Models, name: str) -> Need:
-    model, score = models.shadows[name], recipe.score
+def _resident(recipe: Recipe, models: PlannedModels, name: str) -> StepMemory:
+    model, score = models.meta_models[name], recipe.score
     parts = {
         "context and libraries": CONTEXT_BYTES,
         "weights": models.weights[name].nbytes,
-        f"activations of a tile of {score.tile_tokens:,} tokens": shadow.forward_bytes(model, score.tile_tokens),
+        f"activations of a tile of {score.tile_tokens:,} tokens": meta_model.forward_bytes(model, score.tile_tokens),
         "logits of a chunk": _scored_logits(recipe, model),
     }
-    return Need(f"scoring, {name}", parts)
+    return StepMemory(f"scoring, {name}", parts)
 
 
-def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need:
-    """As `pipeline.streaming.streamed` goes about it, by its own rules."""
-    model, weights = models.shadows[name], models.weights[name]
+def _streamed(recipe: Recipe, models: PlannedModels, device: Device, name: str) -> StepMemory:
+    """Scoring layer by layer, with the memory budget of `pipeline.streaming.streamed`."""
+    model, weights = models.meta_models[name], models.weights[name]
     layered = LayeredModel(model)
     memory = WaveBudget(torch.device("cuda"), recipe.score.memory_gib or 0.9 * device.gib)
     step = f"scoring, {name}, streamed"
@@ -163,7 +164,7 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
         memory.take(f"{SLOTS} layers", SLOTS * weights.largest_layer)
         tokens = min(recipe.score.tile_tokens, 4096)
         body, ids = decoder_body(model), torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        with torch.no_grad(), shadow.WithoutValues():
+        with torch.no_grad(), meta_model.WithoutValues():
             noted = layered.note(partial(body, input_ids=ids, use_cache=False))
             with PeakBytes() as peak:
                 layered.step(0, noted)
@@ -171,9 +172,9 @@ def _streamed(recipe: Recipe, models: Models, device: Device, name: str) -> Need
         head = _scored_logits(recipe, model)
         wave = memory.take_wave(recipe.score.tile_tokens, waiting, peak.nbytes / tokens, head)
     except ConfigError as error:
-        return Need(step, memory.taken, refused=str(error))
+        return StepMemory(step, memory.taken, refused=str(error))
     parts: dict[str, float] = {"context": CONTEXT_BYTES - memory.taken["libraries"], **memory.taken}
-    return Need(step, parts, wave=wave)
+    return StepMemory(step, parts, wave=wave)
 
 
 def _scored_logits(recipe: Recipe, model: Any) -> float:
@@ -188,14 +189,14 @@ def _vocabulary(model: Any) -> int:
 # -- training ------------------------------------------------------------------------------------------------
 
 
-def training(recipe: Recipe, models: Models, device: Device) -> Need:
-    """Of one rank; the largest micro-batch is found from what two of them take, since all parts grow evenly."""
+def training(recipe: Recipe, models: PlannedModels, device: Device) -> StepMemory:
+    """Training on one rank. Memory grows linearly with the micro-batch, so two sizes are measured."""
     rollouts, train = recipe.rollouts, recipe.train
     longest = rollouts.max_prompt_tokens + rollouts.max_response_tokens
     batch = train.prompts_per_step * rollouts.rollouts_per_prompt * longest
     tokens = max(longest, min(train.tokens_per_microbatch, batch))
     resting = _resting(recipe, models, device.gpus)
-    one, two = (shadow.training_bytes(models.trainer, n) for n in (tokens, 2 * tokens))
+    one, two = (meta_model.training_bytes(models.trainer, n) for n in (tokens, 2 * tokens))
 
     def parts(n: int) -> dict[str, float]:
         grown = (n - tokens) / tokens
@@ -211,25 +212,25 @@ def training(recipe: Recipe, models: Models, device: Device) -> Need:
         }
 
     fitting = _largest(lambda n: sum(parts(n).values()) <= device.gib * GIB, limit=batch)
-    return Need("training", parts(tokens), largest=fitting if fitting >= longest else 0)
+    return StepMemory("training", parts(tokens), largest=fitting if fitting >= longest else 0)
 
 
 def head_bytes(model: Any, train: TrainConfig, tokens: int) -> float:
-    """Of `chunked_head_loss` on CUDA: logits of a chunk, what is made of them, and gradients."""
+    """Memory of `chunked_head_loss` on CUDA: logits of a chunk, intermediate results, gradients."""
     weight = unwrapped(model).get_output_embeddings().weight
     vocabulary, hidden = weight.shape
     rows = min(train.rows_per_chunk, tokens)
     temporary = rows * min(_COLUMN_BLOCK, vocabulary) * 4
-    rounded = weight.element_size() if weight.element_size() < 4 else 0  # copies in the head's own dtype
+    rounded = weight.element_size() if weight.element_size() < 4 else 0  # copies in the dtype of the head
     temporary = max(temporary, rows * vocabulary * rounded)
     gradient_of_head = vocabulary * hidden * (4 + rounded) if weight.requires_grad else 0
-    # the rows that predict, their gradient, and that gradient scaled
+    # hidden states that predict a token, their gradient, and that gradient scaled
     rows_of_hidden = 3 * tokens * hidden * weight.element_size()
     return float(rows * vocabulary * 4 + temporary + gradient_of_head + rows_of_hidden)
 
 
-def _resting(recipe: Recipe, models: Models, gpus: int) -> dict[str, float]:
-    """What is there whatever the micro-batch: weights, gradients, the optimizer's state."""
+def _resting(recipe: Recipe, models: PlannedModels, gpus: int) -> dict[str, float]:
+    """Memory that does not depend on the micro-batch: weights, gradients, optimizer state."""
     train, weights = recipe.train, models.weights["student"]
     moved = list(trainable(models.trainer).values())
     count = float(sum(p.numel() for p in moved))
@@ -237,17 +238,17 @@ def _resting(recipe: Recipe, models: Models, gpus: int) -> dict[str, float]:
     masters = sum(4.0 * p.numel() for p in moved if p.element_size() < 4)
     shards = gpus if train.parallel == "fsdp" else 1
     gathered = 0.0
-    if shards > 1:  # two layers at a time, and what is in none of them throughout
-        in_layers = bytes_of([list(x.parameters()) for x in LayeredModel(models.shadows["student"]).layers])
+    if shards > 1:  # two layers at a time, and weights outside the layers throughout
+        in_layers = bytes_of([list(x.parameters()) for x in LayeredModel(models.meta_models["student"]).layers])
         gathered = 2 * weights.largest_layer + weights.nbytes - in_layers
     found = {"context and libraries": CONTEXT_BYTES, "weights": weights.nbytes / shards}
-    if models.adapter is None:  # every weight is in shards, and what belongs to it
+    if models.adapter is None:  # weights, fp32 copies and optimizer state are sharded
         found |= {"fp32 copies of the weights": masters / shards} if masters else {}
         count, state = count / shards, state / shards
     else:
         found["adapter, fp32"] = 4.0 * count
     if recipe.student.quantisation:
-        found["a dequantised matrix"] = _largest_matrix(models.shadows["student"])
+        found["a dequantised matrix"] = _largest_matrix(models.meta_models["student"])
     if gathered:
         found["weights gathered from other ranks"] = gathered
     return found | {"gradients, fp32": 4.0 * count, f"optimizer, {train.optimizer}": state}
@@ -261,12 +262,12 @@ def _state_bytes(train: TrainConfig, parameter: torch.Tensor) -> float:
 
 def _largest_matrix(model: Any) -> float:
     head = model.get_output_embeddings().weight
-    linear = (m.weight for m in model.modules() if isinstance(m, shadow.LINEAR) and m.weight is not head)
+    linear = (m.weight for m in model.modules() if isinstance(m, meta_model.LINEAR) and m.weight is not head)
     return float(max((weight.nbytes for weight in linear), default=0))
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest multiple of 256 up to about `limit` that fits, 0 for none."""
+    """The largest multiple of 256 up to about `limit` that fits, or 0."""
     low, high = 0, -(-limit // _STEP)
     while low < high:
         middle = (low + high + 1) // 2

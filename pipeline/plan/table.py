@@ -1,4 +1,4 @@
-"""A plan as tables on stdout."""
+"""Print a plan as tables, with advice on what does not fit."""
 
 from __future__ import annotations
 
@@ -10,51 +10,56 @@ from rich.text import Text
 from pipeline.config import Recipe
 from pipeline.console import escape_control, results
 from pipeline.disk import readable
-from pipeline.models.load import model_facts
+from pipeline.models.resolve import resolve
 from pipeline.plan.assumed import Device, Lengths
-from pipeline.plan.cost import Costs
-from pipeline.plan.memory import GIB, Models, Need
+from pipeline.plan.cost import RecipeCost
+from pipeline.plan.memory import GIB, PlannedModels, StepMemory
 
-# Beyond this share of a card its memory's fragments may decide.
+# Above this fraction of the GPU's memory, fragmentation may decide whether it fits.
 _TIGHT = 0.95
 
 
 def show(
-    recipe: Recipe, models: Models, device: Device, lengths: Lengths, needs: Sequence[Need], costs: Costs
+    recipe: Recipe,
+    models: PlannedModels,
+    device: Device,
+    lengths: Lengths,
+    needs: Sequence[StepMemory],
+    costs: RecipeCost,
 ) -> None:
-    """Print parameters, memory with its verdicts, cost and what was assumed."""
+    """Print parameters, memory with advice, cost and assumptions."""
     out = results()
     tables = [
         _parameters(models),
         _memory(needs, device),
         _cost(costs),
-        _as_the_source(costs),
+        _totals(costs),
         _cache(costs),
     ]
     for table in tables:
         out.print(table)
         out.print()
-    verdicts = [verdict(need, device, recipe) for need in needs]
-    for line in [*verdicts, "", "assumed:", *(f"  {line}" for line in assumptions(recipe, models, device, lengths))]:
+    lines = [advice(need, device, recipe) for need in needs]
+    for line in [*lines, "", "assumed:", *(f"  {line}" for line in assumptions(recipe, models, device, lengths))]:
         out.print(Text(escape_control(line)), soft_wrap=True)
 
 
-def verdict(need: Need, device: Device, recipe: Recipe) -> str:
-    """One sentence on a step: whether it fits, and what would."""
+def advice(need: StepMemory, device: Device, recipe: Recipe) -> str:
+    """One sentence on whether a step fits, and which setting to change if it does not."""
     card = f"{device.gib:g} GiB"
     if need.refused:
         return f"{need.step}: does not fit {card}: {need.refused}"
     taken = need.total / GIB
     fits = taken <= device.gib
     line = f"{need.step}: {'fits' if fits else 'does not fit'} {card}, {taken:.1f} GiB at most"
-    if need.wave:  # as long as its memory allows
+    if need.wave:  # sized to the memory
         return f"{line}; waves of {need.wave:,} tokens"
     if fits and taken > _TIGHT * device.gib:
-        line = f"{need.step}: barely fits {card}, {taken:.1f} GiB at most; fragments of free memory may decide"
+        line = f"{need.step}: barely fits {card}, {taken:.1f} GiB at most; fragmentation may decide"
     if need.largest:
         line += f"; train.tokens_per_microbatch up to {need.largest:,} fits"
     elif need.largest == 0:
-        line += "; not with any train.tokens_per_microbatch that holds the longest rollout" + _remedies(recipe)
+        line += "; no train.tokens_per_microbatch that holds the longest rollout fits" + _remedies(recipe)
     elif not fits and need.step == "sampling":
         line += "; lower rollouts.batch_size"
     elif not fits:
@@ -74,18 +79,18 @@ def _remedies(recipe: Recipe) -> str:
     return f"; try {' or '.join(found)}" if found else ""
 
 
-def assumptions(recipe: Recipe, models: Models, device: Device, lengths: Lengths) -> list[str]:
-    """What the figures rest on, a line each."""
+def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: Lengths) -> list[str]:
+    """The assumptions behind the figures, one a line."""
     rollouts, train = recipe.rollouts, recipe.train
-    longest = "the longest allowed, so all of this is an upper bound" if lengths.bound else "as told"
+    longest = "the longest allowed, so all figures are upper bounds" if lengths.bound else "as given"
     found = [
         f"a prompt has {lengths.prompt:,.0f} tokens and a response {lengths.response:,.0f}: {longest}",
-        "memory is always that of the longest prompts and responses, activations with flash attention in CUDA's "
-        "half precision kernels; what torch's allocator cannot use for its fragments comes on top",
-        f"{device.gpus} x {device.tflops:g} TFLOP/s, of which {device.utilisation:.0%} are reached; "
-        f"sampling reads weights and cache at {device.gbps:,.0f} GB/s, streamed weights come at "
-        f'{device.link_gbps:g} GB/s; start-up, and the Python of rollouts.engine = "transformers", are left out',
-        "FLOPs: 2 for each weight and token that is read or sampled; attention's own products are left out",
+        "memory is that of the longest prompts and responses, with flash attention in CUDA's half precision kernels; "
+        "fragmentation in torch's allocator comes on top",
+        f"{device.gpus} x {device.tflops:g} TFLOP/s at {device.utilisation:.0%} utilisation; sampling reads weights "
+        f"and KV cache at {device.gbps:,.0f} GB/s, streamed weights arrive at {device.link_gbps:g} GB/s; start-up, "
+        'and the Python overhead of rollouts.engine = "transformers", are left out',
+        "FLOPs: 2 for each weight and token; the products of attention scores are left out",
         "cache: before compression",
     ]
     if recipe.prompts.limit is None:
@@ -94,10 +99,10 @@ def assumptions(recipe: Recipe, models: Models, device: Device, lengths: Lengths
         )
     if rollouts.engine == "vllm":
         share = recipe.vllm.gpu_memory_utilization or 0.9
-        found.append(f"vLLM takes {share:.0%} of the card whatever it needs, and uses it for more cache")
+        found.append(f"vLLM reserves {share:.0%} of the GPU in any case, and uses the rest for more KV cache")
     for name, cfg in models.configs.items():
-        if cfg.quantisation is None and (method := model_facts(cfg).quantisation):
-            found.append(f"{name}: its checkpoint is quantised ({method}); its weights are counted as {cfg.dtype}")
+        if cfg.quantisation is None and (method := resolve(cfg).quantisation):
+            found.append(f"{name}: its checkpoint is quantised ({method}), its weights are counted as {cfg.dtype}")
         if cfg.adapter and name != "student":
             found.append(f"{name}: its adapter is not counted")
     return found
@@ -110,8 +115,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _parameters(models: Models) -> Table:
-    table = _table("model", "parameters", "multiply a token", "weights")
+def _parameters(models: PlannedModels) -> Table:
+    table = _table("model", "parameters", "active", "weights")
     for name, weights in models.weights.items():
         table.add_row(name, f"{weights.parameters:,}", f"{weights.multiplied:,}", readable(weights.nbytes))
     if models.adapter is not None:
@@ -119,8 +124,8 @@ def _parameters(models: Models) -> Table:
     return table
 
 
-def _memory(needs: Sequence[Need], device: Device) -> Table:
-    table = _table("memory of a card", "at most")
+def _memory(needs: Sequence[StepMemory], device: Device) -> Table:
+    table = _table("GPU memory", "at most")
     for need in needs:
         table.add_row(Text(need.step, "bold"), "")
         for name, nbytes in need.parts.items():
@@ -129,7 +134,7 @@ def _memory(needs: Sequence[Need], device: Device) -> Table:
     return table
 
 
-def _cost(costs: Costs) -> Table:
+def _cost(costs: RecipeCost) -> Table:
     table = _table("step", "tokens", "FLOP", "time")
     for cost in costs.steps:
         table.add_row(
@@ -143,14 +148,14 @@ def _cost(costs: Costs) -> Table:
     return table
 
 
-def _as_the_source(costs: Costs) -> Table:
+def _totals(costs: RecipeCost) -> Table:
     table = _table("samples", "teacher FLOP", "student FLOP", "each trained on")
     samples = f"{costs.prompts:,} x {costs.rollouts // costs.prompts}"
     table.add_row(samples, f"{costs.teacher_flops:.1e}", f"{costs.student_flops:.1e}", f"{costs.epochs:.2g} times")
     return table
 
 
-def _cache(costs: Costs) -> Table:
+def _cache(costs: RecipeCost) -> Table:
     table = _table("cache", "bytes")
     for name, nbytes in costs.cache.items():
         table.add_row(name, readable(nbytes))

@@ -1,7 +1,7 @@
-"""The entry check: before the first rollout, whether the student gives responses of the form that is wanted at all.
+"""The format check: before the first rollout, whether the student gives responses of the wanted form at all.
 
-On-policy distillation corrects what a student says. One that does not keep to the form yet is corrected where no
-answer can come of it, and hours later there is little to see; a little fine-tuning comes first.
+On-policy distillation corrects what a student says. A student that does not keep to the form gives no answers to
+correct, which would otherwise show only hours later; a little fine-tuning on the form has to come first.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ from pipeline.text.answers import Checker
 _SHOWN = (50, 25)
 
 
-def check_entry(
+def check_format(
     recipe: Recipe,
     checker: Checker,
-    sampler: Callable[[Callable[[int, int], None]], Sampler],
+    make_sampler: Callable[[Callable[[int, int], None]], Sampler],
     prompts: Sequence[npt.NDArray[np.int32]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Sample one response to each of the first `rollouts.format_check_prompts` prompts and look at their form.
+    """Sample one response to each of the first `rollouts.format_check_prompts` prompts and check their form.
 
     Args:
-        sampler: that of the round, but with one rollout a prompt, given its `on_step`.
+        make_sampler: from an `on_step`, the round's sampler with one rollout a prompt.
 
     Raises:
-        RedpenError: fewer than `rollouts.format_check_min` of them are legal by `eval.format`.
+        RedpenError: fewer than the fraction `rollouts.format_check_min` are legal by `eval.format`.
     """
     settings = recipe.rollouts
     first = prompts[: settings.format_check_prompts]
-    with progress("entry check", len(first), "responses") as bar:
-        ((_, rollouts, _),) = sampler(lambda ended, _: bar.advance(ended)).sample(
-            [PromptBlock(0, list(enumerate(first)))]
-        )
+    with progress("format check", len(first), "responses") as bar:
+        sampler = make_sampler(lambda ended, _: bar.advance(ended))
+        ((_, rollouts, _),) = sampler.sample([PromptBlock(0, list(enumerate(first)))])
     texts = tokenizer.batch_decode(
         [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
     )
@@ -51,15 +50,15 @@ def check_entry(
     n_legal = len(texts) - len(illegal)
     found = f"{n_legal} of the first {len(texts)} responses are legal by eval.format = {recipe.eval.format!r}"
     if n_legal >= settings.format_check_min * len(texts):
-        say(f"entry check: {found}")
+        say(f"format check: {found}")
         return
     n_cut = int((rollouts.finish_reason[illegal] == cs.FINISH_LENGTH).sum())
     cut = f"; {n_cut} were cut at rollouts.max_response_tokens = {settings.max_response_tokens}" if n_cut else ""
     examples = " and ".join(f'"{_short(texts[row])}"' for row in illegal[:2])
     raise RedpenError(
-        f"entry check: {found}, fewer than rollouts.format_check_min = {settings.format_check_min:g} of them{cut}; "
-        f"not legal: {examples}; take a student that keeps to the form (fine-tune it for that first), ask for the "
-        "form in the prompts, correct eval.format, or set rollouts.format_check_prompts = 0 to go on"
+        f"format check: {found}, fewer than rollouts.format_check_min = {settings.format_check_min:g}{cut}; "
+        f"not legal: {examples}; fine-tune the student on the form first, ask for it in the prompts, correct "
+        "eval.format, or set rollouts.format_check_prompts = 0 to skip this check"
     )
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints that a kill at any moment cannot half-write: tensors as safetensors, the rest as JSON, renamed into
-place. Training goes on meanwhile (`Checkpoints`).
+"""Checkpoints: tensors as safetensors, the rest as JSON, written in a thread and renamed into place, so that a kill
+never leaves half of one.
 
 checkpoints/step-00000040/
-    weights.safetensors, optimizer.safetensors, ...      one file a group of tensors
-    state.json                                           {step, state, digests of those files, digest of all this}
+    weights.safetensors, optimizer.safetensors, ...      one file for each group of tensors
+    state.json                                           {step, state, digests of those files, own digest}
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _PREFIX = "step-"
 
 
 class DamagedCheckpointError(RedpenError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
-class _Record(BaseModel):
-    """What state.json holds. Checkpoints that were saved before it had one lack its own digest."""
+class _CheckpointRecord(BaseModel):
+    """The content of state.json. Older checkpoints have no `digest`, which covers the rest."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,12 +48,12 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training continues from.
+    """A state that training can continue from.
 
     Attributes:
         step: optimizer steps done.
         tensors: by group and name, on the CPU.
-        state: whatever else was saved, as JSON gives it back.
+        state: everything else that was saved, parsed from JSON.
     """
 
     step: int
@@ -61,20 +61,19 @@ class Checkpoint:
     state: dict[str, Any]
 
     def outline(self) -> Checkpoint:
-        """The same with nothing in its tensors but their shapes and dtypes."""
+        """The same checkpoint with meta tensors: shapes and dtypes only."""
         empty = {group: {n: v.to("meta") for n, v in values.items()} for group, values in self.tensors.items()}
         return Checkpoint(self.step, empty, self.state)
 
 
 class Checkpoints:
-    """Saves in a thread, one checkpoint at a time; training waits for the copy that it hands over, no longer.
+    """Saves checkpoints in a thread, one at a time; training only waits for the copy that it hands over.
 
-    With 504 MB (fp32 weights of 42 M and their moments) it stands still for 0.2 s instead of 1.8 s, and the thread
-    leaves it the interpreter: it never waited for that longer than 0.07 s. Where a CPU does the training, on every
-    core, the thread takes the time that it saves.
+    With 504 MB (fp32 weights of 42 M parameters and their moments) training pauses for 0.2 s instead of 1.8 s, and
+    never waited longer than 0.07 s for the interpreter. When the CPU trains on all cores, nothing is gained.
 
     Args:
-        before: called in the thread before each; what a checkpoint refers to is then on disk.
+        before: called in the thread before each save, to write what the checkpoint refers to.
     """
 
     def __init__(self, directory: Path, keep: int, before: Callable[[], None]):
@@ -83,7 +82,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], best: int | None) -> None:
-        """Begin to save what must not change any more. Waits for the save before, and raises what that raised."""
+        """Start saving tensors, which must not change any more. Waits for the previous save and raises its error."""
         self.wait()
 
         def begin() -> None:
@@ -93,13 +92,13 @@ class Checkpoints:
         self._saving = self._thread.submit(begin)
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises what went wrong with it."""
+        """Wait until the save in progress is on disk, and raise its error."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     def close(self) -> None:
-        """Finish what was begun, without a word about how it went."""
+        """Finish the save in progress, and ignore its error."""
         self._thread.shutdown()
 
 
@@ -123,7 +122,7 @@ def save(
         record = {"step": step, "digests": digests, "state": dict(state)}
         record |= {"digest": digest_of(record)}
         (partial / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    # Later steps are those of a damaged checkpoint that training went back from: they must not outlive the good ones.
+    # Later steps belong to a damaged checkpoint that training went back from: they must not replace good ones.
     paths = _paths(directory)
     earlier = [other for other in paths if other.name <= path.name]
     kept = [*earlier[-keep:], *([] if best is None else [path_of(directory, best)])]
@@ -133,17 +132,17 @@ def save(
 
 
 def latest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None; each damaged one on the way costs a warning."""
+    """The newest intact checkpoint, or None; each damaged one that is skipped gives a warning."""
     for path in reversed(_paths(directory)):
         try:
             return load(path)
         except DamagedCheckpointError as error:
-            warn(f"checkpoint {path} is damaged ({error}); going back to the one before")
+            warn(f"checkpoint {path} is damaged ({error}); trying the one before it")
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and check one checkpoint. Raises `DamagedCheckpointError`."""
+    """Read a checkpoint and check its digests. Raises `DamagedCheckpointError`."""
     record = _check(path)
     try:
         tensors = {group: load_file(_file(path, group)) for group in record.digests}
@@ -153,7 +152,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def check_all(directory: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every checkpoint under `directory` with what is wrong with it, without keeping its tensors."""
+    """Every checkpoint under `directory` with the fault found in it, or None."""
     for path in _paths(directory):
         try:
             _check(path)
@@ -162,10 +161,10 @@ def check_all(directory: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, str(error)
 
 
-def _check(path: Path) -> _Record:
+def _check(path: Path) -> _CheckpointRecord:
     try:
         found = read_json(path / _STATE, error=DamagedCheckpointError, follow_links=False)
-        record = parse_model(found, _Record, _STATE, error=DamagedCheckpointError)
+        record = parse_model(found, _CheckpointRecord, _STATE, error=DamagedCheckpointError)
         if record.digest is not None and record.digest != digest_of(found):
             raise DamagedCheckpointError(f"{_STATE} is not what was saved")
         if path.name != path_of(path.parent, record.step).name:
@@ -179,7 +178,7 @@ def _check(path: Path) -> _Record:
 
 
 def _paths(directory: Path) -> list[Path]:
-    """Checkpoints under `directory`, oldest first; what was never renamed into place is not one."""
+    """The checkpoints under `directory`, oldest first, without unfinished ones."""
     found: Iterable[Path] = directory.glob(f"{_PREFIX}*") if directory.exists() else ()
     return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit())
 

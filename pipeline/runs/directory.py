@@ -1,16 +1,4 @@
-"""A run on disk: what it was made of, its curve, its checkpoints, its adapter.
-
-recipe.toml        the resolved recipe
-data.zarr          the round of documents and chats that it learns from, where `redpen sft` made it
-run.json           the cache it learns from (digests of every block), an id, and, once it has ended, how
-metrics.jsonl      one object a step
-tensorboard/       the same as curves
-checkpoints/       see pipeline.runs.checkpoint
-adapter/           PEFT format, once training has ended; or
-model/             the whole model, where all of its weights were trained
-ledger.json        seconds, tokens and FLOPs by stage, once training has ended
-wandb/             what Weights & Biases keeps here, where it was asked for
-"""
+"""A run directory in the making: opened, locked, written and finished. `pipeline.runs.files` names its files."""
 
 from __future__ import annotations
 
@@ -30,15 +18,20 @@ from pipeline.console import say
 from pipeline.errors import RedpenError
 from pipeline.files import PARTIAL, append, sync, write_atomically
 from pipeline.runs.files import (
+    ADAPTER,
+    CHECKPOINTS,
     LEDGER,
-    MADE,
+    LOCK,
     METRICS,
+    MODEL,
     RECIPE,
+    RESULTS,
+    SFT_ROUND,
+    TENSORBOARD,
     Record,
     Result,
     check,
     digests,
-    locked,
     parse_step,
     read_lines,
     read_record,
@@ -46,10 +39,11 @@ from pipeline.runs.files import (
     refuse_links,
     write_record,
 )
+from pipeline.runs.lock import locked
 
 __all__ = ["Result", "RunDirectory", "open_run"]
 
-# Sections of a recipe that decide what comes out, and those of their settings that only decide how the work is done.
+# Sections of a recipe that decide the result, and those of their settings that only decide how the work is done.
 _SECTIONS = ("student", "train", "reward", "select")
 _OPERATIONAL = frozenset(
     {
@@ -63,71 +57,73 @@ _OPERATIONAL = frozenset(
         "device",
     }
 )
-#: What a run ends with, as far as it has it.
-_RESULT = (RECIPE, METRICS, LEDGER, "gate.json", *MADE)
 # What a kill may leave of a run that had not started, beside temporary files.
-_BEFORE_START = frozenset({".lock", RECIPE, "data.zarr"})
+_BEFORE_START = frozenset({LOCK, RECIPE, SFT_ROUND})
 
 
 class RunDirectory:
-    """The files of one run of a recipe on a cache (see `provenance.cache_identity`). Use `open_run`."""
+    """One run of a recipe on a cache (see `pipeline.rounds.identity.cache_identity`). Use `open_run`."""
 
     def __init__(self, path: Path, recipe: Recipe, cache: dict[str, Any]):
-        self.path, self._now, self._cache = path, recipe, cache
+        self.path, self._requested, self._cache = path, recipe, cache
         self.recipe = path / RECIPE
         self.metrics = path / METRICS
-        self.tensorboard = path / "tensorboard"
-        self.checkpoints = path / "checkpoints"
-        self.adapter, self.model = (path / name for name in MADE)
         self.ledger = path / LEDGER
+        self.checkpoints = path / CHECKPOINTS
+        self.tensorboard = path / TENSORBOARD
+        #: What training makes: the adapter, or the whole model.
+        self.trained = path / (ADAPTER if recipe.train.method == "lora" else MODEL)
         self.track = recipe.track
 
     @property
-    def made(self) -> Path:
-        """Where the result goes: the adapter, or the whole model."""
-        return self.adapter if self._now.train.method == "lora" else self.model
-
-    @property
     def result(self) -> Result | None:
-        """How the run ended. None while it has not, where the recipe asks for more steps than it had then, and where
-        a part of the result has been removed since, which is then to be made again.
+        """How the run ended; None if there is something left to do: the run has not ended, the recipe asks for more
+        steps now, or a file of the result was removed and has to be written again.
 
-        Raises `DamagedRunError` where a part is not what the run ended with.
+        Raises `DamagedRunError` if a file of the result is damaged.
         """
         record = self._record()
-        if record.result is None or self._now.train.steps > load_stored_recipe(self.recipe).train.steps:
+        if record.result is None or self._requested.train.steps > load_stored_recipe(self.recipe).train.steps:
             return None
-        wanted = [self.made] if record.result.step else []  # else the result is the student as it was
-        if gone := [path for path in (*wanted, self.ledger) if not path.exists()]:
-            say(f"run {self.path}: {gone[0].name} is no longer there; it is made again")
+        needed = [self.trained] if record.result.step else []  # step 0: the result is the recipe's student
+        if missing := [path for path in (*needed, self.ledger) if not path.exists()]:
+            say(f"run {self.path}: {missing[0].name} is missing and will be written again")
             return None
-        check(self.path, *_RESULT, record=record)
+        check(self.path, *RESULTS, record=record)
         return record.result
 
     @property
     def has_ended(self) -> bool:
-        """Whether the record says so, even where there is something left to do."""
+        """Whether the record has a result, even if there is something left to do."""
         return self._record().result is not None
 
     @property
     def id(self) -> str:
-        """The same for as long as training goes on from what is here: trackers know the run by it."""
+        """The id in the record, by which trackers know the run."""
         return self._record().id
 
     @property
-    def made_of(self) -> dict[str, Any]:
-        """The recipe and the cache's identity, as JSON has them."""
-        return self._now.model_dump(mode="json", exclude={"track"}) | {"cache": self._cache}
+    def config(self) -> dict[str, Any]:
+        """The recipe and the cache's identity, as JSON, for trackers."""
+        return self._requested.model_dump(mode="json", exclude={"track"}) | {"cache": self._cache}
+
+    def start(self) -> None:
+        """Record recipe and cache. Call it after every check that may refuse the run."""
+        known = self._record().id if self.checkpoints.exists() else None
+        with self.writing():
+            # The record first: a finished run that continues for more steps must not be taken for finished.
+            write_record(self.path, Record(cache=self._cache, id=known or secrets.token_hex(4)))
+            write_atomically(self.recipe, self._requested.to_toml())
 
     def finish(self, result: Result) -> None:
-        """Record how the run ended, and digests of what it ended with: its last write."""
+        """Record how the run ended, and the digests of its files: the last write."""
         with self.writing():
-            files = digests(self.path, _RESULT)
+            files = digests(self.path, RESULTS)
             write_record(self.path, self._record().model_copy(update={"result": result, "files": files}))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the storage refuses into a `RedpenError` of one line."""
+        """Turn an error of the storage into a `RedpenError`."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -138,20 +134,20 @@ class RunDirectory:
             ) from error
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """Add a step's line."""
+        """Append a step's line."""
         with self.writing():
             append(self.metrics, json.dumps(metrics) + "\n")
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """The lines so far, each as it was added."""
+        """The steps so far."""
         return read_steps(self.path)
 
     def sync_metrics(self) -> None:
-        """Have the lines so far on the disk itself: a checkpoint must not outlive them."""
+        """Flush the lines so far to disk, before a checkpoint that refers to them."""
         sync(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
-        """Keep the lines of the first `step` steps: those after a checkpoint will be written again."""
+        """Keep the lines of the first `step` steps; training writes those after its checkpoint again."""
         kept = []
         for line in read_lines(self.metrics):
             try:
@@ -161,26 +157,18 @@ class RunDirectory:
                 break  # cut off by a kill
         if len(kept) != step:
             raise RedpenError(
-                f"run {self.path}: metrics.jsonl holds {len(kept)} of the {step} steps of its checkpoint; "
-                "restore it, or start another --run"
+                f"run {self.path}: expected {step} steps in {METRICS}, as in the checkpoint, found {len(kept)}; "
+                "restore it from a copy, or choose another --run"
             )
-        if self.metrics.exists():  # else nothing was logged, and a run that fails before its start leaves nothing
+        if self.metrics.exists():  # a run that fails before its start leaves nothing
             with self.writing():
                 write_atomically(self.metrics, b"".join(kept))
 
     def _record(self) -> Record:
         return read_record(self.path) or Record()
 
-    def start(self) -> None:
-        """Record what the run is made of, once everything that could be wrong with it has been found right."""
-        known = self._record().id if self.checkpoints.exists() else None
-        with self.writing():
-            # In this order: a run that goes on for more steps is then never taken for finished.
-            write_record(self.path, Record(cache=self._cache, id=known or secrets.token_hex(4)))
-            write_atomically(self.recipe, self._now.to_toml())
-
     def _require_same(self) -> None:
-        """Raise `RedpenError` where the directory holds something else, or the steps of another recipe or cache."""
+        """Raise `RedpenError` if the directory holds something else, or steps of a different recipe or cache."""
         run = read_record(self.path)
         if run is None:
             names = (path.name for path in self.path.iterdir() if path.name not in _BEFORE_START)
@@ -189,9 +177,9 @@ class RunDirectory:
                     f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; "
                     "choose another --run"
                 )
-        elif run.result is not None or self.checkpoints.exists():  # else there is nothing to protect yet
+        elif run.result is not None or self.checkpoints.exists():  # otherwise there is nothing to protect yet
             check(self.path, RECIPE, METRICS, record=run)
-            differing = _recipe_differences(load_stored_recipe(self.recipe), self._now)
+            differing = _recipe_differences(load_stored_recipe(self.recipe), self._requested)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
                 for key, was in run.cache.items()
@@ -203,22 +191,22 @@ class RunDirectory:
 
 @contextmanager
 def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]) -> Iterator[RunDirectory]:
-    """The run at `path`, held against other processes.
+    """The run at `path`, created if it is missing and locked against other processes.
 
     Args:
-        cache: what the run learns from; see `provenance.cache_identity`.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
 
     Raises:
-        RedpenError: the run was started with other settings or another cache, is held by another process, or the
-            storage refuses a write.
+        RedpenError: the run was started with different settings or on a different cache, another process has the
+            lock, or the storage refuses a write.
     """
     run = RunDirectory(Path(path), recipe, cache)
     with run.writing():
         run.path.mkdir(parents=True, exist_ok=True)
     refuse_links(run.path)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with run.writing():
-            held.enter_context(locked(run.path, "trains"))
+            stack.enter_context(locked(run.path, "trains"))
         run._require_same()
         yield run
 
@@ -232,8 +220,8 @@ def _recipe_differences(before: Recipe, now: Recipe) -> list[str]:
                 continue
             if (section, key) == ("train", "steps") and is_[key] > was[key]:
                 if now.train.schedule == "constant":
-                    continue  # the steps so far are those of the longer run
-                found.append(f'train.steps = {was[key]}, now {is_[key]} (only schedule = "constant" can go on)')
+                    continue  # the steps so far are the first ones of the longer run
+                found.append(f'train.steps = {was[key]}, now {is_[key]} (only schedule = "constant" can be extended)')
             else:
                 found.append(f"{section}.{key} = {was[key]}, now {is_[key]}")
     return found

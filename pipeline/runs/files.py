@@ -1,17 +1,32 @@
-"""What a run says about itself, for every command that reads one: how it ended, and the digests of what it made.
+"""The files of a run: what each is called, and what the run's record says about them.
 
-run.json is the record. A run has ended when its `result` says so, never because some file exists. From then on
-`files` holds a digest of every file that is part of the result, and each reader checks the ones that it uses:
+    recipe.toml          the resolved recipe
+    run.json             the record: the cache that the run learns from, an id and, once it has ended, its result
+    metrics.jsonl        one object a step
+    ledger.json          seconds, tokens and FLOPs by stage, once training has ended
+    adapter/ or model/   what was trained: a PEFT adapter, or the whole model with train.method = "full"
+    checkpoints/         see pipeline.runs.checkpoint
+    tensorboard/ wandb/  curves (wandb: only if the recipe asks for it)
+    data.zarr            `redpen sft`: the round of documents and chats that it learns from
+    rounds/NNNNN/        `redpen distill`: the run of each round
+    sft/ distill/        `redpen continual`: the runs of its two stages
+    gate.json            `redpen continual`: what the gate measured
+    eval.json            `redpen eval`: the figures
+    eval.zarr            `redpen eval`: the rollouts that it sampled
+    reread.safetensors   `redpen eval`: the trained student's scores of cached rollouts
 
-    check(run, "ledger.json")                              raises `DamagedRunError` where it is not what was recorded
+A run has ended when `result` in its record says so, never because a file exists. From then on the record's `files`
+holds a digest of every file that belongs to the result, and each reader checks the files that it uses:
 
-A command that adds to a finished run, as `redpen eval` does, holds the run's lock and says what it replaces:
+    check(run, LEDGER)                                     raises `DamagedRunError` if it is not what was recorded
 
-    with locked(run), replacing(run, "eval.json", "eval.zarr"):
-        ...                                                # write them by the doors of pipeline.files
+A command that adds to a finished run, as `redpen eval` does, holds the run's lock and names what it replaces:
 
-A run that was made before there were digests has no `files`, and nothing of it is checked. README.md of an adapter or
-a model has no digest: it is for people to edit.
+    with locked(run), replacing(run, EVAL_FIGURES, EVAL_CACHE):
+        ...                                                # write them with the functions of pipeline.files
+
+A run from before there were digests has no `files`, and nothing of it is checked. The README.md of an adapter or a
+model has no digest: people may edit it.
 """
 
 from __future__ import annotations
@@ -30,22 +45,34 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import RedpenError
 from pipeline.files import file_digest, parse_json, parse_model, read_bytes, read_json, refuse_link, write_atomically
-from pipeline.runs.lock import locked as locked
 
-RUN, RECIPE, METRICS, LEDGER = "run.json", "recipe.toml", "metrics.jsonl", "ledger.json"
-#: What training makes: one of these.
-MADE = ("adapter", "model")
-#: Any of these makes a directory a run.
-MARKS = (RUN, RECIPE, METRICS)
-#: These are there before a run has ended too.
-_EARLY = frozenset({RUN, RECIPE, METRICS})
+RECIPE = "recipe.toml"
+RECORD = "run.json"
+METRICS = "metrics.jsonl"
+LEDGER = "ledger.json"
+ADAPTER, MODEL = TRAINED = ("adapter", "model")  # a run has one of these
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+LOCK = ".lock"
+SFT_ROUND = "data.zarr"
+ROUNDS, SFT, DISTILL = "rounds", "sft", "distill"  # runs within a run
+GATE = "gate.json"
+EVAL_FIGURES = "eval.json"
+EVAL_CACHE = "eval.zarr"
+REREAD = "reread.safetensors"
+
+#: What training ends with, if the run has it, and what `redpen eval` adds.
+RESULTS = (RECIPE, METRICS, LEDGER, GATE, *TRAINED)
+EVALUATION = (EVAL_FIGURES, EVAL_CACHE, REREAD)
+#: Any of these makes a directory a run; they exist before a run has ended.
+MARKERS = (RECORD, RECIPE, METRICS)
 _EDITABLE = "README.md"
-#: Bytes of metrics.jsonl at most: a million steps have less.
-_METRICS_AT_MOST = 2**31
+_MAX_METRICS_BYTES = 2**31  # a million steps have less
 
 
 class DamagedRunError(RedpenError):
-    """A file of a run is not what the run ended with."""
+    """A file of a run differs from what the run recorded."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +80,9 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: optimizer steps of `redpen train`; of `redpen distill` the number of the student that is kept, where 0
-            is the one that it began with.
-        sentence: says it in words.
+        step: optimizer steps of `redpen train`; for `redpen distill` the number of the student that is kept, 0 for
+            the recipe's own.
+        sentence: the same in words.
     """
 
     step: Annotated[int, Field(ge=0, le=2**53)]
@@ -64,7 +91,7 @@ class Result:
 
 
 class Step(BaseModel):
-    """A line of metrics.jsonl: the step, and whatever was measured."""
+    """A line of metrics.jsonl: the step, and any metrics."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,13 +99,13 @@ class Step(BaseModel):
 
 
 class Record(BaseModel):
-    """What run.json holds.
+    """The content of run.json.
 
     Attributes:
-        cache: what the run learns from; see `provenance.cache_identity`.
-        id: the same for as long as training goes on from what is here.
+        cache: what the run learns from; see `pipeline.rounds.identity.cache_identity`.
+        id: stays the same while training continues from the checkpoints here; trackers know the run by it.
         result: None until the run has ended.
-        files: digests by path in the run; None until it has ended, and in a run made before there were digests.
+        files: digests by path in the run; None until it has ended, and in a run from before there were digests.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,12 +118,12 @@ class Record(BaseModel):
 
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether a directory is a run, finished or not."""
-    return any((Path(path) / name).is_file() for name in MARKS)
+    return any((Path(path) / name).is_file() for name in MARKERS)
 
 
 def read_record(run: Path) -> Record | None:
-    """What run.json holds; None where there is none. Raises `DamagedRunError` where it is not what was written."""
-    path = run / RUN
+    """The record of a run, or None if it has none. Raises `DamagedRunError` if it is not what redpen wrote."""
+    path = run / RECORD
     try:
         found = read_json(path, error=DamagedRunError, follow_links=False)
     except FileNotFoundError:
@@ -109,45 +136,40 @@ def read_record(run: Path) -> Record | None:
 def write_record(run: Path, record: Record) -> None:
     """Replace run.json."""
     value = record.model_dump(exclude={"result"}) | {"result": asdict(record.result) if record.result else None}
-    write_atomically(run / RUN, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
+    write_atomically(run / RECORD, json.dumps(value | {"digest": digest_of(value)}, indent=1) + "\n")
 
 
 def read_steps(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none where there is no such file. Raises `RedpenError` at one that is not
-    a step's.
-    """
+    """The steps in a run's metrics.jsonl, if it exists. Raises `RedpenError` at a line that is not a step."""
     path = run / METRICS
     for number, line in enumerate(read_lines(path), 1):
         yield parse_step(line, f"{path}, line {number}")
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """The lines of a metrics.jsonl as they are; none where there is no such file."""
+    """The unparsed lines of a metrics.jsonl, if it exists."""
     try:
-        return read_bytes(path, at_most=_METRICS_AT_MOST, follow_links=False).splitlines()
+        return read_bytes(path, at_most=_MAX_METRICS_BYTES, follow_links=False).splitlines()
     except FileNotFoundError:
         return []
 
 
 def parse_step(line: bytes, name: str) -> dict[str, Any]:
-    """A line of metrics.jsonl. Raises `RedpenError` that names its place `name` where it is not a step's."""
+    """Parse a line of metrics.jsonl. Raises `RedpenError` naming the place `name` if it is not a step."""
     return parse_model(parse_json(line, name), Step, name).model_dump()
 
 
 def digest_of(value: dict[str, Any]) -> str:
-    """Digest of a JSON object but for its own `digest`, 32 hexadecimal digits."""
+    """Digest of a JSON object without its own `digest` key: 32 hexadecimal digits."""
     rest = {key: item for key, item in value.items() if key != "digest"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------ digests
-
-
 def digests(run: Path, names: Sequence[str]) -> dict[str, str]:
-    """Digests of these files and directories of a run, as far as they are there, by path in the run.
+    """Digests of those of these files and directories that exist, by path in the run.
 
-    Each file of a directory has one; a cache has one, of everything but the chunks that its commits check.
+    Each file of a directory has one. A cache has one, without the chunks that its commits have digests of.
     """
     found = {}
     for name in names:
@@ -164,14 +186,14 @@ def digests(run: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def check(run: str | os.PathLike[str], *names: str, record: Record | None = None) -> None:
-    """Check files and directories of a run against its record; those that are neither there nor recorded are right.
+    """Check files and directories of a run against its record. One that neither exists nor is recorded passes.
 
     Args:
-        record: what run.json holds, where it has been read already.
+        record: the run's, if it has been read already.
 
     Raises:
-        DamagedRunError: one is damaged or missing, or does not belong to the result: the run has gone on since, or
-            the command that wrote it was killed.
+        DamagedRunError: one is damaged or missing, or does not belong to the result, because training has continued
+            since or the command that wrote it was killed.
     """
     run = Path(run)
     record = record or read_record(run)
@@ -179,34 +201,32 @@ def check(run: str | os.PathLike[str], *names: str, record: Record | None = None
         return
     for name in names:
         if record.result is None or (record.files is not None and not _recorded(record.files, name)):
-            if name not in _EARLY and (run / name).exists():
+            if name not in MARKERS and (run / name).exists():
+                when = "has not ended yet" if record.result is None else "ended later"
                 raise DamagedRunError(
-                    f"{run / name}: does not belong to the run's result, which was "
-                    f"{'not reached yet' if record.result is None else 'reached later'}; {_remedy(run, name)}"
+                    f"{run / name}: does not belong to the result of the run, which {when}; {_remedy(run, name)}"
                 )
         elif record.files is not None:
             expected, found = _recorded(record.files, name), digests(run, [name])
             for file, digest in expected.items():
                 if found.get(file) != digest:
-                    what = (
-                        "is missing" if file not in found else "is not what the run ended with (its digest differs)"
-                    )
-                    raise DamagedRunError(f"{run / file}: {what}; {_remedy(run, name)}")
+                    problem = "does not have the digest that the run recorded" if file in found else "is missing"
+                    raise DamagedRunError(f"{run / file}: {problem}; {_remedy(run, name)}")
 
 
-def check_made(directory: Path) -> None:
-    """The same for an adapter or a model that may be a run's; any other directory is right."""
+def check_trained(directory: Path) -> None:
+    """`check` an adapter or model if it is that of a run; any other directory passes."""
     run = directory.resolve().parent
-    if directory.name in MADE and (run / RUN).is_file() and (run / RECIPE).is_file():
+    if directory.name in TRAINED and (run / RECORD).is_file() and (run / RECIPE).is_file():
         check(run, directory.name)
 
 
 def fault(run: str | os.PathLike[str], name: str) -> str | None:
-    """What `check` finds wrong with a file, in one line. None where nothing is, or where run.json cannot be read."""
+    """The message of `check` for a file; None if it passes, or if run.json cannot be read."""
     try:
         record = read_record(Path(run))
     except DamagedRunError:
-        return None  # which is told of run.json
+        return None  # reported for run.json
     try:
         check(run, name, record=record)
     except RedpenError as error:
@@ -218,8 +238,8 @@ def fault(run: str | os.PathLike[str], name: str) -> str | None:
 def replacing(run: str | os.PathLike[str], *names: str) -> Iterator[None]:
     """Record the digests of files and directories of a finished run that the body writes or removes.
 
-    While it runs they belong to no result, so that a kill leaves none that is recorded wrongly. If it raises, those
-    that it has not replaced are recorded as before.
+    Meanwhile they belong to no result, so that a kill leaves no wrong record. If the body raises, the files that it
+    has not changed are recorded as before.
     """
     run = Path(run)
     record = read_record(run)
@@ -236,7 +256,7 @@ def replacing(run: str | os.PathLike[str], *names: str) -> Iterator[None]:
     finally:
         with contextlib.ExitStack() as stack:
             if not succeeded:
-                stack.enter_context(contextlib.suppress(OSError, RedpenError))  # what the body raised is told instead
+                stack.enter_context(contextlib.suppress(OSError, RedpenError))  # the body's error matters more
             now = digests(run, names)
             if not succeeded:
                 now = {file: digest for file, digest in now.items() if before.get(file) == digest}
@@ -248,17 +268,17 @@ def _recorded(files: dict[str, str], name: str) -> dict[str, str]:
 
 
 def _remedy(run: Path, name: str) -> str:
-    if name in MADE:
-        return f"remove {run / name} and run the command that made the run again, which writes it from its checkpoint"
-    if name.startswith(("eval.", "reread.")):
-        return f"`redpen eval {run}` makes it again"
+    if name in TRAINED:
+        return f"remove {run / name} and repeat the command that made the run, which writes it from a checkpoint"
+    if name in EVALUATION:
+        return f"`redpen eval {run}` writes it again"
     if name == LEDGER:
-        return "remove it and run the command that made the run again"
+        return "remove it and repeat the command that made the run"
     return "restore it from a copy"
 
 
 def _cache_digest(path: Path) -> str:
-    """Of a cache's metadata, prompts and commits; those have digests of all other chunks, which reading checks."""
+    """Digest of a cache's metadata, prompts and commits; reading it checks other chunks against the commits."""
     digest = hashlib.blake2b(digest_size=16)
     for directory, subdirectories, names in os.walk(path):
         here = Path(directory)
@@ -270,13 +290,10 @@ def _cache_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------------------- links
-
-
 def refuse_links(run: Path) -> None:
-    """Raise `RedpenError` if a symbolic link is anywhere in a run, but for caches and what Weights & Biases keeps."""
+    """Raise `RedpenError` if there is a symbolic link in a run, except in its caches and wandb directory."""
     for directory, subdirectories, names in os.walk(run):
         here = Path(directory)
         for name in (*subdirectories, *names):
             refuse_link(here / name)
-        subdirectories[:] = [name for name in subdirectories if name != "wandb" and not name.endswith(".zarr")]
+        subdirectories[:] = [name for name in subdirectories if name != WANDB and not name.endswith(".zarr")]

@@ -1,15 +1,14 @@
-"""Where a run's curves go: metrics.jsonl and TensorBoard always, Weights & Biases and trackio where `track.trackers`
-asks for them.
+"""Curves of a run: metrics.jsonl and TensorBoard always, Weights & Biases and trackio if `track.trackers` names them.
 
-Both libraries hand what is logged to a process or thread of their own, so a step does not wait for a network.
-Whatever they raise costs one warning and their part of the curve, never the run. A run that continues continues
-theirs too: steps that a kill has taken from them are logged from metrics.jsonl, and those that they have already,
-which a run killed after its last checkpoint does again, are not logged twice.
+Both libraries pass logged values to a process or thread, so a step does not wait for a network. An error of theirs
+costs one warning and the rest of that tracker's curve, never the run. A run that continues also continues their
+curves: steps that a kill took from a tracker are logged from metrics.jsonl, and steps that the tracker already has,
+repeated by a run that was killed after its last checkpoint, are not logged twice.
 
-Weights & Biases keeps its files in RUN/wandb. Where nobody is logged in, or its server does not answer within
-`INIT_SECONDS`, it works offline: nothing is asked at the terminal, and RUN/wandb/latest-run has the whole curve for
-`wandb sync`. trackio writes to its own directory, TRACKIO_DIR, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say.
-WANDB_MODE, WANDB_ENTITY and the other variables of either hold.
+Weights & Biases keeps its files in RUN/wandb. If nobody is logged in, or its server does not answer within
+`INIT_SECONDS`, it works offline: nothing is asked at the terminal, and `wandb sync` of RUN/wandb/latest-run uploads
+the whole curve. trackio writes to TRACKIO_DIR, or to what TRACKIO_SPACE_ID or TRACKIO_SERVER_URL name. WANDB_MODE,
+WANDB_ENTITY and the other environment variables of both work as usual.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from pipeline.credentials import masked
 from pipeline.errors import ConfigError
 from pipeline.runs.directory import Result, RunDirectory
 
-#: What a server of Weights & Biases may take to answer at the start, and to take the rest of the curve at the end.
+#: How long to wait for a server of Weights & Biases at the start, and for the upload of the curve at the end.
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0
 
 
 class Tracker(Protocol):
-    """A place where curves are looked at."""
+    """A place that shows curves."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of a step, by name."""
+        """Log the metrics of a step, by name."""
 
     def finish(self, result: Result | None) -> None:
-        """Take how the run ended, None where it has not, and see to it that everything is written."""
+        """Log how the run ended (None if it has not), and wait until everything is written."""
 
 
 class TensorBoard:
-    """Event files. What an earlier process drew from `first_step` on is hidden."""
+    """TensorBoard event files. Points from `first_step` on by an earlier process are hidden."""
 
     def __init__(self, directory: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -59,7 +58,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, which knows it by the run directory's id."""
+    """A run of Weights & Biases, identified by the run directory's id."""
 
     def __init__(self, track: TrackConfig, run: RunDirectory):
         import wandb
@@ -72,7 +71,7 @@ class Wandb:
                 tags=track.tags,
                 id=run.id,
                 resume="allow",
-                config=masked(run.made_of),
+                config=masked(run.config),
                 dir=run.path,
                 mode=mode,
                 settings=wandb.Settings(
@@ -85,19 +84,19 @@ class Wandb:
             )
 
         wandb.setup(wandb.Settings(silent=True))  # for the login
-        kept = f"`wandb sync {run.path}/wandb/latest-run` sends the curves later"
+        later = f"`wandb sync {run.path}/wandb/latest-run` uploads the curves later"
         try:
             online = os.environ.get("WANDB_MODE", "online") == "online"
             if lacks_login := online and not wandb.login(prompt=False, verify=False):
-                say(f"wandb: not logged in; {kept}")
+                say(f"wandb: not logged in; {later}")
             self._run = begin("offline" if lacks_login else None)
         except wandb.errors.Error as error:
-            warn(f"wandb: {_one_line(error)}; {kept}")
+            warn(f"wandb: {_one_line(error)}; {later}")
             wandb.teardown()  # or the id would be in use
             self._run = begin("offline")
         if not (self._run.offline or self._run.disabled):
             say(f"wandb: {self._run.url}")
-        self._first_step = self._run.step  # the first that a run which continues lacks; offline it knows of none
+        self._first_step = self._run.step  # the first step that a continued run lacks; 0 offline
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if step >= self._first_step:
@@ -110,18 +109,18 @@ class Wandb:
 
 
 class Trackio:
-    """A run of trackio, which knows it by its name: so the run directory's id is part of that."""
+    """A run of trackio, identified by its name, which contains the run directory's id."""
 
     def __init__(self, track: TrackConfig, run: RunDirectory):
         import trackio
 
         name = f"{track.name or run.path.resolve().name}-{run.id}"
-        config = masked(run.made_of) | ({"tags": track.tags} if track.tags else {})
+        config = masked(run.config) | ({"tags": track.tags} if track.tags else {})
         with _silence():
             self._run = trackio.init(
                 project=track.project, name=name, group=track.group, config=config, resume="allow", embed=False
             )
-        say(f"trackio: run {name}, to be seen with `trackio show --project {track.project}`")
+        say(f"trackio: run {name}; view it with `trackio show --project {track.project}`")
         self._first_step = getattr(self._run, "_next_step", 0)  # as for wandb; there is no public name for it
         self._step = 0
 
@@ -143,15 +142,15 @@ _TRACKERS: dict[str, Callable[[TrackConfig, RunDirectory], Tracker]] = {"wandb":
 
 
 def check_installed(track: TrackConfig) -> None:
-    """Raise `ConfigError` where the library of a tracker is not installed."""
+    """Raise `ConfigError` if the library of a tracker is not installed."""
     for name in track.trackers:
         spec = find_spec(name)
-        if spec is None or spec.origin is None:  # a mere directory of that name, such as wandb's own, is no library
+        if spec is None or spec.origin is None:  # origin None: a directory of that name, such as RUN/wandb
             raise ConfigError(f"track.trackers: {name} is not installed; `pip install 'redpen[{name}]'`")
 
 
 class Recorder:
-    """Writes down every step of a run from `first_step` on, wherever its curves go. The first rank has one."""
+    """Logs the steps of a run from `first_step` on to all of its curves; only the main process has one."""
 
     def __init__(self, run: RunDirectory, first_step: int):
         self._run, self._result = run, None
@@ -165,14 +164,14 @@ class Recorder:
             self._track(metrics, metrics.pop("time"))
 
     def log(self, metrics: dict[str, Any], speed: dict[str, float]) -> None:
-        """Take a step's metrics, `step` among them, and what it took."""
+        """Log a step's metrics, which include `step`, and its speed."""
         self._run.append_metrics(metrics | {"time": speed})
         with self._run.writing():
             self._tensorboard.log(_named(metrics, speed), metrics["step"])
         self._track(metrics, speed)
 
     def close(self, result: Result | None) -> None:
-        """Everything is written when this returns; `result` is None where the run has not ended."""
+        """Write everything out; `result` is None if the run has not ended."""
         with self._run.writing():
             self._tensorboard.finish(result)
         for name, tracker in list(self._trackers.items()):
@@ -186,12 +185,14 @@ class Recorder:
 
     @contextlib.contextmanager
     def _unless_it_fails(self, name: str) -> Iterator[None]:
-        """Leave a tracker out from its first failure on."""
+        """Drop a tracker after its first failure."""
         try:
             yield
         except Exception as error:
             self._trackers.pop(name, None)
-            warn(f"{name} failed ({_one_line(error)}); training goes on without it, and {self._run.metrics} is whole")
+            warn(
+                f"{name} failed ({_one_line(error)}); training continues without it; {self._run.metrics} is complete"
+            )
 
 
 def _named(metrics: dict[str, Any], speed: dict[str, float]) -> dict[str, float]:
@@ -200,7 +201,7 @@ def _named(metrics: dict[str, Any], speed: dict[str, float]) -> dict[str, float]
 
 
 def _silence() -> contextlib.AbstractContextManager[Any]:
-    """trackio prints on standard output, where results go."""
+    """Hide what trackio prints on standard output, which is for results."""
     return contextlib.redirect_stdout(io.StringIO())
 
 

@@ -1,8 +1,8 @@
-"""Teachers read by an inference engine: vLLM in this process, or a server. Started, and checked before they write.
+"""Teachers that an inference engine scores, vLLM in this process or a server: started, and checked before they write.
 
-An engine is another implementation of the model: another attention, another head, perhaps another checkpoint behind
-the same name. So the forward of this machine reads a few rollouts first, and the engine must say the same of them.
-Where the weights are not here, the engine must at least say the same twice.
+An engine is another implementation of the model: another attention, another head, perhaps another checkpoint under
+the same name. So the forward in this process scores a few rollouts first, and the engine must agree with it. If the
+weights are not on this machine, the engine must at least agree with itself.
 """
 
 from __future__ import annotations
@@ -21,73 +21,79 @@ from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.errors import ModelError
 from pipeline.models import load as models
+from pipeline.models.paths import is_available
+from pipeline.models.resolve import ResolvedModel
 from pipeline.teachers.alignment import View, longest_of
 
 
 def open_engine(
     recipe: Recipe,
-    teacher: TeacherConfig,
+    model: ResolvedModel,
     round_: cs.Round,
     view: View,
     options: ScoreOptions,
     on_tile: Callable[[int], None],
     stack: ExitStack,
 ) -> Scorer:
-    """The teacher in the engine that the recipe asks for, which ends with the stack. At least one block must have the
-    student's scores.
+    """The teacher in the engine that the recipe asks for, closed with `stack`.
 
-    Raises `ModelError` where the engine's log-probs are not the model's, and whatever starting it raises.
+    At least one block must have the student's scores.
+
+    Raises `ModelError` if the engine's log-probs are not the model's, and whatever starting it raises.
     """
-    facts, student, placement = models.model_facts(teacher), round_.scores(cs.STUDENT), recipe.placement(teacher)
-    readable = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
-    candidate_ids = student.read_arrays(readable[0], ["candidate_ids"])["candidate_ids"]
-    first = view.of(TokenBatch((round_.rollouts.read(readable[0]),), candidate_ids))
+    teacher, student = model.settings, round_.scores(cs.STUDENT)
+    assert isinstance(teacher, TeacherConfig)
+    placement = recipe.placement(teacher)
+    ready = np.flatnonzero(round_.rollouts.committed() & student.committed()).tolist()
+    candidate_ids = student.read_arrays(ready[0], ["candidate_ids"])["candidate_ids"]
+    first = view.of(TokenBatch((round_.rollouts.read(ready[0]),), candidate_ids))
     assert first.candidate_ids is not None
-    sample = sample_of(first.blocks[0], first.candidate_ids, facts.vocab_size)
+    sample = sample_of(first.blocks[0], first.candidate_ids, model.vocab_size)
     expected: cs.ScoreBlock | None = None
     try:
-        if placement == "vllm" or models.is_here(teacher):
-            expected = _read_here(recipe, teacher, facts, sample)
+        if placement == "vllm" or is_available(teacher):
+            expected = _score_here(recipe, model, sample)
         else:
-            warn(f"{teacher.name}: its weights are not here to check the server against")
+            warn(f"{teacher.name}: its weights are not on this machine, so the server cannot be checked against them")
     except (ModelError, torch.OutOfMemoryError) as error:
-        # A quantised checkpoint may be for engines alone, and a server may leave no room for a second reading.
-        if placement == "vllm" and facts.quantisation is None:
+        # A quantised checkpoint may be for engines alone, and a server may leave no memory for a second copy.
+        if placement == "vllm" and model.quantisation is None:
             raise
         reason = str(error).splitlines()[0]
-        warn(f"{teacher.name}: its weights cannot be read here to check the engine against ({reason})")
-    models.free_memory()  # the engine wants what the forward here had
-    longest = max(longest_of(round_, block, view) for block in readable)
+        warn(f"{teacher.name}: its weights cannot be loaded here to check the engine against them ({reason})")
+    models.free_memory()  # for the engine
+    longest = max(longest_of(round_, block, view) for block in ready)
     scorer: Scorer
     if placement == "server":
         from pipeline.engines.served import ServerScorer
 
-        who, dtype = "the server", "served"
+        engine, dtype = "the server", "served"
         scorer = ServerScorer(teacher, recipe.score, options, max_length=longest, on_tile=on_tile)
     else:
         from pipeline.engines.vllm_scorer import VllmScorer
 
-        who, dtype = "vLLM", facts.dtype
+        engine, dtype = "vLLM", model.dtype
         vllm = VllmScorer(teacher, recipe.vllm, options, max_length=longest, on_tile=on_tile)
         scorer = stack.enter_context(closing(vllm))
-    told, other = scorer.compute_logprobs(sample), "the forward here"
+    found, reference = scorer.compute_logprobs(sample), "the forward here"
     if expected is None:
-        expected, other = scorer.compute_logprobs(sample), "itself, asked twice,"
+        expected, reference = scorer.compute_logprobs(sample), "a second call of it"
     try:
-        say(f"{teacher.name}: {who} and {other} agree {check_agreement(told, expected, dtype)}")
+        say(f"{teacher.name}: {engine} and {reference} agree {check_agreement(found, expected, dtype)}")
     except ModelError as error:
         raise ModelError(
-            f"{teacher.name}: {who} and {other} {error}; look at the model, revision, adapter and quantisation that "
-            "it runs, or set score.placement to resident or streamed"
+            f"{teacher.name}: {engine} and {reference} {error}; compare the model, revision, adapter and "
+            "quantisation that it runs, or set score.placement to resident or streamed"
         ) from error
     return scorer
 
 
-def _read_here(recipe: Recipe, teacher: TeacherConfig, facts: models.ModelFacts, sample: TokenBatch) -> cs.ScoreBlock:
-    """The sample by the training forward, streamed where there is a card, so that it fits on any."""
+def _score_here(recipe: Recipe, model: ResolvedModel, sample: TokenBatch) -> cs.ScoreBlock:
+    """The sample's scores by the training forward, streamed on a GPU, so that the model fits on any."""
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
-    if models.pick_device(teacher).type == "cuda" and facts.quantisation is None:
+    if models.pick_device(model.settings).type == "cuda" and model.quantisation is None:
         from pipeline.streaming.streamed import StreamedScorer
 
-        return StreamedScorer(teacher, options, memory_gib=recipe.score.memory_gib).compute_logprobs(sample)
-    return ResidentScorer(models.load_model(teacher), options).compute_logprobs(sample)
+        scorer = StreamedScorer(model.settings, options, memory_gib=recipe.score.memory_gib)
+        return scorer.compute_logprobs(sample)
+    return ResidentScorer(models.load_model(model), options).compute_logprobs(sample)

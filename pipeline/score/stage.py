@@ -1,19 +1,19 @@
-"""Stage one, scoring: what the student and every teacher think of each cached token.
+"""Stage one, scoring: the log-probs of the student and of every teacher at each cached token.
 
 At every response position, with p the model's next-token distribution at temperature 1:
 
     logprobs = log p(y_t),  entropy = -sum_v p(v) log p(v),  candidate_logprobs = log p(v) for v in C,
     rest_logprob = log sum_{v not in C} p(v)
 
-The student comes first: by the forward that training uses, never the sampler's, since samplers differ from
+The student comes first, by the forward that training uses and never the sampler's, since samplers differ from
 trainers in the last bits and, under top-p or temperature, in kind. It brings C: the sampled token and its
-likeliest others (or draws of its own), K in all. It also gives `sampling_logprobs`, the same forward at the
+likeliest others (or random draws), K in all. It also gives `sampling_logprobs`, the same forward at the
 sampling temperature; its distance to `rollout_logprobs` is the gap between sampler and trainer. Then each
-teacher is read at the same C. One model is in memory at a time, and [T, V] never exists: the head runs over
+teacher scores the same C. One model is in memory at a time, and [T, V] never exists: the head runs over
 `score.rows_per_chunk` response rows at a time.
 
-Rollouts are packed into tiles whose members follow from their block alone, and a block is committed when it
-is whole, so neither a kill nor its place in a batch moves a bit.
+Rollouts are packed into tiles that depend on their block alone, and a block is committed when it is complete,
+so neither a kill nor its place in a batch changes a bit.
 
 Departure from the source: it trains on the sampler's log-probs; here the student's are computed again.
 
@@ -23,26 +23,36 @@ Departure from the source: it trains on the sampler's log-probs; here the studen
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, show, speed, suggest, warn
+from pipeline.console import progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
-from pipeline.distributed.blocks import open_for_writing, run_blocks
+from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
+from pipeline.engines.resident import ResidentScorer
+from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.errors import ConfigError, ModelError
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
-from pipeline.models.identity import IMPORTED, created_by
-from pipeline.rounds.metrics import REVERSE_KL_ARRAYS, SamplerGap, scores_reverse_kl
-from pipeline.score.session import ScoreWork
+from pipeline.models.identity import IMPORTED
+from pipeline.models.paths import is_available
+from pipeline.models.resolve import ResolvedModel, resolve
+from pipeline.rounds import manifests
+from pipeline.score.summary import summarize
 from pipeline.teachers.alignment import View, longest_of, template_of, view_of
 from pipeline.teachers.spans import SpanView
+
+# Rollouts by which packing is checked.
+_CHECKED_ROLLOUTS = 4
 
 IntArray = npt.NDArray[np.int64]
 
@@ -56,7 +66,7 @@ def run(
     launcher: Launcher = None,
     n_workers: int | None = None,
 ) -> int:
-    """Score whatever committed rollouts lack; returns the exit code 0.
+    """Score the committed rollouts that lack scores; returns the exit code 0.
 
     Args:
         only: one scorer's name, "student" or a teacher's.
@@ -64,8 +74,10 @@ def run(
         launcher, n_workers: as `join_ranks`.
 
     Raises:
-        ConfigError: `only` names no scorer. ModelError: a model cannot be had, or reads another vocabulary.
-        CacheError: not a cache, no rollouts, another student's, made otherwise, locked, no disk space left.
+        ConfigError: `only` names no scorer.
+        ModelError: a model is not available, or has another vocabulary.
+        CacheError: not a cache, no rollouts, sampled by a different student, scored with other settings, locked, or
+            its disk is too small.
     """
     scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
     if only is not None and only not in scorers:
@@ -78,95 +90,46 @@ def run(
                 f"cache {cache_url} round {round_.index}: no block of rollouts is finished; "
                 f"run `redpen rollouts RECIPE --cache {cache_url}`"
             )
-        # All of them before the first forward: a teacher that does not fit must not be found out hours later.
-        jobs = ranks.broadcast(
-            lambda: [_job(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
+        # All scorers before the first forward: a teacher that does not fit must be found now, not hours later.
+        all_work = ranks.broadcast(
+            lambda: [_plan_scorer(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
         )
-        for job in jobs:
-            if job is not None:
-                _score(job, round_, ranks)
+        for work in all_work:
+            if work is not None:
+                _score_blocks(work, round_, ranks)
                 models.free_memory()
         if not ranks.is_main_process:
             return 0
         if n_missing:
             warn(
                 f"{n_missing} of {round_.n_blocks} blocks have no rollouts yet; "
-                f"run `redpen rollouts RECIPE --cache {cache_url}`, then this again"
+                f"run `redpen rollouts RECIPE --cache {cache_url}`, then `redpen score` again"
             )
         else:
             suggest(f"redpen diagnose {cache_url}, then redpen train RECIPE --cache {cache_url} --run DIR")
     return 0
 
 
-def _job(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
-    """A scorer's work; None where its finished scores are taken as they are."""
-    if name in round_.scorer_names() and round_.scores(name).manifest.engine == IMPORTED:
-        show(f"{name}: imported, taken as it is; to score by {cfg.model} as well, give that teacher another name")
+# -- planning ------------------------------------------------------------------------------------------------
+
+
+def _plan_scorer(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
+    """A scorer's work; None if its finished scores are kept without looking at the model."""
+    has_scores = name in round_.scorer_names()
+    if has_scores and round_.scores(name).manifest.engine == IMPORTED:
+        show(f"{name}: imported scores are kept; to score by {cfg.model} too, give that teacher another name")
         return None
-    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not models.is_here(cfg):
-        # A cache is replayed long after its teacher has left the disk; that must not fetch it again.
-        show(f"{name}: {_summary(round_, name)}; nothing to do (taken as it is: {cfg.model} is not on this machine)")
+    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not is_available(cfg):
+        # A cache is used long after its teacher was deleted; that must not download it again.
+        show(f"{name}: {summarize(round_, name)}; nothing to do ({cfg.model} is not on this machine)")
         return None
-    manifest = _manifest(recipe, round_, name, cfg, models.model_facts(cfg))
-    if manifest.engine == "vllm" and not (name in round_.scorer_names() and round_.scores(name).committed().all()):
+    scorer = resolve(cfg)
+    manifest = _student_manifest(recipe, round_, scorer) if name == cs.STUDENT else _manifest(recipe, round_, scorer)
+    if manifest.engine == "vllm" and not (has_scores and round_.scores(name).committed().all()):
         from pipeline.engines.vllm import import_vllm
 
-        import_vllm()  # better missed now than after the student has read everything
+        import_vllm()  # better missing now than after the student has scored everything
     return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)
-
-
-def _score(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
-    """Bring one scorer's blocks up to date and print what it thinks."""
-    name = work.name
-    pending, n_readable = ranks.broadcast(lambda: _pending(work, round_))
-    if not len(pending):
-        if ranks.is_main_process:
-            show(f"{name}: {_summary(round_, name)}; nothing to do")
-        return
-    n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
-    n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.shard(pending)].sum())
-    started = time.perf_counter()
-    run_blocks(
-        work,
-        pending,
-        ranks,
-        begin=lambda: round_.start_scores(name, work.manifest),
-        state=lambda: f"{round_.scores(name).committed().sum()} of {round_.n_blocks} blocks by {name} are committed",
-        bar=progress(name, mine + n_readable - n_pending, "tokens", done=n_readable - n_pending),
-        advance=lambda bar, rollouts, tokens: bar.advance(tokens),
-    )
-    seconds = time.perf_counter() - started
-    if ranks.is_main_process:
-        show(
-            f"{name}: {_summary(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
-            f"{speed(n_pending / seconds, 'tokens')}"
-        )
-
-
-def _pending(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
-    """Blocks to score, and the response tokens of all that can be; refuses what would fail later."""
-    name, manifest = work.name, work.manifest
-    group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
-    readable = round_.rollouts.committed()
-    if name != cs.STUDENT:
-        have_candidates = round_.scores(cs.STUDENT).committed()
-        if n_waiting := int((readable & ~have_candidates).sum()):
-            warn(f"{name}: {n_waiting} blocks wait for the student's scores, which bring the candidates")
-        readable &= have_candidates
-        if not readable.any():
-            raise cs.CacheError(
-                f"cache {round_.cache.url} round {round_.index}: the student has scored no block yet; run "
-                f"`redpen score RECIPE --cache {round_.cache.url} --only {cs.STUDENT}` first"
-            )
-    done = np.zeros_like(readable) if group is None else group.committed()
-    pending = np.flatnonzero(readable & ~done)
-    n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
-    if len(pending):
-        sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
-        needed = int(n_tokens[pending].sum()) * bytes_per_token(manifest.arrays(), sizes)
-        require_free(round_.cache.url, needed, f"scores by {name}")
-        _require_context(round_, pending, work)
-    return pending.tolist(), int(n_tokens[readable].sum())
 
 
 def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
@@ -183,124 +146,250 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     return same and bool(group.committed().all())
 
 
-def _manifest(
-    recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig, facts: models.ModelFacts
-) -> cs.ScoresManifest:
-    """Who scores how. Refuses a student that did not sample the round, a teacher that reads other tokens."""
-    sampled, is_student = round_.manifest, name == cs.STUDENT
-    tokenizer = models.load_tokenizer(cfg)
-    tokenizer_identity, placement = models.tokenizer_identity(tokenizer, cfg.model), recipe.placement(cfg)
-    by_engine = placement in ("vllm", "server")
-    template, partial, spelt = sampled.template, by_engine, False
-    if placement == "server":
-        assert isinstance(cfg, TeacherConfig)
-        identity = models.served_identity(cfg)
-    else:
-        identity = models.model_identity(cfg)
-    if is_student:
-        differing = sampled.differences(replace(sampled, student=identity, tokenizer=tokenizer_identity))
-        if differing:
-            raise cs.ProvenanceError(
-                f"cache {round_.cache.url} round {round_.index}: sampled by another student "
-                f"({'; '.join(differing)}); set [student] back, or sample a round by this one with "
-                f"`redpen rollouts RECIPE --round {round_.index + 1}`"
-            )
-        known = min(facts.vocab_size, tokenizer_identity.vocab_size)
-        if recipe.score.candidates > known:
-            raise ConfigError(
-                f"score.candidates: expected at most {known}, the student's vocabulary, got {recipe.score.candidates}"
-            )
-    if isinstance(cfg, TeacherConfig):
-        template = template_of(recipe, cfg, sampled.template)
-        view = view_of(recipe, cfg, round_)
-        partial |= view.leaves_out(sampled.tokenizer.vocab_size)
-        spelt = isinstance(view, SpanView)
-        template |= {"alignment": "spans"} if spelt else {}
-    return cs.ScoresManifest(
-        role="student" if is_student else "teacher",
-        model=identity,
-        tokenizer=tokenizer_identity,
-        template=template,
-        dtype="served" if placement == "server" else facts.dtype,
-        quantisation=facts.quantisation,
-        engine=placement if by_engine else "transformers",
-        tile_tokens=0 if by_engine else recipe.score.tile_tokens,
-        vocab_size=facts.vocab_size,
-        candidate_kind=recipe.score.candidate_kind,
-        candidates=0 if spelt else recipe.score.candidates,
-        # greedy decoding has no log-probs to compare with
-        sampling_temperature=(sampled.temperature or 1.0) if is_student else None,
-        topk=0 if is_student or spelt else recipe.score.teacher_topk,
-        entropy=not (by_engine or spelt),
-        partial=partial,
-        created_by=created_by(),
+def _student_manifest(recipe: Recipe, round_: cs.Round, student: ResolvedModel) -> cs.ScoresManifest:
+    """Refuses a student that did not sample the round."""
+    sampled = round_.manifest
+    mine = replace(sampled, student=student.identity, tokenizer=student.tokenizer_identity)
+    if differing := sampled.differences(mine):
+        raise cs.ProvenanceError(
+            f"cache {round_.cache.url} round {round_.index}: sampled by a different student "
+            f"({'; '.join(differing)}); set [student] back, or sample a round by this one with "
+            f"`redpen rollouts RECIPE --round {round_.index + 1}`"
+        )
+    if recipe.score.candidates > student.known_tokens:
+        raise ConfigError(
+            f"score.candidates: expected at most {student.known_tokens}, the student's vocabulary, got "
+            f"{recipe.score.candidates}"
+        )
+    return manifests.scores(recipe, student, sampled, template=sampled.template)
+
+
+def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel) -> cs.ScoresManifest:
+    """Refuses a teacher that cannot be compared with the student."""
+    cfg, sampled = teacher.settings, round_.manifest
+    assert isinstance(cfg, TeacherConfig)
+    view = view_of(recipe, cfg, round_)
+    return manifests.scores(
+        recipe,
+        teacher,
+        sampled,
+        template=template_of(recipe, cfg, sampled.template),
+        lacks_tokens=view.leaves_out(sampled.tokenizer.vocab_size),
+        spans=isinstance(view, SpanView),
     )
 
 
-def _require_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
-    """Refuse a model that was not made for rollouts as long as these: it would read them wrongly and say
-    nothing.
+# -- scoring -------------------------------------------------------------------------------------------------
+
+
+def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
+    """Score one scorer's missing blocks and print a summary of its scores."""
+    name = work.name
+    pending, n_ready = ranks.broadcast(lambda: _pending_blocks(work, round_))
+    if not len(pending):
+        if ranks.is_main_process:
+            show(f"{name}: {summarize(round_, name)}; nothing to do")
+        return
+    n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
+    n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.shard(pending)].sum())
+    started = time.perf_counter()
+    run_blocks(
+        work,
+        pending,
+        ranks,
+        begin=lambda: round_.start_scores(name, work.manifest),
+        state=lambda: f"{round_.scores(name).committed().sum()} of {round_.n_blocks} blocks by {name} are committed",
+        bar=progress(name, mine + n_ready - n_pending, "tokens", done=n_ready - n_pending),
+        advance=lambda bar, rollouts, tokens: bar.advance(tokens),
+    )
+    seconds = time.perf_counter() - started
+    if ranks.is_main_process:
+        show(
+            f"{name}: {summarize(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
+            f"{speed(n_pending / seconds, 'tokens')}"
+        )
+
+
+def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
+    """The blocks to score, and the response tokens of all blocks that can be scored now.
+
+    Raises if the disk is too small or a rollout is longer than the model's context.
     """
-    sampled, cfg = round_.manifest, work.cfg
-    facts, own = models.model_facts(cfg), isinstance(cfg, TeacherConfig) and cfg.renders
-    if facts.context is None:
+    name, manifest = work.name, work.manifest
+    group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
+    ready = round_.rollouts.committed()
+    if name != cs.STUDENT:
+        have_candidates = round_.scores(cs.STUDENT).committed()
+        if n_waiting := int((ready & ~have_candidates).sum()):
+            warn(f"{name}: {n_waiting} blocks wait for the student's scores, which bring the candidates")
+        ready &= have_candidates
+        if not ready.any():
+            raise cs.CacheError(
+                f"cache {round_.cache.url} round {round_.index}: the student has scored no block yet; run "
+                f"`redpen score RECIPE --cache {round_.cache.url} --only {cs.STUDENT}` first"
+            )
+    done = np.zeros_like(ready) if group is None else group.committed()
+    pending = np.flatnonzero(ready & ~done)
+    n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
+    if len(pending):
+        sizes = {"candidate": manifest.candidates, "topk": manifest.topk}
+        needed = int(n_tokens[pending].sum()) * bytes_per_token(manifest.arrays(), sizes)
+        require_free(round_.cache.url, needed, f"scores by {name}")
+        _check_context(round_, pending, work)
+    return pending.tolist(), int(n_tokens[ready].sum())
+
+
+def _check_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
+    """Refuse a model that was not made for rollouts as long as these: its scores would be wrong without a sign."""
+    sampled, cfg, model = round_.manifest, work.cfg, resolve(work.cfg)
+    context, renders = model.context, isinstance(cfg, TeacherConfig) and cfg.renders
+    if context is None or (not renders and sampled.max_prompt_tokens + sampled.max_response_tokens <= context):
         return
-    if not own and sampled.max_prompt_tokens + sampled.max_response_tokens <= facts.context:
-        return
-    view: View | SpanView = view_of(work.recipe, cfg, round_) if isinstance(cfg, TeacherConfig) else View()
+    view = work.view(round_)
     for block in blocks.tolist():
         longest = longest_of(round_, block, view)
-        if longest > facts.context:
+        if longest > context:
             raise ModelError(
-                f"{models.setting(cfg, 'model')} = {cfg.model!r}: its context is {facts.context} tokens, "
-                f"a rollout of block {block} has {longest}; choose a model with a longer context"
+                f"{model.setting('model')}: its context is {context} tokens, a rollout of block {block} has "
+                f"{longest}; choose a model with a longer context"
             )
 
 
-def _summary(round_: cs.Round, name: str) -> str:
-    """Means over the scored and trained tokens: what the scorer thinks, and its distance to the student's or, for the
-    student itself, to the sampler's. Warns where that gap is more than rounding.
-    """
-    sampled, is_student = round_.manifest, name == cs.STUDENT
-    group, student = round_.scores(name), round_.scores(cs.STUDENT)
-    columns: dict[str, list[npt.NDArray[Any]]] = {"mean log-prob": [], "mean entropy": [], "reverse KL": []}
-    log_ratios, candidates_told, n_trained, n_told = [], [], 0, 0
-    for block in np.flatnonzero(group.committed()).tolist():
-        # Not the whole block: the student's candidates alone are most of its bytes.
-        rollouts = round_.rollouts.read_arrays(block, ("trained", "rollout_logprobs"))
-        arrays = ("logprobs", "entropy", *(("sampling_logprobs",) if is_student else REVERSE_KL_ARRAYS))
-        scores = cs.ScoreBlock(**group.read_arrays(block, arrays))
-        trained = rollouts["trained"] == 1
-        told = trained & np.isfinite(scores.logprobs)
-        n_trained, n_told = n_trained + int(trained.sum()), n_told + int(told.sum())
-        columns["mean log-prob"].append(scores.logprobs[told])
-        if scores.entropy is not None:
-            columns["mean entropy"].append(scores.entropy[told])
-        if is_student:
-            log_ratio = (scores.sampling_logprobs - rollouts["rollout_logprobs"])[told]
-            log_ratios.append(log_ratio[np.isfinite(log_ratio)])
-        else:
-            read_by_student = cs.ScoreBlock(**student.read_arrays(block, REVERSE_KL_ARRAYS))
-            columns["reverse KL"].append(scores_reverse_kl(read_by_student, scores)[told])
-            if scores.candidate_logprobs is not None:
-                candidates_told.append(~np.isnan(scores.candidate_logprobs[told]).ravel())
-    means = {name: np.concatenate(parts).mean(dtype=np.float64) for name, parts in columns.items() if parts}
-    shown = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items()) + " nats a token"
-    if candidates_told and (share := np.concatenate(candidates_told).mean(dtype=np.float64)) < 1:
-        shown += f", {share:.1%} of candidates told"
-    if n_told < n_trained:
-        shown += f", {n_told / n_trained:.1%} of tokens scored"
-        shown += (
-            " (in spans that both tokenizers share)" if group.manifest.template.get("alignment") == "spans" else ""
-        )
-    if is_student and sampled.temperature > 0 and sampled.top_p == 1:
-        gap = SamplerGap.of(np.concatenate(log_ratios))
-        if gap is not None:
-            shown += f"; trainer/sampler ratio: {gap}"
-            if gap.is_wide:
-                warn(
-                    f"the sampler ({sampled.engine}) and the training forward disagree more than rounding explains "
-                    f"({gap}); importance ratios start from the training forward's log-probs, but look at dtype, "
-                    "attention and quantisation of both"
+@dataclass(frozen=True)
+class ScoreWork:
+    """One scorer's work on a round, for any process that can open the cache and load the model."""
+
+    recipe: Recipe
+    cache_url: str
+    round_index: int
+    name: str
+    manifest: cs.ScoresManifest
+
+    @property
+    def cfg(self) -> ModelConfig:
+        if self.name == cs.STUDENT:
+            return self.recipe.student
+        return next(teacher for teacher in self.recipe.teacher if teacher.name == self.name)
+
+    @property
+    def gpus(self) -> int:
+        placement = self.recipe.placement(self.cfg)
+        if self.cfg.device == "cpu" or placement == "server":
+            return 0
+        return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
+
+    def view(self, round_: cs.Round) -> View | SpanView:
+        """How the scorer's tokens relate to the student's."""
+        return view_of(self.recipe, self.cfg, round_) if isinstance(self.cfg, TeacherConfig) else View()
+
+    def group(self) -> cs.BlockGroup:
+        return cs.open(self.cache_url).round(self.round_index).scores(self.name)
+
+    def open(self) -> ScoreSession:
+        return ScoreSession(self)
+
+
+class ScoreSession:
+    """A loaded scorer and the round that it writes to."""
+
+    def __init__(self, work: ScoreWork):
+        self._round = cs.open(work.cache_url, writable=True).round(work.round_index)
+        self._name, self._is_student = work.name, work.name == cs.STUDENT
+        self._on_progress: OnProgress = lambda rollouts, tokens: None
+        with ExitStack() as stack:
+            self._scorer = _load_scorer(work, self._round, lambda tokens: self._on_progress(0, tokens), stack)
+            self._engine = stack.pop_all()
+        self._n_tokens = self._round.rollouts.commits()["tokens"].astype(np.int64)
+        self.batch_blocks = math.ceil(self._scorer.batch_tokens / self._n_tokens[self._n_tokens > 0].mean())
+
+    def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
+        """Score and commit blocks, as many at a time as keep the scorer busy."""
+        self._on_progress = on_progress
+        group = self._round.scores(self._name)
+        for batch in _batches(blocks, self._n_tokens, self._scorer.batch_tokens):
+            started = time.perf_counter()
+            tokens = _read_blocks(self._round, batch, with_candidates=not self._is_student)
+            scores = tokens.split(self._scorer.compute_logprobs(tokens))
+            seconds = (time.perf_counter() - started) / len(batch)
+            for index, block in enumerate(batch):
+                candidate_ids = None if tokens.candidate_ids is None else tokens.part(tokens.candidate_ids, index)
+                group.write(
+                    block,
+                    scores[index],
+                    rollouts=tokens.blocks[index],
+                    candidate_ids=candidate_ids,
+                    elapsed_seconds=seconds,
                 )
-    return shown
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
+    """Load the scorer and check it on a few rollouts; an engine is closed with `stack`."""
+    recipe, manifest, scorer, view = work.recipe, work.manifest, resolve(work.cfg), work.view(round_)
+    placement = recipe.placement(work.cfg)
+    options = ScoreOptions(
+        candidates=max(manifest.candidates, 1),
+        candidate_kind=manifest.candidate_kind,
+        candidate_vocab=manifest.tokenizer.vocab_size,
+        sampling_temperature=manifest.sampling_temperature,
+        topk=manifest.topk,
+        topk_among=view.shared,
+        tile_tokens=manifest.tile_tokens,
+        rows_per_chunk=recipe.score.rows_per_chunk,
+    )
+    if placement in ("vllm", "server"):
+        from pipeline.score.engines import open_engine
+
+        assert isinstance(view, View)
+        return view.scorer(open_engine(recipe, scorer, round_, view, options, on_tile, stack))
+    first = int(np.flatnonzero(round_.rollouts.committed())[0])
+    sample = _shortest_rollouts(view.of(TokenBatch((round_.rollouts.read(first),))).blocks[0])
+    if placement == "streamed":
+        from pipeline.streaming.streamed import StreamedScorer
+
+        streamed = StreamedScorer(work.cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
+        _report_packing(streamed.check_packing(*sample))
+        return view.scorer(streamed)
+    model = models.load_model(scorer)
+    _report_packing(check_packing(model, *sample))
+    return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
+
+
+def _shortest_rollouts(rollouts: cs.RolloutBlock) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """A few short rollouts of a block, as `sequences` returns them."""
+    lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
+    return sequences(rollouts, np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS].tolist())
+
+
+def _report_packing(difference: float) -> None:
+    say(f"packing check: packed and unpacked log-probs agree to {difference:.1g} nats")
+
+
+def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:
+    """Consecutive blocks, as many as it takes to reach `batch_tokens` response tokens."""
+    batch: list[int] = []
+    for block in blocks:
+        batch.append(block)
+        if n_tokens[batch].sum() >= batch_tokens:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read_blocks(round_: cs.Round, blocks: list[int], *, with_candidates: bool) -> TokenBatch:
+    """The rollouts of some blocks, for a teacher with the student's candidates and log-probs."""
+    candidate_ids = logprobs = None
+    if with_candidates:
+        student = round_.scores(cs.STUDENT)
+        names = ("candidate_ids", "logprobs")
+        read = [student.read_arrays(block, names) for block in blocks]
+        candidate_ids, logprobs = (np.concatenate([one[name] for one in read]) for name in names)
+    return TokenBatch(
+        blocks=tuple(round_.rollouts.read(block) for block in blocks),
+        candidate_ids=candidate_ids,
+        student_logprobs=logprobs,
+        keys=tuple((round_.manifest.seed, round_.index, block) for block in blocks),
+    )

@@ -3,9 +3,9 @@
     redpen sft RECIPE --data FILE --run DIR
     torchrun --nproc-per-node 8 -m pipeline -- sft RECIPE --run DIR      with [[sft.data]] in the recipe
 
-The examples of all steps, mixed by share, become a round of a cache, RUN/data.zarr, whose tokens are learnt by
-cross-entropy. Everything else is `redpen train`: replay, packing, LoRA or all weights, many processes, checkpoints,
-the same bits after a kill. The adapter is the next stage's student (`student.adapter`), which goes on training it.
+The examples of all steps, mixed by share, become a round of a cache, RUN/data.zarr, which is trained on with
+cross-entropy. Everything else is `redpen train`: replay, packing, LoRA or all weights, several ranks, checkpoints,
+the same bits after a kill. The adapter is the next stage's student (`student.adapter`), which continues training it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config import PromptsConfig, Recipe, SftData, TrainConfig
+from pipeline.config import PromptsConfig, Recipe, TrainConfig
 from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError
-from pipeline.models import load as models
-from pipeline.models.identity import DATA, created_by
-from pipeline.sft.examples import FIELDS, Example, Reader, mixed
-from pipeline.text.prompts import raw_rows, template_identity
+from pipeline.models.identity import created_by
+from pipeline.models.resolve import resolve
+from pipeline.rounds.manifests import examples_round
+from pipeline.runs.files import SFT_ROUND
+from pipeline.sft.examples import FIELDS, Example, ExampleReader, mix
+from pipeline.text.prompts import raw_rows
 from pipeline.train import stage as train
 
-#: The round of examples, in the run's directory.
-ROUND = "data.zarr"
+#: A line of a data file: its place, for messages, and its value.
+Line = tuple[str, Any]
 
 
 def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) -> int:
-    """Fine-tune until done, from wherever an earlier call left off; the exit code of `train.stage.run`.
+    """Fine-tune until done, from wherever an earlier call left off; returns the exit code of `train.stage.run`.
 
     Under torchrun every rank calls this.
 
@@ -44,101 +46,79 @@ def run(recipe: Recipe, data: Sequence[str], run_dir: str | os.PathLike[str]) ->
         data: files in place of `sft.data`, each as FILE or FILE=SHARE.
 
     Raises:
-        RedpenError: a line is no example, names file and line; or what training raises.
-        CacheError: the run's round holds other examples, or its disk is full.
+        RedpenError: a line is not an example (the message names file and line), or training fails.
+        CacheError: the run's round holds different examples, or its disk is full.
     """
-    recipe = _of_sft(recipe, data)
-    url = str(Path(run_dir) / ROUND)
+    recipe = _train_recipe(with_data(recipe, data))
+    url = str(Path(run_dir) / SFT_ROUND)
     with join_ranks() as ranks:
-        ranks.broadcast(lambda: _write_round(recipe, url))
+        ranks.broadcast(lambda: _prepare_round(recipe, url))
     return train.run(recipe, url, run_dir)
 
 
 def with_data(recipe: Recipe, data: Sequence[str]) -> Recipe:
-    """The recipe with these files in place of `sft.data`. Raises `ConfigError` where there are none."""
-    told = recipe.model_dump()
+    """The recipe with these files in place of `sft.data`. Raises `ConfigError` if there are no files at all."""
+    settings = recipe.model_dump()
     if data:
-        told["sft"]["data"] = [_source(text) for text in data]
-    if not told["sft"]["data"]:
+        settings["sft"]["data"] = [_parse_data(text) for text in data]
+    if not settings["sft"]["data"]:
         raise ConfigError("sft.data is not set: give --data FILE, or [[sft.data]] in the recipe")
-    return Recipe.from_dict(told, "sft")
+    return Recipe.from_dict(settings, "sft")
 
 
-def _of_sft(recipe: Recipe, data: Sequence[str]) -> Recipe:
-    """The recipe with what [sft] says in the place of [train]'s, and without what [select] leaves out of rollouts."""
-    told = with_data(recipe, data).model_dump()
-    sft = told["sft"]
-    if recipe.train.warmup_steps > sft["steps"]:
+def _parse_data(text: str) -> dict[str, Any]:
+    """FILE or FILE=SHARE as an entry of `sft.data`."""
+    path, equals, share = text.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if equals:
+            return {"path": path, "share": float(share)}
+    return {"path": text}
+
+
+def _train_recipe(recipe: Recipe) -> Recipe:
+    """The recipe for `redpen train`: [train] with the values of [sft], without rewards and selection of rollouts."""
+    sft, settings = recipe.sft, recipe.model_dump()
+    if recipe.train.warmup_steps > sft.steps:
         raise ConfigError(
-            f"train.warmup_steps = {recipe.train.warmup_steps} is more than sft.steps = {sft['steps']}, so "
+            f"train.warmup_steps = {recipe.train.warmup_steps} is more than sft.steps = {sft.steps}, so "
             "sft.learning_rate would never be reached; lower it, or raise sft.steps"
         )
-    # what belongs to other losses stays behind
-    belongs = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
-    told["train"] |= {name: getattr(TrainConfig(), name) for name in belongs}
-    told["select"], told["reward"] = {}, {}
-    if told["train"]["heldout_metric"] == "reverse_kl":
-        told["train"]["heldout_metric"] = None
-    told["train"] |= {
+    other_losses = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
+    settings["train"] |= {name: getattr(TrainConfig(), name) for name in other_losses}
+    settings["train"] |= {
         "loss": "cross_entropy",
-        "steps": sft["steps"],
-        "prompts_per_step": sft["examples_per_step"],
-        "learning_rate": sft["learning_rate"],
+        "steps": sft.steps,
+        "prompts_per_step": sft.examples_per_step,
+        "learning_rate": sft.learning_rate,
     }
-    return Recipe.from_dict(told, "sft")
+    if recipe.train.heldout_metric == "reverse_kl":
+        settings["train"]["heldout_metric"] = None
+    return Recipe.from_dict(settings | {"select": {}, "reward": {}}, "sft")
 
 
-def _source(text: str) -> dict[str, Any]:
-    path, equals, share = text.rpartition("=")
-    try:
-        return {"path": path, "share": float(share)} if equals else {"path": text}
-    except ValueError:
-        return {"path": text}
-
-
-def _write_round(recipe: Recipe, url: str) -> None:
-    """The round of examples, written whole or completed; nothing is tokenised where it is there already."""
+def _prepare_round(recipe: Recipe, url: str) -> None:
+    """Write the round of examples, or what is missing of it. A complete one is kept without tokenizing anything."""
+    files = [PromptsConfig(path=each.path, split=each.split) for each in recipe.sft.data]
+    sources = [list(raw_rows(file, FIELDS, "sft.data")) for file in files]
     settings = recipe.sft.model_dump(exclude={"learning_rate"}) | {"seed": recipe.train.seed}
-    lines = [list(raw_rows(_reading(source), FIELDS, "sft.data")) for source in recipe.sft.data]
-    digest = hashlib.sha256()
-    for source in lines:
-        digest.update(_sha256(source).encode())
-    made_of = {"data": settings, "sha256": digest.hexdigest()}
-    if _is_there(url, made_of):
+    provenance = {"data": settings, "sha256": _sha256(sources)}
+    if _is_complete(url, provenance):
         return
-    tokenizer, facts = models.load_tokenizer(recipe.student), models.model_facts(recipe.student)
-    stop_ids = models.stop_token_ids(recipe.student, tokenizer, recipe.rollouts)
-    longest = min(recipe.sft.max_tokens, facts.context or recipe.sft.max_tokens)
-    reader = Reader(tokenizer, recipe.prompts, stop_ids, longest)
-    sources = [_read(reader, source.path, found) for source, found in zip(recipe.sft.data, lines, strict=True)]
-    reader.warn_without_effect(example for found in sources for example in found)
-    shares = [source.share for source in recipe.sft.data]
-    weights = [_n_learnt(examples) if s is None else s for examples, s in zip(sources, shares, strict=True)]
-    count = recipe.sft.steps * recipe.sft.examples_per_step
-    examples = mixed(sources, weights, count, recipe.train.seed)
+    student = resolve(recipe.student)
+    stop_ids = student.stop_token_ids(recipe.rollouts)
+    max_tokens = min(recipe.sft.max_tokens, student.context or recipe.sft.max_tokens)
+    examples = _examples(recipe, sources, ExampleReader(student.tokenizer, recipe.prompts, stop_ids, max_tokens))
     records = [example.record for example in examples]
-    manifest = cs.RoundManifest(
-        student=models.model_identity(recipe.student),
-        tokenizer=models.tokenizer_identity(tokenizer, recipe.student.model),
-        template=template_identity(tokenizer, recipe.prompts),
-        stop_token_ids=stop_ids,
-        temperature=1.0,
-        top_p=1.0,
-        rollouts_per_prompt=1,
+    manifest = examples_round(
+        recipe,
+        student,
+        records,
         max_prompt_tokens=max(len(example.prompt) for example in examples),
         max_response_tokens=max(len(example.response) for example in examples),
-        prompts_per_block=min(recipe.rollouts.prompts_per_block, count),
-        seed=recipe.train.seed,
-        engine=DATA,
-        prompts_sha256=cs.prompts_sha256(records),
-        n_prompts=count,
-        vocab_size=facts.vocab_size,
-        dtype=facts.dtype,
-        sampler_settings=made_of,
-        created_by=created_by(),
+        data=provenance,
     )
     cache = cs.create(url, created_by=created_by())
-    with cache.lock("redpen sft"), graceful() as stop, progress("examples", count, "examples") as bar:
+    with cache.lock("redpen sft"), graceful() as stop, progress("examples", len(examples), "examples") as bar:
         round_ = cache.start_round(manifest, records, 0)
         for block in np.flatnonzero(~round_.rollouts.committed()).tolist():
             stop.check(f"{int(round_.rollouts.committed().sum())} of {round_.n_blocks} blocks are committed")
@@ -147,49 +127,54 @@ def _write_round(recipe: Recipe, url: str) -> None:
             bar.advance(len(numbers))
 
 
-def _sha256(lines: Sequence[tuple[str, Any]]) -> str:
-    """Digest of the lines of a file. Raises `PromptError` naming one that holds what JSON cannot."""
-    try:
-        return cs.prompts_sha256([{"line": value} for _, value in lines])
-    except (TypeError, ValueError, RecursionError):
-        for place, value in lines:
-            try:
-                cs.prompts_sha256([{"line": value}])
-            except (TypeError, ValueError, RecursionError) as error:
-                raise PromptError(
-                    f"{place}: expected text, numbers, lists and objects, as JSON has them ({str(error)[:100]})"
-                ) from None
-        raise
+def _sha256(sources: Sequence[Sequence[Line]]) -> str:
+    """Digest of the lines of all files. Raises `PromptError` naming a line with values that JSON does not have."""
+    digest = hashlib.sha256()
+    for lines in sources:
+        try:
+            digest.update(cs.prompts_sha256([{"line": value} for _, value in lines]).encode())
+        except (TypeError, ValueError, RecursionError):
+            for place, value in lines:
+                try:
+                    cs.prompts_sha256([{"line": value}])
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise PromptError(
+                        f"{place}: expected text, numbers, lists and objects, as JSON has them ({str(error)[:100]})"
+                    ) from None
+            raise
+    return digest.hexdigest()
 
 
-def _is_there(url: str, made_of: dict[str, Any]) -> bool:
-    """Whether the round is whole and was made of the same data; of others, `start_round` says what differs."""
+def _is_complete(url: str, provenance: dict[str, Any]) -> bool:
+    """Whether the round exists, from the same data; if from different data, `start_round` says what differs."""
     with contextlib.suppress(cs.NotACacheError):
         cache = cs.open(url)
         if cache.round_indices():
             round_ = cache.round(0)
-            return round_.manifest.sampler_settings == made_of and bool(round_.rollouts.committed().all())
+            return round_.manifest.sampler_settings == provenance and bool(round_.rollouts.committed().all())
     return False
 
 
-def _reading(source: SftData) -> PromptsConfig:
-    return PromptsConfig(path=source.path, split=source.split)
+def _examples(recipe: Recipe, sources: Sequence[Sequence[Line]], reader: ExampleReader) -> list[Example]:
+    """The examples of all steps, mixed by share; without shares, by the trained tokens of each file."""
+    by_source = [_read(reader, each.path, lines) for each, lines in zip(recipe.sft.data, sources, strict=True)]
+    reader.warn_without_effect(example for examples in by_source for example in examples)
+    shares = [
+        each.share if each.share is not None else float(sum(int(example.trained.sum()) for example in examples))
+        for each, examples in zip(recipe.sft.data, by_source, strict=True)
+    ]
+    return mix(by_source, shares, recipe.sft.steps * recipe.sft.examples_per_step, recipe.train.seed)
 
 
-def _read(reader: Reader, path: str, lines: Sequence[tuple[str, Any]]) -> list[Example]:
-    """Every example of a file. Raises `PromptError` where there is none."""
-    name = Path(path).stem
-    found = [reader.read(value, place, name) for place, value in lines]
-    if left_out := sum(not examples for examples in found):
+def _read(reader: ExampleReader, path: str, lines: Sequence[Line]) -> list[Example]:
+    """Every example of a file. Raises `PromptError` if it has none."""
+    by_line = [reader.read(value, place, Path(path).stem) for place, value in lines]
+    if left_out := sum(not examples for examples in by_line):
         warn(f"{path}: {left_out:,} of {len(lines):,} chats are longer than {reader.max_tokens} tokens, left out")
-    examples = [example for of_line in found for example in of_line]
+    examples = [example for each in by_line for example in each]
     if not examples:
         raise PromptError(f"{path}: expected at least one example of at most {reader.max_tokens} tokens, found none")
     return examples
-
-
-def _n_learnt(examples: Sequence[Example]) -> float:
-    return float(sum(int(example.learnt.sum()) for example in examples))
 
 
 def _block(numbered: Sequence[tuple[int, Example]], stop_ids: Sequence[int]) -> cs.RolloutBlock:
@@ -200,7 +185,7 @@ def _block(numbered: Sequence[tuple[int, Example]], stop_ids: Sequence[int]) -> 
             example.response,
             np.full(len(example.response), np.nan, np.float32),
             cs.FINISH_STOP if int(example.response[-1]) in stop_ids else cs.FINISH_OTHER,
-            example.learnt.astype(np.uint8),
+            example.trained.astype(np.uint8),
         )
         for place, (_, example) in enumerate(numbered)
     ]

@@ -7,6 +7,7 @@ import torch
 from pipeline.config import ModelConfig
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
+from pipeline.models.resolve import resolve
 from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 
 
@@ -14,10 +15,11 @@ def check_checkpoint(cfg: ModelConfig) -> None:
     """Refuse weights that are not the whole model, or more than it, for an engine that would not say so. Reads names
     and shapes alone; what is quantised is left to that engine. Raises `ModelError`.
     """
-    if models.model_facts(cfg).quantisation is not None:
+    source = resolve(cfg)
+    if source.quantisation is not None:
         return
-    directory = models.model_directory(cfg)
+    directory = source.directory
     check_model_files(directory)
     model = models.load_skeleton(cfg, torch.device("meta"))
     places = locate(model, SafetensorsCheckpoint(directory))
-    models.check_places(cfg, places.lacking(model), places.unexpected)
+    models.check_weight_names(cfg, places.lacking(model), places.unexpected)

@@ -28,10 +28,13 @@ from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.tiles import Tile, joined, score_tile, tiles_of
 from pipeline.errors import ModelError
 from pipeline.forward.head import Head
-from pipeline.forward.packing import check_packing, pack, packed_hidden, tiles
+from pipeline.forward.packing import pack, packed_hidden, tiles
+from pipeline.forward.packing_check import check_packing
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
+from pipeline.models.load import with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
+from pipeline.models.resolve import resolve, setting_name
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
 from pipeline.streaming.memory import WaveBudget, free_bytes
@@ -80,15 +83,16 @@ class StreamedScorer:
         self._cfg, self._options, self._on_tile = cfg, options, on_tile
         self._device = models.pick_device(cfg)
         self._memory = WaveBudget(self._device, memory_gib)
-        if method := models.model_facts(cfg).quantisation:
+        source = resolve(cfg)
+        if method := source.quantisation:
             raise ModelError(
-                f"{models.setting(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
+                f"{setting_name(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
                 f'({method}); use score.placement = "resident" or "vllm"'
             )
-        check_model_files(models.model_directory(cfg))
+        check_model_files(source.directory)
         skeleton = models.load_skeleton(cfg)
         self._layered = LayeredModel(skeleton)
-        transfer = Transfer(SafetensorsCheckpoint(models.model_directory(cfg)), self._device)
+        transfer = Transfer(SafetensorsCheckpoint(source.directory), self._device)
         layers = self._load_others(skeleton, transfer)
         slot_bytes = max(layer.nbytes for layer in layers)
         self._memory.take(f"{SLOTS} layers", SLOTS * slot_bytes)
@@ -97,7 +101,7 @@ class StreamedScorer:
         self._head = Head.of(self._model)
         self.batch_tokens = self.wave_tokens = self._memory.take_wave(options.tile_tokens, *self._measure(layers))
         say(
-            f"{models.setting(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
+            f"{setting_name(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
             f"{len(layers)} layers of {readable(slot_bytes)} through {SLOTS} slots, waves of up to "
             f"{self.wave_tokens:,} tokens, at most {readable(sum(self._memory.taken.values()))} of "
             f"{readable(self._memory.budget)} expected in use"
@@ -123,7 +127,7 @@ class StreamedScorer:
         return joined(parts)
 
     def check_packing(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> float:
-        """`pipeline.forward.packing.check_packing`, all of it as one wave. Raises `ModelError`."""
+        """`pipeline.forward.packing_check.check_packing`, all of it as one wave. Raises `ModelError`."""
 
         def run(forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
             with self._stream.passes(1) as weights:
@@ -148,7 +152,7 @@ class StreamedScorer:
         checkpoint, layer_of = transfer.checkpoint, self._layered.layer_of
         places = locate(skeleton, checkpoint)
         in_layers = {name for name in places.missing if layer_of(name) is not None}
-        models.check_places(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
+        models.check_weight_names(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
         layers, others = Group.partition(places, layer_of, self._device)
         # An adapter belongs to the device, and may be on the embedding.
         aside = self._layered.embedding_alone() if self._device.type == "cuda" and not self._cfg.adapter else None
@@ -174,7 +178,7 @@ class StreamedScorer:
             for weight in layer.weights
         }
         empty = self._layered.install(stand_ins)
-        model = models.with_adapter(skeleton, self._cfg)
+        model = with_adapter(skeleton, self._cfg)
         for name, weight in self._layered.install(empty).items():
             if weight.data_ptr() != stand_ins[name].data_ptr():
                 raise self._layered.refusal(f"the adapter {self._cfg.adapter} changes {name}")

@@ -25,17 +25,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from pipeline.errors import ModelError
+from pipeline.models._transformers_compat import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
-from pipeline.errors import ModelError
 from pipeline.models.identity import weight_files
 
 _DTYPES = {

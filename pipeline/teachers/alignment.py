@@ -25,9 +25,9 @@ import cache_schema as cs
 from pipeline.config import PromptsConfig, Recipe, TeacherConfig
 from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
-from pipeline.models import load as models
+from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.teachers.spans import SpanView, span_view
-from pipeline.text.prompts import render_all, template_identity, with_prefix
+from pipeline.text.rendering import render_all, template_identity, with_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,9 +190,9 @@ def view_on(
         ModelError: its tokenizer cuts text in another way than the student's, or lacks `stop_token`.
         PromptError: a prompt does not fit its template.
     """
-    tokenizer, facts = models.load_tokenizer(teacher), models.model_facts(teacher)
-    same = models.tokenizer_identity(tokenizer, teacher.model).digest == tokenizer_digest
-    student = tokenizer if same else models.load_tokenizer(recipe.student)
+    facts = resolve(teacher)
+    tokenizer, same = facts.tokenizer, facts.tokenizer_identity.digest == tokenizer_digest
+    student = tokenizer if same else resolve(recipe.student).tokenizer
     if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
         rendered = _prompts(recipe, teacher, tokenizer, facts, records, source)
         stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
@@ -222,7 +222,7 @@ def _prompts(
     recipe: Recipe,
     teacher: TeacherConfig,
     tokenizer: PreTrainedTokenizerBase,
-    facts: models.ModelFacts,
+    facts: ResolvedModel,
     records: Sequence[dict[str, Any]],
     source: str,
 ) -> list[Int32]:
@@ -251,7 +251,7 @@ def template_of(recipe: Recipe, teacher: TeacherConfig, students: dict[str, Any]
     reads them."""
     told = dict(students)
     if teacher.renders:
-        told = template_identity(models.load_tokenizer(teacher), _rendering(recipe, teacher))
+        told = template_identity(resolve(teacher).tokenizer, _rendering(recipe, teacher))
         told |= {"prefix": teacher.prompt_prefix} if teacher.prompt_prefix is not None else {}
     return told | ({"stop_token": teacher.stop_token} if teacher.stop_token is not None else {})
 

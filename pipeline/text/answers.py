@@ -1,4 +1,4 @@
-"""Right or wrong, legal or not, and how sure that makes one. numpy only; the comparison of mathematics has a process.
+"""Right or wrong answers, legal or illegal responses, and confidence intervals. numpy only.
 
 Shapes: P prompts, S samples of each.
 """
@@ -27,7 +27,7 @@ Z95 = 1.959963984540054
 
 _NUMBER = re.compile(
     r"""
-    (?<![\w.])((?<![\w)]\s)[-+\u2212]\s?|[-+\u2212]?)   # a sign, where it is not a difference: 5 - 3
+    (?<![\w.])((?<![\w)]\s)[-+\u2212]\s?|[-+\u2212]?)   # a sign, unless it is a difference: 5 - 3
     (?:\\?[$\u20ac\u00a3])?
     (                                      # 1,234.5 or 1234.5 or .5
         (?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?
@@ -41,7 +41,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _FENCE = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
-#: Models that reason in the open end it with this.
+#: Ends the visible reasoning of some models.
 END_OF_REASONING = "</think>"
 
 
@@ -62,14 +62,14 @@ class Checker:
         checker.is_right("so it is 1,000.0", "1000")
 
     Attributes:
-        match: how an answer is compared with the one that is wanted; equal texts always are equal. "number": as
-            rational numbers, 1,000 = 1000.0 = 1e3 and 3/4 = 75 %, a sign of money counts for nothing. "math": so too,
+        match: how an answer is compared with the wanted one; equal texts are always equal. "number": as
+            rational numbers, 1,000 = 1000.0 = 1e3 and 3/4 = 75 %, currency signs are ignored. "math": so too,
             and as mathematics by math-verify.
         pattern: its one group in its last match is the answer. Without it: the whole response ("exact"), its last
             number ("number"), or what math-verify finds ("math").
         format: when a response is legal. "json": it is one JSON value, a code fence around it aside; "answer": it
-            holds an answer; anything else: a regular expression that must match all of it. What a model reasons, up
-            to </think>, and spaces at either end do not count. None: always.
+            holds an answer; anything else: a regular expression that must match all of it. Reasoning up to
+            </think> and spaces at either end are ignored. None: always.
     """
 
     match: str = "exact"
@@ -78,15 +78,16 @@ class Checker:
 
     @classmethod
     def of(cls, settings: EvalConfig) -> Checker:
-        """Raises `ConfigError` where math-verify is needed and missing."""
+        """Raises `ConfigError` if math-verify is needed and missing."""
         if settings.match == "math":
             judge().require()
         return cls(settings.match, settings.answer_pattern, settings.format)
 
     def answer(self, response: str) -> str | None:
-        """What the response gives as its answer, stripped; None where it gives none."""
+        """What the response gives as its answer, stripped; None if it gives none."""
         if self.pattern is not None:
-            return extract_answer(response, self.pattern)
+            *_, found = None, *re.finditer(self.pattern, response)
+            return None if found is None or found[1] is None else found[1].strip()
         if self.match == "number":
             *_, last = None, *_NUMBER.finditer(response)
             return None if last is None else last[0].strip()
@@ -116,24 +117,13 @@ class Checker:
         return re.fullmatch(self.format, said) is not None
 
 
-def extract_answer(response: str, pattern: str | None) -> str | None:
-    """The group of the pattern's last match, stripped; None where nothing matches. Without a pattern the whole
-    response."""
-    if pattern is None:
-        return response.strip()
-    answer = None
-    for match in re.finditer(pattern, response):
-        answer = match[1]
-    return None if answer is None else answer.strip()
-
-
 def as_number(text: str) -> Fraction | None:
-    """The number that the whole text is, exactly; None where it is none. A full stop may end it."""
+    """The number that the whole text is, exactly; None if it is not a number. A full stop may end it."""
     found = _NUMBER.fullmatch(text.strip().removesuffix("."))
     if found is None:
         return None
     sign, digits, exponent, divisor, percent = found.groups()
-    try:  # Python reads no more than 4,300 digits
+    try:  # Python converts at most 4,300 digits
         value = Fraction(digits.replace(",", "")) * Fraction(10) ** int(exponent or 0) / int(divisor or 1)
     except (ValueError, ZeroDivisionError):
         return None
@@ -166,7 +156,7 @@ def _share(values_P: Floats, trials: float) -> Estimate:
     """
     n_prompts, p = len(values_P), float(values_P.mean())
     variance = float(values_P.var(ddof=1)) / n_prompts if n_prompts > 1 else np.inf
-    independent = n_prompts * trials if 0 < p < 1 else n_prompts  # all alike says nothing of how they depend
+    independent = n_prompts * trials if 0 < p < 1 else n_prompts  # if all are equal, their dependence is unknown
     n = float(np.clip(p * (1 - p) / variance, n_prompts, independent)) if variance else float(independent)
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))

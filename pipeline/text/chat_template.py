@@ -1,24 +1,14 @@
-"""Chats as text, by the tokenizer's chat template, in a process with bounded time and memory.
-
-The process is `pipeline.text.template_worker`; it is started when first needed and serves every template. What kills
-it is an error of the template that it was rendering, and the next chat starts another.
-"""
+"""Chats as text, by the tokenizer's chat template, in another process (`pipeline.text.template_worker`)."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
-import json
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PromptError
+from pipeline.text.worker import Worker, WorkerEndedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +17,7 @@ Chat = Sequence[Mapping[str, str]]
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any], *, reply_follows: bool) -> str:
-    """A chat as the tokenizer's template writes it, special tokens included; as `apply_chat_template` has it.
+    """A chat as the tokenizer's template writes it, special tokens included; the same text as `apply_chat_template`.
 
     Args:
         args: further variables of the template.
@@ -41,14 +31,14 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str,
     messages = [dict(message) for message in chat]
     try:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-            # no template but code of a tokenizer's class, which was trusted when it was loaded
+            # not a template but code of a tokenizer's class, which was trusted when it was loaded
             return str(
                 tokenizer.apply_chat_template(messages, add_generation_prompt=reply_follows, tokenize=False, **args)
             )
         template = tokenizer.get_chat_template(None, args.get("tools"))
         variables = {"tools": None, "documents": None, **_special_tokens(tokenizer), **args}
         variables |= {"messages": messages, "add_generation_prompt": reply_follows}
-        reply = renderer().ask(template, variables)
+        reply = renderer().render(template, variables)
     except PromptError:
         raise
     except Exception as error:
@@ -59,80 +49,43 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str,
     return str(reply["text"])
 
 
-def variables_read(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The names of the variables that the tokenizer's chat template reads; empty where that is not known."""
+def template_variables(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The names of the variables that the tokenizer's chat template uses; empty if they are not known."""
     try:
-        return list(renderer().ask(tokenizer.get_chat_template(), None).get("names", ()))
+        return list(renderer().render(tokenizer.get_chat_template(), None).get("names", ()))
     except (PromptError, ValueError):
         return []
 
 
-class Renderer:
-    """Asks the process, and starts it when it is first needed.
+class Renderer(Worker):
+    """Renders templates.
 
     Args:
-        seconds: of CPU time that one chat may take.
+        seconds: CPU time that one chat may take.
     """
 
     def __init__(self, seconds: float = 10.0):
-        self._seconds = seconds
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        super().__init__("template_worker.py", seconds)
 
-    def ask(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
-        """`{"text": ...}` or `{"error": ...}`; `{"names": [...]}` of the template's variables where none are given.
+    def render(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+        """`{"text": ...}` or `{"error": ...}`; without variables `{"names": [...]}`, those that the template uses.
 
-        Raises `PromptError` where it ended the process.
+        Raises `PromptError` if the template ended the process.
         """
-        question = json.dumps([template, variables])
-        with self._lock:
-            process = self._process
-            if process is None or process.poll() is not None:
-                process = self._start()
-            assert process.stdin is not None and process.stdout is not None
-            reply, code = "", 0
-            try:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(question + "\n")
-                    process.stdin.flush()
-                    reply = process.stdout.readline()
-            finally:
-                if not reply.endswith("\n"):  # it died; or this was interrupted, and its answer is to nothing
-                    code = self.close()
-        if not reply.endswith("\n"):
+        try:
+            return dict(self.ask([template, variables]))
+        except WorkerEndedError as error:
             raise PromptError(
-                f"the chat template takes more than {self._seconds:g} s for one chat"
-                if code == -signal.SIGPROF
-                else f"the chat template ends the process that renders it (exit code {code})"
-            )
-        return dict(json.loads(reply))
-
-    def close(self) -> int:
-        """End the process; its exit code, 0 if there is none."""
-        process, self._process = self._process, None
-        if process is None:
-            return 0
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)  # one that died by itself says of what
-        process.kill()
-        process.communicate()
-        return process.returncode
-
-    def _start(self) -> subprocess.Popen[str]:
-        self.close()
-        # -P: the modules beside the script are redpen's, and not to be found under bare names
-        command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py")), str(self._seconds)]
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True)
-        return self._process
+                f"the chat template takes more than {self.seconds:g} s for one chat"
+                if error.exit_code == -signal.SIGPROF
+                else f"the chat template ends the process that renders it ({error})"
+            ) from None
 
 
 @functools.cache
 def renderer() -> Renderer:
     """This process's renderer."""
-    made = Renderer()
-    atexit.register(made.close)
-    return made
+    return Renderer()
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token ids as the text that people read: what each token adds, and what a single token is called."""
+"""Token ids as text for people: the text that each token adds, and a label for a single token."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Decoder(Protocol):
 def local_tokenizer(name: str, revision: str | None) -> Any | None:
     """The tokenizer of a model (`toy:NAME`, path or Hub id) if it is on this machine, else None.
 
-    The name may come from someone else's cache: no code that lies there is run, nor offered to be.
+    The name may come from another person's cache, so its code is never run, nor offered to be.
     """
     from transformers import AutoTokenizer
 
     try:
         path = str(toy.asset_path(name.removeprefix("toy:"))) if name.startswith("toy:") else name
         return AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError):  # not here, or nothing that can be read
+    except (OSError, ValueError, KeyError, ImportError, AttributeError):  # not here, or not a tokenizer
         return None
 
 
 def load_decoder(manifest: cs.RoundManifest) -> Decoder:
-    """The student's tokenizer from this machine; where it is not, token ids are shown in the text's place."""
+    """The student's tokenizer, if it is on this machine; otherwise token ids stand for the text."""
     from pipeline.models.identity import tokenizer_digest
 
     name = manifest.tokenizer.name
@@ -42,12 +42,12 @@ def load_decoder(manifest: cs.RoundManifest) -> Decoder:
         warn(f'tokenizer {name} is not on this machine, so ids are shown (hf download {name} --include "*token*")')
         return Ids()
     if tokenizer_digest(tokenizer) != manifest.tokenizer.digest:
-        warn(f"tokenizer {name} is not the one that the cache was made with; the text may be wrong")
+        warn(f"tokenizer {name} differs from the one that the cache was made with; the text may be wrong")
     return Verbatim(tokenizer)
 
 
 def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
-    """The text that each token adds. A character made of several tokens is the last one's; theirs is empty."""
+    """The text that each token adds. A character of several tokens belongs to the last one; the others are empty."""
     found, start, read = [], 0, 0
     for end in range(1, len(token_ids) + 1):
         # decoded together with the piece before, so that a tokenizer's leading space survives
@@ -61,7 +61,7 @@ def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
 
 
 def labels(tokenizer: Decoder) -> Callable[[int], str]:
-    """Text of single tokens; the raw token where it is only a part of a character."""
+    """Text of single tokens; the id if it is only a part of a character."""
 
     def label(token: int) -> str:
         text = tokenizer.decode([token])

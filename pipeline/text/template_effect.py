@@ -1,7 +1,7 @@
-"""Whether a chat template does what the settings ask of it: the first chats are rendered with and without.
+"""Whether settings have an effect through a chat template: the first chats are rendered with and without them.
 
-A template is free to leave out a system message, to ignore the generation prompt, and never to read a variable;
-nothing fails then, and the student samples from other prompts than the recipe says.
+A template may drop the system message, ignore the generation prompt, or not use a variable. Nothing fails then, and
+the student samples from other prompts than the recipe says.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import PromptsConfig, messages
 from pipeline.console import warn
 from pipeline.errors import PromptError
-from pipeline.text.chat_template import Chat, chat_text, variables_read
+from pipeline.text.chat_template import Chat, chat_text, template_variables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Chats that are looked at, and messages of each.
+#: Chats that are rendered, and messages of each.
 N_CHATS, _N_MESSAGES = 8, 16
 _OTHER = "\nredpen looks whether this is read"
 
@@ -33,8 +33,8 @@ def warn_without_effect(
     """One warning for each setting that changes none of the first chats; each once in a process.
 
     Args:
-        chats: as they are in the data, and end before the assistant's turn.
-        named: the names of `system` and `template_args` in the recipe, where they are not those of [prompts].
+        chats: as in the data, ending before the assistant's turn.
+        named: names of `system` and `template_args` in the recipe, if they are not in [prompts].
     """
     for line in without_effect(chats, tokenizer, cfg, named):
         _warn_once(line)
@@ -60,7 +60,7 @@ def without_effect(
     chats = [chat for chat in chats[:N_CHATS] if chat]
     try:
         look = _Look(chats, tokenizer, cfg)
-    except PromptError:  # which rendering the prompts will say, with the place
+    except PromptError:  # rendering the prompts will raise it, with the place
         return []
     return [*look.system(names["system"]), *look.arguments(names["template_args"]), *look.generation_prompt()]
 
@@ -77,7 +77,7 @@ class _Look:
     def system(self, name: str) -> Iterator[str]:
         own = [chat[0]["role"] == "system" for chat in self._bare]
         if self._cfg.system is not None and own and all(own):
-            yield f"{name} is not used in {self._first}, which have a system message already; remove one of both"
+            yield f"{name} is not used in {self._first}, which have a system message already; remove one of them"
         ignored: dict[str, bool] = {}
         for chat, text in zip(self._chats, self._texts, strict=True):
             for number, message in enumerate(chat[:_N_MESSAGES]):
@@ -107,12 +107,12 @@ class _Look:
                 for chat, text in zip(self._chats, self._texts, strict=True)
             ):
                 continue
-            read = variables_read(self._tokenizer)
-            # a hint only where a variable is close in spelling: others are tools, messages, tokens
+            read = template_variables(self._tokenizer)
+            # a hint only if a variable is spelled similarly: others are tools, messages, tokens
             hint = messages.did_you_mean(key, read) or "; see the model's card for its name, or remove it"
             yield (
                 f"{name}.{key} = {messages.show_value(value)} changes nothing in {self._first}"
-                + ("" if key in read else f", and the chat template reads no such variable{hint}")
+                + ("" if key in read else f", and the chat template uses no such variable{hint}")
             )
 
     def generation_prompt(self) -> Iterator[str]:
@@ -127,9 +127,9 @@ class _Look:
                 if not whole.startswith(text) or not found:
                     yield (
                         "the chat template writes prompts the same with and without add_generation_prompt: that is "
-                        "right only where a reply follows the user's message directly, which cannot be seen from it; "
-                        "look at a response, and use the template of the model's instruct version if it goes on with "
-                        "the user's turn"
+                        "right only if a reply follows the user's message directly, which the template does not "
+                        "show; look at a response, and use the template of the model's instruct version if it "
+                        "continues the user's turn"
                     )
                 elif between.strip():
                     yield (
@@ -137,12 +137,12 @@ class _Look:
                         f"{messages.show_value(between)} that it writes before a reply, so the student goes on with "
                         "the user's turn; use a chat template that writes it"
                     )
-                return  # else a reply follows the user's message directly, as in Llama 2 and Mistral: nothing lacks
+                return  # else a reply follows the user's message directly, as in Llama 2 and Mistral
 
     def _changes(self, chat: Chat, text: str, args: Mapping[str, Any]) -> bool:
         try:
             return self._text(chat, args) != text
-        except PromptError:  # it is looked at, and refused
+        except PromptError:  # so it has an effect
             return True
 
     def _text(self, chat: Chat, args: Mapping[str, Any]) -> str:
@@ -158,7 +158,7 @@ def with_system(chat: Chat, system: str | None) -> list[dict[str, str]]:
 
 
 def _others(value: Any) -> list[Any]:
-    """Other values of an argument: one that is the template's own default changes nothing, and is read."""
+    """Other values of an argument, in case the given one is the template's default and so has no effect."""
     match value:
         case bool():
             return [not value]

@@ -1,9 +1,8 @@
-"""How many tokens a text has at least, before it is tokenised.
+"""A lower bound of the tokens of a text, without tokenizing it.
 
 Let L(b) be the length of the longest token with the byte b. In a token of l bytes every L(b) is l or more, so the sum
 of 1 / L(b) over its bytes is at most 1, and the sum over a whole text at most the number of its tokens. This holds
-where a tokenizer covers every byte (byte-level BPE, or byte fallback) and drops none; of others nothing is known
-beforehand.
+if a tokenizer covers every byte (byte-level BPE, or byte fallback) and drops none; for others there is no bound.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Below so many characters a text is tokenised at once.
+#: A text with fewer characters is tokenized right away.
 _CHEAP = 2**15
 _KEEPING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace"}
 _SPLITTING = {"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation"}
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-#: The letter by which a byte-level vocabulary writes each byte.
+#: The character for each byte in a byte-level vocabulary.
 _LETTERS = dict(zip(_VISIBLE, map(chr, _VISIBLE), strict=True)) | {
     byte: chr(256 + place) for place, byte in enumerate(sorted(set(range(256)) - set(_VISIBLE)))
 }
 
 
 def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A number of tokens that `text` has at least; 0 where it is short or nothing is known."""
+    """A lower bound of the tokens of `text`; 0 if it is short or nothing is known."""
     if len(text) <= _CHEAP:
         return 0
     lengths = _lengths(tokenizer)

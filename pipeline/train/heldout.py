@@ -1,9 +1,9 @@
-"""A metric on prompts that are not trained on, measured while training: right or legal responses, or reverse KL.
+"""A metric on prompts that are not trained on, measured while training: accuracy, legal responses, or reverse KL.
 
-Accuracy and the share of legal responses are those of `redpen eval`, on fresh greedy responses to the first
-`heldout_prompts` prompts of `eval.path`. Reverse KL is that of training, over candidates + rest at cached prefixes,
-on the last `heldout_prompts` prompts of the round, which the replay then holds back: one forward pass and no
-sampling, but blind to how the student's own prefixes drift.
+Accuracy and legal responses are the rates of `redpen eval`, on fresh greedy responses to the first `heldout_prompts`
+prompts of `eval.path`. Reverse KL is that of training, over candidates + rest at cached prefixes, on the last
+`heldout_prompts` prompts of the round, which are then not trained on: one forward pass without sampling, but blind to
+a drift of the student's own prefixes.
 """
 
 from __future__ import annotations
@@ -14,37 +14,36 @@ import torch
 
 from pipeline.config import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
-from pipeline.train.objective import Sums
+from pipeline.train.metrics import MetricSums
 from pipeline.train.replay import Replay
-from pipeline.train.trainer import Trainer
+from pipeline.train.trainer import StudentTrainer
 
 Metric = Callable[[], float]
 
 
-def heldout_metric(recipe: Recipe, trainer: Trainer, replay: Replay) -> Metric | None:
-    """A function that measures `train.heldout_metric` of the student as it is, for every rank to call together; None
-    where the recipe asks for none.
+def heldout_metric(recipe: Recipe, trainer: StudentTrainer, replay: Replay) -> Metric | None:
+    """A function that measures `train.heldout_metric` of the current student; None without one. Every rank calls it.
 
-    Raises `RedpenError` where the prompts cannot be used.
+    Raises `RedpenError` if the prompts cannot be used.
     """
-    train, sharding = recipe.train, trainer.sharding
+    train, ranks = recipe.train, trainer.ranks
+    if train.heldout_metric is None:
+        return None
     if train.heldout_metric == "reverse_kl":
 
         def reverse_kl() -> float:
             measured = [trainer.measure(batch) for batch in replay.held_back(train.prompts_per_step)]
-            return Sums.merge(measured).metrics()["reverse_kl"]
+            return MetricSums.merge(measured).metrics()["reverse_kl"]
 
         return reverse_kl
-    if train.heldout_metric is not None:
-        prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
-        # Shards are gathered by all ranks at once, so where there are any each rank answers everything.
-        share = prompts.shard(sharding.rank, sharding.size) if sharding.mesh is None else prompts
+    prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
+    # Sharded weights are gathered by all ranks at once, so every rank then answers all prompts.
+    mine = prompts.shard(ranks.rank, ranks.size) if trainer.sharding.mesh is None else prompts
 
-        def share_counted() -> float:
-            counted = trainer.within(lambda: share.count(trainer.model))
-            counts = sharding.gather(torch.tensor([counted, len(share.prompts)]))
-            n_counted, n_prompts = torch.stack(counts).sum(0).tolist()
-            return float(n_counted / n_prompts)
+    def rate() -> float:
+        count = trainer.within(lambda: mine.count(trainer.model))
+        counts = ranks.gather(torch.tensor([count, len(mine.prompts)]))
+        total, n_prompts = torch.stack(counts).sum(0).tolist()
+        return float(total / n_prompts)
 
-        return share_counted
-    return None
+    return rate

@@ -13,10 +13,9 @@ import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ModelError, RedpenError
 from pipeline.files import parse_model, read_json
-from pipeline.models import flops
-from pipeline.models import meta_model as shadow
+from pipeline.models import flops, meta_model
 from pipeline.models.identity import DATA, IMPORTED
-from pipeline.models.load import resolve_path
+from pipeline.models.paths import resolve_path
 from pipeline.runs import files as run_files
 
 _Number = Annotated[float, Field(ge=0)]
@@ -24,7 +23,8 @@ _Number = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage. `flops` is None where the model's config is not known here, or the work was done elsewhere."""
+    """The cost of a stage. `flops` is None if the model's config is not on this machine, or the work was done
+    elsewhere."""
 
     seconds: _Number
     tokens: Annotated[int, Field(ge=0)]
@@ -36,8 +36,8 @@ class _Ledger(BaseModel):
 
 
 def stage_one(recipe: Recipe, round_: cs.Round) -> dict[str, Cost]:
-    """What the cache cost: sampling, then each scorer, from the commits of their blocks; text that nobody sampled
-    cost nothing."""
+    """The costs of a cache from the commits of its blocks: sampling, then each scorer; none for text that was not
+    sampled."""
     if round_.manifest.engine == DATA:
         return {}
     models: dict[str, ModelConfig] = {cs.STUDENT: recipe.student} | {t.name: t for t in recipe.teacher}
@@ -48,7 +48,7 @@ def stage_one(recipe: Recipe, round_: cs.Round) -> dict[str, Cost]:
 
 
 def training(recipe: Recipe, trained_parameters: int, tokens: int, seconds: float) -> Cost:
-    """Stage two; tokens include prompts."""
+    """The cost of stage two; tokens include prompts."""
     n = parameters(recipe.student)
     if n is None:
         return Cost(seconds, tokens, None)
@@ -58,7 +58,7 @@ def training(recipe: Recipe, trained_parameters: int, tokens: int, seconds: floa
 
 
 def table(costs: dict[str, Cost]) -> dict[str, Any]:
-    """As it goes into ledger.json."""
+    """The content of ledger.json."""
     return {
         name: {"seconds": round(cost.seconds, 3), "tokens": cost.tokens, "flops": cost.flops}
         for name, cost in costs.items()
@@ -66,18 +66,18 @@ def table(costs: dict[str, Cost]) -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Cost]:
-    """A finished run's costs by stage. Raises `RedpenError` where its ledger.json is not what it ended with."""
+    """A finished run's costs by stage. Raises `RedpenError` if its ledger.json has changed since the run ended."""
     run_files.check(run, run_files.LEDGER)
     path = run / run_files.LEDGER
     try:
         found = read_json(path, follow_links=False)
     except FileNotFoundError:
-        raise RedpenError(f"{path}: is missing; the command that made the run makes it again") from None
+        raise RedpenError(f"{path}: is missing; run the command that made the run again to restore it") from None
     return parse_model({"stages": found}, _Ledger, str(path)).stages
 
 
 def total(ledgers: Iterable[Mapping[str, Cost]]) -> dict[str, Cost]:
-    """Costs of several runs by stage; FLOPs are None where one of them does not know its own."""
+    """Costs of several runs by stage; FLOPs are None if those of one run are."""
     found: dict[str, Cost] = {}
     for ledger in ledgers:
         for name, cost in ledger.items():
@@ -88,13 +88,14 @@ def total(ledgers: Iterable[Mapping[str, Cost]]) -> dict[str, Cost]:
 
 
 def parameters(cfg: ModelConfig | None) -> int | None:
-    """Parameters that a token is multiplied by, from the model's config; None where that is not on this machine."""
+    """Number of parameters that a token is multiplied by, from the model's config; None if that is not on this
+    machine."""
     directory = None if cfg is None else _local_directory(cfg)
     if cfg is None or directory is None:
         return None
     try:
         here = cfg.model_copy(update={"model": str(directory), "revision": None})
-        return shadow.Weights.of(shadow.shadow(here)).multiplied
+        return meta_model.Weights.of(meta_model.load_meta_model(here)).multiplied
     except ModelError:
         return None
 
@@ -105,7 +106,7 @@ def _cost(group: cs.BlockGroup, cfg: ModelConfig | None, *, prompts_once: bool) 
     rows, prompts = commits["rows"].astype(float), commits["prompts"].astype(float)
     prompt_tokens = commits["prompt_tokens"] * (1 if prompts_once else rows / prompts)
     tokens = int(commits["tokens"].sum() + prompt_tokens.sum())
-    n = None if group.manifest.engine == IMPORTED else parameters(cfg)  # made elsewhere, at a cost that is not known
+    n = None if group.manifest.engine == IMPORTED else parameters(cfg)  # made elsewhere, at an unknown cost
     return Cost(float(commits["elapsed_us"].sum()) / 1e6, tokens, None if n is None else flops.forward(n, tokens))
 
 

@@ -1,12 +1,12 @@
-"""Distillation losses: pure functions of log-probs, each returning `(loss_T, metrics)`.
+"""Distillation losses: pure functions from log-probs to the loss of every token.
 
-Shapes: T positions, C candidate columns. `loss_T` carries the gradient; metrics are detached tensors [T]. Everything
-is at temperature 1 and in nats. S is the current student, `old` the student that sampled the tokens (its scores by
-the training forward), and p_T the teacher. No loss normalises: `token_sum` weights the positions and divides by the
-token count of the *global* batch, so that neither micro-batches nor ranks change the gradient.
+Shapes: T positions, C candidate columns. Everything is at temperature 1 and in nats. S is the current student, `old`
+the student that sampled the tokens (scored by the training forward pass), and p_T the teacher. No loss normalises:
+`token_sum` weights the positions and divides by the token count of the *global* batch, so that neither micro-batches
+nor ranks change the gradient.
 
-`mean(log p_S - log p_T)`, differentiated as it stands, is deliberately not among them. The teacher is a constant in
-it, so its gradient is that of `mean(log p_S)`: on-policy zero in expectation, on cached tokens a push away from the
+`mean(log p_S - log p_T)`, differentiated directly, is deliberately not among them. The teacher is a constant in it,
+so its gradient is that of `mean(log p_S)`: zero in expectation on policy, and on cached tokens a push away from the
 student's own samples (both shown in tests/test_losses.py).
 """
 
@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
-#: (student's log-probs TC, of its rest T, the teacher's TC, of its rest T, valid TC) -> (loss T, metrics)
-Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Metrics]]
+#: (student's log-probs [T, C], of its rest [T], the teacher's [T, C], of its rest [T], valid [T, C]) -> loss [T]
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def reverse_kl(
@@ -30,7 +29,7 @@ def reverse_kl(
     teacher_logprobs_TC: Tensor,
     teacher_rest_T: Tensor,
     valid_TC: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """KL(S || T) over a candidate set C and one bucket for everything else, at each position.
 
         sum over v in C of p_S(v) (log p_S(v) - log p_T(v)), plus p_S(rest) (log p_S(rest) - log p_T(rest))
@@ -40,25 +39,18 @@ def reverse_kl(
     the candidates' mass from draining, the known collapse of plain top-k reverse KL (arXiv:2605.11182).
 
     Args:
-        student_logprobs_TC, teacher_logprobs_TC: at the same, distinct token ids.
-        student_rest_T, teacher_rest_T: log-prob of everything outside C; -inf where nothing is.
-        valid_TC: False at padding columns, whose values are then ignored.
+        student_logprobs_TC, teacher_logprobs_TC: log-probs of the same, distinct token ids.
+        student_rest_T, teacher_rest_T: log-prob of everything outside C; -inf if C covers V.
+        valid_TC: False at padding columns; their values are ignored.
 
-    What the student gives no mass adds 0. Where the teacher gives none (-inf) and the student does, the divergence
-    is infinite and so is `loss_T`, never hidden behind a floor; two softmax heads over one vocabulary cannot cause
+    A token without student mass adds 0. If the teacher gives none (-inf) and the student does, the divergence is
+    infinite and so is the result, never hidden behind a floor; two softmax heads over one vocabulary cannot cause
     it. A NaN of the teacher (not scored) stays NaN.
-
-    Metrics: reverse_kl; student_rest and teacher_rest, the probability outside C.
     """
     student, teacher, ignored = _buckets(
         student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
     )
-    loss_T = _kl_terms(student, teacher, ignored).sum(1)
-    return loss_T, {
-        "reverse_kl": loss_T.detach(),
-        "student_rest": student_rest_T.detach().exp(),
-        "teacher_rest": teacher_rest_T.detach().exp(),
-    }
+    return _kl_terms(student, teacher, ignored).sum(1)
 
 
 def forward_kl(
@@ -67,21 +59,18 @@ def forward_kl(
     teacher_logprobs_TC: Tensor,
     teacher_rest_T: Tensor,
     valid_TC: Tensor | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """KL(T || S) over C and the rest; arguments, bound and infinities as in `reverse_kl`, with S and T exchanged.
 
         sum over v in C and rest of p_T(v) (log p_T(v) - log p_S(v))
 
     The forward KL of GKD (arXiv:2306.13649); with C the teacher's own likeliest tokens, top-k
     distillation with a tail bucket. It covers the teacher's mass, so C should hold it.
-
-    Metrics: forward_kl.
     """
     student, teacher, ignored = _buckets(
         student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
     )
-    loss_T = _kl_terms(teacher, student, ignored).sum(1)
-    return loss_T, {"forward_kl": loss_T.detach()}
+    return _kl_terms(teacher, student, ignored).sum(1)
 
 
 def jsd(
@@ -92,14 +81,14 @@ def jsd(
     valid_TC: Tensor | None = None,
     *,
     beta: float,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """The generalised Jensen-Shannon divergence of GKD (arXiv:2306.13649) over C and the rest.
 
         beta KL(T || M) + (1 - beta) KL(S || M),   M = beta T + (1 - beta) S,   0 < beta < 1
 
     Divided by beta it tends to KL(T || S) as beta falls to 0, divided by 1 - beta to KL(S || T) as it rises to 1.
-    At most log 2, whatever either side gives no mass, so it is never infinite; a NaN of the teacher stays NaN.
-    Arguments as in `reverse_kl`. Metrics: jsd.
+    At most log 2, even without mass on one side, so it is never infinite; a NaN of the teacher stays NaN.
+    Arguments as in `reverse_kl`.
     """
     student, teacher, ignored = _buckets(
         student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
@@ -109,8 +98,7 @@ def jsd(
     student, teacher = student.masked_fill(ignored, 0.0), teacher.masked_fill(ignored, 0.0)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     terms = beta * _kl_terms(teacher, mixture, ignored) + (1 - beta) * _kl_terms(student, mixture, ignored)
-    loss_T = terms.sum(1)
-    return loss_T, {"jsd": loss_T.detach()}
+    return terms.sum(1)
 
 
 def mixed_kl(
@@ -121,18 +109,18 @@ def mixed_kl(
     valid_TC: Tensor | None = None,
     *,
     forward_weight: float,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """forward_weight KL(T || S) + (1 - forward_weight) KL(S || T) over C and the rest.
 
-    At 1/2 half of Jeffreys' symmetric divergence. Arguments and metrics as in `reverse_kl` and `forward_kl`.
+    At 1/2 half of Jeffreys' symmetric divergence. Arguments as in `reverse_kl`.
     """
     columns = student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
-    (forward_T, of_forward), (reverse_T, of_reverse) = forward_kl(*columns), reverse_kl(*columns)
-    # A weight of 0 leaves the other out: times an infinity it would be NaN.
-    parts = [
-        weight * loss for weight, loss in ((forward_weight, forward_T), (1 - forward_weight, reverse_T)) if weight
-    ]
-    return sum(parts[1:], parts[0]), of_forward | of_reverse
+    # A term of weight 0 is left out: times an infinity it would be NaN.
+    if forward_weight == 0:
+        return reverse_kl(*columns)
+    if forward_weight == 1:
+        return forward_kl(*columns)
+    return forward_weight * forward_kl(*columns) + (1 - forward_weight) * reverse_kl(*columns)
 
 
 def over_draws(
@@ -141,7 +129,7 @@ def over_draws(
     student_logprobs_TC: Tensor,
     teacher_logprobs_TC: Tensor,
     log_weights_TC: Tensor,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """Unbiased estimate of a divergence over the whole vocabulary from m tokens v_i that were drawn from p_old.
 
         D = sum over v of d(p_S(v), p_T(v))
@@ -158,33 +146,27 @@ def over_draws(
         divergence: one of `reverse_kl`, `forward_kl`, `jsd`, `mixed_kl`, without rest and padding.
         log_weights_TC: log(n / (m p_old)) of each distinct token that was drawn n times; -inf at other columns. The
             response's own token is a column, but no draw.
-
-    Metrics: student_mass, the mean of p_S / p_old, 1 in expectation.
     """
     drawn_TC = log_weights_TC > -torch.inf
     # All of these divergences are homogeneous, so weights on the terms are weights on both measures.
     student = torch.where(drawn_TC, student_logprobs_TC + log_weights_TC, -torch.inf)
     teacher = torch.where(drawn_TC, teacher_logprobs_TC.detach() + log_weights_TC, -torch.inf)
     no_rest_T = student.new_full((len(student),), -torch.inf)
-    loss_T, _ = divergence(student, no_rest_T, teacher, no_rest_T, drawn_TC)
-    student_mass_T = student.exp().sum(1)
-    loss_T = loss_T + slope * (teacher.exp().sum(1) - student_mass_T)
-    return loss_T, {"student_mass": student_mass_T.detach()}
+    loss_T = divergence(student, no_rest_T, teacher, no_rest_T, drawn_TC)
+    return loss_T + slope * (teacher.exp().sum(1) - student.exp().sum(1))
 
 
-def k2(logprobs_T: Tensor, old_logprobs_T: Tensor, teacher_logprobs_T: Tensor) -> tuple[Tensor, Metrics]:
-    """Reverse KL where the teacher told of the sampled token alone, differentiated directly.
+def k2(logprobs_T: Tensor, old_logprobs_T: Tensor, teacher_logprobs_T: Tensor) -> Tensor:
+    """Reverse KL from the sampled token alone, differentiated directly.
 
         sg(r) (log p_S(x_t) - log p_T(x_t))^2 / 2,   r = p_S(x_t) / p_old(x_t),   sg: without gradient
 
     The k2 of Schulman (2020, "Approximating KL divergence"), whose gradient, unlike that of k1 and k3, is that of
     KL(S || T) in expectation over x_t ~ p_S; the ratio makes that x_t ~ p_old. It is the gradient of
     `importance_sampling` with the current advantage, unclipped. Its value is no KL.
-
-    Metrics: importance_ratio.
     """
     ratio_T = torch.exp(logprobs_T - old_logprobs_T).detach()
-    return 0.5 * ratio_T * (logprobs_T - teacher_logprobs_T.detach()).square(), {"importance_ratio": ratio_T}
+    return 0.5 * ratio_T * (logprobs_T - teacher_logprobs_T.detach()).square()
 
 
 def advantage(student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, clip: float = 10.0) -> Tensor:
@@ -204,7 +186,7 @@ def importance_sampling(
     behaviour_logprobs_T: Tensor | None = None,
     truncation: float | None = None,
     ppo_clip: float | None = None,
-) -> tuple[Tensor, Metrics]:
+) -> Tensor:
     """The policy gradient over tokens that an older student sampled, corrected by the importance ratio.
 
         -(r A_t),   r = p_S(x_t) / p_old(x_t)
@@ -223,13 +205,11 @@ def importance_sampling(
 
                 -min(r A_t, clip(r, 1 - epsilon, 1 + epsilon) A_t)
 
-            so a token that has moved further than that the right way has no gradient. `truncation` then bounds the
-            ratios that are left: it never takes a token back inside the clip. With `behaviour_logprobs_T`
+            so a token that has moved further than that in the right direction has no gradient. `truncation` bounds
+            the ratios that are left: it never takes a token back inside the clip. With `behaviour_logprobs_T`
             the two roles of the old student come apart (decoupled objective, Hilton et al. 2021, arXiv:2110.00641):
             r = p_S / p_old is clipped, and the whole weighted by p_old / b, without gradient and also
             truncated at c.
-
-    Metrics: importance_ratio r (with `ppo_clip`, before it); advantage.
     """
     advantage_T, old_logprobs_T, weight_T = advantage_T.detach(), old_logprobs_T.detach(), None
     if behaviour_logprobs_T is not None:
@@ -239,20 +219,17 @@ def importance_sampling(
         else:
             weight_T = _ratio(old_logprobs_T - behaviour_logprobs_T, truncation)
     log_ratio_T = logprobs_T - old_logprobs_T
-    measured_T = _ratio(log_ratio_T.detach(), truncation)
     if ppo_clip is not None:
         log_ratio_T = _clipped(log_ratio_T, advantage_T, ppo_clip)
     gain_T = _ratio(log_ratio_T, truncation) * advantage_T
-    if weight_T is not None:
-        gain_T = weight_T * gain_T
-    return -gain_T, {"importance_ratio": measured_T, "advantage": advantage_T}
+    return -gain_T if weight_T is None else -(weight_T * gain_T)
 
 
 def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> Tensor:
     """`sum(weights * loss) / global_token_count`: what these positions add to the mean over the global batch.
 
-    Positions of weight 0 add exactly 0, whatever their loss (but keep it finite: a NaN gradient stays one); with no
-    positions, or a count of 0, the result is 0.
+    Positions of weight 0 add exactly 0, even if their loss is infinite or NaN (its gradient must be finite: a NaN
+    gradient times 0 is NaN). With no positions, or a count of 0, the result is 0.
     """
     weighted = torch.where(weights_T > 0, weights_T * loss_T, 0.0)
     return weighted.sum() / max(global_token_count, 1.0)
@@ -261,7 +238,7 @@ def token_sum(loss_T: Tensor, weights_T: Tensor, global_token_count: float) -> T
 def _buckets(
     student_TC: Tensor, student_rest_T: Tensor, teacher_TC: Tensor, teacher_rest_T: Tensor, valid_TC: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns and rest side by side: the student's, the teacher's (a constant), and which to leave out."""
+    """Columns and rest side by side: the student's, the teacher's (a constant), and a mask of those to ignore."""
     student = torch.cat([student_TC, student_rest_T[:, None]], 1)
     teacher = torch.cat([teacher_TC, teacher_rest_T[:, None]], 1).detach()
     if valid_TC is None:
@@ -278,7 +255,7 @@ def _kl_terms(p: Tensor, q: Tensor, ignored: Tensor) -> Tensor:
 
 
 def _clipped(log_ratio_T: Tensor, advantage_T: Tensor, epsilon: float) -> Tensor:
-    """log r, a constant at the bound where r is past it on the side that the advantage pushes to."""
+    """log r; past the clip on the side that the advantage pushes to, the constant bound."""
     low, high = math.log1p(-epsilon), math.log1p(epsilon)
     is_past_T = torch.where(advantage_T > 0, log_ratio_T > high, (advantage_T < 0) & (log_ratio_T < low))
     return torch.where(is_past_T, log_ratio_T.detach().clamp(low, high), log_ratio_T)

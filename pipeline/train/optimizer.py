@@ -13,12 +13,12 @@ from pipeline.errors import ConfigError
 
 
 def master_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """What an optimizer has to move: fp32 copies of parameters in half precision, all others themselves.
+    """The weights for the optimizer to update: fp32 copies of half-precision parameters, all others themselves.
 
     A step of Adam is about the learning rate, and bf16 has no number between a weight and 1.004 times that weight:
-    added to it directly, most steps would be rounded away. So a copy in fp32 takes the steps, and the parameter is
-    rounded from it after each (Micikevicius et al., "Mixed precision training", arXiv 1710.03740). Gradients that
-    arrive at such a parameter go on to its copy's `.grad` and are added up there, in fp32 too.
+    added to it directly, most steps would be rounded away. So an fp32 copy takes the steps, and the parameter is
+    rounded from it after each (Micikevicius et al., "Mixed precision training", arXiv 1710.03740). Gradients of such
+    a parameter are moved to its copy's `.grad` and accumulated there, in fp32 too.
     """
     return {name: _master(parameter) if _is_half(parameter) else parameter for name, parameter in parameters.items()}
 
@@ -51,9 +51,9 @@ def round_from_masters(parameters: Mapping[str, nn.Parameter], masters: Mapping[
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW as the recipe wants it, over `parameters` in their order.
+    """The recipe's AdamW over `parameters`, in their order.
 
-    With "adamw_8bit" both moments of a tensor of 4,096 elements or more are a byte an element, quantised in blocks
+    With "adamw_8bit" both moments of a tensor of 4,096 elements or more take a byte per element, quantised in blocks
     of 256 (Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861).
 
     Raises:
@@ -86,7 +86,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """All that `optimizer` remembers, by "name of the parameter/what it is"; nothing before its first step."""
+    """The optimizer's state by "<parameter>/<key>"; empty before its first step."""
     return {
         f"{name}/{key}": torch.as_tensor(value)  # bitsandbytes counts its steps in an int
         for name, parameter in parameters.items()
@@ -97,9 +97,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
 def set_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Have `optimizer` remember what `state_tensors` gave, bit for bit.
+    """Restore the result of `state_tensors`, bit for bit.
 
-    Not by `load_state_dict`, which casts what bitsandbytes keeps, and copies all of it once more.
+    `load_state_dict` would cast the state of bitsandbytes, and copy all of it once more.
     """
     fused = optimizer.param_groups[0].get("fused")
     for parameter in parameters.values():

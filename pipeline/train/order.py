@@ -1,7 +1,7 @@
-"""In which order a round's prompts are replayed: a pure function of (seed, epoch, step). numpy only.
+"""The order in which a round's prompts are replayed: a pure function of (seed, epoch, step). numpy only.
 
-An epoch permutes the blocks and shuffles the prompts inside windows of `window_blocks` blocks; the epochs follow one
-another as one stream. Step s takes the prompts [s * P, (s + 1) * P) of that stream. Steps and epochs count from 0.
+An epoch permutes the blocks and shuffles the prompts inside windows of `window_blocks` blocks; all epochs form one
+stream. Step s takes the prompts [s * P, (s + 1) * P) of that stream. Steps and epochs count from 0.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """The replay order of a round. Its fields are all that it depends on.
+    """The replay order of a round, a function of these fields only.
 
     Attributes:
         n_prompts, prompts_per_block: of the round.
         prompts_per_step: P, the size of a global batch.
-        window_blocks: blocks whose prompts are shuffled together, and so are in memory together.
-        held_back: so many prompts at the round's end are never replayed.
+        window_blocks: blocks shuffled together, and therefore in memory together.
+        held_back: number of prompts at the round's end that are never replayed.
     """
 
     n_prompts: int
@@ -48,7 +48,7 @@ class Order:
         return self.n_prompts - self.held_back
 
     def epoch(self, epoch: int) -> Int64:
-        """[n_replayed]: every prompt that is not held back once, in the order of this epoch."""
+        """[n_replayed]: every prompt that is not held back, in the order of this epoch."""
         return _epoch_order(self, epoch)
 
     def step(self, step: int) -> Int64:
@@ -59,7 +59,7 @@ class Order:
 
     @property
     def resident_blocks(self) -> int:
-        """Blocks worth keeping: those of the windows that a step and the next one can reach into."""
+        """Blocks to keep in memory: those of the windows that a step and the next one can touch."""
         windows = 1 + -(-self.prompts_per_step // (self.window_blocks * self.prompts_per_block))
         return self.window_blocks * windows
 

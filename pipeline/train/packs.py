@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
-    """A rollout to pack: its prompt's name, and how many tokens prompt and response have. Rows of one prompt in one
-    pack read it once; rows that are to share nothing have prompts of their own."""
+class PackedRow:
+    """A rollout to pack. Rows with the same `prompt` in one pack share its tokens; give rows that share nothing
+    distinct numbers."""
 
     prompt: int
     prompt_tokens: int
@@ -20,13 +20,12 @@ class Row:
         return self.prompt_tokens + self.response_tokens
 
 
-def pack_rows(rows: Sequence[Row], budget: int, ranks: int = 1) -> list[list[int]]:
+def pack_rows(rows: Sequence[PackedRow], budget: int, ranks: int = 1) -> list[list[int]]:
     """Rows in packs of at most `budget` tokens, as `tokens_of` counts them; a longer row has a pack to itself.
 
-    First fit, longest first; rows of a prompt go where it already is, if there is room. One rank gets as few packs as
-    that finds. For several their number is rounded up to a multiple of `ranks`, and the smallest budget that needs no
-    more than these is taken: then all are about equally full, and no rank waits for another. Deterministic; rows
-    within a pack are in ascending order.
+    First fit, longest first; rows of a prompt join it in its pack if there is room. For several ranks the number of
+    packs is rounded up to a multiple of `ranks`, and the smallest budget that needs no more packs is used: then all
+    are about equally full, and no rank waits for another. Deterministic; rows within a pack are in ascending order.
     """
     packs = _first_fit(rows, budget)
     if ranks > 1 and packs:
@@ -42,26 +41,26 @@ def pack_rows(rows: Sequence[Row], budget: int, ranks: int = 1) -> list[list[int
     return [sorted(pack) for pack in packs]
 
 
-def tokens_of(rows: Sequence[Row]) -> int:
-    """Tokens that a pack of these rows reads."""
+def tokens_of(rows: Sequence[PackedRow]) -> int:
+    """Tokens in a pack of these rows."""
     prompts = {row.prompt: row.prompt_tokens for row in rows}
     return sum(prompts.values()) + sum(row.response_tokens for row in rows)
 
 
 def deal(packs: Sequence[list[int]], rank: int, world: int) -> list[list[int] | None]:
-    """Packs of one rank, every `world`-th; None pads ranks that are short of one, so that all have as many."""
+    """Packs of one rank, every `world`-th; padded with None, so that all ranks have as many."""
     mine: list[list[int] | None] = list(packs[rank::world])
     return mine + [None] * (-(-len(packs) // world) - len(mine))
 
 
 def _side_by_side(packs: list[list[int]], loads: Sequence[int], ranks: int) -> list[list[int]]:
-    """Packs of a size beside each other in the deal, the fullest with the first rank and with the last in turn."""
+    """Packs ordered so that `deal` gives packs of similar size to the ranks at a time, in a snake order."""
     order = sorted(range(len(packs)), key=lambda i: (-loads[i], i))
     turns = [order[start : start + ranks] for start in range(0, len(order), ranks)]
     return [packs[i] for number, turn in enumerate(turns) for i in (turn if number % 2 == 0 else reversed(turn))]
 
 
-def _first_fit(rows: Sequence[Row], budget: int) -> list[list[int]]:
+def _first_fit(rows: Sequence[PackedRow], budget: int) -> list[list[int]]:
     longest: dict[int, int] = {}
     for row in rows:
         longest[row.prompt] = max(longest.get(row.prompt, 0), row.tokens)

@@ -1,6 +1,6 @@
 """The cached rollouts of a training step, and its micro-batches. numpy only.
 
-Step s takes the prompts that `pipeline.train.order` says, each with all its rollouts, and the tokens of these that
+A step takes its prompts from `pipeline.train.order`, each with all its rollouts, and those of their tokens that
 `select` keeps. Only then are they packed by token budget and dealt to ranks, so the global batch, and the number of
 its tokens that the loss is divided by, are the same for every world size, micro-batch budget and resume point.
 
@@ -23,13 +23,13 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.errors import ConfigError
 from pipeline.train.order import Int64, Order
-from pipeline.train.packs import Row, deal, pack_rows
+from pipeline.train.packs import PackedRow, deal, pack_rows
 from pipeline.train.selection import Selection, Weights
 
 Array = npt.NDArray[Any]
 Derived = Callable[[cs.RolloutBlock], Mapping[str, Array]]
 
-#: Column of a loaded block: f4 [T], of each token under the distribution that it was sampled from.
+#: Column of a loaded block: f4 [T], each token's log-prob under the distribution that it was sampled from.
 BEHAVIOUR = "rollouts/rollout_logprobs"
 
 
@@ -43,9 +43,9 @@ class LoadedBlock:
     """A block's rollouts with the columns that training needs, all [T, ...] over the block's response tokens.
 
     Attributes:
-        columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`; everything that a loss takes from a row,
-            beside its tokens and weights.
-        weights: f4 [T], what a token counts for in the loss: 1 if it is `trained`, scored and selected, else 0.
+        columns: by `<scorer>/<array>`, e.g. `teacher/candidate_logprobs`: all inputs of a loss except the tokens and
+            their weights.
+        weights: f4 [T], a token's weight in the loss: 1 if it is `trained`, scored and selected, else 0.
     """
 
     rollouts: cs.RolloutBlock
@@ -60,12 +60,12 @@ class LoadedBlock:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One cached rollout: a row of a loaded block, nothing copied.
+    """One cached rollout: a row of a loaded block, without a copy.
 
-    It ends with its last token that counts, if any does: nothing before it depends on what follows.
+    It ends with its last token of positive weight, if there is one: no token depends on those after it.
 
     Attributes:
-        selected: weights of its first tokens, where the global batch has a say in them; the rest count nothing.
+        selected: weights of its first tokens, if they depend on the global batch; later tokens have weight 0.
     """
 
     block: LoadedBlock
@@ -100,7 +100,7 @@ class Rollout:
 
     @property
     def weights(self) -> Weights:
-        """f4 [T]: what each token counts for."""
+        """f4 [T]: the weight of each token in the loss."""
         if self.selected is None:
             return self.block.weights[self.response]
         return self.selected[: self.response.stop - self.response.start]
@@ -109,8 +109,7 @@ class Rollout:
     def content(self) -> tuple[object, ...]:
         """Equal for rollouts with equal gradients: the same tokens and weights, and the same bytes in every column.
 
-        All that a loss takes from a row, beside tokens and weights, is a column. So nothing else can differ: not the
-        reward of what follows the last token that counts, nor log-probs of another forward pass.
+        The columns are all other inputs of a loss, so a difference in reward or in cached log-probs is seen here.
         """
         columns = [self.column(name).tobytes() for name in sorted(self.block.columns)]
         return (self.prompt_index, self.token_ids.tobytes(), self.weights.tobytes(), *columns)
@@ -125,8 +124,8 @@ class MicroBatch:
     """Rollouts for one forward and backward.
 
     Attributes:
-        copies: how often each occurs in the global batch; it is read once and weighs as much as all of them.
-        counts: False for padding, which must add nothing to the gradient.
+        copies: how often each occurs in the global batch; it is computed once, with the weight of all of them.
+        counts: False for padding, which adds nothing to the gradient.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -143,7 +142,7 @@ class MicroBatch:
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
-        """i4 [T]: the tokens themselves."""
+        """i4 [T]: the response tokens."""
         return np.concatenate([r.block.rollouts.token_ids[r.response] for r in self.rollouts])
 
     @property
@@ -158,7 +157,7 @@ class MicroBatch:
 
     @property
     def weights(self) -> Weights:
-        """f4 [T]: what each token counts for, all its copies together; zeros where the micro-batch is padding."""
+        """f4 [T]: the weight of each token, all its copies together; zeros if the micro-batch is padding."""
         weights = np.concatenate([rollout.weights for rollout in self.rollouts])
         return (weights * self.copies_T * self.counts).astype(np.float32)
 
@@ -177,9 +176,9 @@ class Batch:
 
     @cached_property
     def distinct(self) -> tuple[tuple[Rollout, int], ...]:
-        """Each different rollout with the number of its copies, in order of first occurrence; none without weight.
+        """The distinct rollouts with positive weight (by `Rollout.content`) and their copies, by first occurrence.
 
-        A student that is sure of itself answers alike most of the time. See `Rollout.content` for what is equal.
+        A confident student repeats itself most of the time, so this saves much of the work.
         """
         copies: dict[tuple[object, ...], list[Rollout]] = {}
         for rollout in self.rollouts:
@@ -187,29 +186,29 @@ class Batch:
                 copies.setdefault(rollout.content, []).append(rollout)
         return tuple((same[0], len(same)) for same in copies.values())
 
-    def rows(self, share_prompts_from: int | None = None) -> list[Row]:
-        """`distinct`, as it is packed: with prompts that its rollouts have in common, or each with its own."""
+    def rows(self, share_prompts_from: int | None = None) -> list[PackedRow]:
+        """`distinct` as rows to pack; rollouts share prompts of at least `share_prompts_from` tokens."""
         made = []
         for i, (rollout, _) in enumerate(self.distinct):
             n_prompt = len(rollout.prompt_ids)
             shared = share_prompts_from is not None and n_prompt >= share_prompts_from
-            made.append(Row(rollout.prompt_index if shared else -1 - i, n_prompt, len(rollout.weights)))
+            made.append(PackedRow(rollout.prompt_index if shared else -1 - i, n_prompt, len(rollout.weights)))
         return made
 
     def micro_batches(
         self, tokens_per_microbatch: int, rank: int = 0, world: int = 1, *, share_prompts_from: int | None = None
     ) -> list[MicroBatch]:
-        """This rank's share: as many micro-batches as every other rank has, so that collectives match."""
+        """This rank's micro-batches; every rank has as many, so that collectives match."""
         packs = pack_rows(self.rows(share_prompts_from), tokens_per_microbatch, world)
-        shares = []
+        found = []
         for pack in deal(packs, rank, world):
             if pack is None:
                 shortest = min((rollout for rollout, _ in self.distinct), key=lambda rollout: rollout.n_tokens)
-                shares.append(MicroBatch((shortest,), (1,), counts=False))
+                found.append(MicroBatch((shortest,), (1,), counts=False))
             else:
                 rollouts, copies = zip(*(self.distinct[i] for i in pack), strict=True)
-                shares.append(MicroBatch(rollouts, copies))
-        return shares
+                found.append(MicroBatch(rollouts, copies))
+        return found
 
 
 class Replay:
@@ -217,10 +216,9 @@ class Replay:
 
     Args:
         columns: arrays to read, by scorer, e.g. `{"teacher": ("logprobs", "rest_logprob")}`.
-        selection: which tokens count; default: every one that is trained and scored.
-        taught: bool [n_prompts] by scorer: those prompts that it is for, where it is not for all. At others its
-            scores are not needed.
-        derived: what makes further columns [T, ...] of a block's rollouts, by name.
+        selection: which tokens count; by default all that are trained and scored.
+        taught: bool [n_prompts] by scorer: the prompts that need its scores, if not all do.
+        derived: functions from a block's rollouts to further columns [T, ...] by name.
     """
 
     def __init__(
@@ -245,7 +243,7 @@ class Replay:
     def batch(self, step: int) -> Batch:
         """The global batch of a step.
 
-        Raises `CacheError` where a block is damaged or no longer committed, `ConfigError` where no token of the batch
+        Raises `CacheError` if a block is damaged or no longer committed, `ConfigError` if no token of the batch
         counts.
         """
         batch = self._gather(step, self.order.step(step), self._block)
@@ -257,12 +255,12 @@ class Replay:
         return batch
 
     def held_back(self, prompts_per_batch: int) -> Iterator[Batch]:
-        """The prompts that are held back, in batches to measure on, selected like those that train.
+        """The held-back prompts, in batches to measure on; tokens are selected as for training.
 
-        Raises `CacheError` as `batch` does, `ConfigError` where no token of any of them counts.
+        Raises `CacheError` as `batch` does, `ConfigError` if no token of any of them counts.
         """
         order, nothing = self.order, True
-        load = lru_cache(maxsize=1)(self._load)  # the blocks of the replay stay where they are
+        load = lru_cache(maxsize=1)(self._load)  # leaves the training blocks in memory
         for number, start in enumerate(range(order.n_replayed, order.n_prompts, prompts_per_batch)):
             prompts = np.arange(start, min(start + prompts_per_batch, order.n_prompts))
             if (batch := self._gather(number, prompts, load)).distinct:
@@ -292,7 +290,7 @@ class Replay:
         return [replace(rollout, selected=part) for rollout, part in zip(rollouts, parts, strict=True)]
 
     def batches(self, steps: range) -> Generator[Batch]:
-        """The batches of `steps`, each read in a thread while the one before is in use."""
+        """The batches of `steps`; the next one is read in a thread while one is in use."""
         reader = ThreadPoolExecutor(1, "replay")
         try:
             following = reader.submit(self.batch, steps.start) if steps else None
@@ -324,9 +322,9 @@ class Replay:
         counts = (rollouts.trained == 1) & self.selection.of_block(rollouts)
         prompts_T = rollouts.token_prompts
         for name in self._groups:
-            # What a scorer has not told of is nothing to learn from.
-            if (told := columns.get(f"{name}/logprobs")) is not None:
-                counts &= np.isfinite(told) | (~self._taught[name][prompts_T] if name in self._taught else False)
+            if (logprobs := columns.get(f"{name}/logprobs")) is not None:
+                scored = np.isfinite(logprobs)
+                counts &= scored | ~self._taught[name][prompts_T] if name in self._taught else scored
         for derive in self._derived:
             columns |= derive(rollouts)
         return LoadedBlock(rollouts, columns, counts.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Task reward beside the teacher: what `[eval]` finds right or legal among the cached rollouts, as an advantage.
+"""Task rewards: which cached rollouts `[eval]` grades as right or legal, as an advantage for every token.
 
 A rollout's reward r is 1 or 0. Its tokens' advantage compares it with the other rollouts of its prompt,
 
@@ -6,8 +6,8 @@ A rollout's reward r is 1 or 0. Its tokens' advantage compares it with the other
     mean    r - mean                      without the bias towards easy and hard prompts, Liu et al. 2025,
                                           "Understanding R1-Zero-Like Training" (Dr. GRPO), arXiv:2503.20783
 
-and is 0 where all of them are alike. `std` is the population's: squares are divided by the number n of rollouts, not
-by n - 1, which would make every advantage smaller by sqrt((n - 1) / n). Shapes: T response positions of a block.
+and is 0 if all of them are equal. `std` is that of the population: squares are divided by the number n of rollouts,
+not by n - 1, which would make every advantage smaller by sqrt((n - 1) / n). Shapes: T response positions of a block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import RewardConfig
-from pipeline.errors import ConfigError
 from pipeline.text.answers import Checker
 from pipeline.train.replay import Batch
 
@@ -37,7 +36,7 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a round's rollouts."""
+    """Grades a round's rollouts."""
 
     round_: cs.Round
     tokenizer: PreTrainedTokenizerBase
@@ -69,7 +68,7 @@ class Rewards:
 
 
 def group_advantages(values: Float32, groups: npt.NDArray[np.int32], *, scaled: bool) -> Float32:
-    """f4 [rows]: each value against its group's mean, in standard deviations if `scaled`; 0 where it is NaN.
+    """f4 [rows]: each value minus its group's mean, in standard deviations if `scaled`; 0 for NaN.
 
     Args:
         values: f4 [rows] rewards.
@@ -85,32 +84,8 @@ def group_advantages(values: Float32, groups: npt.NDArray[np.int32], *, scaled: 
 
 
 def mean_reward(batch: Batch) -> float | None:
-    """Of the rollouts of a step whose reward is known; None without rewards."""
+    """Mean over the rollouts of a step with a known reward; None without rewards."""
     if not batch.rollouts or VALUE not in batch.rollouts[0].block.columns:
         return None
     values = np.array([rollout.column(VALUE)[0] for rollout in batch.rollouts])
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
-
-
-def check_comparable(round_: cs.Round) -> None:
-    """An advantage compares different rollouts of a prompt. Raises `ConfigError`."""
-    sampled, where = round_.manifest, f"reward.coefficient: round {round_.index} of the cache"
-    if sampled.rollouts_per_prompt == 1:
-        raise ConfigError(
-            f"{where} has 1 rollout of each prompt, and an advantage is over the others of a prompt; sample a round "
-            "with rollouts.rollouts_per_prompt of 2 or more, or set it to 0"
-        )
-    if sampled.temperature == 0:
-        raise ConfigError(
-            f"{where} was decoded greedily, so all rollouts of a prompt earn the same; sample a round at a "
-            "temperature, or set it to 0"
-        )
-
-
-def check_answers(round_: cs.Round, settings: RewardConfig) -> None:
-    """Rewards for answers need prompts with answers. Raises `ConfigError`."""
-    if settings.verifier == "answer" and not any("answer" in round_.prompts[i] for i in range(round_.n_prompts)):
-        raise ConfigError(
-            f'reward.verifier = "answer": no prompt of round {round_.index} has an answer to compare with; give the '
-            'prompts an `answer`, or set it to "format"'
-        )

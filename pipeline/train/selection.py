@@ -1,4 +1,4 @@
-"""Which of the cached response tokens are trained on: a view on the cache, which is never changed. numpy only.
+"""Which cached response tokens are trained on. The cache itself is never changed. numpy only.
 
 Shapes: T response tokens of a block or of a global batch, end to end.
 """
@@ -19,11 +19,11 @@ Weights = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Selection:
-    """The recipe's `select`, with the token ids that it means in this round.
+    """The recipe's `select` with this round's token ids.
 
     Attributes:
-        stop_ids: the round's stop tokens, which `select.eos` is about.
-        special_ids: the tokenizer's other special tokens, which `select.special_tokens` is about.
+        stop_ids: the round's stop tokens, for `select.eos`.
+        special_ids: the tokenizer's other special tokens, for `select.special_tokens`.
     """
 
     settings: SelectConfig = field(default_factory=SelectConfig)
@@ -32,11 +32,11 @@ class Selection:
 
     @property
     def by_entropy(self) -> bool:
-        """Whether what is kept also depends on the student's entropy at the other tokens of a global batch."""
+        """Whether the selection depends on the student's entropy, compared over a global batch."""
         return self.settings.entropy_fraction < 1
 
     def of_block(self, rollouts: cs.RolloutBlock) -> npt.NDArray[np.bool_]:
-        """[T]: what a token's own place, id and response leave in."""
+        """[T]: which tokens are selected by position, id and response."""
         settings, keep = self.settings, np.ones(rollouts.n_tokens, np.bool_)
         if settings.first_tokens is not None:
             keep &= rollouts.token_positions < settings.first_tokens
@@ -49,8 +49,8 @@ class Selection:
         return keep
 
     def of_batch(self, weights_T: Weights, entropy_T: npt.NDArray[Any]) -> Weights:
-        """The weights with 0 wherever the student's entropy is not among the highest `entropy_fraction` of those that
-        count. Ties with the last of them stay in, so the order of the tokens does not matter."""
+        """The weights, 0 outside the `entropy_fraction` of counted tokens with the highest entropy. Ties with the
+        last one stay in, so the order of the tokens does not matter."""
         counted = entropy_T[weights_T > 0]
         n_kept = max(round(self.settings.entropy_fraction * len(counted)), 1)
         if n_kept >= len(counted):
@@ -59,7 +59,7 @@ class Selection:
         return np.where(entropy_T >= lowest, weights_T, np.float32(0))
 
     def __str__(self) -> str:
-        """The settings that leave something out, as a recipe says them."""
+        """The settings that exclude tokens, as in a recipe."""
         defaults = SelectConfig()
         return ", ".join(
             f"select.{name} = {str(value).lower()}"

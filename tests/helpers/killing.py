@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import preloaded
+from helpers import preloaded
 
 # What takes long to import, or is imported late; the children have it from their parent.
 _ONCE = (

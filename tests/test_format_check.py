@@ -1,4 +1,4 @@
-"""The entry check: a student that does not keep to the form is refused before the first rollout, and only then."""
+"""The format check: a student that does not keep to the form is refused before the first rollout, and only then."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_recipe
 
 import cache_schema as cs
+from helpers.caches import small_recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.rollouts import stage
 
@@ -21,9 +21,9 @@ def test_an_illegal_student_is_refused_before_any_rollout(tmp_path: Path) -> Non
     with pytest.raises(RedpenError) as caught:
         stage.run(small_recipe(*JSON, "rollouts.format_check_prompts=5"), str(tmp_path / "c.zarr"))
     line = str(caught.value)
-    assert line.startswith("entry check: 0 of the first 5 responses are legal by eval.format = 'json', fewer than ")
+    assert line.startswith("format check: 0 of the first 5 responses are legal by eval.format = 'json', fewer than ")
     assert len(re.findall(r'"\d\*\d=\d+;\d+[+-]\d+=\d+"', line)) == 2 and "\n" not in line
-    assert not cs.open(tmp_path / "c.zarr").round().holds_anything()
+    assert not cs.open(tmp_path / "c.zarr").round().has_blocks()
     # what was left is no hindrance to the recipe that has been put right
     assert stage.run(small_recipe("prompts.limit=4"), str(tmp_path / "c.zarr")) == 0
 
@@ -51,15 +51,13 @@ def test_only_a_round_without_blocks_is_entered(tmp_path: Path, capsys: pytest.C
     """And the check changes nothing: the rollouts are those of a round without it."""
     url, recipe = str(tmp_path / "c.zarr"), small_recipe("prompts.limit=8")
     assert stage.run(recipe, url) == 0
-    assert "entry check: 8 of the first 8 responses are legal" in capsys.readouterr().err
-    assert (
-        stage.run(small_recipe("prompts.limit=8", "rollouts.format_check_prompts=0"), str(tmp_path / "d.zarr")) == 0
-    )
+    assert "format check: 8 of the first 8 responses are legal" in capsys.readouterr().err
+    assert stage.run(small_recipe("prompts.limit=8", "rollouts.format_check_prompts=0"), f"{tmp_path}/d.zarr") == 0
     one, other = (cs.open(tmp_path / name).round().rollouts.read(1) for name in ("c.zarr", "d.zarr"))
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     cs.open(url, writable=True).round().rollouts.uncommit(1)
     assert stage.run(small_recipe(*JSON), url) == 0  # nothing is legal now, but the round has begun
-    assert "entry check" not in capsys.readouterr().err
+    assert "format check" not in capsys.readouterr().err
 
 
 def test_a_round_without_a_check_needs_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

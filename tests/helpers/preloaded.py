@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -79,6 +79,17 @@ def python(*command: str) -> Process:
 def torchrun(*command: str) -> Process:
     """`torchrun COMMAND`, its options included; its ranks are forked too."""
     return Process(_launch, *command)
+
+
+def processes(pid: int) -> Iterator[tuple[int, str]]:
+    """The processes that one has started, directly or not, with their command lines."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in map(int, children):
+            yield child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            yield from processes(child)
+    except OSError:
+        return  # it has just ended
 
 
 def _begin(

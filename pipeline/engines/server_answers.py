@@ -1,0 +1,130 @@
+"""What an OpenAI-compatible server answers: its JSON as typed models, its errors, and bounded reading of bodies."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import zlib
+from typing import Annotated, Any
+
+import httpx2
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.errors import ModelError
+
+
+class _Answer(BaseModel):
+    """What a server sends. Fields that redpen does not use may be anything."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class ServedModel(_Answer):
+    id: str = Field(max_length=10_000)
+    max_model_len: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+
+
+class ModelList(_Answer):
+    """The answer of /models."""
+
+    data: list[ServedModel] | None = Field(default=None, fail_fast=True)
+
+
+# A first mistake says enough: of millions there would be millions of messages.
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
+#: What is told of each token, `EngineLogprobs.positions` checks.
+_Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
+
+
+class Choice(_Answer):
+    prompt_token_ids: _Ids = None
+    prompt_logprobs: _Positions = None
+
+
+class Completion(_Answer):
+    """The answer of /completions and of /inference/v1/generate."""
+
+    choices: list[Choice] | None = Field(default=None, fail_fast=True)
+    prompt_token_ids: _Ids = None
+    prompt_logprobs: _Positions = None
+    prompt_token_id_logprobs: str | None = None
+
+
+class Refused(Exception):
+    """The server understood, and will not."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+        allowed = re.search(r"max(?:imum)? allowed:? *(\d+)", text)
+        #: log-probs that it tells at a position, where it says
+        self.allowed = int(allowed[1]) if allowed else None
+
+
+class Failed(Exception):
+    """A request failed for a reason that may pass; the server may have said when."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+async def read_bounded(response: httpx2.Response, at_most: int) -> bytes:
+    """A body, decompressed; where it is longer than `at_most`, that much and a byte more."""
+    encoding = response.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
+        raise Failed(f"it answers in content-encoding {encoding[:40]!r}, gzip was asked for")
+    decompressor = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
+    found = bytearray()
+    async for chunk in response.aiter_raw():
+        left = at_most + 1 - len(found)
+        found += chunk[:left] if decompressor is None else decompressor.decompress(chunk, left)
+        if len(found) > at_most:
+            break
+    return bytes(found)
+
+
+def decode_array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating[Any]]:
+    """Log-probs from a .npy file in base64; its header is read first, so it cannot ask for memory."""
+    try:
+        content = base64.b64decode(encoded, validate=True)
+        file = io.BytesIO(content)
+        if np.lib.format.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
+            raise ValueError("expected version 1.0 of the format")
+        found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+        if dtype.kind != "f" or dtype.itemsize > 8:
+            raise ValueError(f"expected floats, found {dtype}")
+        if found != shape:
+            raise ModelError(f"told log-probs of shape {_short(found)}, asked for {shape}")
+        values = np.frombuffer(content, dtype, offset=file.tell())
+        return values.reshape(found, order="F" if is_fortran else "C")
+    except ModelError:
+        raise
+    except Exception as error:  # numpy evaluates the header as Python, which fails in many ways
+        raise ModelError(f"told log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, object]:
+    for position, token in enumerate(sent):
+        told = echoed[position] if position < len(echoed) else "nothing"
+        if token != told:
+            return position, token, told
+    return len(sent) - 1, sent[-1], f"{len(echoed) - len(sent)} tokens more"
+
+
+def retry_after(response: httpx2.Response) -> float | None:
+    """Seconds that the server asks to be left alone, a minute at most."""
+    try:
+        seconds = float(response.headers["retry-after"])
+        return min(max(seconds, 0), 60) if math.isfinite(seconds) else None
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,182 @@
+"""Prompt records: what one line of a prompts file holds, checked.
+
+A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
+optionally `answer`, `source` and `id`. ShareGPT's `conversations` are converted to `messages`. Other fields are
+dropped; nulls and NaN count as absent. Each error is one line with the place, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from pipeline.config.messages import show_value
+from pipeline.errors import PromptError
+
+FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id")
+#: Roles by ShareGPT's `from`.
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
+
+
+def check_record(value: Any, place: str) -> dict[str, Any]:
+    """The prompt record of one line, with only the fields in `FIELDS`. Raises `PromptError` naming `place`."""
+    if not isinstance(value, dict):
+        raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
+    record = conversations_to_messages(
+        {name: value[name] for name in FIELDS if not _is_missing(value.get(name))}, place
+    )
+    if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
+        record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
+    if "prompt" in record and "messages" in record:
+        raise PromptError(f"{place}: expected either prompt or messages, got both; keep one")
+    if "messages" in record:
+        record["messages"] = _check_messages(record["messages"], place)
+        if record["messages"][-1]["role"] == "assistant":
+            raise PromptError(
+                f"{place}: messages: expected a chat that ends before the student's turn, got one that ends with the "
+                "assistant's; remove its last message"
+            )
+    elif "prompt" in record:
+        check_text(record["prompt"], "prompt", place)
+        if not record["prompt"].strip():
+            raise PromptError(f"{place}: prompt: expected text, got an empty one; remove the line")
+    else:
+        raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
+    for name in ("answer", "source", "id"):
+        if name in record:
+            record[name] = _check_label(record[name], name, place)
+    return record
+
+
+def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """A record with ShareGPT's `conversations`, a list of {from, value}, as `messages`.
+
+    Raises `PromptError` naming `place`.
+    """
+    if "conversations" not in record:
+        return record
+    if other := next((name for name in ("messages", "prompt", "text") if name in record), None):
+        raise PromptError(f"{place}: expected either {other} or conversations, got both; keep one")
+    turns = record["conversations"]
+    if not isinstance(turns, list):
+        raise PromptError(f"{place}: conversations: expected a list of {{from, value}} objects, got {_kind(turns)}")
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") is None:
+            messages.append(turn)  # {role, content}, or what is said of messages
+            continue
+        role = _ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            raise PromptError(
+                f"{place}: conversations[{number}].from: expected one of {', '.join(_ROLES)}, got "
+                f"{show_value(turn['from'])}; convert the column to messages, a list of {{role, content}}"
+            )
+        rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+        messages.append({"role": role, "content": turn.get("value")} | rest)
+    return {name: item for name, item in record.items() if name != "conversations"} | {"messages": messages}
+
+
+def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
+    """The messages of a chat that ends with the assistant's. Raises `PromptError` naming `place`."""
+    checked = _check_messages(messages, place)
+    if checked[-1]["role"] != "assistant":
+        raise PromptError(
+            f"{place}: messages: expected a chat that ends with the assistant's reply, which is trained, got one "
+            f"that ends with role {checked[-1]['role']}; add the reply, or remove the line"
+        )
+    return checked
+
+
+def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        came = "an empty list" if messages == [] else _kind(messages)
+        raise PromptError(f"{place}: messages: expected a list of {{role, content}} objects, got {came}")
+    for number, message in enumerate(messages):
+        label = f"messages[{number}]"
+        if not isinstance(message, dict):
+            raise PromptError(f"{place}: {label}: expected an object with role and content, got {_kind(message)}")
+        message = {key: item for key, item in message.items() if item is not None}
+        for key in ("role", "content"):
+            if key not in message:
+                raise PromptError(f"{place}: {label}: expected role and content, got {_keys(message)}")
+            check_text(message[key], f"{label}.{key}", place)
+        if extra := message.keys() - {"role", "content"}:
+            raise PromptError(
+                f"{place}: {label}: expected only role and content, got also {_keys(sorted(map(str, extra)))}; "
+                "tool calls and names are not supported"
+            )
+        if not message["role"]:
+            raise PromptError(f"{place}: {label}.role: expected system, user or assistant, got an empty one")
+    if not messages[-1]["content"].strip():
+        raise PromptError(f"{place}: messages[{len(messages) - 1}].content: expected text, got an empty one")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, or NaN, which is how pandas writes a null among numbers."""
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def _check_label(value: Any, name: str, place: str) -> str:
+    """`answer`, `source` and `id` are text; a number is written out, an integral one without decimals.
+
+    pandas makes 64.0 of an integer as soon as its column holds a null, and 64 is what a model answers.
+    """
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        if not isinstance(value, int) and not math.isfinite(value):
+            raise PromptError(f"{place}: {name}: expected text or a finite number, got {value}")
+        value = _digits(value)
+    check_text(value, name, place)
+    return str(value)
+
+
+def _digits(value: float | Decimal) -> str:
+    if isinstance(value, Decimal):
+        return format(value if value % 1 else value.to_integral_value(), "f")
+    exact = isinstance(value, float) and abs(value) < 2**53 and value == int(value)
+    return str(int(value)) if exact else json.dumps(value)
+
+
+def check_text(value: Any, name: str, place: str) -> None:
+    """Raise `PromptError` naming `place` if the value is not text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise PromptError(f"{place}: {name}: expected text, got {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{place}: {name}: expected Unicode text, got half a surrogate pair at character {error.start}"
+        ) from None
+
+
+def no_prompt(names: Sequence[str], what: str) -> str:
+    names = [str(name) for name in names]
+    near = [
+        f"is {_short(name)} your {wanted}?"
+        for wanted in ("prompt", "messages")
+        for name in difflib.get_close_matches(wanted, names, 1, 0.7)
+    ]
+    chats = [name for name in names if re.match(r"(conversation|dialog|chat|turns?$)", name.lower())]
+    if chats and not near:
+        near = [f"if {_short(chats[0])} holds chats, name it messages: a list of {{role, content}}"]
+    hint = f"; {near[0]}" if near else f"; name the {what[:-1]} with the text prompt"
+    return f"expected prompt or messages, got {what} {', '.join(map(_short, names[:8])) or 'none'}{hint}"
+
+
+def _keys(value: Iterable[Any]) -> str:
+    return ", ".join(_short(str(key)) for key in [*value][:8]) or "no fields"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:37] + "..."
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return f"{names.get(type(value), 'a number' if isinstance(value, int | float) else type(value).__name__)}"

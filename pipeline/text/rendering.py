@@ -1,0 +1,195 @@
+"""Rendering: from prompt records to token ids, through the tokenizer's chat template or as plain text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import PromptsConfig
+from pipeline.errors import PromptError, one_line
+from pipeline.text.chat_template import chat_text
+from pipeline.text.template_effect import N_CHATS, warn_without_effect, with_system
+from pipeline.text.token_length import least_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TooLongError(PromptError):
+    """A prompt that cannot fit, found without tokenizing it.
+
+    Attributes:
+        least: a lower bound of its tokens.
+    """
+
+    def __init__(self, least: int, at_most: int):
+        self.least = least
+        super().__init__(f"expected at most {at_most} tokens, got at least {least}")
+
+
+def render(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig, at_most: int | None = None
+) -> list[int]:
+    """Token ids of one prompt: through the chat template, ready for the student's turn, or as plain text.
+
+    Args:
+        at_most: tokens; a text that certainly has more is not tokenized.
+
+    Raises:
+        TooLongError: it has more than `at_most` tokens. One that is only slightly longer is returned.
+        PromptError: the template is missing or refuses the record.
+    """
+    if not uses_chat(tokenizer, cfg):
+        if "messages" in record:
+            return render_chat(record["messages"], tokenizer, cfg)  # which raises
+        if cfg.system is not None:
+            raise PromptError(f"prompts.system needs a chat template, {_no_template(cfg)}; remove it")
+        return plain_ids(record["prompt"], tokenizer, at_most)
+    return render_chat(_chat_of(record), tokenizer, cfg, reply_follows=True, at_most=at_most)
+
+
+def render_chat(
+    messages: Sequence[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    *,
+    reply_follows: bool = False,
+    at_most: int | None = None,
+) -> list[int]:
+    """Token ids of a chat through the chat template, ready for the assistant's turn if `reply_follows`.
+
+    Raises as `render`.
+    """
+    if not uses_chat(tokenizer, cfg):
+        raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
+    chat = with_system(messages, cfg.system)
+    text = chat_text(chat, tokenizer, cfg.template_args, reply_follows=reply_follows)
+    _check_length(text, tokenizer, at_most)
+    try:
+        # the template writes every special token itself, a BOS included
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    except Exception as error:  # for text such as half a surrogate pair
+        raise PromptError(f"the tokenizer refuses what the chat template writes: {one_line(error)}") from None
+
+
+def render_all(
+    records: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    max_prompt_tokens: int,
+    context: int | None = None,
+    *,
+    reader: str = "student",
+    named: Mapping[str, str] | None = None,
+) -> list[npt.NDArray[np.int32]]:
+    """Token ids of every prompt, checked against the longest accepted and the reader's `context` length (tokens).
+
+    Warns of settings without effect on the first prompts. Prompts that are much too long are not tokenized.
+
+    Args:
+        reader: whose prompts they are, for messages.
+        named: names of `system` and `template_args` in the recipe, if they are not in [prompts].
+
+    Raises:
+        PromptError: names the first prompt at fault, its length, the limit, how many there are in all, and the
+            setting to change.
+    """
+    if cfg.template != "none":
+        warn_without_effect([_chat_of(record) for record in records[:N_CHATS]], tokenizer, cfg, named)
+    limit = max_prompt_tokens if context is None else min(max_prompt_tokens, context - 1)
+    rendered, lengths, least = [], [], False
+    for number, record in enumerate(records, 1):
+        try:
+            ids = np.asarray(render(record, tokenizer, cfg, limit), np.int32)
+        except TooLongError as error:
+            lengths.append(error.least)
+            least = True
+            continue
+        except PromptError as error:
+            raise PromptError(f"{cfg.path}: prompt {number}: {error}") from None
+        if not len(ids):
+            raise PromptError(f"{cfg.path}: prompt {number}: expected at least one token, the tokenizer gives none")
+        rendered.append(ids)
+        lengths.append(len(ids))
+    long = [number for number, length in enumerate(lengths, 1) if length > limit]
+    if long:
+        longest = max(lengths)
+        if context is not None and longest >= context:
+            remedy = f"the {reader}'s context is {context} tokens, so shorten or remove them"
+        elif least:
+            remedy = "remove them, or set rollouts.max_prompt_tokens higher"
+        else:
+            remedy = f"set rollouts.max_prompt_tokens to {longest} or remove them"
+        raise PromptError(
+            f"{cfg.path}: prompt {long[0]}: expected at most {limit} tokens, got {lengths[long[0] - 1]} "
+            f"({len(long)} of {len(lengths)} prompts are too long, the longest has {longest}"
+            f"{' or more' if least else ''}); {remedy}"
+        )
+    return rendered
+
+
+def with_prefix(record: dict[str, Any], prefix: str | None) -> dict[str, Any]:
+    """The record with text before its prompt, or before the first user message of its chat."""
+    if prefix is None:
+        return record
+    if "prompt" in record:
+        return record | {"prompt": prefix + record["prompt"]}
+    messages = [dict(message) for message in record["messages"]]
+    first = next((message for message in messages if message["role"] == "user"), messages[-1])
+    first["content"] = prefix + first["content"]
+    return record | {"messages": messages}
+
+
+def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> dict[str, Any]:
+    """How prompts become tokens, as JSON for the cache's provenance."""
+    if not uses_chat(tokenizer, cfg):
+        return {"kind": "none"}
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return {
+        "kind": "chat",
+        "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "args": cfg.template_args,
+        "system": cfg.system,
+    }
+
+
+def uses_chat(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> bool:
+    """Whether prompts go through the tokenizer's chat template. Raises `PromptError` if it needs one and has none."""
+    has_template = bool(tokenizer.chat_template)
+    if cfg.template == "chat" and not has_template:
+        raise PromptError(
+            'prompts.template = "chat" needs a tokenizer with a chat template, the student\'s has none; '
+            'set it to "none", or use an instruct model'
+        )
+    return has_template and cfg.template != "none"
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> list[int]:
+    """Tokens of `text`, after a BOS if the tokenizer adds one; never with an EOS, which would end it.
+
+    Raises `TooLongError` if it certainly has more than `at_most`.
+    """
+    _check_length(text, tokenizer, at_most)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def _chat_of(record: dict[str, Any]) -> list[dict[str, str]]:
+    return record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+
+
+def _no_template(cfg: PromptsConfig) -> str:
+    return 'got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none"
+
+
+def _check_length(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None) -> None:
+    if at_most is not None and len(text) > at_most and (least := least_tokens(text, tokenizer)) > at_most:
+        raise TooLongError(least, at_most)

@@ -1,0 +1,1 @@
+"""What the tests share: caches, models, trainers and processes to test with."""
