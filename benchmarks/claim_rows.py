@@ -22,7 +22,7 @@ from toy_training import Replayed, make_cache, toy_recipe
 import cache_schema as cs
 import pipeline.rollouts.stage
 from pipeline import continual, distill
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.models import load as models
 from pipeline.sft import stage as sft

@@ -14,7 +14,7 @@ import cache_schema as cs
 from helpers import killing
 from pipeline import continual
 from pipeline.cli import main
-from pipeline.config.recipe import GateConfig, load_recipe
+from pipeline.config import GateConfig, load_recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import stage as evaluate
 from pipeline.toy import asset_path, company

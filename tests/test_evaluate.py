@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers import killing, preloaded
 from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import PromptsConfig, Recipe
+from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError

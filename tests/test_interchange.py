@@ -21,7 +21,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import SMALL, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
 from pipeline.models.resolve import resolve

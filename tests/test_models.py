@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pipeline.models.load as models
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError
 from pipeline.models.identity import hub_commit, tokenizer_digest
 from pipeline.models.resolve import resolve

@@ -15,7 +15,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import poorer
 from helpers.training import flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.report import inspect
 from pipeline.rounds.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl, scores_reverse_kl

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError, ModelNotFoundError, one_line
 from pipeline.models.identity import weight_files
 from pipeline.runs.files import check_trained
