@@ -628,8 +628,8 @@ def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     logprobs, n = logits.log_softmax(-1).numpy(), asked.get("prompt_logprobs")
     positions: list[Any] = [None]
     for row, token in zip(logprobs, ids[1:], strict=True):
-        told = [token, *np.argsort(-row)[: n or 0].tolist()]
-        positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in told})
+        recorded = [token, *np.argsort(-row)[: n or 0].tolist()]
+        positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in recorded})
     choice = {"text": "?", "prompt_logprobs": None if n is None else positions, "prompt_token_ids": ids}
     if (given := asked.get("prompt_logprob_token_ids")) is None:
         return json.dumps({"choices": [choice]}).encode()

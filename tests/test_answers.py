@@ -74,7 +74,7 @@ def test_samples_of_one_prompt_are_not_independent() -> None:
     ],
 )
 def test_the_same_answer(given: str, wanted: str, match: str) -> None:
-    """Each is told apart by the stricter comparison, where there is one."""
+    """Each is set apart by the stricter comparison, where there is one."""
     said = rf"It is \boxed{{{given}}}"
     assert Checker(match, BOXED).is_right(said, wanted)
     assert not Checker(match, BOXED).is_right(said, f"{wanted} + 1")

@@ -209,8 +209,8 @@ def test_a_candidate_that_the_teacher_lacks_is_in_its_rest(teacher: Teacher, tmp
     other = another_teacher(tmp_path / "other", lambda model: model["vocab"].update(other=model["vocab"].pop(token)))
     expected, found = teacher.compute_scores(rollouts), other.compute_scores(rollouts)
     assert expected.candidate_logprobs is not None and expected.rest_logprob is not None
-    absent, told = candidates == lacking, found.candidate_logprobs
-    assert told is not None and found.rest_logprob is not None and np.isnan(told[absent]).all()
+    absent, recorded = candidates == lacking, found.candidate_logprobs
+    assert recorded is not None and found.rest_logprob is not None and np.isnan(recorded[absent]).all()
     rest = np.logaddexp(expected.rest_logprob, np.where(absent, expected.candidate_logprobs, -np.inf).max(1))
     np.testing.assert_allclose(np.exp(found.rest_logprob), np.exp(rest), atol=1e-6)
     metrics = Trainer(student, TRAIN).update(rollouts, found, "reverse_kl")

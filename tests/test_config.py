@@ -45,8 +45,10 @@ def test_shipped_recipes_are_what_they_are_named_for() -> None:
     assert ours.rollouts.temperature == 1 and ours.rollouts.rollouts_per_prompt == 4 and not ours.warnings()
     assert (source.rollouts.temperature, source.train.learning_rate) == (0.3, 5e-7)
     assert source.train.loss == "importance_sampling"
-    told = " ".join(source.warnings())
-    assert all(key in told for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"'))
+    recorded = " ".join(source.warnings())
+    assert all(
+        key in recorded for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"')
+    )
     source.check_single_use(9600)
 
 

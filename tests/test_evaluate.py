@@ -340,7 +340,7 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
     kept = shutil.copytree(run_dir, tmp_path / "run")
     assert stage.run(str(kept), overrides=[*SMALL, "eval.limit=2"]) == 0
     with safe_open(kept / "reread.safetensors", "numpy") as file:
-        told, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        recorded, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     assert about == {key: str(value) for key, value in json.loads((kept / "run.json").read_text())["cache"].items()}
     round_ = cs.open(toy_cache).round()
     worst, place = {}, {}
@@ -350,10 +350,10 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
             number = int(rollouts.prompt_index[rollouts.row_prompt[row]] * 4 + rollouts.sample_index[row])
             worst[number] = scored.reverse_kl["teacher"][rollouts.response_slice(row)].max()
             place[number] = (scored, row)
-    assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
-    assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
+    assert recorded["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
+    assert recorded["start"].tolist() == (np.cumsum(recorded["length"]) - recorded["length"]).tolist()
     model = models.load_model(recipes_student(kept, "after").student, attention="sampling")
-    for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
+    for number, start, length in zip(recorded["numbers"], recorded["start"], recorded["length"], strict=True):
         scored, row = place[int(number)]
         prompt, response = scored.rollouts.prompt(row), scored.rollouts.response(row)
         sequence = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
@@ -361,11 +361,11 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
         logp_TV, span = logp.numpy(), slice(int(start), int(start + length))
         candidates = scored.student.candidate_ids[scored.rollouts.response_slice(row)]
         of_candidates = np.take_along_axis(logp_TV, candidates.astype(np.int64), 1)
-        np.testing.assert_allclose(told["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
-        np.testing.assert_allclose(told["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
-        np.testing.assert_allclose(told["candidate_logprobs"][span], of_candidates, atol=1e-3)
+        np.testing.assert_allclose(recorded["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
+        np.testing.assert_allclose(recorded["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
+        np.testing.assert_allclose(recorded["candidate_logprobs"][span], of_candidates, atol=1e-3)
         rest = 1 - np.exp(of_candidates).sum(1)
-        np.testing.assert_allclose(np.exp(told["rest_logprob"][span]), rest, atol=1e-6)
+        np.testing.assert_allclose(np.exp(recorded["rest_logprob"][span]), rest, atol=1e-6)
 
 
 def damage(cache: Path) -> None:

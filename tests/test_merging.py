@@ -42,8 +42,8 @@ def over_columns(recipe: Recipe, draws: int = 0) -> DistillationObjective:
 
 
 def of_sampled_token(recipe: Recipe) -> DistillationObjective:
-    told = factory.scores_manifest("teacher", candidates=0)
-    return DistillationObjective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
+    recorded = factory.scores_manifest("teacher", candidates=0)
+    return DistillationObjective(recipe.train, Teachers({"teacher": recorded}), VOCAB, 0, recipe.reward)
 
 
 OBJECTIVES: dict[str, Callable[[], DistillationObjective | PolicyGradient]] = {

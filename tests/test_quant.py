@@ -98,8 +98,8 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     nf4_cache: Path, toy_cache: Path, tmp_path: Path
 ) -> None:
     round_ = cs.open(nf4_cache).round()
-    told = {name: round_.scores(name).manifest.quantisation for name in (cs.STUDENT, "teacher")}  # type: ignore[union-attr]
-    assert told == {cs.STUDENT: "nf4", "teacher": None}
+    recorded = {name: round_.scores(name).manifest.quantisation for name in (cs.STUDENT, "teacher")}  # type: ignore[union-attr]
+    assert recorded == {cs.STUDENT: "nf4", "teacher": None}
     unquantised = cs.open(toy_cache).round().scores(cs.STUDENT).read(0).logprobs
     assert not torch.equal(*(torch.from_numpy(a) for a in (round_.scores(cs.STUDENT).read(0).logprobs, unquantised)))
     with pytest.raises(

@@ -111,21 +111,25 @@ def test_a_run_is_with_all_trackers(toy_cache: Path, tmp_path: Path, capsys: pyt
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     identity = json.loads((tmp_path / "run" / "run.json").read_text())
-    told = wandb_run(tmp_path / "run")
-    assert (told["run"].run_id, told["run"].project, told["run"].run_group) == (identity["id"], "toys", "g")
-    assert told["run"].display_name == "run" and list(told["run"].tags) == ["a"]
+    recorded = wandb_run(tmp_path / "run")
+    assert (recorded["run"].run_id, recorded["run"].project, recorded["run"].run_group) == (
+        identity["id"],
+        "toys",
+        "g",
+    )
+    assert recorded["run"].display_name == "run" and list(recorded["run"].tags) == ["a"]
     config, rows = trackio_rows("toys", f"run-{identity['id']}")
-    for known in (told["config"], config):
+    for known in (recorded["config"], config):
         assert known["train"]["lora_rank"] == 4 and known["cache"] == identity["cache"] and "track" not in known
     rows, end = rows[:-1], rows[-1]
-    for row, other, line in zip(told["history"], rows, lines, strict=True):
+    for row, other, line in zip(recorded["history"], rows, lines, strict=True):
         assert row["_step"] == other["step"] == line["step"]
         for key, value in line.items():
             if key not in ("step", "time"):
                 assert row[f"train/{key}"] == other[f"train/{key}"] == value
         assert row["time/seconds"] == line["time"]["seconds"]
     sentence = identity["result"]["sentence"]
-    assert told["summary"]["result"] == end["result"] == sentence and told["summary"]["exit_code"] == 0
+    assert recorded["summary"]["result"] == end["result"] == sentence and recorded["summary"]["exit_code"] == 0
     assert tensorboard_steps(tmp_path / "run" / "tensorboard", "train/ess") == [line["step"] for line in lines]
 
     assert captured.out.splitlines()[0] == sentence and len(captured.out.splitlines()) == 2, "trackers print nothing"
@@ -154,9 +158,9 @@ def test_a_run_that_continues_continues_its_curves(tmp_path: Path) -> None:
         recorder.close(DONE)
     every = list(range(1, 9))
     assert [row["step"] for row in trackio_rows("redpen", f"twice-{known}")[1]] == [*every, 8]
-    told = wandb_run(tmp_path)
-    assert told["run"].run_id == known and [row["_step"] for row in told["history"]] == every
-    assert [row["train/reverse_kl"] for row in told["history"]] == [1 / step for step in every]
+    recorded = wandb_run(tmp_path)
+    assert recorded["run"].run_id == known and [row["_step"] for row in recorded["history"]] == every
+    assert [row["train/reverse_kl"] for row in recorded["history"]] == [1 / step for step in every]
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     assert tensorboard_steps(tmp_path / "tensorboard", "train/reverse_kl") == every
 
@@ -307,8 +311,8 @@ def test_a_terminal_has_a_bar_and_a_note() -> None:
     frames = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", re.sub(r"\x1b\[[0-9;]*m", "", written))
     assert "━" in frames and re.search(r"train .*\d+/40 steps [\d.]+ steps/s \d:\d\d:\d\d", frames)
     assert re.search(r"^reverse KL 0\.0\d+", frames, re.M), "below the bar"
-    told, result, following = screen(written)[-3:]
-    assert told.startswith("SIGTERM: ") and told.endswith(" again to force quit"), "not redrawn away"
+    recorded, result, following = screen(written)[-3:]
+    assert recorded.startswith("SIGTERM: ") and recorded.endswith(" again to force quit"), "not redrawn away"
     assert re.fullmatch(r"train: 100%, 40/40 steps, [\d.]+ steps/s, reverse KL 0\.0250", result), "one line stays"
     assert following == "next"
 

@@ -59,7 +59,7 @@ class PackedTokens:
             "use_cache": False,
             "pack_plan": self.plan,
         }
-        if self.plan.keys is None:  # else they would tell of responses without their prompt
+        if self.plan.keys is None:  # else they would describe responses without their prompt
             kwargs |= {"cu_seqlens": self.plan.cu_seqlens, "max_seqlen": self.plan.max_seqlen}
         return kwargs
 

@@ -9,7 +9,7 @@ Two questions, answered on a few real rollouts, chosen to differ:
 
 In fp32 both have a fixed tolerance. In half precision they are held against the model's own noise, which is how far a
 rollout's log-probs move when transformers runs it beside another row, or by its eager attention: a recurrent state
-that decays leaks a few tenths of a nat, which no fixed tolerance tells from rounding.
+that decays leaks a few tenths of a nat, which no fixed tolerance can separate from rounding.
 """
 
 from __future__ import annotations
