@@ -156,7 +156,7 @@ def teacher_time(row: Row) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()) as told:
             make_cache(cache, recipe, sys.stdout)
-        sampled, student, teacher = map(float, re.findall(r" now in ([\d.]+) s", told.getvalue()))
+        sampled, student, teacher = map(float, re.findall(r" (?:rollouts|tokens) in ([\d.]+) s", told.getvalue()))
         replayed, seconds = Replayed(recipe, cache), 0.0
         points = []
         for step in STEPS:

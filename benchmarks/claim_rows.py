@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/claims.py`: each measures its runs and says what they mean for a claim of the source."""
+"""The rows of `benchmarks/claims.py`: each measures its runs and compares them with a published claim."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from toy_training import Replayed, make_cache, toy_recipe
 import cache_schema as cs
 import pipeline.rollouts.stage
 from pipeline import continual, distill
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.models import load as models
 from pipeline.sft import stage as sft
@@ -357,7 +357,7 @@ def company(work: Work) -> Found:
     source = {"knowledge": ("18 %", "36 %", "41 %"), "formats": ("85 %", "79 %", "83 %")}
     lines = ["| | before | after SFT | after self-distillation |", "|---|---|---|---|"]
     for name, by_stage in values.items():
-        lines.append(f"| {name}, the source | " + " | ".join(source[name]) + " |")
+        lines.append(f"| {name}, published | " + " | ".join(source[name]) + " |")
         lines.append(f"| {name}, here | " + " | ".join(spread(v, "{:.1f}") + " %" for v in by_stage.values()) + " |")
 
     def changes(name: str, since: str, until: str) -> list[float]:

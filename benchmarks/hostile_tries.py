@@ -618,7 +618,7 @@ def _named(path: str, body: bytes) -> str:
 def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     import torch
 
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
     from pipeline.models import load as models
 
     if not hasattr(_teacher_answer, "model"):

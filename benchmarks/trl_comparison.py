@@ -145,7 +145,7 @@ def told(costs: dict[str, Cost], run: Path) -> dict[str, Any]:
     stage_one = "".join(cost.output for name, cost in costs.items() if name != "train")
     return {
         "total": sum(cost.seconds for cost in costs.values()),
-        "work": sum(seconds) + sum(map(float, re.findall(r" now in ([\d.]+) s", stage_one))),
+        "work": sum(seconds) + sum(map(float, re.findall(r" (?:rollouts|tokens) in ([\d.]+) s", stage_one))),
         "step": statistics.median(seconds),
         "anonymous": max(cost.anonymous for cost in costs.values()),
     }

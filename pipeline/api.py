@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline import credentials
-from pipeline.config.recipe import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
+from pipeline.config import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
 from pipeline.engines.heldout import generating
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room

@@ -21,7 +21,7 @@ from helpers.models import IDS, logits, plain, random_adapter, small_model
 from helpers.training import curve, distance, gradient, moved, naive_gradient, stop_after_one_step, trainer_of
 from pipeline import merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import Interrupted, ModelError, RedpenError
 from pipeline.models import load as models
 from pipeline.models import lora

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ModelError
 from pipeline.evaluate import stage as evaluate
 from pipeline.score import stage

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.recipe import EvalConfig
+from pipeline.config import EvalConfig
 from pipeline.errors import ConfigError
 from pipeline.text.answers import Checker, as_number, pass_at, share_right
 from pipeline.text.math_verify import MathJudge, boxed

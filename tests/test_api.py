@@ -17,7 +17,7 @@ from torch import Tensor
 import cache_schema as cs
 from helpers.caches import make_cache
 from pipeline.api import Rollouts, Student, Teacher, Trainer
-from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError, PromptError, RedpenError
 from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.toy import asset_path

@@ -29,7 +29,7 @@ import pipeline.rollouts.stage
 import pipeline.score.stage
 from helpers.caches import make_cache, small_recipe
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.diagnose import reading, stage
 from pipeline.diagnose import rollout_checks as written
 from pipeline.errors import RedpenError

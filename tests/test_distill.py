@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers.caches import SMALL, small_recipe
 from pipeline import distill
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distill import Measurement, RoundResult, final_result
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate

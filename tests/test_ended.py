@@ -14,7 +14,7 @@ from helpers import killing
 from helpers.caches import SMALL, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.distill import Measurement
 from pipeline.errors import RedpenError
 from pipeline.models.paths import find_directory

@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers import killing, preloaded
 from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import PromptsConfig, Recipe
+from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
@@ -159,7 +159,9 @@ def test_a_streamed_teacher_says_the_same(
     """Scores are equal bits, and the teacher is never loaded as a whole."""
     loaded: list[str] = []
     whole = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda cfg, **rest: loaded.append(cfg.model) or whole(cfg, **rest))
+    monkeypatch.setattr(
+        models, "load_model", lambda source, **rest: loaded.append(source.settings.model) or whole(source, **rest)
+    )
     out = tmp_path / "eval.json"
     stage.run(str(run_dir), overrides=(*SMALL, "score.placement=streamed"), out=out)
     assert {label: json.loads(out.read_text())[label]["reverse_kl"] for label in ("before", "after")} == {
@@ -184,7 +186,7 @@ def test_what_was_measured_before_the_teacher_failed_is_kept(
     with pytest.raises(ConfigError, match=r"score\.memory_gib"):
         stage.run(str(copy), overrides=(*SMALL, "score.placement=streamed", "score.memory_gib=1e-9"))
     (copy / ".lock").write_bytes((run_dir / ".lock").read_bytes())
-    assert tree_digest(copy) == before and "eval.json is still that of" in capsys.readouterr().err
+    assert tree_digest(copy) == before and "eval.json still belongs to" in capsys.readouterr().err
 
 
 def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +402,9 @@ def test_a_cache_that_cannot_be_read_again(
     spoil(cache)
     recipe = recipes_student(kept, "after")
     assert reread(kept, models.load_model(recipe.student), recipe) is None
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cached rollouts again" in line)
+    (line,) = (
+        line for line in capsys.readouterr().err.splitlines() if "cached rollouts are not scored again" in line
+    )
     assert said in line
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import small_recipe
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.train import losses
 from pipeline.train.objective import DistillationObjective, PolicyGradient
 from pipeline.train.replay import BEHAVIOUR, Batch, LoadedBlock, MicroBatch, Rollout

@@ -21,7 +21,7 @@ import cache_schema as cs
 import pipeline.score.stage
 from helpers.caches import poorer, small_recipe
 from helpers.training import curve, distance, flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import stage
 from pipeline.train.build import make_objective

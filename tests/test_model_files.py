@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import pipeline.models.load as models
-from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
 from pipeline.models.architecture import choose_layout
 from pipeline.models.files import ConfigFile, misplaced_tensors

@@ -15,9 +15,9 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import poorer
 from helpers.training import flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
-from pipeline.report import data
+from pipeline.report import inspect
 from pipeline.rounds.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl, scores_reverse_kl
 from pipeline.train import stage
 
@@ -128,7 +128,7 @@ def test_the_rest_of_a_sure_teacher_is_small_and_not_zero() -> None:
 
 def test_the_views_show_what_was_told(partial_cache: Path) -> None:
     cache = cs.open(partial_cache)
-    shown = {scores["name"]: scores for scores in data.summary(cache)["rounds"][0]["scores"]}
+    shown = {scores["name"]: scores for scores in inspect.summary(cache)["rounds"][0]["scores"]}
     assert 0 < shown["partial"]["reverse_kl_tokens"] < shown["teacher"]["reverse_kl_tokens"]
     assert shown["alone"]["reverse_kl"] > 0
 
@@ -137,7 +137,7 @@ def test_the_views_show_what_was_told(partial_cache: Path) -> None:
             return "x"
 
     for name in ("partial", "alone"):
-        tokens = data.rollout(cache.round(), 3, name, Decoder)["tokens"]
+        tokens = inspect.rollout(cache.round(), 3, name, Decoder)["tokens"]
         assert any(token["reverse_kl"] is not None for token in tokens)
 
 

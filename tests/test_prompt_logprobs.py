@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 import cache_schema as cs
 import pipeline.train.stage as train_stage
 from helpers import preloaded
-from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
+from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
 from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch

@@ -18,7 +18,7 @@ from helpers.caches import make_cache, small_recipe
 from helpers.models import IDS, logits, plain, random_adapter, small_model
 from helpers.training import assert_same_run, distance, stop_after_one_step, trainer_of
 from pipeline import merge
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
@@ -262,7 +262,7 @@ class TestOnCuda:
         assert torch.equal(weights(trainer), weights(again))
 
     def test_8_bits_take_a_quarter_of_the_memory(self) -> None:
-        from pipeline.config.recipe import TrainConfig
+        from pipeline.config import TrainConfig
         from pipeline.train.optimizer import make_optimizer, state_tensors
 
         def state_bytes(optimizer: str) -> int:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError

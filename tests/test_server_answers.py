@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cache_schema as cs
-from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.engines import served as server
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer

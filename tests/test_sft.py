@@ -22,7 +22,7 @@ from helpers import preloaded
 from helpers.caches import small_recipe
 from helpers.training import curve
 from pipeline.cli import main
-from pipeline.config.recipe import PromptsConfig, load_recipe
+from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError
 from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage

@@ -27,7 +27,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
 from helpers.models import FAMILIES, SMALL_CONFIG, random_model
-from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
+from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError

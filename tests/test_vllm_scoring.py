@@ -26,7 +26,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.models import load as models

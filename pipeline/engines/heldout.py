@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import httpx2
 
 import cache_schema as cs
-from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.credentials import mask
 from pipeline.engines.prompt_logprobs import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, VllmConfig
+from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import say
 from pipeline.engines.prompt_logprobs import (
     LIKELIEST,

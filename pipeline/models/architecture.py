@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.forward.attention import ATTENTION, NotCausalError, watched
 from pipeline.forward.head import Head, unwrapped

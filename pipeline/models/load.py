@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
 from pipeline.forward.finite import set_name

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.console import warn
 from pipeline.errors import ModelError
 from pipeline.files import atomic_directory

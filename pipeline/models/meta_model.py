@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.forward.rows import is_packed

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError, RedpenError, one_line
 from pipeline.models.files import check_tokenizer_files, read_config, read_generation_config
 from pipeline.models.identity import adapter_digest, hub_commit, model_digest, served_digest, tokenizer_digest

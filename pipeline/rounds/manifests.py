@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, RolloutsConfig, TeacherConfig
+from pipeline.config import Recipe, RolloutsConfig, TeacherConfig
 from pipeline.models.architecture import choose_layout
 from pipeline.models.identity import DATA, IMPORTED, created_by
 from pipeline.text.rendering import template_identity

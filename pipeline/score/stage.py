@@ -33,8 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import per_second, progress, say, show, suggest, warn
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.console import progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
@@ -205,7 +205,7 @@ def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
     if ranks.is_main_process:
         show(
             f"{name}: {summarize(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
-            f"{per_second(n_pending, seconds)} tokens/s"
+            f"{speed(n_pending / seconds, 'tokens')}"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.console import say
 from pipeline.disk import readable
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch

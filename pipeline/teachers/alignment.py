@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.config import PromptsConfig, Recipe, TeacherConfig
 from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
 from pipeline.models.resolve import ResolvedModel, resolve

@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
+from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import join_ranks
@@ -190,7 +190,7 @@ def _train(
                 metrics[f"heldout_{train.heldout_metric}"] = history.heldout[str(step)] = heldout()
             if recorder is not None:
                 recorder.log(metrics, speed)
-            bar.advance(note=_note(train, metrics, speed, history), trend=metrics.get("reverse_kl", metrics["loss"]))
+            bar.advance(note=_note(train, metrics, speed, history))
             history.add(train, metrics, seconds, metrics["tokens_read"])
 
             if step % train.checkpoint_every == 0 or step == best_step(train, history):

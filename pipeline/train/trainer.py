@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite

@@ -12,7 +12,7 @@ import numpy as np
 
 import cache_schema as cs
 from helpers import preloaded
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
