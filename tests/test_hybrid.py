@@ -41,6 +41,7 @@ def test_qwen3_5_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "train.checkpoint_every=1",
         "eval.max_response_tokens=8",
         "eval.limit=4",
+        "rollouts.format_check_prompts=0",
     ]
     recipe, cache, run = small_recipe(*settings), str(tmp_path / "c.zarr"), tmp_path / "run"
     pipeline.rollouts.stage.run(recipe, cache)

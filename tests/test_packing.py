@@ -154,7 +154,7 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     chunked = Llama4TextConfig(
         **SMALL_CONFIG, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
     )
-    with pytest.raises(ModelError, match="Llama4ForCausalLM"):
+    with pytest.raises(ModelError, match="chunked"):
         packed_hidden(random_model(chunked), packed)
     with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
         attention._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)

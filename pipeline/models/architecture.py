@@ -92,9 +92,7 @@ def _reason(model: Any) -> str:
     body: Any = decoder_body(model)
     if getattr(body.config, "attention_chunk_size", None):  # longer than what is run here
         return "its attention sees chunks of the sequence, by a mask of its own"
-    layers = next((m for m in body.children() if isinstance(m, nn.ModuleList)), None)
-    if layers is None or not len(layers):
-        return ""
+    layers: Any = next((m for m in body.children() if isinstance(m, nn.ModuleList)), [])
     for index, layer in enumerate(layers):
         for part in layer.modules():
             if isinstance(part, nn.Conv1d):

@@ -90,9 +90,9 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 def _excluded(model: nn.Module) -> str | None:
     """A pattern of the linear layers that get no LoRA; None if there are none."""
     decoder = {id(module) for module in decoder_body(model).modules()}
-    # Fused kernels of Mamba take the weight of the output projection, past an adapter on it; peft refuses it.
+    # Mamba takes the weights of these past an adapter on them, some always and some in fused kernels.
     mixers = [module for module in model.modules() if hasattr(module, "conv1d") and hasattr(module, "D")]
-    fused = {id(module.out_proj) for module in mixers if hasattr(module, "out_proj")}
+    fused = {id(getattr(module, name, None)) for module in mixers for name in ("out_proj", "dt_proj")}
     head = unwrapped(model).get_output_embeddings()  # which peft leaves out
     names = [
         name
