@@ -216,7 +216,7 @@ def test_what_old_files_hold_is_masked_wherever_it_is_shown(
 
 def test_trackers_and_cards_get_no_credential() -> None:
     assert SECRET not in repr(credentials.masked({"a": [URLS[0], {URLS[4]: 1}], "b": (URLS[2],)}))
-    for module in ("train/tracking.py", "train/card.py", "merge.py"):
+    for module in ("runs/tracking.py", "models/model_card.py", "merge.py"):
         assert "mask" in (ROOT / "pipeline" / module).read_text()
 
 

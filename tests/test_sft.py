@@ -250,7 +250,7 @@ def test_killed_it_goes_on_to_the_same_bits(tuned: Path, tmp_path: Path) -> None
 def test_other_data_are_refused_and_nothing_is_lost(tuned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (tuned / "run/metrics.jsonl").read_bytes()
     assert main([*command(tuned, tuned / "run"), "--data", str(tuned / "sums.jsonl")]) == 1
-    assert "shares must be given for each" in capsys.readouterr().err
+    assert "sft.data shares must be given" in capsys.readouterr().err
     assert (
         main(["sft", "toy", "--run", str(tuned / "run"), "--data", str(tuned / "sums.jsonl"), "--set", SMALL[0]]) == 1
     )

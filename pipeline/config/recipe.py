@@ -65,7 +65,6 @@ class Recipe(Section):
     continual: ContinualConfig = Field(default=ContinualConfig(), description="new knowledge and old behaviour")
     track: TrackConfig = Field(default=TrackConfig(), description="experiment trackers")
 
-    #: The TOML that it was read from, for its comments.
     _source: str = PrivateAttr(default="")
 
     def __eq__(self, other: object) -> bool:
@@ -97,6 +96,11 @@ class Recipe(Section):
         if isinstance(model, TeacherConfig):
             return model.placement or self.score.placement
         return self.score.placement if self.score.placement in ("resident", "streamed") else "resident"
+
+    @property
+    def source(self) -> str:
+        """The TOML that the recipe was read from; `to_toml` takes comments from it."""
+        return self._source
 
     @property
     def has_rewards(self) -> bool:
