@@ -7,7 +7,7 @@ import pytest
 from helpers.families import FAMILIES, PAGE, line, try_family
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft, of experts that "all-linear" skips
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:fan_in_fan_out is set")  # of peft
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_right_or_refused(family: str, tmp_path: Path) -> None:
     expected = next(x for x in PAGE.read_text(encoding="utf-8").splitlines() if x.startswith(f"| {family} |"))
