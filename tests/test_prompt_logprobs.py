@@ -424,8 +424,8 @@ def test_what_may_pass_is_tried_again(
 @pytest.mark.parametrize(
     ("mishap", "message"),
     [
-        ("other ids", r"of other tokens than were sent: .* was sent, 7 came back"),
-        ("shifted", r"of other tokens than were sent"),
+        ("other ids", r"returned other tokens than were sent: .* was sent, 7 came back"),
+        ("shifted", r"returned other tokens than were sent"),
         ("silent", r"returned no prompt_logprobs; serve the teacher with vLLM"),
         ("no choices", r"an answer that cannot be read"),
         (400, r"refused with 400: mishap 400; 'teach' must be served with .*--max-model-len"),

@@ -19,6 +19,7 @@ import pytest
 import cache_schema as cs
 from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.engines import served as server
+from pipeline.engines import server_answers
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ModelError
@@ -221,4 +222,4 @@ def test_a_drip_ends_with_the_time_for_a_request(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("when", ["nan", "inf", "-5", "x", "1e400"])
 def test_a_server_that_says_when_to_come_back(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (server._retry_after(httpx2.Response(429, headers={"retry-after": when})) or 0) <= 60
+    assert (server_answers.retry_after(httpx2.Response(429, headers={"retry-after": when})) or 0) <= 60
