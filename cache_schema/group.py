@@ -331,7 +331,9 @@ class BlockGroup:
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             with storage_errors(f"{self._label}: cannot read {name}"):
-                self._arrays[name] = open_array(self._group.store, f"{self._group.path}/{name}", self._layouts[name])
+                self._arrays[name] = open_array(
+                    self._group.store, f"{self._group.path}/{name}".lstrip("/"), self._layouts[name]
+                )
         return self._arrays[name]
 
     def _load(self, name: str, where: Any) -> npt.NDArray[Any]:

@@ -1,10 +1,10 @@
-"""Reading and writing files, for everything outside the Zarr stores.
+"""Reading and writing files, except those inside Zarr stores.
 
-Writes are atomic: after a kill there is the old content or the new one. Temporary names are new, exclusive and
-unpredictable, and a symbolic link in the place of one of our files is refused, so that a run directory or a cache
-from somebody else cannot redirect a write. Reads are bounded, and only ever of regular files.
+Writes are atomic: a killed process leaves the old content or the new. Temporary names are exclusive and
+unpredictable, and writing to a symbolic link is refused, so that a run directory or cache from somebody else cannot
+redirect a write. Only regular files are read, up to a size limit.
 
-Everything in `pipeline` that opens a file goes through here; tests/test_files.py walks the code for exceptions.
+All of `pipeline` opens files through this module; tests/test_files.py lists the exceptions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     _M = TypeVar("_M", bound=BaseModel)
 
-#: End of the name of a temporary file or directory.
+#: Suffix of temporary files and directories.
 PARTIAL = ".partial"
-#: The most that a file of settings, metadata or results may hold, in bytes; above it a file is not what it should be.
+#: Default size limit, in bytes, of files with settings, metadata or results.
 AT_MOST = 2**26
 _SHOWN = 200
 _RANDOM_BYTES = 8
@@ -46,9 +46,9 @@ _REPLACED = ".replaced"
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """An empty directory to fill, which replaces `path` once the body has succeeded and all of it is on disk.
+    """Yield an empty directory that replaces `path` when the body succeeds, after everything in it is synced to disk.
 
-    What was at `path` stays until then. Raises `RedpenError` if `path` is a symbolic link.
+    Until then `path` keeps its content. Raises `RedpenError` if `path` is a symbolic link.
     """
     refuse_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     partial, handle = _claim(path, is_directory=True)
     try:
         yield partial
-        mode = partial.stat().st_mode & 0o666  # by the umask; safetensors makes its files readable by the owner alone
+        mode = partial.stat().st_mode & 0o666  # follow the umask; safetensors creates files with mode 600
         for file in sorted(partial.rglob("*")):
             if file.is_symlink():
                 continue
@@ -75,9 +75,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A new file to write to, which replaces `path` once the body has succeeded and all of it is on disk.
+    """Yield a new file that replaces `path` when the body succeeds, after its content is synced to disk.
 
-    What was at `path` stays until then. Raises `RedpenError` if `path` is a symbolic link.
+    Until then `path` keeps its content. Raises `RedpenError` if `path` is a symbolic link.
     """
     refuse_link(path)
     _remove_abandoned(path)
@@ -95,7 +95,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file's content at once. Text is written as UTF-8.
+    """Replace a file's content atomically. Text is written as UTF-8.
 
     Raises `RedpenError` if `path` is a symbolic link.
     """
@@ -105,10 +105,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def staged_file(path: Path, content: str | bytes) -> Iterator[None]:
-    """Write a file beside `path` now, and put it in its place once the body has succeeded.
+    """Write a temporary file now, and move it to `path` when the body succeeds.
 
-    Several of these, and of `atomic_directory`, on one `ExitStack` take up all the room that they need before the
-    first of them replaces anything. Raises `RedpenError` if `path` is a symbolic link.
+    Several of these and of `atomic_directory` on one `ExitStack` use all their disk space before the first of them
+    replaces anything. Raises `RedpenError` if `path` is a symbolic link.
     """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -118,7 +118,7 @@ def staged_file(path: Path, content: str | bytes) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or directory of ours at once, and what killed processes left of earlier writes to it.
+    """Remove a file or directory atomically, and temporary files that killed processes left beside it.
 
     Raises `RedpenError` if `path` is a symbolic link.
     """
@@ -133,8 +133,9 @@ def remove(path: Path) -> None:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write what a user has asked for to where they said: a file is replaced at once, a pipe or a device takes it and
-    stays what it is. Raises `RedpenError` if `path` is a symbolic link, but for those of the system, as /dev/stdout.
+    """Write to a path that the user chose: replace a file atomically, write into a pipe or device.
+
+    Raises `RedpenError` if `path` is a symbolic link, except in /dev and /proc (e.g. /dev/stdout).
     """
     check_output(path)
     if path.exists() and (_is_of_the_system(path) or not path.is_file()):
@@ -144,7 +145,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def check_output(path: Path) -> None:
-    """What `write_output` would refuse, before there is anything to write."""
+    """Raise now what `write_output` would raise later."""
     if not _is_of_the_system(path):
         refuse_link(path)
 
@@ -154,9 +155,9 @@ def _is_of_the_system(path: Path) -> bool:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to a file of ours, which is made if it is missing.
+    """Append text to a file; create it if it does not exist.
 
-    Raises `RedpenError` if it is a symbolic link, or no regular file.
+    Raises `RedpenError` if it is a symbolic link or not a regular file.
     """
     handle = _open_ours(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     with open(handle, "w", encoding="utf-8") as file:
@@ -164,9 +165,9 @@ def append(path: Path, text: str) -> None:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor of a lock file, which is made if it is missing.
+    """Open a lock file and return its descriptor; create it if it does not exist.
 
-    Raises `RedpenError` if it is a symbolic link, or no regular file.
+    Raises `RedpenError` if it is a symbolic link or not a regular file.
     """
     return _open_ours(path, os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -176,7 +177,7 @@ def _open_ours(path: Path, flags: int, mode: int) -> int:
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     except OSError as problem:
-        if problem.errno == errno.ENXIO:  # a pipe that nobody reads
+        if problem.errno == errno.ENXIO:  # a pipe without a reader
             raise RedpenError(f"{path}: expected a regular file made by redpen, found a pipe; remove it") from None
         raise
     if not stat.S_ISREG(found := os.fstat(handle).st_mode):
@@ -186,7 +187,7 @@ def _open_ours(path: Path, flags: int, mode: int) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or renamed in a directory, on the disk itself."""
+    """Sync a file's content, or a directory's entries, to disk."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -195,7 +196,7 @@ def sync(path: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise `RedpenError` if a symbolic link is where a file or directory of ours belongs."""
+    """Raise `RedpenError` if `path`, where redpen writes a file or directory, is a symbolic link."""
     if path.is_symlink():
         raise RedpenError(
             f"{path}: expected a file or directory made by redpen, found a symbolic link to "
@@ -204,7 +205,7 @@ def refuse_link(path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """What temporary names for `path` begin with: few enough bytes for any file system."""
+    """Prefix of temporary names for `path`, short enough for any file system."""
     return f".{path.name.encode(errors='surrogateescape')[:150].decode(errors='ignore')}."
 
 
@@ -213,7 +214,7 @@ def _temporary(path: Path, end: str = PARTIAL) -> Path:
 
 
 def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
-    """A new temporary file or directory beside `path`, and a descriptor that marks it as in use while it is open."""
+    """Create a temporary file or directory beside `path`; the returned descriptor's lock marks it as in use."""
     while True:
         partial = _temporary(path)
         if is_directory:
@@ -224,7 +225,7 @@ def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
         try:
             handle = os.open(partial, flags, 0o666)
         except FileNotFoundError:
-            if is_directory:  # taken for abandoned
+            if is_directory:  # another process removed it as abandoned
                 continue
             raise
         try:
@@ -232,15 +233,15 @@ def _claim(path: Path, is_directory: bool) -> tuple[Path, int]:
             is_ours = partial.exists()
         except BlockingIOError:
             is_ours = False
-        except OSError:  # a file system without locks: then nothing is ever taken for abandoned
+        except OSError:  # no locks on this file system: nothing is ever removed as abandoned
             is_ours = True
         if is_ours:
             return partial, handle
-        os.close(handle)  # another process found it before it was locked, and removes it
+        os.close(handle)  # another process found it before it was locked and removes it
 
 
 def _move(partial: Path, path: Path) -> None:
-    """Put a directory in the place of what is at `path`, at once where the system can exchange names."""
+    """Replace `path` by a directory, atomically if the file system can exchange names."""
     if not path.exists():
         partial.rename(path)
     elif _exchange(partial, path):
@@ -253,7 +254,7 @@ def _move(partial: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether two names now stand for each other's content: Linux's renameat2, on most local file systems."""
+    """Exchange two names by renameat2 (Linux, most local file systems) and return whether that succeeded."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -270,9 +271,9 @@ def _remove(path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left of earlier writes to `path`; what a live process writes now is locked.
+    """Remove temporary files that killed processes left beside `path`; those of live processes are locked.
 
-    Content that a kill caught between two names gets its own back.
+    Content that was moved aside and not yet replaced is moved back.
     """
     name = re.compile(re.escape(_stem(path)) + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}({PARTIAL}|{_REPLACED})")
     try:
@@ -306,13 +307,13 @@ def read_bytes(
     """A regular file's content.
 
     Args:
-        at_most: bytes; a larger file is refused before it is read.
-        error: class of what is raised.
-        follow_links: False for files of our own, which are never links.
+        at_most: size limit in bytes; a larger file is refused before it is read.
+        error: class of the error to raise.
+        follow_links: False for files that redpen wrote, which are never links.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RedpenError: of class `error`; the file is no regular file, is too large, or cannot be read.
+        FileNotFoundError: the file does not exist.
+        RedpenError: of class `error`; not a regular file, too large, or unreadable.
     """
     if not follow_links and path.is_symlink():
         target = os.readlink(path)
@@ -334,11 +335,11 @@ def read_bytes(
         raise
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
-    except ValueError:  # what Python makes of a NUL in a path, which no file's has
+    except ValueError:  # raised for a NUL in a path
         if "\0" not in os.fspath(path):
             raise
         raise error(f"{os.fspath(path)!r}: expected a path, found one with a NUL in it") from None
-    if len(content) > at_most:  # it grew, or its file system does not know its size
+    if len(content) > at_most:  # it grew, or the file system reports no size
         raise error(f"{path}: expected at most {at_most:,} bytes, found more")
     return content
 
@@ -346,7 +347,7 @@ def read_bytes(
 def read_text(
     path: Path, *, at_most: int = AT_MOST, error: type[RedpenError] = RedpenError, follow_links: bool = True
 ) -> str:
-    """A UTF-8 file's text, without a byte order mark. Arguments and errors as for `read_bytes`."""
+    """Read a UTF-8 file, without its byte order mark. Arguments and errors as for `read_bytes`."""
     content = read_bytes(path, at_most=at_most, error=error, follow_links=follow_links)
     try:
         return content.decode("utf-8-sig")
@@ -359,7 +360,7 @@ def read_text(
 def read_json(
     path: Path, *, at_most: int = AT_MOST, error: type[RedpenError] = RedpenError, follow_links: bool = True
 ) -> dict[str, Any]:
-    """The JSON object in a file. Arguments and errors as for `read_bytes`."""
+    """Read a JSON object. Arguments and errors as for `read_bytes`."""
     text = read_text(path, at_most=at_most, error=error, follow_links=follow_links)
     value = parse_json(text, str(path), error=error)
     if not isinstance(value, dict):
@@ -375,13 +376,13 @@ def read_model(
     error: type[RedpenError] = RedpenError,
     follow_links: bool = True,
 ) -> _M:
-    """The JSON object in a file as a pydantic model. Arguments and errors as for `read_bytes`."""
+    """Read a JSON object as a pydantic model. Arguments and errors as for `read_bytes`."""
     found = read_json(path, at_most=at_most, error=error, follow_links=follow_links)
     return parse_model(found, model, str(path), error=error)
 
 
 def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
-    """blake2b of a file of ours, of any size, as 32 hexadecimal digits. No link; errors as for `read_bytes`."""
+    """blake2b of a file of any size, as 32 hexadecimal digits. Links are refused; errors as for `read_bytes`."""
     if path.is_symlink():
         raise error(
             f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
@@ -399,18 +400,19 @@ def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
 
 
 def parse_json(text: str | bytes, name: str, *, error: type[RedpenError] = RedpenError) -> Any:
-    """A JSON value from outside. Raises `error`, naming its source `name`, whatever is wrong with the text."""
+    """Parse untrusted JSON. Raises `error`, naming the source `name`, if it is invalid."""
     try:
         return json.loads(text)
     except RecursionError:
         raise error(f"{name}: not valid JSON (nested too deeply)") from None
-    except ValueError as problem:  # also bytes that are no text, and integers of thousands of digits
+    except ValueError as problem:  # also bytes that are not UTF-8, and integers with thousands of digits
         raise error(f"{name}: not valid JSON ({_clipped(str(problem))})") from None
 
 
 def parse_model(value: Any, model: type[_M], name: str, *, error: type[RedpenError] = RedpenError) -> _M:
-    """A value from outside as a pydantic model. Raises `error` that names the source `name` and the first field that
-    is wrong, with what was expected and what was found.
+    """Validate an untrusted value as a pydantic model.
+
+    Raises `error`, naming the source `name`, the first invalid field, what was expected and what was found.
     """
     from pydantic import ValidationError
 

@@ -14,7 +14,7 @@ import cache_schema as cs
 from helpers import killing
 from pipeline import continual
 from pipeline.cli import main
-from pipeline.config.recipe import GateConfig, load_recipe
+from pipeline.config import GateConfig, load_recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import stage as evaluate
 from pipeline.toy import asset_path, company
@@ -99,8 +99,8 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     out, err = capsys.readouterr()
     assert f"{run}: the gate does not hold: knowledge rose by " in out and "next:" not in err
     assert "knowledge" in out.splitlines()[-3] and "(" in out.splitlines()[-3]
-    told = json.loads((run / "gate.json").read_text())
-    assert set(told) == {"knowledge", "formats"} and list(told["formats"]) == [
+    recorded = json.loads((run / "gate.json").read_text())
+    assert set(recorded) == {"knowledge", "formats"} and list(recorded["formats"]) == [
         "before",
         "after sft",
         "after distillation",

@@ -287,16 +287,16 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
 
 #: Modules that open or remove files by other means than `pipeline.files`, and what they do with them.
 ELSEWHERE = {
+    "cli/streams.py": "opens the standard streams",
     "config/recipe.py": "reads a shipped recipe",
     "continual.py": "copies into a directory that replaces another",
     "distill.py": "copies into a directory that replaces another, and removes an adapter",
     "engines/vllm.py": "silences a standard stream",
     "files.py": "is that module",
     "interchange/importing.py": "streams a table",
+    "models/_transformers_compat.py": "removes a generated file from a directory that it fills",
     "models/identity.py": "streams weights",
-    "models/load.py": "fills a directory that replaces another",
     "models/lora.py": "fills a directory that replaces another",
-    "output.py": "opens the standard streams",
     "runs/checkpoint.py": "fills a directory that replaces another, and removes old checkpoints",
     "runs/lock.py": "locks a directory",
     "streaming/weights.py": "reads tensors by position",

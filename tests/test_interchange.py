@@ -21,7 +21,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import SMALL, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
 from pipeline.models.resolve import resolve
@@ -333,9 +333,9 @@ def test_whole_numbers_are_log_probs_too(tmp_path: Path) -> None:
 
 
 def test_whose_log_probs(tmp_path: Path) -> None:
-    told, untold = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
+    recorded, untold = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
     jsonl(Path(untold), [rollout(teacher_log_probs=None)])
-    assert "expected one of teacher, got 'x'" in refused(told, tmp_path / "c", teacher="x")
+    assert "expected one of teacher, got 'x'" in refused(recorded, tmp_path / "c", teacher="x")
     assert "got none in any row; leave --teacher out" in refused(untold, tmp_path / "c", teacher="teacher")
     assert "no such file" in refused(str(tmp_path / "nothing"), tmp_path / "c")
     assert "got a directory" in refused(str(tmp_path), tmp_path / "c")
@@ -343,8 +343,8 @@ def test_whose_log_probs(tmp_path: Path) -> None:
     assert "x.parquet: expected a Parquet file: ArrowInvalid" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
     two = toy().model_copy(update={"teacher": [toy().teacher[0].model_copy(update={"name": n}) for n in "ab"]})
     with pytest.raises(RedpenError, match="name the teacher with --teacher, one of a, b"):
-        importing.run(told, two, str(tmp_path / "c"))
-    assert importing.run(told, two, str(tmp_path / "c"), teacher="b") == 0
+        importing.run(recorded, two, str(tmp_path / "c"))
+    assert importing.run(recorded, two, str(tmp_path / "c"), teacher="b") == 0
     assert cs.open(str(tmp_path / "c")).round().teacher_names() == ["b"]
 
 

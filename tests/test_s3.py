@@ -196,14 +196,14 @@ def test_server_dies_in_mid_run(
         if stage == "rollouts":
             process = run(*command)
             out, err = process.communicate()
-            status, told = process.returncode, [line for line in err.splitlines() if proxy.url in line]
+            status, recorded = process.returncode, [line for line in err.splitlines() if proxy.url in line]
         else:  # without the seconds that imports take; what is logged does not get as far as stderr here
             caplog.clear()
             status, (out, err) = cli.main(command), capsys.readouterr()
-            told = [*caplog.messages, *(line for line in err.splitlines() if proxy.url in line)]
+            recorded = [*caplog.messages, *(line for line in err.splitlines() if proxy.url in line)]
         assert dead.is_set() and status == 1 and "Traceback" not in out + err, out + err
-        assert len(told) == 2, out + err
-        waiting, failed = told
+        assert len(recorded) == 2, out + err
+        waiting, failed = recorded
         assert waiting == f"cache {url}: no response from {proxy.url} for 2 s, still trying"
         assert err.splitlines()[-1] == failed
         assert re.search(r"^redpen: .*cannot write block \d.* cannot be reached \(Connection refused\); ", failed)

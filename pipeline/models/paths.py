@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError, ModelNotFoundError, one_line
 from pipeline.models.identity import weight_files
 from pipeline.runs.files import check_trained
@@ -91,7 +91,7 @@ def find_directory(
     except Exception as error:  # network, authorisation, disk: the Hub client's errors have no common root
         at = f" at revision {revision!r}" if revision else ""
         raise ModelNotFoundError(
-            f"{setting} = {model!r}: not a local directory, and could not be fetched from the Hub{at} "
+            f"{setting} = {_shortened(model)}: not a local directory, and could not be fetched from the Hub{at} "
             f"({one_line(error)}); check the name, the network and `hf auth login`, or give a local path"
         ) from error
 

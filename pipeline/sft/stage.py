@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig, Recipe, TrainConfig
+from pipeline.config import PromptsConfig, Recipe, TrainConfig
 from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
@@ -63,7 +63,7 @@ def with_data(recipe: Recipe, data: Sequence[str]) -> Recipe:
         settings["sft"]["data"] = [_parse_data(text) for text in data]
     if not settings["sft"]["data"]:
         raise ConfigError("sft.data is not set: give --data FILE, or [[sft.data]] in the recipe")
-    return Recipe.from_dict(settings, "sft")
+    return Recipe.from_dict(settings, "sft", source=recipe.source)
 
 
 def _parse_data(text: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _train_recipe(recipe: Recipe) -> Recipe:
     }
     if recipe.train.heldout_metric == "reverse_kl":
         settings["train"]["heldout_metric"] = None
-    return Recipe.from_dict(settings | {"select": {}, "reward": {}}, "sft")
+    return Recipe.from_dict(settings | {"select": {}, "reward": {}}, "sft", source=recipe.source)
 
 
 def _prepare_round(recipe: Recipe, url: str) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.text.math_verify import boxed, judge
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import EvalConfig
+    from pipeline.config import EvalConfig
 
 Floats = npt.NDArray[np.floating]
 
