@@ -13,6 +13,8 @@ from pipeline.config import Recipe, load_recipe
 
 # Read when torch is first imported: threads that wait must not spin while other work wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As in the processes that tests start: other thread counts give other last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -23,18 +25,8 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache of `MANY_BLOCKS`, made on one thread: more threads change the last bits."""
-    import torch
-
-    import pipeline.rollouts.stage
-    import pipeline.score.stage
-
-    path, threads = tmp_path_factory.mktemp("undisturbed") / "toy.zarr", torch.get_num_threads()
-    torch.set_num_threads(1)
-    pipeline.rollouts.stage.run(load_recipe("toy", MANY_BLOCKS), str(path))
-    pipeline.score.stage.run(load_recipe("toy", MANY_BLOCKS), str(path))
-    torch.set_num_threads(threads)
-    return path
+    """A scored cache of `MANY_BLOCKS`, for reading only."""
+    return make_cache(tmp_path_factory.mktemp("undisturbed") / "toy.zarr", load_recipe("toy", MANY_BLOCKS))
 
 
 @pytest.fixture

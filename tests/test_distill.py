@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +12,9 @@ import pytest
 from safetensors.torch import load_file
 
 import cache_schema as cs
+from helpers import preloaded
 from helpers.caches import SMALL, small_recipe
+from helpers.training import curve
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config import Recipe
@@ -34,11 +33,6 @@ ROUNDS = (
     "train.steps=3",
     "train.checkpoint_every=1",
 )
-
-
-def curve(run: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -127,33 +121,23 @@ def test_a_finished_run_says_so_and_more_rounds_go_on(
 def test_killed_while_it_trains_and_while_it_samples_again(undisturbed: Path, tmp_path: Path) -> None:
     cache, run = tmp_path / "cache.zarr", tmp_path / "run"
     settings = [part for setting in (*SMALL, *ROUNDS) for part in ("--set", setting)]
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "distill",
-        "toy",
-        "--cache",
-        str(cache),
-        "--run",
-        str(run),
-        *settings,
-    ]
+    command = ["-m", "pipeline", "distill", "toy", "--cache", str(cache), "--run", str(run), *settings]
     moments = (
         lambda: (cache / "rounds/00000/scores/student/commit/c").exists(),  # sampled, the student reads
         lambda: (run / "rounds/00000/checkpoints/step-00000002").exists(),  # trains
         lambda: (cache / "rounds/00001/rollouts/commit/c").exists(),  # samples again
     )
     for reached in moments:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = preloaded.python(*command)
         while not reached() and process.poll() is None:
             time.sleep(0.005)
         assert process.poll() is None, "killed too late"
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("next:") == 1, "stages do not suggest what distill does itself"
+    done = preloaded.python(*command)
+    _, err = done.communicate()
+    assert done.returncode == 0, err
+    assert err.count("next:") == 1, "stages do not suggest what distill does itself"
     assert curve(run) == curve(undisturbed / "run")
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (undisturbed / "run" / name).read_bytes()

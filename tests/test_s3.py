@@ -28,7 +28,7 @@ from zarr.storage import MemoryStore
 import cache_schema as cs
 from cache_schema import locks, s3, stores
 from helpers import cache_factory as factory
-from helpers import s3_server
+from helpers import preloaded, s3_server
 from helpers.caches import SMALL, make_cache, small_recipe
 from pipeline import cli
 
@@ -88,19 +88,9 @@ def groups(round_: cs.Round) -> list[cs.BlockGroup]:
     return [round_.rollouts, *(round_.scores(name) for name in round_.scorer_names())]
 
 
-def run(*args: str) -> subprocess.Popen[str]:
+def run(*args: str) -> preloaded.Process:
     """The command in a process of its own, less patient than it is, but with a busy machine."""
-    code = (
-        "import sys; from cache_schema import s3; s3.RETRY_SECONDS, s3.PATIENCE_SECONDS = 4, 2; "
-        "from pipeline.cli import main; sys.exit(main())"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    return preloaded.Process(s3_server.impatient, *args)
 
 
 # ------------------------------------------------------------------------------------------------------- what is kept
