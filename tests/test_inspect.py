@@ -17,7 +17,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from pipeline import cli, console
 from pipeline.errors import RedpenError
-from pipeline.report import data, terminal
+from pipeline.report import inspect, terminal
 from pipeline.rounds import metrics
 from pipeline.text.detokenize import pieces as pieces_of
 from pipeline.toy import asset_path
@@ -78,7 +78,7 @@ def test_summary_counts_what_is_there(cache: cs.Cache) -> None:
     round_ = cache.round()
     round_.scores("teacher").uncommit(1)
     blocks = [round_.rollouts.read(block) for block in range(3)]
-    found = data.summary(cache)
+    found = inspect.summary(cache)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     (summary,) = found["rounds"]
     assert summary["rollouts"] == 30 and summary["tokens"] == sum(block.n_tokens for block in blocks)
@@ -102,8 +102,8 @@ def test_summary_counts_what_is_there(cache: cs.Cache) -> None:
 
 
 def test_summary_of_a_large_round_reads_some_blocks(cache: cs.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SUMMARY_TOKENS", 1)
-    teacher = data.summary(cache)["rounds"][0]["scores"][1]
+    monkeypatch.setattr(inspect, "SUMMARY_TOKENS", 1)
+    teacher = inspect.summary(cache)["rounds"][0]["scores"][1]
     assert teacher["reverse_kl_tokens"] == cache.round().rollouts.read(0).n_tokens
 
 
@@ -118,15 +118,15 @@ def test_summary_leaves_untrained_tokens_out(tmp_path: Path) -> None:
         group = round_.scores(name)
         ids = round_.scores("student").read(0).candidate_ids if name == "teacher" else None
         group.write(0, factory.score_block(group.manifest, block, rng, ids))
-    assert data.summary(cache)["rounds"][0]["scores"][1]["reverse_kl_tokens"] == trained.sum()
+    assert inspect.summary(cache)["rounds"][0]["scores"][1]["reverse_kl_tokens"] == trained.sum()
 
 
 def test_summary_of_caches_without_scores_or_rounds(tmp_path: Path) -> None:
     cache = cs.create(tmp_path / "c.zarr")
-    assert "no rounds yet" in shown(data.summary(cache), colour=False)
+    assert "no rounds yet" in shown(inspect.summary(cache), colour=False)
     records = factory.prompts(3)
     cache.start_round(factory.round_manifest(records), records)
-    found = data.summary(cache)
+    found = inspect.summary(cache)
     assert found["rounds"][0]["rollouts"] == 0 and found["rounds"][0]["mean_response_tokens"] is None
     assert "0 of 1 block committed" in shown(found, colour=False)
 
@@ -136,7 +136,7 @@ def test_summary_of_caches_without_scores_or_rounds(tmp_path: Path) -> None:
 
 def test_rollout_number_is_prompt_and_sample(cache: cs.Cache) -> None:
     cache.round().rollouts.uncommit(0)  # numbers do not depend on what else is there
-    found = data.rollout(cache.round(), 17, None, Letters)
+    found = inspect.rollout(cache.round(), 17, None, Letters)
     assert (found["prompt_index"], found["sample_index"], found["block"]) == (5, 2, 1)
     block = cache.round().rollouts.read(1)
     row = 1 * 3 + 2
@@ -155,11 +155,11 @@ def test_rollout_number_is_prompt_and_sample(cache: cs.Cache) -> None:
     )
     assert found["mean_reverse_kl"] == pytest.approx(kl[span].mean())
     with pytest.raises(cs.UncommittedError):
-        data.rollout(cache.round(), 0, None, Letters)
+        inspect.rollout(cache.round(), 0, None, Letters)
 
 
 def test_rollout_is_marked_with_and_without_colour(cache: cs.Cache) -> None:
-    found = data.rollout(cache.round(), 4, "teacher", Letters)
+    found = inspect.rollout(cache.round(), 4, "teacher", Letters)
     worst = max(found["tokens"], key=lambda token: token["reverse_kl"])
     assert worst["reverse_kl"] > 1
     coloured, plain = shown(found, colour=True), shown(found, colour=False)
@@ -170,7 +170,7 @@ def test_rollout_is_marked_with_and_without_colour(cache: cs.Cache) -> None:
 
 def test_rollout_without_scores_is_shown_unmarked(cache: cs.Cache) -> None:
     cache.round().scores("teacher").uncommit(0)
-    found = data.rollout(cache.round(), 0, None, Letters)
+    found = inspect.rollout(cache.round(), 0, None, Letters)
     assert not found["scored"] and found["tokens"][0]["reverse_kl"] is None
     assert found["tokens"][0]["student_logprob"] is not None
     assert "not marked: student or teacher has not scored this block" in shown(found, colour=False)
@@ -178,7 +178,7 @@ def test_rollout_without_scores_is_shown_unmarked(cache: cs.Cache) -> None:
 
 def test_one_thing_is_not_several(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=1, rollouts_per_prompt=1)
-    text = shown(data.summary(cache), colour=False)
+    text = shown(inspect.summary(cache), colour=False)
     assert "1 rollout of each of 1 prompt by" in text and "1 of 1 block committed: 1 rollout, " in text
 
 
@@ -186,15 +186,15 @@ def test_one_of_several_teachers_is_chosen(cache: cs.Cache) -> None:
     round_ = cache.round()
     round_.start_scores("other", factory.scores_manifest("teacher"))
     with pytest.raises(RedpenError, match="choose one of other, teacher"):
-        data.rollout(round_, 0, None, Letters)
-    assert data.rollout(round_, 0, "teacher", Letters)["scored"]
-    assert not data.rollout(round_, 0, "other", Letters)["scored"]
+        inspect.rollout(round_, 0, None, Letters)
+    assert inspect.rollout(round_, 0, "teacher", Letters)["scored"]
+    assert not inspect.rollout(round_, 0, "other", Letters)["scored"]
 
 
 def test_no_rollout_steers_the_terminal(cache: cs.Cache) -> None:
     """A rollout's text, a prompt's and its answer's may hold anything; only our own colours reach the terminal."""
     attack = "\x1b]0;gotcha\x07\x1b[2J\r\u202e\x9b31m"
-    found = data.rollout(cache.round(), 4, None, Letters)
+    found = inspect.rollout(cache.round(), 4, None, Letters)
     found |= {"prompt": attack, "answer": attack, "source": attack}
     found["tokens"][0]["text"] = attack
     found["tokens"][0]["candidates"][0]["text"] = attack
@@ -202,7 +202,7 @@ def test_no_rollout_steers_the_terminal(cache: cs.Cache) -> None:
         text = shown(found, colour=colour)
         assert not set("\x07\r\u202e\x9b") & set(text) and "\x1b]" not in text and "\x1b[2J" not in text
         assert "\\x1b]0;gotcha\\x07" in text
-    summary = data.summary(cache)
+    summary = inspect.summary(cache)
     summary["rounds"][0]["student"]["name"] = summary["cache"] = attack
     assert "\x1b" not in shown(summary, colour=False)
 

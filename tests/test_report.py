@@ -18,9 +18,9 @@ from helpers import cache_factory as factory
 from helpers.caches import make_cache, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.report import choose, collect, encode, judge, scan, stage
-from pipeline.report import string_table as pieces
-from pipeline.report.page_rows import Request
+from pipeline.report import read, stage
+from pipeline.report.document import RolloutSet, SetRequest, rollout_set
+from pipeline.report.string_table import StringTable, encode_nats
 from pipeline.rounds import metrics
 from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import read_record, write_record
@@ -29,7 +29,7 @@ from pipeline.text.detokenize import load_decoder
 from pipeline.text.detokenize import pieces as text_pieces
 from pipeline.toy.world import Problem, add_without_carry
 
-NOT_TOLD = 65535
+MISSING = 65535
 
 
 class Letters:
@@ -45,16 +45,16 @@ def unpacked(text: str, dtype: str = "<u2") -> Any:
 
 def in_nats(text: str) -> Any:
     values = unpacked(text).astype(float)
-    return np.where(values == NOT_TOLD, np.nan, values / 1000)
+    return np.where(values == MISSING, np.nan, values / 1000)
 
 
-def collected(cache: cs.Cache, rollouts: int = 2000, page_bytes: int = 10**7, **more: Any) -> dict[str, Any]:
-    found = collect.collect(cache.round(), Request("round", "cache", rollouts, page_bytes, **more), Letters())
+def collected(cache: cs.Cache, rollouts: int = 2000, page_bytes: int = 10**7, **more: Any) -> RolloutSet:
+    found = rollout_set(cache.round(), SetRequest("round", "cache", rollouts, page_bytes, **more), Letters())
     assert found is not None and json.loads(json.dumps(found, allow_nan=False)) == found
     return found
 
 
-def tokens_of(found: dict[str, Any]) -> dict[int, slice]:
+def tokens_of(found: RolloutSet) -> dict[int, slice]:
     """Where a rollout's tokens are, by its number."""
     return {row["number"]: slice(row["start"], row["start"] + row["length"]) for row in found["rows"]}
 
@@ -71,10 +71,12 @@ def every_token(cache: cs.Cache, teacher: str = "teacher") -> list[dict[str, Any
             number = prompt * round_.manifest.rollouts_per_prompt + int(rollouts.sample_index[row])
             span = rollouts.response_slice(row)
             for position, t in enumerate(range(span.start, span.stop)):
-                told = dict(zip(student.candidate_ids[t].tolist(), other.candidate_logprobs[t].tolist(), strict=True))
+                recorded = dict(
+                    zip(student.candidate_ids[t].tolist(), other.candidate_logprobs[t].tolist(), strict=True)
+                )
                 rest = other.rest_logprob if other.topk_ids is None else other.topk_rest_logprob
                 if other.topk_ids is not None:
-                    told |= zip(other.topk_ids[t].tolist(), other.topk_logprobs[t].tolist(), strict=True)
+                    recorded |= zip(other.topk_ids[t].tolist(), other.topk_logprobs[t].tolist(), strict=True)
                 own = zip(student.candidate_ids[t].tolist(), student.candidate_logprobs[t].tolist(), strict=True)
                 found.append(
                     {
@@ -86,7 +88,7 @@ def every_token(cache: cs.Cache, teacher: str = "teacher") -> list[dict[str, Any
                         "student": float(student.logprobs[t]),
                         "teacher": float(other.logprobs[t]),
                         "own": dict(own),
-                        "told": told,
+                        "scored": recorded,
                         "rest": float(rest[t]),
                     }
                 )
@@ -104,7 +106,7 @@ def cache(tmp_path: Path) -> cs.Cache:
 def test_every_number_is_the_caches(cache: cs.Cache) -> None:
     found, known = collected(cache), every_token(cache)
     assert found["n_total"] == found["n_shown"] == len(found["rows"]) == 30 and found["left_out"] is None
-    where, (reader,) = tokens_of(found), found["readers"]
+    where, (reader,) = tokens_of(found), found["teachers"]
     at = [where[token["number"]].start + token["position"] for token in known]
     for text, key, sign in (
         (found["student"]["logprob"], "student", -1),
@@ -113,8 +115,8 @@ def test_every_number_is_the_caches(cache: cs.Cache) -> None:
     ):
         expected = [max(0.0, sign * token[key]) for token in known]
         np.testing.assert_allclose(in_nats(text)[at], expected, atol=0.0005001)
-    pieces, tokens = found["pieces"], unpacked(found["tokens"], "<u4")
-    assert [pieces[tokens[i]] for i in at] == [[t["token"], chr(97 + t["token"] % 26)] for t in known]
+    strings, tokens = found["strings"], unpacked(found["tokens"], "<u4")
+    assert [strings[tokens[i]] for i in at] == [[t["token"], chr(97 + t["token"] % 26)] for t in known]
     for row in found["rows"]:
         kl = [token["kl"] for token in known if token["number"] == row["number"]]
         assert row["kl"]["teacher"] == pytest.approx(np.mean(kl), rel=1e-12)
@@ -141,8 +143,8 @@ def test_mean_by_position_and_most_corrected_tokens(cache: cs.Cache) -> None:
         assert row["example"] == max(here, key=lambda t: t["kl"])["number"]
         by_preference: dict[int, float] = {}
         for token in here:
-            best = max(token["told"], key=token["told"].get)
-            if token["told"][best] < token["rest"]:
+            best = max(token["scored"], key=token["scored"].get)
+            if token["scored"][best] < token["rest"]:
                 continue  # a token that it did not tell of may be likelier
             by_preference[best] = by_preference.get(best, 0.0) + token["kl"]
         best = max(by_preference, key=lambda wanted: by_preference[wanted], default=None)
@@ -150,45 +152,49 @@ def test_mean_by_position_and_most_corrected_tokens(cache: cs.Cache) -> None:
 
 
 def test_bins_widen_with_the_position() -> None:
-    assert scan.bin_starts(33).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+    assert read.bin_starts(33).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
 
 
 def test_candidates_are_what_the_models_told(cache: cs.Cache) -> None:
     found, where = collected(cache), {}
     candidates, starts = found["candidates"], tokens_of(found)
-    arrays = {name: unpacked(candidates[name], "<u4") for name in ("at", "start", "piece")}
-    student, (teacher,) = in_nats(candidates["student"]), map(in_nats, candidates["readers"])
+    arrays = {name: unpacked(candidates[name], "<u4") for name in ("at", "start", "label")}
+    student, (teacher,) = in_nats(candidates["student"]), map(in_nats, candidates["teachers"])
     for i, at in enumerate(arrays["at"].tolist()):
         where[at] = slice(arrays["start"][i], arrays["start"][i + 1])
     assert len(where) == len(unpacked(found["tokens"], "<u4")), "there is room for all"
     for token in every_token(cache):
         span = where[starts[token["number"]].start + token["position"]]
-        ids = [token["token"], *(i for i in {**token["own"], **token["told"]} if i != token["token"])]
+        ids = [token["token"], *(i for i in {**token["own"], **token["scored"]} if i != token["token"])]
         likely = [
-            i for i in ids if i == ids[0] or max(token["own"].get(i, -99), token["told"].get(i, -99)) >= np.log(0.001)
+            i
+            for i in ids
+            if i == ids[0] or max(token["own"].get(i, -99), token["scored"].get(i, -99)) >= np.log(0.001)
         ]
-        shown = [found["labels"][piece] for piece in arrays["piece"][span]]
+        shown = [found["labels"][label] for label in arrays["label"][span]]
         assert sorted(shown) == sorted(Letters().decode([i]) for i in likely)
         assert shown[0] == Letters().decode([token["token"]])
-        for told, by in ((student[span], token["own"]), (teacher[span], token["told"])):
-            np.testing.assert_allclose(np.sort(told), np.sort([-by.get(i, np.nan) for i in likely]), atol=0.0005001)
+        for recorded, by in ((student[span], token["own"]), (teacher[span], token["scored"])):
+            np.testing.assert_allclose(
+                np.sort(recorded), np.sort([-by.get(i, np.nan) for i in likely]), atol=0.0005001
+            )
 
 
 def test_candidates_of_the_worst_tokens_where_room_is_short(cache: cs.Cache) -> None:
     everything = collected(cache)
     found = collected(cache, page_bytes=10_000)
     assert found["n_shown"] == 30 and "Candidates are there for the" in found["left_out"]
-    at, kl = unpacked(found["candidates"]["at"], "<u4"), in_nats(found["readers"][0]["kl"])
+    at, kl = unpacked(found["candidates"]["at"], "<u4"), in_nats(found["teachers"][0]["kl"])
     assert 0 < len(at) < len(kl) and kl[at].min() >= np.delete(kl, at).max() - 0.001
-    of_set = ("readers", "student", "candidates", "tokens", "trained")
+    of_set = ("teachers", "student", "candidates", "tokens", "trained")
     assert sum(len(json.dumps(found[key])) for key in of_set) < 10_000
-    assert found["readers"] == everything["readers"]
+    assert found["teachers"] == everything["teachers"]
 
 
 def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=8)
     round_, rng = cache.round(), np.random.default_rng(0)
-    told: list[float] = []
+    recorded: list[float] = []
     partial = round_.start_scores(
         "other", factory.scores_manifest("teacher", candidates=0, entropy=False, partial=True)
     )
@@ -202,10 +208,10 @@ def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
         logprobs = np.where(rng.random(rollouts.n_tokens) < 0.5, np.nan, -1.0).astype(np.float32)
         partial.write(block, cs.ScoreBlock(logprobs))
         kl = metrics.scores_reverse_kl(scored, cs.ScoreBlock(logprobs))
-        told += kl[(trained == 1) & ~np.isnan(logprobs)].tolist()
+        recorded += kl[(trained == 1) & ~np.isnan(logprobs)].tolist()
     found = collected(cache)
-    other, teacher = found["readers"]
-    assert found["totals"] == {"other": {"kl": pytest.approx(np.mean(told)), "tokens": len(told)}}
+    other, teacher = found["teachers"]
+    assert found["totals"] == {"other": {"kl": pytest.approx(np.mean(recorded)), "tokens": len(recorded)}}
     assert other["entropy"] is None and 0 < np.isnan(in_nats(other["kl"])).sum() < len(in_nats(other["kl"]))
     assert np.isnan(in_nats(teacher["kl"])).all(), "the teacher's candidates are no longer the student's"
     assert "teacher has not scored 2 of 2 blocks" in found["left_out"].lower()
@@ -213,21 +219,22 @@ def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
 
 
 def test_the_most_that_a_page_can_hold() -> None:
-    values = encode.nats([0.0, -1e-7, 1.2344, 65.6, np.inf, np.nan])
-    assert values.tolist() == [0, 0, 1234, 65534, 65534, NOT_TOLD]
+    values = encode_nats([0.0, -1e-7, 1.2344, 65.6, np.inf, np.nan])
+    assert values.tolist() == [0, 0, 1234, 65534, 65534, MISSING]
 
 
 # ------------------------------------------------------------------------------------------------------------- choice
 
 
-def made_up_scan(n: int, length: int = 10) -> scan.Scan:
+def made_up_scan(n: int, length: int = 10) -> read.RoundScan:
     """Rollouts with rising KL; every third is wrong; sources of very different size."""
     number = np.arange(n)
     kl = number / n
-    right = np.where(number % 3 == 0, scan.WRONG, scan.RIGHT).astype(np.int8)
+    right = np.where(number % 3 == 0, read.WRONG, read.RIGHT).astype(np.int8)
     source = np.where(number % 50 == 0, 1, 0)
-    return scan.Scan(
-        blocks=None,  # type: ignore[arg-type]
+    return read.RoundScan(
+        reader=None,  # type: ignore[arg-type]
+        blocks=number,
         total=n,
         number=number,
         length=np.full(n, length),
@@ -242,11 +249,11 @@ def made_up_scan(n: int, length: int = 10) -> scan.Scan:
 
 def test_choice_is_no_rogues_gallery() -> None:
     found, none = made_up_scan(1000), np.array([], np.int64)
-    chosen = choose.choose(found, 100, 10**9, none)
+    chosen = read.choose(found, 100, 10**9, none)
     assert len(chosen.rows) == len(set(chosen.rows.tolist())) == 100
     assert set(range(950, 1000)) <= set(chosen.rows.tolist())
     rest = chosen.rows[chosen.rows < 950]
-    wrong = found.right[rest] == scan.WRONG
+    wrong = found.right[rest] == read.WRONG
     assert 25 <= wrong.sum() <= 40 and (~wrong).sum() >= 10
     assert 10 <= (found.source[rest] == 1).sum() <= 20, "a source of 20 among 1,000 is seen"
     assert all(((rest >= low) & (rest < low + 190)).sum() >= 5 for low in range(0, 950, 190)), "spread over the round"
@@ -258,14 +265,14 @@ def test_choice_is_no_rogues_gallery() -> None:
 
 def test_choice_keeps_to_the_tokens_and_takes_examples() -> None:
     found = made_up_scan(1000)
-    chosen = choose.choose(found, 500, 1000, np.array([3, 5]))
+    chosen = read.choose(found, 500, 1000, np.array([3, 5]))
     assert 90 <= len(chosen.rows) <= 100 and {3, 5} <= set(chosen.rows.tolist())
-    assert choose.choose(found, 5000, 10**9, np.array([3])).left_out is None
+    assert read.choose(found, 5000, 10**9, np.array([3])).left_out is None
 
 
 def test_a_large_round_is_looked_at_in_evenly_spaced_blocks(cache: cs.Cache) -> None:
-    found = scan.scan(cache.round(), None, "test", at_most_tokens=1)
-    assert len(found.blocks.chosen) == 1 and len(found.number) == 12
+    found = read.scan_round(cache.round(), None, "test", at_most_tokens=1)
+    assert len(found.blocks) == 1 and len(found.number) == 12
 
 
 # -------------------------------------------------------------------------------------------------- unfinished things
@@ -287,10 +294,10 @@ def test_pages_of_unfinished_caches(tmp_path: Path, cache: cs.Cache) -> None:
     assert document["sets"] == [] and "no rollouts have been sampled" in document["notes"][0]
     round_.rollouts.write(0, factory.rollout_block(round_.manifest, 0, np.random.default_rng(0)))
     (unscored,) = stage.assemble([empty.url])["sets"]
-    assert unscored["readers"] == [] and unscored["n_shown"] == 9
+    assert unscored["teachers"] == [] and unscored["n_shown"] == 9
     assert "The student has not scored its rollouts, so no token is marked" in unscored["left_out"]
     assert np.isnan(in_nats(unscored["student"]["logprob"])).all()
-    assert [text[0] for _, text in unscored["pieces"]] == ["<"] * len(unscored["pieces"]), "ids without a tokenizer"
+    assert [text[0] for _, text in unscored["strings"]] == ["<"] * len(unscored["strings"]), "ids without a tokenizer"
 
 
 def test_a_teacher_that_read_before_the_student(tmp_path: Path) -> None:
@@ -302,29 +309,41 @@ def test_a_teacher_that_read_before_the_student(tmp_path: Path) -> None:
     round_.start_scores("teacher", manifest).write(0, cs.ScoreBlock(np.full(rollouts.n_tokens, -0.5, np.float32)))
     found = collected(cache)
     assert "no token is marked" in found["left_out"] and found["totals"] == {} and found["labels"] == []
-    (reader,) = found["readers"]
-    assert (unpacked(reader["logprob"]) == 500).all() and (unpacked(reader["kl"]) == NOT_TOLD).all()
+    (reader,) = found["teachers"]
+    assert (unpacked(reader["logprob"]) == 500).all() and (unpacked(reader["kl"]) == MISSING).all()
     assert unpacked(found["candidates"]["start"], "<u4").tolist() == [0]
 
 
 def test_pieces_of_letters_made_of_several_tokens(toy_cache: Path) -> None:
     tokenizer = load_decoder(cs.open(toy_cache).round().manifest)
-    found = pieces.Pieces(tokenizer)
+    found = StringTable(tokenizer)
     for text in ("12+3=", "\u00e9\U0001f600=1"):
         ids = list(text.encode())
-        shown = [found.table()[number] for number in found.add(ids).tolist()]
+        shown = [found.rows()[number] for number in found.add(ids).tolist()]
         assert shown == [list(pair) for pair in zip(ids, text_pieces(ids, tokenizer), strict=True)]
-    assert [found.table()[number] for number in found.add([255, 51]).tolist()] == [[255, "\ufffd"], [51, "3"]]
+    assert [found.rows()[number] for number in found.add([255, 51]).tolist()] == [[255, "\ufffd"], [51, "3"]]
+
+
+def test_rollouts_that_repeat_another_say_so(toy_cache: Path) -> None:
+    found = collected(cs.open(toy_cache))
+    texts = {
+        row["number"]: unpacked(found["tokens"], "<u4")[tokens_of(found)[row["number"]]] for row in found["rows"]
+    }
+    first: dict[tuple[int, bytes], int] = {}
+    for row in found["rows"]:
+        earlier = first.setdefault((row["prompt_index"], texts[row["number"]].tobytes()), row["number"])
+        assert row["same_as"] == (None if earlier == row["number"] else earlier)
+    assert len(first) < len(found["rows"])
 
 
 def test_right_and_wrong_as_the_recipe_says(toy_cache: Path) -> None:
     round_ = cs.open(toy_cache).round()
-    compare = judge.answer_judge(round_.manifest, Checker.of(small_recipe().eval))
-    found = collect.collect(round_, Request("r", "cache", 20, 10**6, compare), load_decoder(round_.manifest))
+    compare = read.answer_check(round_.manifest, Checker.of(small_recipe().eval))
+    found = rollout_set(round_, SetRequest("r", "cache", 20, 10**6, compare), load_decoder(round_.manifest))
     assert found is not None and found["answers"]["known"] == 96 and len(found["rows"]) == 20
     tokens = unpacked(found["tokens"], "<u4")
     for row in found["rows"]:
-        said = "".join(found["pieces"][i][1] for i in tokens[tokens_of(found)[row["number"]]])
+        said = "".join(found["strings"][i][1] for i in tokens[tokens_of(found)[row["number"]]])
         assert row["right"] == (said.removesuffix("<|endoftext|>").rpartition("=")[2] == row["answer"])
         assert row["prompt"] == json.loads(json.dumps(round_.prompts[row["prompt_index"]]["prompt"]))
     assert collected(cs.open(toy_cache))["answers"] is None
@@ -337,8 +356,8 @@ def make_run(path: Path, cache: Path | None) -> Path:
     path.mkdir()
     (path / "recipe.toml").write_text(small_recipe().to_toml())
     ended = {"step": 5, "sentence": "done", "exit_code": 0}
-    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": ended}
-    (path / "run.json").write_text(json.dumps(told))
+    recorded = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": ended}
+    (path / "run.json").write_text(json.dumps(recorded))
     return path
 
 
@@ -402,7 +421,7 @@ def test_held_out_sets_belong_together(tmp_path: Path, monkeypatch: pytest.Monke
     before, after_set = stage.assemble([str(run)], rollouts=8)["sets"]
     numbers = [{row["number"] for row in found["rows"]} for found in (before, after_set)]
     assert numbers[0] == numbers[1] and 3 <= len(numbers[0]) <= 8
-    assert "chosen of either student" in before["left_out"]
+    assert "chosen before or after training" in before["left_out"]
     damage(run / "eval.zarr/rounds/00001/rollouts/token_ids/c")
     document = stage.assemble([str(run)])
     assert document["sets"] == [] and f"held-out rollouts of {run} are not shown" in document["notes"][-1]
@@ -442,8 +461,8 @@ def test_targets(tmp_path: Path, cache: cs.Cache) -> None:
     assert document["title"] == f"d.zarr, {run}"
     (run / "recipe.toml").write_text("[student]\nmodel = 3\n")
     notes = stage.assemble([str(run), other.url])["notes"]
-    assert any(note.startswith("right and wrong answers are not told apart: ") for note in notes)
-    facts = dict(document["sets"][0]["facts"])
+    assert any(note.startswith("answers are not checked: ") for note in notes)
+    facts = dict(document["sets"][0]["provenance"])
     assert facts["student"] == f"student, digest {'s' * 16}" and facts["teacher: blocks"] == "1 of 1"
 
 
@@ -473,11 +492,11 @@ def test_the_most_corrected_position_is_the_dropped_carry(tmp_path: Path) -> Non
     """
     cache = make_cache(tmp_path / "toy.zarr", small_recipe("prompts.limit=128", "rollouts.prompts_per_block=64"))
     (found,) = stage.assemble([str(cache)], recipe="toy")["sets"]
-    kl, tokens = in_nats(found["readers"][0]["kl"]), unpacked(found["tokens"], "<u4")
+    kl, tokens = in_nats(found["teachers"][0]["kl"]), unpacked(found["tokens"], "<u4")
     hits: dict[bool, list[bool]] = {True: [], False: []}
     for row in found["rows"]:
         span = tokens_of(found)[row["number"]]
-        texts = [found["pieces"][i][1] for i in tokens[span]]
+        texts = [found["strings"][i][1] for i in tokens[span]]
         top = int(kl[span].argmax())
         equals = len(texts) - 1 - texts[::-1].index("=")
         said = "".join(texts[equals + 1 :]).removesuffix("<|endoftext|>")
@@ -492,13 +511,13 @@ def test_the_most_corrected_position_is_the_dropped_carry(tmp_path: Path) -> Non
     assert np.mean(hits[True]) < 0.05
 
 
-def preferred_at(found: dict[str, Any], at: int) -> str:
+def preferred_at(found: RolloutSet, at: int) -> str:
     """What the teacher prefers at a token, by the page's candidates."""
     candidates = found["candidates"]
     place = unpacked(candidates["at"], "<u4").tolist().index(at)
     first, end = unpacked(candidates["start"], "<u4")[place : place + 2]
-    best = first + int(np.nanargmin(in_nats(candidates["readers"][0])[first:end]))
-    return str(found["labels"][unpacked(candidates["piece"], "<u4")[best]])
+    best = first + int(np.nanargmin(in_nats(candidates["teachers"][0])[first:end]))
+    return str(found["labels"][unpacked(candidates["label"], "<u4")[best]])
 
 
 def dropped_carries(prompt: str, said: str, right: str) -> set[int]:

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.report import page
 
-UNTOLD = 65535
+MISSING = 65535
 MINUS = "\N{MINUS SIGN}"
 
 #: One token each. None may act, move what stands around it, or end an element of the page.
@@ -48,6 +48,7 @@ def b64(values: Any, dtype: str) -> str:
 def make_row(number: int, start: int, length: int, **changes: Any) -> dict[str, Any]:
     return {
         "number": number,
+        "same_as": None,
         "prompt_index": number // 2,
         "sample_index": number % 2,
         "prompt": f"What is {number} + 5?",
@@ -68,16 +69,16 @@ def make_set(texts: list[list[str]], kl: dict[str, list[list[float]]], **changes
     unique = list(dict.fromkeys(flat))
     n, starts = len(flat), np.cumsum([0, *map(len, texts)])
     rows = [make_row(i, int(starts[i]), len(row)) for i, row in enumerate(texts)]
-    readers = []
+    teachers = []
     for name, of_rows in kl.items():
         values = np.concatenate(of_rows)
-        told = np.where(np.isnan(values), UNTOLD, np.round(1000 * np.nan_to_num(values)))
-        readers.append(
+        recorded = np.where(np.isnan(values), MISSING, np.round(1000 * np.nan_to_num(values)))
+        teachers.append(
             {
                 "name": name,
                 "label": f"model of {name}",
-                "logprob": b64(np.where(told == UNTOLD, UNTOLD, 2303), "<u2"),
-                "kl": b64(told, "<u2"),
+                "logprob": b64(np.where(recorded == MISSING, MISSING, 2303), "<u2"),
+                "kl": b64(recorded, "<u2"),
                 "entropy": None,
             }
         )
@@ -85,7 +86,7 @@ def make_set(texts: list[list[str]], kl: dict[str, list[list[float]]], **changes
             row["kl"][name] = float(np.nanmean(known))
             row["worst"][name] = float(np.nanmax(known))
     labels = [*unique, "better", "x"]
-    pieces = [labels.index(label) for text in flat for label in (text, "better", "x")]
+    candidates = [labels.index(label) for text in flat for label in (text, "better", "x")]
     example = rows[0]["number"]
     return {
         "name": "round 0 of small.zarr",
@@ -95,19 +96,19 @@ def make_set(texts: list[list[str]], kl: dict[str, list[list[float]]], **changes
         "n_total": len(texts),
         "n_shown": len(texts),
         "left_out": None,
-        "readers": readers,
+        "teachers": teachers,
         "student": {"label": "small student", "logprob": b64([693] * n, "<u2"), "entropy": b64([1100] * n, "<u2")},
         "after": [],
         "rows": rows,
-        "pieces": [[i, text] for i, text in enumerate(unique)],
+        "strings": [[i, text] for i, text in enumerate(unique)],
         "tokens": b64([unique.index(text) for text in flat], "<u4"),
         "trained": b64([1] * n, "u1"),
         "candidates": {
             "at": b64(np.arange(n), "<u4"),
             "start": b64(3 * np.arange(n + 1), "<u4"),
-            "piece": b64(pieces, "<u4"),
-            "student": b64([693, 2303, UNTOLD] * n, "<u2"),
-            "readers": [b64([2303, 105, UNTOLD] * n, "<u2") for _ in kl],
+            "label": b64(candidates, "<u4"),
+            "student": b64([693, 2303, MISSING] * n, "<u2"),
+            "teachers": [b64([2303, 105, MISSING] * n, "<u2") for _ in kl],
         },
         "labels": labels,
         "by_position": {name: {"start": [0, 1, 2], "kl": [0.1, 0.5, 0.2], "tokens": [2, 2, 2]} for name in kl},
@@ -128,11 +129,11 @@ def make_set(texts: list[list[str]], kl: dict[str, list[list[float]]], **changes
         },
         "totals": {name: {"kl": 0.25, "tokens": n} for name in kl},
         "answers": {"right": 1, "known": 2},
-        "facts": [["temperature", "1"]],
+        "provenance": [["temperature", "1"]],
     } | changes
 
 
-def make_document(*sets: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def make_document(*sets: dict[str, Any], **changes: Any) -> Any:
     about = {"title": "small.zarr, runs/a", "created_by": "redpen 0.1.0"}
     return about | {"sets": list(sets), "runs": [], "cache": None, "notes": []} | changes
 
@@ -141,15 +142,15 @@ WORDS = ["The", " answer", " is", " 1", "2", ".\n", " Done"]
 KL = [0.0, 0.05, 0.2, 0.5, 2.0, 4.0, float("nan")]
 
 
-def small_document() -> dict[str, Any]:
+def small_document() -> Any:
     """Two teachers, a trained student's reading, a held-out pair, a run."""
     texts = [WORDS, [*WORDS[:4], "9"], HOSTILE]
     strict = [KL, KL[:5], [1.5] * len(HOSTILE)]
     kind = [[0.001] * 7, [0.4] * 5, [0.0] * len(HOSTILE)]
     n = sum(map(len, texts))
-    after = np.full(n, UNTOLD)
-    after[:7] = [0, 50, 200, 20, 100, 6000, UNTOLD]
-    reading = {"run": "runs/a", "logprob": b64(np.where(after == UNTOLD, UNTOLD, 100), "<u2"), "entropy": None}
+    after = np.full(n, MISSING)
+    after[:7] = [0, 50, 200, 20, 100, 6000, MISSING]
+    reading = {"run": "runs/a", "logprob": b64(np.where(after == MISSING, MISSING, 100), "<u2"), "entropy": None}
     cache = make_set(texts, {"strict": strict, "kind": kind}, after=[reading | {"kl": {"strict": b64(after, "<u2")}}])
     cache["rows"][1] |= {"finish": "length"}
     pair = [
@@ -212,7 +213,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
     wrong: list[str] = []
     contexts = []
 
-    def show(document: dict[str, Any], hash_: str = "", size: tuple[int, int] = (1360, 900), **options: Any) -> Any:
+    def show(document: Any, hash_: str = "", size: tuple[int, int] = (1360, 900), **options: Any) -> Any:
         file = tmp_path / "report.html"
         file.write_text(page.render(document), encoding="utf-8")
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
@@ -298,23 +299,23 @@ def test_marks_and_what_the_teacher_prefers(open_page: Open) -> None:
     assert "4.00 nats, teacher prefers better" in shown.locator(".t.l5").text_content()
     assert texts(shown, ".worst-tokens .amount") == ["4.00", "2.00", "0.50", "0.20"]
     shown.hover(".t.l4")
-    assert texts(shown, ".readings tbody tr:first-child td") == ["50.0%", f"{MINUS}0.693", "1.100", ""]
-    assert texts(shown, ".readings tbody .kl") == ["", "0.100", "2.000", "0.001"]  # student, after, strict, kind
+    assert texts(shown, ".scores tbody tr:first-child td") == ["50.0%", f"{MINUS}0.693", "1.100", ""]
+    assert texts(shown, ".scores tbody .kl") == ["", "0.100", "2.000", "0.001"]  # student, after, strict, kind
     assert texts(shown, ".candidates tbody tr") == [
         "better 10.0% 90.0% 90.0%",
-        "2 (written) 50.0% 10.0% 10.0%",
-        "x not told not told not told",
+        "2 (sampled) 50.0% 10.0% 10.0%",
+        "x missing missing missing",
     ]
     untold = shown.locator(".response .t").last
     untold.hover()
-    assert texts(shown, ".readings .kl") == ["", "", "", "0.001"]
+    assert texts(shown, ".scores .kl") == ["", "", "", "0.001"]
 
 
 def test_a_teacher_whose_mass_is_elsewhere_prefers_no_told_token(open_page: Open) -> None:
     """0.3 for "better" and 0.1 for the token leave 0.6, which one token may have; after 0.5 none can be likelier."""
-    told = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
-    told["candidates"]["readers"] = [b64([2303, 1204, UNTOLD, 2303, 693, UNTOLD], "<u2")]
-    shown = open_page(make_document(told), "#rollout=0")
+    recorded = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
+    recorded["candidates"]["teachers"] = [b64([2303, 1204, MISSING, 2303, 693, MISSING], "<u2")]
+    shown = open_page(make_document(recorded), "#rollout=0")
     assert texts(shown, ".response rt") == ["better"]
 
 
@@ -478,7 +479,7 @@ def test_contrast(open_page: Open, scheme: str) -> None:
         for wash in ("--l1", "--l2", "--l3", "--l4", "--l5", "--f", "--bar"):
             assert shown.evaluate(CONTRAST, ["--ink", [*ground, wash]]) >= 4.5, (wash, ground)
     strengths = [shown.evaluate(CONTRAST, ["--raised", ["--raised", f"--l{level}"]]) for level in range(1, 6)]
-    assert strengths == sorted(strengths)  # lightness alone tells the levels apart
+    assert strengths == sorted(strengths)  # lightness alone distinguishes the levels
     assert min(b - a for a, b in itertools.pairwise(strengths)) > 0.05
 
 
@@ -506,9 +507,9 @@ def test_what_is_not_there(open_page: Open) -> None:
     shown = open_page(make_document())
     assert "No rollouts to look at" in shown.inner_text("main")
     alone = make_set([WORDS], {}, answers=None)
-    alone |= {"student": None, "candidates": None}
+    alone["candidates"] |= {"at": b64([], "<u4"), "start": b64([0], "<u4")}
     shown = open_page(make_document(alone))
-    assert "No teacher has read this" in shown.inner_text(".legend")
+    assert "No teacher has scored this" in shown.inner_text(".legend")
     shown.keyboard.press("n")
     shown.hover(".t >> nth=1")
     assert shown.inner_text("#details h3") == "␣answer"
@@ -521,3 +522,14 @@ def test_print(open_page: Open) -> None:
         *(False, False, False, True)
     ]
     assert shown.evaluate(CONTRAST, ["--ink", ["--paper"]]) > 15
+
+
+def test_identical_rollouts_are_listed_once(open_page: Open) -> None:
+    copies = make_set([["a", "b"], ["a", "b"], ["c"]], {"strict": [[2.0, 0.0], [2.0, 0.0], [1.0]]})
+    copies["rows"][1]["same_as"] = 0
+    shown = open_page(make_document(copies), "#rollout=1")
+    assert numbers(shown) == ["#0", "#2"] and texts(shown, "#list .copies") == ["\N{MULTIPLICATION SIGN}2"]
+    assert shown.inner_text("#count") == "3 of 3 rollouts, 2 distinct"
+    assert shown.inner_text("#reading") == "Rollout 0" and "2 identical rollouts" in shown.inner_text("#reader")
+    shown.fill("#q", "#1")
+    assert numbers(shown) == ["#0"]

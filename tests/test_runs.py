@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from helpers.caches import small_recipe
 from pipeline.errors import RedpenError
-from pipeline.report import charts, page, runs
+from pipeline.report import charts, page, runs, terminal
 
 STEPS = 12
 SENTENCE = "max steps: 12 done; reverse KL on the cached rollouts is 0.01 nats a token"
@@ -93,7 +93,7 @@ def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path, capsys: pytes
     run = runs.read_run(path)
     assert run["sentence"] is None and run["eval"] is None and run["figures"]["steps"] == STEPS
     assert capsys.readouterr().err == "", "a line that is being written is no damage"
-    runs.compare([run])
+    terminal.compare_runs([run])
     assert "has not ended, 12 of 5 steps done" in capsys.readouterr().out
 
 
@@ -108,9 +108,9 @@ def test_a_damaged_file_is_left_out_with_a_line(
     err = capsys.readouterr().err
     assert err.count("warning:") == 1 and f"{name}" in err
     assert sum(run[key] != whole[key] for key in run if key not in ("figures", "card", "notes")) <= 3
-    runs.compare([run])
+    terminal.compare_runs([run])
     (path / name).write_text("[1]")
-    runs.compare([runs.read_run(path)])
+    terminal.compare_runs([runs.read_run(path)])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_figures_of_another_form_are_left_out(
     run = runs.read_run(path)
     (line,) = capsys.readouterr().err.splitlines()
     assert run["eval"] is None and str(path / "eval.json") in line
-    runs.compare([run])
+    terminal.compare_runs([run])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
     make_run(tmp_path / "b", "train.lora_rank=8", 'track.trackers=["wandb"]', digest="e", evaluated=False)
     found = runs.read_runs([tmp_path / "a", tmp_path / "b"])
     assert found[0]["differs"] == ["cache", "train.lora_rank"]
-    runs.compare(found)
+    terminal.compare_runs(found)
     lines = capsys.readouterr().out.splitlines()
     cells = {line[:24].strip(): line[24:].split() for line in lines if line[24:].strip()}
     assert cells["train.lora_rank"] == ["4", "8"] and cells["tokens/s"] == ["100", "100"]
@@ -167,7 +167,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("n", [1, 3, 4, 11])
 def test_any_number_of_runs_fits_a_page(n: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [make_run(tmp_path / f"run\x1b[2J{i}", f"train.lora_rank={i + 1}") for i in range(n)]
-    runs.compare([run | {"name": Path(run["name"]).name} for run in runs.read_runs(paths)])
+    terminal.compare_runs([run | {"name": Path(run["name"]).name} for run in runs.read_runs(paths)])
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if SENTENCE not in line]
     assert max(map(len, table)) <= 100 and "\x1b" not in out

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.diagnose import Finding
 from pipeline.diagnose.compatibility import other_prompt, other_tokens
 from pipeline.diagnose.context import SAME_TOKENS, Case

@@ -21,14 +21,14 @@ from safetensors.numpy import save
 from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import progress, warn
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
 from pipeline.rounds.identity import cache_identity
-from pipeline.rounds.scored_block import scored_blocks
+from pipeline.rounds.scored_block import rollout_numbers, scored_blocks
 from pipeline.runs.files import RECORD
 
 
@@ -71,15 +71,11 @@ def worst_rollouts(round_: cs.Round, teachers: Sequence[str], n_wanted: int) -> 
         for scored in scored_blocks(round_, teachers):
             kl_T = np.max([np.where(scored.mask(t), scored.reverse_kl[t], 0.0) for t in scored.teachers], axis=0)
             rollouts = scored.rollouts
-            numbers.append(_numbers(rollouts, round_.manifest.rollouts_per_prompt))
+            numbers.append(scored.numbers)
             worst.append(np.maximum.reduceat(kl_T, rollouts.response_start))
             bar.advance()
     order = np.argsort(-np.concatenate(worst), kind="stable")[:n_wanted]
     return np.sort(np.concatenate(numbers)[order])
-
-
-def _numbers(rollouts: cs.RolloutBlock, rollouts_per_prompt: int) -> npt.NDArray[np.int64]:
-    return rollouts.prompt_index[rollouts.row_prompt] * rollouts_per_prompt + rollouts.sample_index
 
 
 def _score(
@@ -105,7 +101,7 @@ def _rollouts(round_: cs.Round, numbers: npt.NDArray[np.int64]) -> tuple[cs.Roll
     for block in np.unique(block_of).tolist():
         rollouts = round_.rollouts.read(block)
         ids_TK = round_.scores(cs.STUDENT).read_arrays(block, ["candidate_ids"])["candidate_ids"]
-        for row in np.flatnonzero(np.isin(_numbers(rollouts, per_prompt), numbers)).tolist():
+        for row in np.flatnonzero(np.isin(rollout_numbers(round_, rollouts), numbers)).tolist():
             span, index = rollouts.response_slice(row), int(rollouts.prompt_index[rollouts.row_prompt[row]])
             prompts.setdefault(index, rollouts.prompt(row))
             place, sample = list(prompts).index(index), int(rollouts.sample_index[row])

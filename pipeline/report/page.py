@@ -1,8 +1,8 @@
-"""The report as one static page: `assets/report.html.j2` with its style, its script and the document as JSON inside.
+"""The report as one static page: `assets/report.html.j2` with its style, its script and the document as JSON.
 
-Models wrote most of what the page shows, so nothing of it may act. The document reaches the script as data in which
-no letter can end the element; the script sets text and never markup; a content-security policy allows one script and
-one style by their digests and nothing else, no network whatever.
+Most of the text comes from models, so none of it may act. The document is JSON without a character that could end its
+element; the script sets text and never markup; a content-security policy allows one script and one style by their
+digests, and no network.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -20,7 +20,9 @@ import numpy as np
 from pipeline.console import escape_control
 from pipeline.files import read_text
 from pipeline.report import charts
-from pipeline.report.runs import MEASURES, estimates, interval, setting
+from pipeline.report.document import CorrectedToken, Document, RolloutSet, TeacherArrays
+from pipeline.report.runs import MEASURES, RunRecord, estimates, interval, setting
+from pipeline.report.string_table import MISSING, decode_array
 
 ASSETS = Path(__file__).parent / "assets"
 #: Parts of the one script, which share a scope.
@@ -28,14 +30,13 @@ SCRIPTS = ("tools.js", "data.js", "state.js", "list.js", "reader.js", "details.j
 
 #: Reverse KL in thousandths of a nat from which a token counts as marked in the summary; see LEVELS in data.js.
 MARKED = 100
-_UNTOLD = 65535
 
 #: Titles and units of the curves, in the order of the page.
 _CURVES = {
-    "reverse_kl": ("Reverse KL on the cache", "nats a token"),
+    "reverse_kl": ("Reverse KL on the cache", "nats per token"),
     "heldout_accuracy": ("Held-out accuracy", "share right"),
     "heldout_format": ("Held-out format", "share legal"),
-    "heldout_reverse_kl": ("Held-out reverse KL", "nats a token"),
+    "heldout_reverse_kl": ("Held-out reverse KL", "nats per token"),
     "ess": ("Effective sample size", "share of tokens"),
     "ratio_max": ("Largest importance ratio", "ratio"),
     "response_tokens": ("Response length", "tokens"),
@@ -46,11 +47,11 @@ _CURVES = {
     "tokens_per_second": ("Speed", "tokens/s"),
 }
 _COSTS = {"seconds": ",.1f", "tokens": ",", "flops": ".2e"}  # of a stage in the ledger, and how they are written
-_MEANS = {"response_tokens": ("tokens a response", ",.1f"), "truncated": ("cut at the limit", ".1%")}
+_MEANS = {"response_tokens": ("tokens per response", ",.1f"), "truncated": ("cut at the limit", ".1%")}
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """The page of a report's document (see `pipeline.report.collect`), ready to be written as UTF-8."""
+def render(document: Document) -> str:
+    """The page of a document, ready to be written as UTF-8."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -80,7 +81,7 @@ def render(document: Mapping[str, Any]) -> str:
         runs=[_run(run) for run in runs],
         compared=list(_compared(runs)),
         curves=[Markup(chart) for chart in _curves(runs)],
-        origin=list(_origin(document)),
+        provenance=list(_provenance(document)),
     )
 
 
@@ -92,7 +93,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Our script and our style, known by their digests; no other source of anything, and no sink for markup."""
+    """Allows this script and this style by their digests, no other source, and no sink for markup."""
     script_digest, style_digest = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)
     )
@@ -102,54 +103,53 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _data(document: Mapping[str, Any]) -> str:
-    """JSON in ASCII without a letter that means something to an HTML parser; lone surrogates are escapes in it."""
+def _data(document: Document) -> str:
+    """JSON in ASCII without a character that an HTML parser interprets; lone surrogates are escapes in it."""
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _visible(value: Any) -> Any:
-    """What the template prints: plain text with its control characters as escapes."""
+    """Plain text of the template with its control characters as escapes."""
     from markupsafe import Markup
 
     return escape_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _spaces(text: str | None) -> str | None:
-    """A token's text with its spaces to be seen."""
+    """A token's text with visible spaces."""
     return None if text is None else text.replace(" ", "␣") or "(nothing)"
 
 
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
-def _about(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Sentences that say what one looks at."""
+def _about(sets: Sequence[RolloutSet], runs: Sequence[RunRecord]) -> Iterator[str]:
+    """Sentences on what the page shows."""
     for shown in (s for s in sets if s["kind"] == "cache"):
-        teachers = " and ".join(reader["label"] for reader in shown["readers"])
-        student = shown["student"]["label"] if shown["student"] else "a student"
-        marked = f", marked by what {teachers} thinks of every token" if teachers else ", not yet scored by a teacher"
-        yield f"{shown['n_total']:,} rollouts of {student}{marked} ({shown['name']})."
+        teachers = " and ".join(teacher["label"] for teacher in shown["teachers"])
+        scored = f"scored by {teachers}" if teachers else "not yet scored by a teacher"
+        yield f"{shown['n_total']:,} rollouts of {shown['student']['label']}, {scored} ({shown['name']})."
     for run in runs:
         yield f"{run['name']}: {run['sentence'] or 'has not ended'}."
 
 
-def _figures(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """The few numbers that stand at the top."""
+def _figures(sets: Sequence[RolloutSet], runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
+    """The few numbers at the top."""
     shown = next((s for s in sets if s["kind"] == "cache"), None)
     if shown is not None:
-        several = len(shown["readers"]) > 1
+        several = len(shown["teachers"]) > 1
         part = "" if shown["n_shown"] == shown["n_total"] else ", of those shown"
-        for reader in shown["readers"]:
-            total = shown["totals"].get(reader["name"])
-            to = f" to {reader['name']}" if several else ""
+        for teacher in shown["teachers"]:
+            total = shown["totals"].get(teacher["name"])
+            to = f" to {teacher['name']}" if several else ""
             if total:
-                yield _figure(f"mean reverse KL{to}", f"{total['kl']:.4f}", "nats a token")
-            if (share := _marked(shown, reader)) is not None:
+                yield _figure(f"mean reverse KL{to}", f"{total['kl']:.4f}", "nats per token")
+            if (share := _marked(shown, teacher)) is not None:
                 yield _figure(f"tokens marked{to}", f"{share:.1%}", f"at {MARKED / 1000:g} nats or more{part}")
         if (answers := shown["answers"]) and answers["known"]:
             share = answers["right"] / answers["known"]
-            yield _figure("rollouts right", f"{share:.1%}", f"of {answers['known']:,}")
+            yield _figure("right answers", f"{share:.1%}", f"of {answers['known']:,}")
     for run in runs:
         before, after = (estimates(run, phase) for phase in ("before", "after"))
         name = f" of {run['name']}" if len(runs) > 1 else ""
@@ -160,24 +160,24 @@ def _figures(sets: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]
             yield _figure(f"held-out accuracy{name}", change, f"{gain:+.1f} points")
         if "reverse_kl" in before and "reverse_kl" in after:
             change = f"{before['reverse_kl']['value']:.4f} → {after['reverse_kl']['value']:.4f}"
-            yield _figure(f"held-out reverse KL{name}", change, "nats a token, on fresh rollouts")
+            yield _figure(f"held-out reverse KL{name}", change, "nats per token, on fresh rollouts")
 
 
 def _figure(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
 
 
-def _marked(shown: Mapping[str, Any], reader: Mapping[str, Any]) -> float | None:
-    """Share of the shown tokens that count that are marked."""
-    kl = np.frombuffer(base64.b64decode(reader["kl"]), "<u2")
-    counts = (np.frombuffer(base64.b64decode(shown["trained"]), np.uint8) == 1) & (kl != _UNTOLD)
-    return float((kl[counts] >= MARKED).mean()) if counts.any() else None
+def _marked(shown: RolloutSet, teacher: TeacherArrays) -> float | None:
+    """Share of marked tokens among the scored ones that are shown."""
+    kl = decode_array(teacher["kl"], np.uint16)
+    scored = (decode_array(shown["trained"], np.uint8) == 1) & (kl != MISSING)
+    return float((kl[scored] >= MARKED).mean()) if scored.any() else None
 
 
 # ---------------------------------------------------------------------------------------------- tokens and positions
 
 
-def _corrected(sets: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _corrected(sets: Sequence[RolloutSet]) -> Iterator[dict[str, Any]]:
     for at, shown in enumerate(sets):
         for teacher, tokens in shown["most_corrected"].items():
             if tokens:
@@ -185,7 +185,7 @@ def _corrected(sets: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield {"title": title, "rows": [_corrected_row(at, teacher, token) for token in tokens]}
 
 
-def _corrected_row(at: int, teacher: str, token: Mapping[str, Any]) -> dict[str, Any]:
+def _corrected_row(at: int, teacher: str, token: CorrectedToken) -> dict[str, Any]:
     place = {"set": at, "teacher": teacher, "rollout": token["example"], "seek": token["id"]}
     return {
         "token": _spaces(token["token"]),
@@ -198,9 +198,9 @@ def _corrected_row(at: int, teacher: str, token: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _positions(sets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _positions(sets: Sequence[RolloutSet]) -> Iterator[str]:
     """Mean KL by position: a chart for each set of a cache, and one for each run's held-out sets together."""
-    together: dict[str, list[Mapping[str, Any]]] = {}
+    together: dict[str, list[RolloutSet]] = {}
     for shown in sets:
         together.setdefault(shown["pair"] or shown["name"], []).append(shown)
     for title, group in together.items():
@@ -226,14 +226,14 @@ def _ranges(starts: Sequence[int]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
-def _curves(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _curves(runs: Sequence[RunRecord]) -> Iterator[str]:
     for name, (title, unit) in _CURVES.items():
         series = {run["name"]: run["curves"].get(name, []) for run in runs}
         yield charts.line_chart(title, series, x_label="step", y_label=unit)
 
 
-def _compared(runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the runs are and in what they differ, a row for each with a cell for each run."""
+def _compared(runs: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:
+    """Rows that describe the runs and their different settings, with a cell for each run."""
     titles = dict.fromkeys(name for run in runs for name, _ in run["card"])
     differs = [key for key in (runs[0]["differs"] if runs else ()) if key != "cache"]
     yield _cells("ended", [run["sentence"] or "not yet" for run in runs])
@@ -247,28 +247,27 @@ def _cells(name: str, cells: list[str]) -> dict[str, Any]:
     return {"name": name, "cells": cells}
 
 
-def _run(run: Mapping[str, Any]) -> dict[str, Any]:
+def _run(run: RunRecord) -> dict[str, Any]:
     """A run with the tables of its evaluation and its ledger."""
-    told = run["eval"] or {}
-    prompts = told.get("prompts") or {}
+    prompts = (run["eval"] or {}).get("prompts") or {}
     stages = [(name, stage) for name, stage in (run["ledger"] or {}).items() if isinstance(stage, dict)]
     return {
         "name": run["name"],
-        "asked": f"{prompts['count']:,} prompts of {prompts['path']}" if prompts else None,
+        "prompts": f"{prompts['count']:,} prompts of {prompts['path']}" if prompts else None,
         "measures": list(_measures(run)),
         "stages": [[name, *(_count(stage.get(key), form) for key, form in _COSTS.items())] for name, stage in stages],
     }
 
 
-def _measures(run: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _measures(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Title of a measure, and its value before and after training."""
     both = [estimates(run, phase) for phase in ("before", "after")]
     for name in dict.fromkeys(name for found in both for name in found):
         before, after = (interval(name, found[name]) if name in found else "" for found in both)
         yield MEASURES.get(name, name), before, after
-    told = run["eval"] or {}
+    evaluation = run["eval"] or {}
     for name, (title, form) in _MEANS.items():
-        before, after = (_count((told.get(phase) or {}).get(name), form) for phase in ("before", "after"))
+        before, after = (_count((evaluation.get(phase) or {}).get(name), form) for phase in ("before", "after"))
         if before or after:
             yield title, before, after
 
@@ -280,11 +279,11 @@ def _count(value: Any, form: str) -> str:
 # -------------------------------------------------------------------------------------------------------- provenance
 
 
-def _origin(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Tables of facts: the sets', the cache's, and whole recipes of the runs."""
+def _provenance(document: Document) -> Iterator[dict[str, Any]]:
+    """Tables of the sets, the cache, and the whole recipes of the runs."""
     for shown in document["sets"]:
-        if shown["facts"]:
-            yield {"title": shown["name"], "rows": shown["facts"]}
+        if shown["provenance"]:
+            yield {"title": shown["name"], "rows": shown["provenance"]}
     if document["cache"]:
         yield {"title": "cache", "rows": list(_flat(document["cache"]))}
     for run in document["runs"]:
@@ -293,7 +292,7 @@ def _origin(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested records as pairs of a dotted name and a text."""
+    """Nested records as rows of a dotted name and a text."""
     items: Sequence[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         items = list(value.items())

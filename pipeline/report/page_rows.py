@@ -1,132 +1,163 @@
-"""The rollouts of a page token by token: the second pass reads their blocks again. numpy only.
+"""The rollouts of a page token by token, in a second pass over their blocks. numpy only.
 
-Only tokens that are shown are ever held together. Shapes: T tokens shown.
+Only tokens that are shown are ever in memory together. Shapes: T tokens shown, K candidates of the student, C of
+student and teachers, N positions with candidates, M candidates end to end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.console import progress
-from pipeline.report.candidates import Candidates, part_of
-from pipeline.report.data import FINISH_NAMES
-from pipeline.report.encode import NOT_TOLD, TEXT_BYTES, as_text, clean, nats, packed
-from pipeline.report.provenance_rows import model_label
-from pipeline.report.reread import Reread
-from pipeline.report.scan import RIGHT, UNKNOWN, Int64, Judge, Reading, Scan, capped_kl
-from pipeline.report.string_table import Labels, Pieces
+from pipeline.report.inspect import FINISH_NAMES, json_number
+from pipeline.report.read import RIGHT, UNKNOWN, RoundScan, clip_kl
+from pipeline.report.runs import Reread
+from pipeline.report.string_table import (
+    MISSING,
+    TEXT_BYTES,
+    LabelTable,
+    StringTable,
+    UInt16,
+    as_text,
+    clean,
+    encode_array,
+    encode_nats,
+)
+from pipeline.rounds.metrics import Float64, first_occurrence, scores_reverse_kl
+from pipeline.rounds.scored_block import Int64, ScoredBlock, part_of
 from pipeline.text.detokenize import Decoder
 
 #: Of a set's bytes: what prompts may take.
 PROMPT_SHARE = 0.1
 #: Characters of a prompt that are shown, at most and at least.
 PROMPT_CHARACTERS = (8_000, 200)
+#: Candidates are left out if no model gives them this probability.
+UNLIKELY = 1e-3
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of a round.
+class RolloutRow(TypedDict):
+    """A rollout of the page. `start` and `length` place its tokens; `kl` (mean) and `worst` are by teacher, nats."""
 
-    Attributes:
-        rollouts: how many to show at most; page_bytes: how much of a page they may fill.
-        only: numbers of the rollouts to show, in the place of a choice.
-        rereads: readings of its tokens by students that were trained on it.
+    number: int
+    same_as: int | None  # number of an earlier row with the same prompt, tokens and scores after training
+    prompt_index: int
+    sample_index: int
+    prompt: str
+    answer: str | None
+    source: str | None
+    finish: str
+    right: bool | None
+    start: int
+    length: int
+    kl: dict[str, float | None]
+    worst: dict[str, float | None]
+
+
+class CandidateArrays(TypedDict):
+    """Candidates of N positions, end to end; the token itself comes first."""
+
+    at: str  # u32 [N]: the token
+    start: str  # u32 [N + 1]: its first candidate
+    label: str  # u32 [M] into the set's labels
+    student: str  # u16 [M]
+    teachers: list[str]  # u16 [M] each
+
+
+class PageRows:
+    """The rollouts of a page, in its order, with the scores of their tokens.
+
+    Args:
+        rows: of the scan, those to show.
+        page_bytes: how much of a page they may fill.
+        rereads: scores of their tokens by students that were trained on them.
     """
 
-    name: str
-    kind: str
-    rollouts: int
-    page_bytes: int
-    judge: Judge | None = None
-    pair: str | None = None
-    phase: str | None = None
-    only: Int64 | None = None
-    rereads: Sequence[Reread] = ()
-
-
-class Shown:
-    """The rollouts of a page, in its order: the second pass reads them block by block."""
-
-    def __init__(self, found: Scan, rows: Int64, request: Request, tokenizer: Decoder):
-        self._scan, self._rows, self._request, self._tokenizer = found, rows, request, tokenizer
-        self._numbers = found.number[rows].tolist()
-        self._names = found.blocks.teachers
-        self._start = np.concatenate([[0], np.cumsum(found.length[rows])]).astype(np.int64)
-        self.labels, self._pieces = Labels(tokenizer), Pieces(tokenizer)
+    def __init__(self, scan: RoundScan, rows: Int64, page_bytes: int, rereads: Sequence[Reread], tokenizer: Decoder):
+        self._scan, self._rows, self.rereads, self._tokenizer = scan, rows, rereads, tokenizer
+        self.numbers: list[int] = scan.number[rows].tolist()
+        self._teachers = scan.reader.teachers
+        self._start = np.concatenate([[0], np.cumsum(scan.length[rows])]).astype(np.int64)
+        self.labels, self.strings = LabelTable(tokenizer), StringTable(tokenizer)
         most, least = PROMPT_CHARACTERS
-        fair = int(PROMPT_SHARE * request.page_bytes / max(len(rows), 1))
-        self._prompt_characters = max(least, min(most, fair))
-        self._records: list[dict[str, Any]] = [{} for _ in self._numbers]
+        self._prompt_characters = max(least, min(most, int(PROMPT_SHARE * page_bytes / max(len(rows), 1))))
+        self._n_cut_prompts = 0
         n = int(self._start[-1])
-        rereads = [f"after {reread.run} {what}" for reread in request.rereads for what in ("logprob", "entropy")]
-        after_kl = [f"after {reread.run} kl {name}" for reread in request.rereads for name in self._names]
-        of_teachers = [f"{what} {name}" for name in self._names for what in ("logprob", "kl", "entropy")]
-        columns = ["logprob", "entropy", *of_teachers, *rereads, *after_kl]
-        self._u16 = {column: np.full(n, NOT_TOLD, np.uint16) for column in columns}
-        self._tokens, self._trained, self._worth = np.zeros(n, np.uint32), np.zeros(n, np.uint8), np.zeros(n)
+        self.tokens, self.trained = np.zeros(n, np.uint32), np.zeros(n, np.uint8)
+        self._u16: dict[tuple[str, ...], UInt16] = {}  # [T] by scorer, value and teacher
+        self._worth = np.zeros(n)  # tokens with the highest get candidates first
+        self._records: dict[int, RolloutRow] = {}
+        self._contents: dict[int, tuple[object, ...]] = {}  # equal for rollouts that differ in their number alone
         self._candidates: list[Candidates] = []
-        self._cut = 0
 
-    def read(self) -> None:
-        place = {number: index for index, number in enumerate(self._numbers)}
-        blocks, manifest = self._scan.blocks, self._scan.blocks.round.manifest
+    def read(self, label: str) -> None:
+        """Read the blocks that hold the rollouts. Raises `CacheError` if one is damaged."""
+        place = {number: index for index, number in enumerate(self.numbers)}
+        manifest = self._scan.reader.round.manifest
         per_block = manifest.prompts_per_block * manifest.rollouts_per_prompt
-        wanted = sorted({number // per_block for number in self._numbers})
-        with progress(f"{self._request.name}: reading", len(wanted)) as bar:
-            for block in wanted:
-                reading = blocks.read(block)
-                for row, number in enumerate(reading.numbers.tolist()):
+        blocks = sorted({number // per_block for number in self.numbers})
+        with progress(f"{label}: reading", len(blocks)) as bar:
+            for scored in map(self._scan.reader.read, blocks):
+                for row, number in enumerate(scored.numbers.tolist()):
                     if number in place:
-                        self._add(reading, row, place[number])
+                        self._add(scored, row, place[number])
                 bar.advance()
 
-    def _add(self, reading: Reading, row: int, index: int) -> None:
-        rollouts, student = reading.rollouts, reading.student
+    def _add(self, scored: ScoredBlock, row: int, index: int) -> None:
+        rollouts = scored.rollouts
         span, at = rollouts.response_slice(row), slice(int(self._start[index]), int(self._start[index + 1]))
-        self._tokens[at] = self._pieces.add(rollouts.token_ids[span].tolist())
-        self._trained[at] = rollouts.trained[span]
-        self._records[index] = self._record(rollouts, row, index, at)
-        worth = np.zeros(at.stop - at.start)
-        if student is not None:
+        ids, trained = rollouts.token_ids[span], rollouts.trained[span]
+        self.tokens[at], self.trained[at] = self.strings.add(ids.tolist()), trained
+        record = self._records[index] = self._record(rollouts, row, index, at)
+        content: list[object] = [record["prompt_index"], record["finish"], ids.tobytes(), trained.tobytes()]
+        teachers = {name: part_of(scores, span) for name, scores in scored.teachers.items()}
+        worth = np.zeros(len(ids))
+        for name, scores in teachers.items():
+            kl = clip_kl(scored.reverse_kl[name][span])
+            self._store(at, ("teacher", name), scores, {"": kl})
+            worth = np.maximum(worth, np.where(trained == 1, np.nan_to_num(kl), 0.0))
+        if scored.has_student:
+            student = part_of(scored.student, span)
             assert student.entropy is not None
-            self._u16["logprob"][at] = nats(-student.logprobs[span])
-            self._u16["entropy"][at] = nats(student.entropy[span])
-            # tells something only where no teacher does
-            worth = 1e-9 * student.entropy[span].astype(np.float64)
-        for name, scores in reading.teachers.items():
-            kl = reading.kl[name][span]
-            self._u16[f"logprob {name}"][at], self._u16[f"kl {name}"][at] = nats(-scores.logprobs[span]), nats(kl)
-            if scores.entropy is not None:
-                self._u16[f"entropy {name}"][at] = nats(scores.entropy[span])
-            worth = np.maximum(worth, np.where(self._trained[at] == 1, np.nan_to_num(kl), 0.0))
+            self._store(at, ("student",), student, {})
+            worth = np.maximum(worth, 1e-9 * student.entropy.astype(np.float64))  # decides only without a teacher
+            self._candidates.append(Candidates.of(at.start, student, teachers, self._teachers))
+            for reread in self.rereads:
+                after = reread.scores_of(self.numbers[index], student)
+                content.append(after is not None)
+                if after is not None:
+                    kl_by_teacher = {n: clip_kl(scores_reverse_kl(after, scores)) for n, scores in teachers.items()}
+                    self._store(at, ("after", reread.run), after, kl_by_teacher)
         self._worth[at] = worth
-        if student is None:
-            return
-        teachers = {name: part_of(scores, span) for name, scores in reading.teachers.items()}
-        own = part_of(student, span)
-        self._candidates.append(Candidates.of(at.start, own, teachers, self._names))
-        for reread in self._request.rereads:
-            after = reread.of(self._numbers[index], own)
-            if after is None:
-                continue
-            assert after.entropy is not None
-            self._u16[f"after {reread.run} logprob"][at] = nats(-after.logprobs)
-            self._u16[f"after {reread.run} entropy"][at] = nats(after.entropy)
-            for name, scores in teachers.items():
-                self._u16[f"after {reread.run} kl {name}"][at] = nats(capped_kl(after, scores))
+        self._contents[index] = tuple(content)
 
-    def _record(self, rollouts: cs.RolloutBlock, row: int, index: int, at: slice) -> dict[str, Any]:
-        found, place = self._scan, int(self._rows[index])
+    def _store(self, at: slice, scorer: tuple[str, ...], scores: cs.ScoreBlock, kl: Mapping[str, Float64]) -> None:
+        self._array(*scorer, "logprob")[at] = encode_nats(-scores.logprobs)
+        if scores.entropy is not None:
+            self._array(*scorer, "entropy")[at] = encode_nats(scores.entropy)
+        for teacher, kl_T in kl.items():
+            self._array(*scorer, "kl", teacher)[at] = encode_nats(kl_T)
+
+    def _array(self, *key: str) -> UInt16:
+        return self._u16.setdefault(key, np.full(len(self.tokens), MISSING, np.uint16))
+
+    def column(self, *key: str) -> str:
+        """A value of every token, such as ("teacher", NAME, "kl", ""), encoded."""
+        return encode_array(self._array(*key))
+
+    def _record(self, rollouts: cs.RolloutBlock, row: int, index: int, at: slice) -> RolloutRow:
+        scan, place = self._scan, int(self._rows[index])
         prompt_index = int(rollouts.prompt_index[rollouts.row_prompt[row]])
-        line = found.blocks.round.prompts[prompt_index]
-        right = int(found.right[place])
+        line = scan.reader.round.prompts[prompt_index]
+        right = int(scan.right[place])
         return {
-            "number": self._numbers[index],
+            "number": self.numbers[index],
+            "same_as": None,
             "prompt_index": prompt_index,
             "sample_index": int(rollouts.sample_index[row]),
             "prompt": self._shortened(clean(self._tokenizer.decode(rollouts.prompt(row).tolist()))),
@@ -136,74 +167,113 @@ class Shown:
             "right": None if right == UNKNOWN else right == RIGHT,
             "start": at.start,
             "length": at.stop - at.start,
-            "kl": {name: _number(found.mean[name][place]) for name in self._names},
-            "worst": {name: _number(found.worst[name][place]) for name in self._names},
+            "kl": {name: json_number(scan.mean[name][place]) for name in self._teachers},
+            "worst": {name: json_number(scan.worst[name][place]) for name in self._teachers},
         }
 
     def _shortened(self, prompt: str) -> str:
         most = self._prompt_characters
         if len(prompt) <= most:
             return prompt
-        self._cut += 1
+        self._n_cut_prompts += 1
         tail = most // 2  # a question stands at the end as often as at the beginning
         return f"{prompt[: most - tail]} [... {len(prompt) - most:,} characters ...] {prompt[-tail:]}"
 
     @property
-    def prompts_left_out(self) -> str | None:
-        cut, most = self._cut, self._prompt_characters
+    def cut_prompts(self) -> str | None:
+        cut, most = self._n_cut_prompts, self._prompt_characters
         return f"{cut:,} of the prompts shown are cut in the middle to {most:,} characters" if cut else None
 
-    def columns(self) -> dict[str, Any]:
-        """Readers, student, after, rows, pieces, tokens and trained of the set."""
-        b64 = {name: packed(array) for name, array in self._u16.items()}
-        groups, own = self._scan.blocks.groups, self._scan.blocks.round.manifest
-        has_entropy = {name: groups[name].manifest.entropy for name in self._names}  # type: ignore[union-attr]
-        return {
-            "readers": [
-                {
-                    "name": name,
-                    "label": model_label(groups[name].manifest.model),  # type: ignore[union-attr]
-                    "logprob": b64[f"logprob {name}"],
-                    "kl": b64[f"kl {name}"],
-                    "entropy": b64[f"entropy {name}"] if has_entropy[name] else None,
-                }
-                for name in self._names
-            ],
-            "student": {"label": model_label(own.student), "logprob": b64["logprob"], "entropy": b64["entropy"]},
-            "after": [
-                {
-                    "run": reread.run,
-                    "logprob": b64[f"after {reread.run} logprob"],
-                    "entropy": b64[f"after {reread.run} entropy"],
-                    "kl": {name: b64[f"after {reread.run} kl {name}"] for name in self._names},
-                }
-                for reread in self._request.rereads
-            ],
-            "rows": self._records,
-            "pieces": self._pieces.table(),
-            "tokens": packed(self._tokens),
-            "trained": packed(self._trained),
-        }
+    def records(self) -> list[RolloutRow]:
+        """The rollouts in the order of the page; those that repeat an earlier one say so in `same_as`."""
+        first: dict[tuple[object, ...], int] = {}
+        for index, number in enumerate(self.numbers):
+            earlier = first.setdefault(self._contents[index], number)
+            self._records[index]["same_as"] = None if earlier == number else earlier
+        return [self._records[index] for index in range(len(self.numbers))]
 
-    def candidates(self, page_bytes: int) -> tuple[dict[str, Any], str | None]:
-        """The candidates at the positions of the highest reverse KL that have room, and what was left out."""
-        every = Candidates.joined(self._candidates, len(self._names))
-        cost = TEXT_BYTES * (8 + every.count * (6 + 2 * len(self._names)))
+    def candidates(self, page_bytes: int) -> tuple[CandidateArrays, str | None]:
+        """As many candidates as have room, at the positions of the highest reverse KL, and what was left out."""
+        every = Candidates.joined(self._candidates, len(self._teachers))
+        cost = TEXT_BYTES * (8 + every.count * (6 + 2 * len(self._teachers)))
         order = np.argsort(-self._worth[every.at], kind="stable")
-        fits = order[np.cumsum(cost[order]) <= page_bytes]
-        kept = every.only(np.sort(fits))
-        found = {
-            "at": packed(kept.at.astype(np.uint32)),
-            "start": packed(np.concatenate([[0], np.cumsum(kept.count)]).astype(np.uint32)),
-            "piece": packed(self.labels.add(kept.ids)),
-            "student": packed(kept.student),
-            "readers": [packed(reader) for reader in kept.readers],
+        kept = every.only(np.sort(order[np.cumsum(cost[order]) <= page_bytes]))
+        arrays: CandidateArrays = {
+            "at": encode_array(kept.at.astype(np.uint32)),
+            "start": encode_array(np.concatenate([[0], np.cumsum(kept.count)]).astype(np.uint32)),
+            "label": encode_array(self.labels.add(kept.ids)),
+            "student": encode_array(kept.student),
+            "teachers": [encode_array(teacher) for teacher in kept.teachers],
         }
         if len(kept.at) == len(every.at):
-            return found, None
-        by = "reverse KL" if self._names else "entropy"
-        return found, f"candidates are there for the {len(kept.at):,} of {len(every.at):,} tokens of the highest {by}"
+            return arrays, None
+        by = "reverse KL" if self._teachers else "entropy"
+        shown = f"{len(kept.at):,} of {len(every.at):,}"
+        return arrays, f"candidates are there for the {shown} tokens with the highest {by}"
 
 
-def _number(value: np.floating[Any]) -> float | None:
-    return float(value) if np.isfinite(value) else None
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of some positions, end to end: `count` [N] of them at each token `at` [N]."""
+
+    at: Int64
+    count: Int64
+    ids: Int64
+    student: UInt16
+    teachers: list[UInt16]
+
+    @classmethod
+    def of(
+        cls, first: int, student: cs.ScoreBlock, teachers: Mapping[str, cs.ScoreBlock], names: Sequence[str]
+    ) -> Candidates:
+        """At every token of a rollout that begins at token `first` of the page: the student's candidates, then the
+        teachers' top-k; without those that no model gives UNLIKELY."""
+        assert student.candidate_ids is not None and student.candidate_logprobs is not None
+        own = student.candidate_ids
+        tops = [scores.topk_ids for scores in teachers.values() if scores.topk_ids is not None]
+        ids = np.concatenate([own, *tops], axis=1)
+        by_student = np.full(ids.shape, np.nan)
+        by_student[:, : own.shape[1]] = student.candidate_logprobs
+        by_teacher = {name: _logprobs_of(ids, own, scores) for name, scores in teachers.items()}
+        likely = np.any([np.exp(known) >= UNLIKELY for known in (by_student, *by_teacher.values())], axis=0)
+        likely[:, 0] = True  # the token itself
+        keep = first_occurrence(ids) & likely
+        missing = np.full(int(keep.sum()), MISSING, np.uint16)
+        of_teachers = [encode_nats(-by_teacher[name][keep]) if name in by_teacher else missing for name in names]
+        at = first + np.arange(len(ids), dtype=np.int64)
+        return cls(at, keep.sum(axis=1), ids[keep].astype(np.int64), encode_nats(-by_student[keep]), of_teachers)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates], n_teachers: int) -> Candidates:
+        """In order of `at`."""
+        nothing, none = np.zeros(0, np.int64), np.zeros(0, np.uint16)
+        parts = [
+            cls(nothing, nothing, nothing, none, [none] * n_teachers),
+            *sorted(parts, key=lambda p: int(p.at[0])),
+        ]
+        at, count, ids = (np.concatenate([getattr(part, name) for part in parts]) for name in ("at", "count", "ids"))
+        teachers = [np.concatenate([part.teachers[index] for part in parts]) for index in range(n_teachers)]
+        return cls(at, count, ids, np.concatenate([part.student for part in parts]), teachers)
+
+    def only(self, positions: Int64) -> Candidates:
+        """Those of some positions, by their index in `at`, ascending."""
+        chosen = np.zeros(len(self.at), np.bool_)
+        chosen[positions] = True
+        keep = np.repeat(chosen, self.count)
+        teachers = [teacher[keep] for teacher in self.teachers]
+        return Candidates(self.at[chosen], self.count[chosen], self.ids[keep], self.student[keep], teachers)
+
+
+def _logprobs_of(
+    ids_TC: npt.NDArray[np.int32], own_TK: npt.NDArray[np.int32], teacher: cs.ScoreBlock
+) -> npt.NDArray[np.float64]:
+    """[T, C]: a teacher's log-probs of these tokens; NaN if missing."""
+    found = np.full(ids_TC.shape, np.nan)
+    for known_ids, logprobs in ((own_TK, teacher.candidate_logprobs), (teacher.topk_ids, teacher.topk_logprobs)):
+        if known_ids is None or logprobs is None:
+            continue
+        for column in range(known_ids.shape[1]):
+            here = (ids_TC == known_ids[:, column, None]) & ~np.isnan(logprobs[:, column, None])
+            found = np.where(here, logprobs[:, column, None], found)
+    found[:, 0] = teacher.logprobs
+    return found

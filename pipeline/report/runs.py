@@ -1,7 +1,6 @@
-"""Runs as plain records for the report, and a table that compares them.
+"""Runs as records for the report, from the files that `redpen train` and `redpen eval` write.
 
-A record is made of the files that `redpen train` and `redpen eval` leave in a run. It serves while a run still
-trains, and after something has happened to it: a file that cannot be read is left out with a warning.
+Runs that still train can be read, and damaged ones: a file that cannot be read is left out with a warning.
 """
 
 from __future__ import annotations
@@ -12,24 +11,28 @@ import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
+import numpy.typing as npt
 from pydantic import BaseModel, Field
-from rich.table import Table
-from rich.text import Text
 
-from pipeline.console import escape_control, results, warn
+import cache_schema as cs
+from pipeline.console import warn
 from pipeline.credentials import masked
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model, read_json, read_text
 from pipeline.report.charts import thin
+from pipeline.rounds.identity import cache_identity
 from pipeline.runs.files import (
     EVAL_FIGURES,
     LEDGER,
     MARKERS,
     METRICS,
     RECIPE,
+    REREAD,
+    DamagedRunError,
     Record,
     check,
     is_run,
@@ -62,18 +65,31 @@ MEASURES = {
     "format": "legal format",
     "reverse_kl": "fresh reverse KL",
 }
-_NAME_WIDTH, _RUN_WIDTH, _GAP = 24, 23, 2  # three runs in 100 columns
+
+#: Digests of the cache that these scores depend on. A teacher that was scored again changes nothing in them.
+_DEPENDS_ON = ("rollouts digest", "student digest")
+_PLACES, _SCORES = ("numbers", "start", "length"), ("logprobs", "entropy", "candidate_logprobs", "rest_logprob")
 
 
-def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a run's files tell, as JSON-able data.
+class RunRecord(TypedDict):
+    """What a run's files hold, as JSON-able data."""
 
-    name, sentence and exit_code (None while it has not ended), recipe by dotted setting, curves by name as
-    [[step, value], ...] of 400 points at most, figures (see `_figures`), ledger and eval as they are on disk, card
-    (pairs of text), differs (see `differing`; empty for a run alone), notes (sentences on what was left out).
+    name: str
+    sentence: str | None  # how it ended
+    exit_code: int | None
+    recipe: dict[str, Any]  # by dotted setting
+    cache: dict[str, Any]
+    curves: dict[str, list[list[float]]]  # [step, value], 400 points at most
+    figures: dict[str, Any]  # see `_figures`
+    ledger: dict[str, Any] | None  # as on disk
+    eval: dict[str, Any] | None  # as on disk
+    card: list[list[str]]  # names and values
+    differs: list[str]  # see `differing`; empty for a run alone
+    notes: list[str]  # sentences on what was left out
 
-    Raises `RedpenError` where `path` is no run.
-    """
+
+def read_run(path: str | os.PathLike[str]) -> RunRecord:
+    """The record of one run. Raises `RedpenError` if `path` is not a run."""
     directory = Path(path)
     if not is_run(directory):
         raise RedpenError(
@@ -98,10 +114,10 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
         "differs": [],
         "notes": files.notes,
     }
-    return cast(dict[str, Any], masked(record))
+    return cast(RunRecord, masked(record))
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunRecord]:
     """Several runs, each with the settings in which they differ."""
     runs = [read_run(path) for path in paths]
     for run in runs:
@@ -109,45 +125,19 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     return runs
 
 
-def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Settings that are not the same in all runs, and `cache` where that is not; trackers aside."""
+def differing(runs: Sequence[RunRecord]) -> list[str]:
+    """Settings that are not the same in all runs, and `cache` if that is not; trackers aside."""
     keys = dict.fromkeys(key for run in runs for key in run["recipe"] if not key.startswith("track."))
     found = [key for key in keys if any(run["recipe"].get(key) != runs[0]["recipe"].get(key) for run in runs)]
     caches = [{key: value for key, value in run["cache"].items() if key != "url"} for run in runs]
     return ["cache", *found] if any(cache != caches[0] for cache in caches) else found
 
 
-def compare(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table on stdout: a column for each run, as many beside one another as there is room for."""
-    out = results()
-    for run in runs:
-        out.print(Text(escape_control(f"{run['name']}: {_ended(run)}")), soft_wrap=True)
-    rows = [row for row in _rows(runs) if any(row[1])]
-    width = out.width if out.is_terminal else 100
-    fit = max(1, (width - _NAME_WIDTH) // (_GAP + _RUN_WIDTH))
-    beside = math.ceil(len(runs) / math.ceil(len(runs) / fit))  # as even as can be
-    for first in range(0, len(runs), beside):
-        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
-        table.add_column("", width=_NAME_WIDTH, overflow="fold")
-        for run in runs[first : first + beside]:
-            table.add_column(_cell(run["name"]), justify="right", width=_RUN_WIDTH, overflow="fold")
-        for title, cells in rows:
-            table.add_row(_cell(title), *(_cell(cell or "-") for cell in cells[first : first + beside]))
-        out.print()
-        out.print(table)
-    if any(run["eval"] for run in runs):
-        out.print(
-            "(95 % intervals, of tasks \u00b1 standard errors; fresh: on rollouts of the student that is measured)"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 
 class _Files:
-    """A run's files, each checked before it is read. What is wrong with one is a warning and a note, and it is left
-    out.
-    """
+    """A run's files, each checked before it is read. A file with an error is left out, with a warning and a note."""
 
     def __init__(self, run: Path):
         self._run, self.record, self._is_known = run, Record(), False
@@ -157,7 +147,7 @@ class _Files:
             self.record, self._is_known = found or self.record, found is not None
 
     def read(self, name: str, parse: Callable[[Path], _T]) -> _T | None:
-        """What `parse` makes of a file; None where it is not there or left out."""
+        """What `parse` makes of a file; None if it does not exist or is left out."""
         with contextlib.suppress(FileNotFoundError), self._noted():
             if self._is_known:
                 check(self._run, name, record=self.record)
@@ -165,7 +155,7 @@ class _Files:
         return None
 
     def metrics(self, path: Path) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole; the last may be one that is being written."""
+        """The valid lines of metrics.jsonl; the last may be one that is being written."""
         lines = read_lines(path)
         found, damaged = [], 0
         for number, line in enumerate(lines, 1):
@@ -190,7 +180,7 @@ class _Files:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, null for what JSON lacks: infinities, NaN."""
+    """The JSON object in a file, with null for infinities and NaN."""
     value = _finite(read_json(path, follow_links=False))
     assert isinstance(value, dict)
     return value
@@ -207,7 +197,7 @@ class _Measured(BaseModel):
 
 
 class _Evaluation(BaseModel):
-    """As much of eval.json as has to be of one shape; of the rest, what is no figure is not shown."""
+    """The part of eval.json that must have this shape; of the rest, only figures are shown."""
 
     prompts: _Prompts | None = None
     before: _Measured | None = None
@@ -245,7 +235,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A TOML value as JSON has it: what JSON lacks, infinity or a date, becomes text."""
+    """A TOML value as JSON: infinities and dates, which JSON lacks, become text."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -272,7 +262,7 @@ def _value(of: Callable[[Mapping[str, Any]], Any], line: Mapping[str, Any]) -> f
 
 
 def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | None, window: int) -> dict[str, Any]:
-    """Steps done; reverse KL and ESS as means of the last `window` steps, as the verdict on a run has them; best
+    """Steps done; reverse KL and ESS as means of the last `window` steps, as the stopping rule computes them; best
     reverse KL and held-out values as [step, value]; seconds, tokens/s and FLOPs of training; FLOPs of all stages."""
     curves = _curves(lines)
     found: dict[str, Any] = {"steps": lines[-1]["step"]} if lines else {}
@@ -299,7 +289,7 @@ def _figures(lines: Sequence[Mapping[str, Any]], ledger: Mapping[str, Any] | Non
 
 
 def learned_from(cache: Mapping[str, Any]) -> str:
-    """Where a run's rollouts are; a run of several rounds names none."""
+    """The cache and round that a run learned from; a run of several rounds names none."""
     return f"{cache.get('url', '')}, " + (f"round {cache['round']}" if "round" in cache else "all rounds")
 
 
@@ -307,54 +297,19 @@ def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]
     """What a run is, in a few pairs of text."""
     teachers = [f"{value}" for key, value in recipe.items() if key.startswith("teacher.") and key.endswith(".model")]
     weights = f"LoRA of rank {recipe.get('train.lora_rank')}" if recipe.get("train.method") == "lora" else "all"
-    told = {
+    card = {
         "student": recipe.get("student.model"),
         "teacher": ", ".join(teachers),
         "cache": learned_from(cache) if "url" in cache else None,
         "loss": recipe.get("train.loss"),
         "trained weights": weights if "train.method" in recipe else None,
         "learning rate": recipe.get("train.learning_rate"),
-        "prompts a step": recipe.get("train.prompts_per_step"),
+        "prompts per step": recipe.get("train.prompts_per_step"),
     }
-    return [[name, str(value)] for name, value in told.items() if value]
+    return [[name, str(value)] for name, value in card.items() if value]
 
 
-# ------------------------------------------------------------------------------------------------------------- table
-
-
-def _rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """Title and a text for each run; empty where a run has nothing to tell."""
-
-    def figure(title: str, name: str, shown: Callable[[Any], str]) -> tuple[str, list[str]]:
-        values = [run["figures"].get(name) for run in runs]
-        return title, ["" if value is None else shown(value) for value in values]
-
-    yield figure("steps", "steps", str)
-    yield figure("reverse KL at the end", "reverse_kl", "{:.5f}".format)
-    yield figure("  lowest", "best_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
-    yield figure("ESS at the end", "ess", "{:.3f}".format)
-    yield figure("held-out accuracy, best", "best_heldout_accuracy", lambda best: f"{best[1]:.1%} at {best[0]}")
-    yield figure("held-out format, best", "best_heldout_format", lambda best: f"{best[1]:.1%} at {best[0]}")
-    yield figure("held-out rev. KL, best", "best_heldout_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
-    for measure in dict.fromkeys(key for run in runs for key in estimates(run, "after")):
-        for phase in ("before", "after"):
-            found = [estimates(run, phase).get(measure) for run in runs]
-            shown = ["" if estimate is None else interval(measure, estimate) for estimate in found]
-            yield (f"{MEASURES.get(measure, measure)}, before" if phase == "before" else "  after"), shown
-    asked = [(run["eval"] or {}).get("prompts") for run in runs]
-    yield "  on prompts", [f"{told['count']:,} of {told['path']}" if told else "" for told in asked]
-    yield figure("seconds of training", "seconds", "{:,.0f}".format)
-    yield figure("tokens/s", "tokens_per_second", "{:,.0f}".format)
-    yield figure("FLOPs of training", "train_flops", "{:.2e}".format)
-    yield figure("FLOPs of all stages", "flops", "{:.2e}".format)
-    for key in differing(runs):
-        if key == "cache":
-            yield key, [learned_from(run["cache"]) if run["cache"] else "" for run in runs]
-        else:
-            yield key, [setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
-
-
-def estimates(run: Mapping[str, Any], phase: str) -> dict[str, Any]:
+def estimates(run: RunRecord, phase: str) -> dict[str, Any]:
     """Values with intervals that eval.json holds for the student `before` or `after` training, and the scores of
     lm-evaluation-harness's tasks with their standard errors."""
     measured = (run["eval"] or {}).get(phase) or {}
@@ -381,16 +336,8 @@ def interval(measure: str, estimate: Mapping[str, Any]) -> str:
         return f"{estimate['value']:.4f}{error}"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     if measure == "reverse_kl":
-        return f"{value:.4f} ({low:.3f} to {high:.3f})"
+        return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.3f} to {high:.3f})"
     return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _ended(run: Mapping[str, Any]) -> str:
-    if run["sentence"] is None:
-        return (
-            f"has not ended, {run['figures'].get('steps', 0)} of {run['recipe'].get('train.steps', '?')} steps done"
-        )
-    return str(run["sentence"]) + (f" (exit code {run['exit_code']})" if run["exit_code"] else "")
 
 
 def setting(value: Any) -> str:
@@ -400,5 +347,62 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _cell(text: str) -> Text:
-    return Text(escape_control(text))
+# ------------------------------------------------------------------------------------------------- trained student
+
+
+@dataclass(frozen=True)
+class Reread:
+    """Scores of cached rollouts by the trained student, by the rollout's number; see `pipeline.evaluate.reread`."""
+
+    run: str
+    _spans: Mapping[int, slice]
+    _arrays: Mapping[str, npt.NDArray[Any]]
+
+    @classmethod
+    def load(cls, run: str, round_: cs.Round) -> Reread | str | None:
+        """The run's scores of this round; a sentence on why they are left out; None if the run has none."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(run) / REREAD
+        if not path.is_file():
+            return None
+        try:
+            check(run, REREAD)
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in (*_PLACES, *_SCORES)}
+            spans = _spans(arrays)
+        except DamagedRunError as error:
+            return f"scores by the trained student are left out: {error}"
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            return f"{path} cannot be read ({error}), so scores by the trained student are left out"
+        if cs.STUDENT not in round_.scorer_names():
+            return f"{path} is left out: the cache does not hold the student's scores, which it belongs to"
+        now = cache_identity(round_.cache.url, round_, [])
+        if changed := [key for key in _DEPENDS_ON if metadata.get(key) != now[key]]:
+            return (
+                f"{path} is left out: it is of another cache or round than the one shown ({', '.join(changed)}); "
+                f"run `redpen eval {run}` to make it again"
+            )
+        return cls(run, spans, arrays)
+
+    def scores_of(self, number: int, student: cs.ScoreBlock) -> cs.ScoreBlock | None:
+        """The scores of a rollout at the candidates of its cached ones; None if it was not scored again."""
+        span, shape = self._spans.get(number), None if student.candidate_ids is None else student.candidate_ids.shape
+        if span is None or self._arrays["candidate_logprobs"][span].shape != shape:
+            return None
+        scores = {name: self._arrays[name][span] for name in _SCORES}
+        return cs.ScoreBlock(candidate_ids=student.candidate_ids, **scores)
+
+
+def _spans(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, slice]:
+    """The tokens of each rollout. Raises `ValueError` if the arrays do not fit together."""
+    n_tokens = len(arrays["logprobs"])
+    if any(arrays[name].shape[:1] != (n_tokens,) or arrays[name].dtype.kind != "f" for name in _SCORES):
+        raise ValueError("its arrays do not fit together")
+    found = {}
+    for number, start, length in zip(*(arrays[name].tolist() for name in _PLACES), strict=True):
+        if not 0 <= start <= start + length <= n_tokens:
+            raise ValueError(f"rollout {number} is beyond its tokens")
+        found[int(number)] = slice(start, start + length)
+    return found

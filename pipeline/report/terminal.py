@@ -1,6 +1,6 @@
-"""`redpen inspect`: a cache as tables, a rollout as text under the teacher's red pen.
+"""Views in the terminal: `redpen inspect`, a cache as tables or a rollout as marked text, and a table of runs.
 
-What came from a model or a file is shown with control characters escaped: no rollout can steer the terminal.
+Control characters from models and files are escaped: no rollout can steer the terminal.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,24 +18,26 @@ from rich.text import Text
 import cache_schema as cs
 from pipeline.console import escape_control, results, say, show
 from pipeline.models.identity import DATA
-from pipeline.report import data
+from pipeline.report import inspect
+from pipeline.report.runs import MEASURES, RunRecord, differing, estimates, interval, learned_from, setting
 from pipeline.text.detokenize import load_decoder
 
-#: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it where there is no colour.
+#: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it without colour.
 LEVELS = ((1.0, "bold white on red3", "^^^"), (0.3, "black on light_coral", "^^"), (0.1, "black on misty_rose1", "^"))
 WORST_TOKENS = 5
 #: Reverse KL (nats) from which a token is worth a line, and probability from which an alternative is worth showing.
 NEGLIGIBLE, UNLIKELY = 1e-3, 1e-2
 SHOWN_CANDIDATES = 3
+_NAME_WIDTH, _RUN_WIDTH, _GAP = 24, 23, 2  # three runs in 100 columns
 
 
 def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: str | None, as_json: bool) -> None:
-    """Show on stdout what a cache holds, or one rollout of its latest (or the given) round, by each of its teachers
-    where none is named.
+    """Print a summary of a cache, or one rollout of its latest (or the given) round with the marks of each teacher
+    (or the given one).
     """
     cache, out = cs.open(cache_url), results()
     if rollout is None:
-        found = data.summary(cache, round_index)
+        found = inspect.summary(cache, round_index)
         if as_json:
             show(json.dumps(found, allow_nan=False))
         else:
@@ -45,19 +47,19 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
     round_ = cache.round(round_index)
     decoder = functools.cache(lambda: load_decoder(round_.manifest))
     if as_json:
-        show(json.dumps(data.rollout(round_, rollout, teacher, decoder), allow_nan=False))
+        show(json.dumps(inspect.rollout(round_, rollout, teacher, decoder), allow_nan=False))
     else:
         names: Sequence[str | None] = [teacher] if teacher is not None else round_.teacher_names() or [None]
-        show_rollout([data.rollout(round_, rollout, name, decoder) for name in names], out)
+        show_rollout([inspect.rollout(round_, rollout, name, decoder) for name in names], out)
 
 
 def next_command(summary: dict[str, Any]) -> str:
-    """What the latest round that is shown lacks, or else what it is good for."""
+    """The command that completes the latest round of a summary, or that uses it."""
     cache, round_ = summary["cache"], summary["rounds"][-1] if summary["rounds"] else None
     if round_ is None or not _complete(round_["blocks"]):
         return f"redpen rollouts RECIPE --cache {cache}"
     if round_["engine"] == DATA:
-        return f"redpen inspect {cache} --rollout 0; it is the run's own, nobody scores it"
+        return f"redpen inspect {cache} --rollout 0 (a round of fine-tuning data, which is not scored)"
     scored = [score["role"] for score in round_["scores"] if _complete(score["blocks"])]
     if len(scored) < len(round_["scores"]) or {"student", "teacher"} - set(scored):
         return f"redpen score RECIPE --cache {cache}"
@@ -65,7 +67,7 @@ def next_command(summary: dict[str, Any]) -> str:
 
 
 def show_summary(summary: dict[str, Any], out: Console) -> None:
-    """Print what `data.summary` found."""
+    """Print a summary of `inspect.summary`."""
     size = f", {_bytes(summary['bytes'])}" if summary["bytes"] is not None else ""
     _print(out, _text(f"{summary['cache']}: redpen cache, format {summary['format_version']}{size}"))
     if not summary["rounds"]:
@@ -116,8 +118,8 @@ def _scores_table(scores: Sequence[dict[str, Any]]) -> Table:
 
 
 def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
-    """Print what `data.rollout` found of one rollout: the prompt, and by each teacher the marked response, a legend,
-    and the most corrected tokens.
+    """Print one rollout by `inspect.rollout`: the prompt, and for each teacher the marked response, a legend, and the
+    most corrected tokens.
     """
     rollout = views[0]
     source = f", source {rollout['source']}" if rollout["source"] else ""
@@ -196,6 +198,71 @@ def _preferences(candidates: Sequence[dict[str, Any]], key: str) -> Text:
     return Text("  ").join(Text.assemble(_quoted(item["text"]), " ", _percent(item[key])) for item in best)
 
 
+# ---------------------------------------------------------------------------------------------------- compared runs
+
+
+def compare_runs(runs: Sequence[RunRecord]) -> None:
+    """Print a table on stdout: a column for each run, as many beside one another as there is room for."""
+    out = results()
+    for run in runs:
+        out.print(Text(escape_control(f"{run['name']}: {_ended(run)}")), soft_wrap=True)
+    rows = [row for row in _comparison(runs) if any(row[1])]
+    width = out.width if out.is_terminal else 100
+    fit = max(1, (width - _NAME_WIDTH) // (_GAP + _RUN_WIDTH))
+    beside = math.ceil(len(runs) / math.ceil(len(runs) / fit))  # as even as can be
+    for first in range(0, len(runs), beside):
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+        table.add_column("", width=_NAME_WIDTH, overflow="fold")
+        for run in runs[first : first + beside]:
+            table.add_column(_text(run["name"]), justify="right", width=_RUN_WIDTH, overflow="fold")
+        for title, cells in rows:
+            table.add_row(_text(title), *(_text(cell or "-") for cell in cells[first : first + beside]))
+        out.print()
+        out.print(table)
+    if any(run["eval"] for run in runs):
+        out.print("(95 % intervals, of tasks \u00b1 standard errors; fresh: on rollouts of the measured student)")
+
+
+def _comparison(runs: Sequence[RunRecord]) -> Iterator[tuple[str, list[str]]]:
+    """Title and a text for each run; empty if the run has no such value."""
+
+    def figure(title: str, name: str, shown: Callable[[Any], str]) -> tuple[str, list[str]]:
+        values = [run["figures"].get(name) for run in runs]
+        return title, ["" if value is None else shown(value) for value in values]
+
+    yield figure("steps", "steps", str)
+    yield figure("reverse KL at the end", "reverse_kl", "{:.5f}".format)
+    yield figure("  lowest", "best_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
+    yield figure("ESS at the end", "ess", "{:.3f}".format)
+    yield figure("held-out accuracy, best", "best_heldout_accuracy", lambda best: f"{best[1]:.1%} at {best[0]}")
+    yield figure("held-out format, best", "best_heldout_format", lambda best: f"{best[1]:.1%} at {best[0]}")
+    yield figure("held-out rev. KL, best", "best_heldout_reverse_kl", lambda best: f"{best[1]:.5f} at {best[0]}")
+    for measure in dict.fromkeys(key for run in runs for key in estimates(run, "after")):
+        for phase in ("before", "after"):
+            found = [estimates(run, phase).get(measure) for run in runs]
+            shown = ["" if estimate is None else interval(measure, estimate) for estimate in found]
+            yield (f"{MEASURES.get(measure, measure)}, before" if phase == "before" else "  after"), shown
+    prompts = [(run["eval"] or {}).get("prompts") for run in runs]
+    yield "  on prompts", [f"{p['count']:,} of {p['path']}" if p else "" for p in prompts]
+    yield figure("seconds of training", "seconds", "{:,.0f}".format)
+    yield figure("tokens/s", "tokens_per_second", "{:,.0f}".format)
+    yield figure("FLOPs of training", "train_flops", "{:.2e}".format)
+    yield figure("FLOPs of all stages", "flops", "{:.2e}".format)
+    for key in differing(runs):
+        if key == "cache":
+            yield key, [learned_from(run["cache"]) if run["cache"] else "" for run in runs]
+        else:
+            yield key, [setting(run["recipe"][key]) if key in run["recipe"] else "" for run in runs]
+
+
+def _ended(run: RunRecord) -> str:
+    if run["sentence"] is None:
+        return (
+            f"has not ended, {run['figures'].get('steps', 0)} of {run['recipe'].get('train.steps', '?')} steps done"
+        )
+    return str(run["sentence"]) + (f" (exit code {run['exit_code']})" if run["exit_code"] else "")
+
+
 # -------------------------------------------------------------------------------------------------------- formatting
 
 
@@ -205,7 +272,7 @@ def _level(kl: float | None) -> int | None:
 
 
 def _print(out: Console, text: Text) -> None:
-    """Text whose long lines the terminal wraps, so that they are copied, and piped, whole."""
+    """Print text without hard wraps: it is copied and piped as whole lines."""
     out.print(text, soft_wrap=True)
 
 
@@ -215,7 +282,7 @@ def _text(text: str) -> Text:
 
 
 def _lines(text: str) -> Text:
-    """Text whose line breaks are both shown and made."""
+    """Text with a sign before each line break."""
     return Text("↵\n".join(escape_control(line) for line in text.split("\n")))
 
 

@@ -1,1 +1,1 @@
-"""A round of a cache with its scores, as every stage reads it."""
+"""Rounds of a cache: rollouts with their scores, and the figures computed from them."""

@@ -1,4 +1,4 @@
-"""How sure a mean per token makes one. numpy only.
+"""Confidence intervals of a mean per token. numpy only.
 
 Shapes: P prompts, B resamples.
 """

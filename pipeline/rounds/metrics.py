@@ -44,9 +44,9 @@ REVERSE_KL_ARRAYS = ("logprobs", "candidate_ids", "candidate_logprobs", "rest_lo
 
 
 def scores_reverse_kl(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:
-    """KL(student || teacher) at each position [T], nats, from what both told; NaN where the teacher told nothing.
+    """KL(student || teacher) at each position [T], nats, from their scores; NaN where the teacher's are missing.
 
-    Candidates that the teacher did not tell count as rest. A teacher without candidates leaves two buckets: the token
+    Candidates without a teacher score count as rest. A teacher without candidates leaves two buckets: the token
     itself, and everything else.
     """
     if teacher.candidate_logprobs is None:
@@ -55,17 +55,17 @@ def scores_reverse_kl(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64
     assert student.candidate_logprobs is not None and student.rest_logprob is not None
     assert student.candidate_ids is not None and teacher.rest_logprob is not None
     first = first_occurrence(student.candidate_ids)
-    untold = np.isnan(teacher.candidate_logprobs)
+    missing = np.isnan(teacher.candidate_logprobs)
     own = student.candidate_logprobs.astype(np.float64)
-    rest = np.logaddexp.reduce(np.where(untold & first, own, -np.inf), axis=1, initial=-np.inf)
+    rest = np.logaddexp.reduce(np.where(missing & first, own, -np.inf), axis=1, initial=-np.inf)
     rest = np.logaddexp(rest, student.rest_logprob)
-    own = np.where(untold | ~first, -np.inf, own)
+    own = np.where(missing | ~first, -np.inf, own)
     return reverse_kl(own, rest, teacher.candidate_logprobs, teacher.rest_logprob)
 
 
 def teacher_prefers(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> npt.NDArray[np.int64]:
-    """[T]: the teacher's likeliest token, of the student's candidates and its own top-k; -1 where a token that it did
-    not tell of may be likelier.
+    """[T]: the teacher's likeliest token, of the student's candidates and its own top-k; -1 where a token without a
+    score may be likelier.
     """
     ids, logprobs, rest = [], [], None
     if teacher.candidate_logprobs is not None and student.candidate_ids is not None:
@@ -74,23 +74,23 @@ def teacher_prefers(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> npt.NDArr
         ids, logprobs, rest = [*ids, teacher.topk_ids], [*logprobs, teacher.topk_logprobs], teacher.topk_rest_logprob
     if rest is None:
         return np.full(teacher.n_tokens, -1)
-    told = np.nan_to_num(np.concatenate(logprobs, axis=1), nan=-np.inf)
-    best = told.argmax(axis=1)[:, None]
-    chosen, logprob = (np.take_along_axis(v, best, axis=1)[:, 0] for v in (np.concatenate(ids, axis=1), told))
+    known = np.nan_to_num(np.concatenate(logprobs, axis=1), nan=-np.inf)
+    best = known.argmax(axis=1)[:, None]
+    chosen, logprob = (np.take_along_axis(v, best, axis=1)[:, 0] for v in (np.concatenate(ids, axis=1), known))
     return np.where(logprob >= np.nan_to_num(rest, nan=np.inf), chosen, -1).astype(np.int64)
 
 
 def rest_of(logprobs: npt.ArrayLike) -> Float64:
     """log(1 - sum of exp(logprobs) over the last axis, if there are two), at least log(REST_FLOOR); NaN stays NaN."""
-    told = np.exp(np.asarray(logprobs, np.float64))
-    return np.asarray(np.log(np.maximum(1.0 - (told if told.ndim == 1 else told.sum(-1)), REST_FLOOR)))
+    known = np.exp(np.asarray(logprobs, np.float64))
+    return np.asarray(np.log(np.maximum(1.0 - (known if known.ndim == 1 else known.sum(-1)), REST_FLOOR)))
 
 
 @dataclass(frozen=True)
 class SamplerGap:
-    """How far the sampler is from the training forward: the ratio p_trainer / p_sampler of the tokens it sampled.
+    """How much sampler and training forward differ: the ratio p_trainer / p_sampler of the sampled tokens.
 
-    Its mean is 1 where both compute the same distribution, and off 1 where the sampler's log-probs are of another one
+    Its mean is 1 if both compute the same distribution, and not 1 if the sampler's log-probs are of another one
     (another temperature, renormalised, another model). Rounding spreads it: bf16 puts up to a few % outside 0.9..1.1.
     """
 
@@ -109,7 +109,7 @@ class SamplerGap:
 
     @property
     def is_wide(self) -> bool:
-        """Past what the rounding of half precision explains."""
+        """Whether the gap is larger than the rounding of half precision explains."""
         return abs(self.mean - 1) > 0.02 or self.outside > 0.1
 
     def __str__(self) -> str:

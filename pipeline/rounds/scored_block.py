@@ -1,6 +1,6 @@
-"""A scored round under the red pen, block by block: its rollouts with what every scorer thinks of them. numpy only.
+"""The reader of a round with its scorers: blocks of rollouts, their scores, and reverse KL. numpy only.
 
-Shapes: T response tokens of a block, its rollouts end to end.
+Shapes: T response tokens of a block, its rollouts end to end; R rollouts.
 """
 
 from __future__ import annotations
@@ -14,32 +14,98 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.rounds.metrics import Float64, scores_reverse_kl
 
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """One block that the student and at least one of the teachers have scored.
+    """A block of rollouts with the scores that exist.
 
     Attributes:
         block: its number in the round.
-        teachers: scores by name, of those that have scored the block.
-        reverse_kl: KL(student || teacher) [T] by teacher, nats; NaN where the teacher told nothing of a token.
+        numbers: [R] of its rollouts in the round.
+        scores: by name, of the scorers that have scored the block, the student included.
+        reverse_kl: KL(student || teacher) [T] by teacher, nats; NaN where a score is missing.
     """
 
     block: int
     rollouts: cs.RolloutBlock
-    student: cs.ScoreBlock
-    teachers: dict[str, cs.ScoreBlock]
+    numbers: Int64
+    scores: dict[str, cs.ScoreBlock]
     reverse_kl: dict[str, Float64]
 
-    def mask(self, teacher: str) -> npt.NDArray[np.bool_]:
-        """[T]: the student's own tokens (`trained`) of which this teacher told something."""
-        return np.asarray((self.rollouts.trained == 1) & ~np.isnan(self.reverse_kl[teacher]))
+    @property
+    def has_student(self) -> bool:
+        return cs.STUDENT in self.scores
+
+    @property
+    def student(self) -> cs.ScoreBlock:
+        """The student's scores; `scored_blocks` yields only blocks that have them."""
+        return self.scores[cs.STUDENT]
+
+    @property
+    def teachers(self) -> dict[str, cs.ScoreBlock]:
+        return {name: scores for name, scores in self.scores.items() if name != cs.STUDENT}
+
+    @property
+    def trained(self) -> Bool:
+        """[T]: the student's own tokens, those that training may use."""
+        return np.asarray(self.rollouts.trained == 1)
+
+    def mask(self, teacher: str) -> Bool:
+        """[T]: the student's own tokens that this teacher has scored."""
+        return np.asarray(self.trained & ~np.isnan(self.reverse_kl[teacher]))
+
+
+class ScoredRound:
+    """A round with its student's scores and those of `teachers` (default: all).
+
+    Attributes:
+        teachers: their names.
+        scores: block groups by scorer.
+        committed: bool [n_blocks] by scorer: the blocks that it has scored.
+    """
+
+    def __init__(self, round_: cs.Round, teachers: Sequence[str] | None = None):
+        self.round = round_
+        self.teachers = list(round_.teacher_names() if teachers is None else teachers)
+        student = [cs.STUDENT] if cs.STUDENT in round_.scorer_names() else []
+        self.scores = {name: round_.scores(name) for name in [*student, *self.teachers]}
+        self.committed: dict[str, Bool] = {name: group.committed() for name, group in self.scores.items()}
+
+    def scored(self) -> Int64:
+        """Numbers of the blocks that the student and at least one teacher have scored, ascending."""
+        nothing = np.zeros(self.round.n_blocks, np.bool_)
+        by_teacher = np.any([nothing, *(self.committed[name] for name in self.teachers)], axis=0)
+        return np.flatnonzero(self.committed.get(cs.STUDENT, nothing) & by_teacher)
+
+    def sample(self, blocks: Int64, at_most_tokens: int) -> Int64:
+        """As many of `blocks` as hold about so many tokens, evenly spaced; at least one."""
+        if not len(blocks):
+            return blocks
+        mean_tokens = float(self.round.rollouts.commits()["tokens"][blocks].mean())
+        n = max(1, int(at_most_tokens / max(mean_tokens, 1.0)))
+        return blocks if n >= len(blocks) else blocks[np.linspace(0, len(blocks) - 1, n).round().astype(int)]
+
+    def read(self, block: int) -> ScoredBlock:
+        """A block of rollouts with the scores that exist. Raises `CacheError` if it is damaged."""
+        rollouts: cs.RolloutBlock = self.round.rollouts.read(block)
+        scores = {name: group.read(block) for name, group in self.scores.items() if self.committed[name][block]}
+        student = scores.get(cs.STUDENT)
+        missing = np.full(rollouts.n_tokens, np.nan)
+        reverse_kl = {
+            name: missing if student is None else scores_reverse_kl(student, scores[name])
+            for name in self.teachers
+            if name in scores
+        }
+        return ScoredBlock(block, rollouts, rollout_numbers(self.round, rollouts), scores, reverse_kl)
 
 
 def scored_blocks(
     round_: cs.Round, teachers: Sequence[str] | None = None, *, at_most_tokens: int | None = None
 ) -> Iterator[ScoredBlock]:
-    """The round's blocks that the student and any of `teachers` (default: all) have scored, in order.
+    """The blocks that the student and any of `teachers` (default: all) have scored, in order.
 
     Args:
         at_most_tokens: read only as many blocks as hold about so many tokens, evenly spaced over the round.
@@ -47,20 +113,19 @@ def scored_blocks(
     Raises:
         CacheError: a block is damaged.
     """
-    names = list(round_.teacher_names() if teachers is None else teachers)
-    if cs.STUDENT not in round_.scorer_names():
-        return  # a teacher's imported scores may be there first
-    student = round_.scores(cs.STUDENT)
-    groups = {name: round_.scores(name) for name in names}
-    scored = {name: group.committed() for name, group in groups.items()}
-    blocks = np.flatnonzero(student.committed() & np.any([*scored.values(), np.zeros(round_.n_blocks, bool)], axis=0))
-    if at_most_tokens is not None and len(blocks):
-        mean_tokens = float(round_.rollouts.commits()["tokens"][blocks].mean())
-        affordable = max(1, int(at_most_tokens / max(mean_tokens, 1.0)))
-        if affordable < len(blocks):
-            blocks = blocks[np.linspace(0, len(blocks) - 1, affordable).round().astype(int)]
-    for block in map(int, blocks):
-        own = student.read(block)
-        told = {name: groups[name].read(block) for name in names if scored[name][block]}
-        kl = {name: scores_reverse_kl(own, scores) for name, scores in told.items()}
-        yield ScoredBlock(block, round_.rollouts.read(block), own, told, kl)
+    reader = ScoredRound(round_, teachers)
+    blocks = reader.scored()
+    if at_most_tokens is not None:
+        blocks = reader.sample(blocks, at_most_tokens)
+    yield from map(reader.read, blocks.tolist())
+
+
+def rollout_numbers(round_: cs.Round, rollouts: cs.RolloutBlock) -> Int64:
+    """[R]: numbers in the round, `prompt number * rollouts_per_prompt + sample number`, known before sampling."""
+    per_prompt = round_.manifest.rollouts_per_prompt
+    return np.asarray(rollouts.prompt_index[rollouts.row_prompt] * per_prompt + rollouts.sample_index, np.int64)
+
+
+def part_of(scores: cs.ScoreBlock, span: slice) -> cs.ScoreBlock:
+    """The scores of some tokens of a block, such as those of one rollout."""
+    return cs.ScoreBlock(**{name: value[span] for name, value in vars(scores).items() if value is not None})

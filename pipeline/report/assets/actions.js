@@ -20,13 +20,13 @@ function fillFilters() {
   const { set } = now;
   options(
     "set",
-    sets.map((s) => [String(s.index), `${s.raw.name} (${number(s.rows.length)})`]),
+    sets.map((s) => [String(s.index), `${s.raw.name} (${number(s.raw.n_shown)})`]),
     String(set.index),
   );
   options(
     "teacher",
-    set.readers.map((reader) => [reader.name, reader.label]),
-    set.readers[now.teacher]?.name ?? "",
+    set.teachers.map((teacher) => [teacher.name, teacher.label]),
+    set.teachers[now.teacher]?.name ?? "",
   );
   options("view", viewsOf(set), now.view);
   const sources = [...new Set(set.rows.map((row) => row.source))].filter((source) => source !== null).sort();

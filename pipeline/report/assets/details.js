@@ -1,4 +1,4 @@
-// The current token: what each model thinks of it.
+// The current token: scores by each model, and its candidates.
 
 /** Make the token at `at` of the open rollout the current one (null: none). */
 function choose(at, { focus = false, speak = false } = {}) {
@@ -57,9 +57,9 @@ function drawDetails(at = now.current) {
       { class: "facts" },
       el("span", {}, `id ${set.id(i)}`),
       el("span", {}, `position ${i - row.start}`),
-      !trained && el("span", {}, "not trained on, counts nowhere"),
+      !trained && el("span", {}, "not trained on: in no figure"),
     ),
-    readings(set, i),
+    scoreTable(set, i),
     candidateTable(set, i),
   );
 }
@@ -68,7 +68,7 @@ function drawDetails(at = now.current) {
 function worstTokens() {
   const marked = now.tokens.map(({ marks, i }, at) => [at, marks[i]]).filter(([, kl]) => levelOf(kl) >= MARKED);
   if (!marked.length)
-    return [el("p", { class: "empty" }, "No token is marked. Point at one to see what the models think of it.")];
+    return [el("p", { class: "empty" }, "No token is marked. Point at one to see its scores.")];
   const worst = marked.sort(([, a], [, b]) => Math.abs(b) - Math.abs(a)).slice(0, 12);
   return [
     el("h3", { class: "lead" }, "Marked most"),
@@ -94,15 +94,15 @@ function worstTokens() {
     el(
       "p",
       { class: "hint" },
-      "Point at a token to see what the models think of it; ",
+      "Point at a token to see its scores; ",
       el("kbd", {}, "n"),
       " goes to the next mark.",
     ),
   ];
 }
 
-/** Each reader's probability of the token, its entropy, and the reverse KL to each teacher. */
-function readings(set, i) {
+/** Each model's probability of the token and its entropy, and the reverse KL to each teacher. */
+function scoreTable(set, i) {
   const line = (name, title, array, entropy, kl) => {
     const lp = logprob(array, i);
     return el(
@@ -121,23 +121,23 @@ function readings(set, i) {
       `the student trained by ${one.run}`,
       set.array(`after/${a}/logprob`),
       set.array(`after/${a}/entropy`),
-      positive(set.array(`after/${a}/kl/${set.readers[now.teacher]?.name}`), i),
+      positive(set.array(`after/${a}/kl/${set.teachers[now.teacher]?.name}`), i),
     ),
   );
-  const teachers = set.readers.map((reader, r) =>
+  const teachers = set.teachers.map((teacher, t) =>
     line(
-      reader.name,
-      reader.label,
-      set.array(`readers/${r}/logprob`),
-      set.array(`readers/${r}/entropy`),
-      positive(set.array(`readers/${r}/kl`), i),
+      teacher.name,
+      teacher.label,
+      set.array(`teachers/${t}/logprob`),
+      set.array(`teachers/${t}/entropy`),
+      positive(set.array(`teachers/${t}/kl`), i),
     ),
   );
   const student = set.raw.student;
   return el(
     "table",
-    { class: "readings" },
-    el("caption", { class: "unseen" }, "What each model thinks of the token"),
+    { class: "scores" },
+    el("caption", { class: "unseen" }, "Scores of the token by each model"),
     el(
       "thead",
       {},
@@ -146,7 +146,7 @@ function readings(set, i) {
     el(
       "tbody",
       {},
-      line("student", student?.label ?? "", set.array("student/logprob"), set.array("student/entropy"), null),
+      line("student", student.label, set.array("student/logprob"), set.array("student/entropy"), null),
       ...after,
       ...teachers,
     ),
@@ -156,14 +156,14 @@ function readings(set, i) {
 function candidateTable(set, i) {
   const candidates = set.candidates(i);
   if (!candidates.length)
-    return el("p", { class: "facts" }, set.readers.length ? "Its candidates are not kept in this report." : "");
+    return el("p", { class: "facts" }, set.teachers.length ? "This report leaves out its candidates, for its size." : "");
   const bar = (lp) => {
     const p = lp === null ? null : Math.exp(lp);
-    const cell = el("td", { class: "bar" }, p === null ? "not told" : percent(p));
+    const cell = el("td", { class: "bar" }, p === null ? "missing" : percent(p));
     cell.style.setProperty("--p", p ?? 0);
     return cell;
   };
-  const names = ["student", ...set.readers.map((reader) => reader.name)];
+  const names = ["student", ...set.teachers.map((teacher) => teacher.name)];
   const likely = [...candidates].sort((a, b) => peak(b) - peak(a));
   return el(
     "table",
@@ -187,18 +187,18 @@ function candidateTable(set, i) {
         .map((candidate) =>
           el(
             "tr",
-            candidate === candidates[0] ? { class: "own", title: "the student's choice" } : {},
+            candidate === candidates[0] ? { class: "own", title: "the sampled token" } : {},
             el(
               "th",
               { scope: "row" },
               el("bdi", {}, label(candidate.text)),
-              candidate === candidates[0] && el("span", { class: "unseen" }, " (written)"),
+              candidate === candidates[0] && el("span", { class: "unseen" }, " (sampled)"),
             ),
             bar(candidate.student),
-            ...candidate.readers.map(bar),
+            ...candidate.teachers.map(bar),
           ),
         ),
     ),
   );
 }
-const peak = (candidate) => Math.max(...[candidate.student, ...candidate.readers].map((lp) => lp ?? -Infinity));
+const peak = (candidate) => Math.max(...[candidate.student, ...candidate.teachers].map((lp) => lp ?? -Infinity));

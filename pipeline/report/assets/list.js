@@ -47,6 +47,12 @@ const ROW = 78; // pixels, as in the style sheet
 const verdict = (right) =>
   right === null ? null : el("span", { class: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong");
 
+/** Which rollouts are identical to the one that is shown, itself included. */
+const copiesTitle = (copies) => {
+  const more = copies.length > 20 ? `, and ${copies.length - 20} more` : "";
+  return `${copies.length} identical rollouts: ${copies.slice(0, 20).map((n) => `#${n}`).join(", ")}${more}`;
+};
+
 /** A few tokens around the one at `at`, which is marked. */
 function excerpt(row, at) {
   const between = (from, to) => {
@@ -66,7 +72,8 @@ function excerpt(row, at) {
 }
 
 function listItem(row, i) {
-  const told = now.measured.get(row);
+  const measured = now.measured.get(row);
+  const copies = now.set.copies.get(row.number);
   const item = el(
     "div",
     {
@@ -81,19 +88,20 @@ function listItem(row, i) {
       "div",
       { class: "meta" },
       el("b", {}, `#${row.number}`),
+      copies.length > 1 && el("span", { class: "copies", title: copiesTitle(copies) }, `×${copies.length}`),
       verdict(row.right),
       row.finish !== "stop" && el("span", { class: "cut" }, row.finish === "length" ? "✂ cut" : "other end"),
       row.source && el("span", { class: "source" }, el("bdi", {}, line(row.source))),
-      told &&
+      measured &&
         el(
           "span",
           { class: "worst", title: "worst token, nats" },
           el("span", { class: "unseen" }, "worst "),
-          now.view.startsWith("change") ? signed(told.worst, 2) : told.worst.toFixed(2),
+          now.view.startsWith("change") ? signed(measured.worst, 2) : measured.worst.toFixed(2),
         ),
-      told && el("span", { class: "mean", title: "mean, nats a token" }, `mean ${meanOf(row)}`),
+      measured && el("span", { class: "mean", title: "mean, nats per token" }, `mean ${meanOf(row)}`),
     ),
-    el("div", { class: "excerpt", dir: "ltr" }, ...excerpt(row, told?.at ?? null)),
+    el("div", { class: "excerpt", dir: "ltr" }, ...excerpt(row, measured?.at ?? null)),
     el("canvas", { "aria-hidden": "true" }),
   );
   item.style.transform = `translateY(${i * ROW}px)`;
@@ -101,10 +109,10 @@ function listItem(row, i) {
 }
 
 const meanOf = (row) => {
-  const told = now.measured.get(row);
-  if (now.view.startsWith("change")) return signed(told.mean, 3);
-  const exact = now.view === "before" ? row.kl[now.set.readers[now.teacher].name] : null;
-  return (exact ?? told.mean).toFixed(3);
+  const measured = now.measured.get(row);
+  if (now.view.startsWith("change")) return signed(measured.mean, 3);
+  const exact = now.view === "before" ? row.kl[now.set.teachers[now.teacher].name] : null;
+  return (exact ?? measured.mean).toFixed(3);
 };
 
 let drawn = "";
@@ -141,7 +149,9 @@ function showInList() {
 function drawCount() {
   const { raw } = now.set;
   const of = raw.n_shown < raw.n_total ? ` (of ${number(raw.n_total)} in the set)` : "";
-  $("count").textContent = now.found.length
-    ? `${number(now.found.length)} of ${number(raw.n_shown)} rollouts${of}`
+  const found = now.found.reduce((sum, row) => sum + now.set.copies.get(row.number).length, 0);
+  const distinct = now.found.length < found ? `, ${number(now.found.length)} distinct` : "";
+  $("count").textContent = found
+    ? `${number(found)} of ${number(raw.n_shown)} rollouts${of}${distinct}`
     : "No rollout matches";
 }

@@ -1,8 +1,8 @@
-// The open rollout: every token with its marks, and what the teacher prefers above it.
+// The open rollout: every token with its marks, and above it what the teacher prefers.
 
 const markClass = (kl) => `l${levelOf(kl)}${kl < 0 ? " fallen" : ""}`;
 
-/** A token as its span; a marked one is a <mark> that tells its KL, with the teacher's preference above it. */
+/** A token as its span; a marked one is a <mark> with its KL for screen readers, and the teacher's preference above it. */
 function tokenNode(set, marks, i, at) {
   const kl = marks[i];
   const level = levelOf(kl);
@@ -30,7 +30,7 @@ const inWords = (kl, preferred) => {
 /** Row and set of the same prompt on the other side of training, for rollouts that `eval` kept. */
 function twin(set, row) {
   const other = set.raw.pair === null ? null : sets.find((s) => s !== set && s.raw.pair === set.raw.pair);
-  const found = other?.rows.filter((r) => r.prompt_index === row.prompt_index) ?? [];
+  const found = other?.raw.rows.filter((r) => r.prompt_index === row.prompt_index) ?? [];
   const same = found.find((r) => r.sample_index === row.sample_index) ?? found[0];
   return same ? [other, same] : null;
 }
@@ -47,13 +47,14 @@ function drawReader() {
         "p",
         { class: "empty", id: "reading" },
         now.found.length
-          ? "Choose a rollout to read it with the teacher's marks."
+          ? "Choose a rollout to see it with the teacher's marks."
           : "No rollout matches these filters.",
       ),
     );
     return drawDetails();
   }
   const pair = twin(now.set, row);
+  const copies = now.set.copies.get(row.number);
   const shown = pair
     ? [[now.set, row], pair].sort(([a], [b]) => (a.raw.phase === "after") - (b.raw.phase === "after"))
     : [[now.set, row]];
@@ -64,6 +65,7 @@ function drawReader() {
       el("button", { type: "button", class: "back", "data-do": "back", "aria-label": "all rollouts" }, "☰"),
       el("h3", { id: "reading", tabindex: "-1" }, `Rollout ${row.number}`),
       el("p", { class: "place" }, `prompt ${row.prompt_index}, sample ${row.sample_index}`),
+      copies.length > 1 && el("p", { class: "place", title: copiesTitle(copies) }, `${copies.length} identical rollouts`),
       el(
         "div",
         { class: "steps" },
@@ -111,12 +113,12 @@ function legend() {
     ? LEVELS.slice(1).map((bound, i) => el("mark", { class: `l${i + 2} fallen` }, `−${bound}`))
     : [];
   const text = change ? "change of reverse KL by training, nats from" : "reverse KL, nats from";
-  const pen = el("span", {}, "above the word: ", el("span", { class: "pen" }, "what the teacher prefers"));
+  const pen = el("span", {}, "above a token: ", el("span", { class: "pen" }, "what the teacher prefers"));
   return el(
     "p",
     { class: "legend" },
-    now.set.readers.length ? text : "No teacher has read this: the text is not marked.",
-    ...(now.set.readers.length ? [...falls.reverse(), ...levels, pen] : []),
+    now.set.teachers.length ? text : "No teacher has scored this rollout: no token is marked.",
+    ...(now.set.teachers.length ? [...falls.reverse(), ...levels, pen] : []),
   );
 }
 
@@ -133,7 +135,7 @@ function response(set, row) {
     verdict(row.right),
     row.answer !== null && el("span", {}, "answer ", el("bdi", { class: "mono" }, line(row.answer))),
     el("span", {}, `${number(row.length)} tokens`),
-    el("span", {}, { stop: "stopped by itself", length: "✂ cut at the limit" }[row.finish] ?? "ended otherwise"),
+    el("span", {}, { stop: "stopped", length: "✂ cut at the limit" }[row.finish] ?? "other end"),
     row.source && el("span", {}, el("bdi", {}, line(row.source))),
     measured && el("span", {}, `mean ${fixed(measured.mean, 3)} nats, worst ${fixed(measured.worst, 2)}`),
   ];

@@ -1,9 +1,9 @@
-// What is shown, and what the address says of it.
+// What is shown, and its part in the address.
 
 const report = JSON.parse($("document").textContent);
 const sets = report.sets.map((raw, index) => new RolloutSet(raw, index)).filter((set) => set.rows.length);
 
-/** What is shown, and what the address says of it. Texts throughout; "" is the default. */
+/** What is shown, as in the address. All are strings; "" is the default. */
 const START = {
   set: "",
   teacher: "",
@@ -26,7 +26,7 @@ function derive() {
   now.set = sets.find((set) => String(set.index) === state.set) ?? sets[0];
   now.teacher = Math.max(
     0,
-    now.set.readers.findIndex((reader) => reader.name === state.teacher),
+    now.set.teachers.findIndex((teacher) => teacher.name === state.teacher),
   );
   const views = viewsOf(now.set).map(([value]) => value);
   now.view = views.includes(state.view) ? state.view : "before";
@@ -43,14 +43,14 @@ const viewsOf = (set) => [
   ]),
 ];
 
-/** To sort by: what is not told comes last. */
+/** To sort by: rollouts without scores come last. */
 const size = (row, figure) => {
-  const told = now.measured.get(row);
-  return told ? Math.abs(told[figure]) : -1;
+  const measured = now.measured.get(row);
+  return measured ? Math.abs(measured[figure]) : -1;
 };
 
 const ORDERS = {
-  "": ["as chosen", null],
+  "": ["most informative", null],
   worst: ["worst token", (row) => -size(row, "worst")],
   mean: ["mean KL", (row) => -size(row, "mean")],
   total: ["total KL", (row) => -size(row, "total")],
@@ -75,7 +75,7 @@ function find() {
   }
 }
 
-/** Gather the texts to be searched while nothing else is to be done: the first letter typed finds them there. */
+/** Build the texts to search while the browser is idle, so that the first search is fast. */
 function prepareSearch(set) {
   const rows = set.rows.values();
   const idle = window.requestIdleCallback ?? ((work) => setTimeout(() => work({ timeRemaining: () => 8 }), 20));
@@ -103,15 +103,16 @@ function setAddress(method) {
 }
 const writeAddress = later(150, () => setAddress("replaceState")); // browsers refuse hundreds of changes a minute
 
-/** The state as the address tells it. `seek` is the id of a token, to be shown where its KL is highest. */
+/** Read the state from the address. `seek` is the id of a token, to be shown where its KL is highest. */
 function readAddress() {
-  const told = new URLSearchParams(location.hash.slice(1));
-  if (location.hash.length > 1 && ![...told.keys()].some((key) => key in START)) return false;
-  for (const key in START) state[key] = told.get(key) ?? "";
+  const address = new URLSearchParams(location.hash.slice(1));
+  if (location.hash.length > 1 && ![...address.keys()].some((key) => key in START)) return false;
+  for (const key in START) state[key] = address.get(key) ?? "";
   derive();
-  const row = now.set.byNumber.get(Number(state.rollout));
-  if (told.has("seek") && row) {
-    const places = now.set.span(row).filter((i) => now.set.id(i) === Number(told.get("seek")) && now.marks[i] >= 0);
+  const row = state.rollout === "" ? undefined : now.set.byNumber.get(Number(state.rollout));
+  if (row) state.rollout = String(row.number); // of several identical ones, the one that is shown
+  if (address.has("seek") && row) {
+    const places = now.set.span(row).filter((i) => now.set.id(i) === Number(address.get("seek")) && now.marks[i] >= 0);
     now.sought = places.reduce((a, b) => (now.marks[b] > now.marks[a] ? b : a), places[0]);
   }
   return true;

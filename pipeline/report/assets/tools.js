@@ -1,5 +1,5 @@
 "use strict";
-// Elements, text made visible, numbers in words. The files of the script share one scope, in the order of page.py.
+// Elements, visible text, formatted numbers. The files of the script share one scope, in the order of page.py.
 
 const $ = (id) => document.getElementById(id);
 
@@ -42,7 +42,7 @@ const signed = (value, digits) => (value > 0 ? "+" : "") + fixed(value, digits);
 const nats = (value) => (value === null ? "" : value.toFixed(3));
 const percent = (p) => (p >= 0.9995 ? "100%" : p < 0.0005 ? "<0.1%" : `${(100 * p).toFixed(1)}%`);
 
-// Controls, what reorders or hides text, and lone surrogates: shown as escapes, so that they cannot act.
+// Control characters, characters that reorder or hide text, and lone surrogates: shown as escapes.
 const UNSEEN = new RegExp(
   "([\\0-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ufff9-\\ufffb" +
     "\\u{e0000}-\\u{e007f}\\p{Surrogate}])",
@@ -54,7 +54,7 @@ const hex = (letter) => {
 };
 const SIGNS = { "\n": "↵", "\t": "⇥", "\r": "␍" };
 
-/** `text` as nodes: newlines break the line and are seen, what is invisible is an escape. */
+/** `text` as nodes: newlines break the line and have a sign, invisible characters are escapes. */
 const visible = (text) =>
   text.split(UNSEEN).map((part, i) => {
     if (i % 2 === 0) return part;
@@ -70,8 +70,8 @@ const line = (text) =>
     .map((part, i) => (i % 2 ? (SIGNS[part] ?? hex(part)) : part))
     .join("");
 
-/** A token's text on one line, spaces to be seen. */
-const label = (text) => (text === "" ? "(part of a letter)" : line(text).replaceAll(" ", "␣"));
+/** A token's text on one line, with visible spaces. */
+const label = (text) => (text === "" ? "(part of a character)" : line(text).replaceAll(" ", "␣"));
 
 const RIGHT_TO_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 const direction = (text) => (RIGHT_TO_LEFT.test(/\p{L}/u.exec(text)?.[0] ?? "") ? "rtl" : "ltr");

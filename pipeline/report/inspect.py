@@ -1,7 +1,4 @@
-"""What the views of a cache show, as plain JSON-able records: the whole cache, or one rollout token by token.
-
-A rollout's number in its round is `prompt number * rollouts_per_prompt + sample number`, known before it is sampled.
-"""
+"""The records of `redpen inspect`, JSON-able: a summary of a cache, or one rollout token by token."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
-from pipeline.rounds.metrics import first_occurrence, scores_reverse_kl
-from pipeline.rounds.scored_block import scored_blocks
+from pipeline.rounds.metrics import first_occurrence
+from pipeline.rounds.scored_block import ScoredRound, part_of, scored_blocks
 from pipeline.text.detokenize import Decoder, labels, pieces
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
@@ -31,7 +28,7 @@ FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OT
 def summary(cache: cs.Cache, round_index: int | None = None, *, reverse_kl: bool = True) -> dict[str, Any]:
     """Rounds (or one of them), rollouts and scores of a cache, with the mean reverse KL to each teacher.
 
-    `reverse_kl=False` leaves that out, for which scores would have to be read.
+    `reverse_kl=False` leaves the mean out: it is the only part that reads scores.
     """
     rounds = [cache.round(index) for index in (cache.round_indices() if round_index is None else [round_index])]
     return {
@@ -91,10 +88,10 @@ def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, 
 def _mean_reverse_kl(round_: cs.Round, teacher: str) -> dict[str, Any]:
     """Mean over the trained tokens of the scored blocks, or of as many of them as make up SUMMARY_TOKENS."""
     total, count = 0.0, 0
-    for marked in scored_blocks(round_, [teacher], at_most_tokens=SUMMARY_TOKENS):
-        kl = marked.reverse_kl[teacher][marked.mask(teacher)]
+    for scored in scored_blocks(round_, [teacher], at_most_tokens=SUMMARY_TOKENS):
+        kl = scored.reverse_kl[teacher][scored.mask(teacher)]
         total, count = total + float(kl.sum()), count + len(kl)
-    return {"reverse_kl": _number(total / count) if count else None, "reverse_kl_tokens": count}
+    return {"reverse_kl": json_number(total / count) if count else None, "reverse_kl_tokens": count}
 
 
 def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
@@ -109,84 +106,74 @@ def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
 def _bytes_below(path: Path) -> int:
     total = 0
     for file in path.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # of a block that is being written
+        with contextlib.suppress(FileNotFoundError):  # temporary files of a block that is being written
             found = file.lstat()
             total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------------------------------------------------- rollout
 
 
 def rollout(
     round_: cs.Round, number: int, teacher: str | None, load_decoder: Callable[[], Decoder]
 ) -> dict[str, Any]:
-    """One rollout, token by token, with what the student and `teacher` (default: the only one) think of each.
+    """One rollout, token by token, with the scores of the student and of `teacher` (default: the only one).
 
-    `load_decoder` is called once the rollout is known to be there: a tokenizer takes seconds to load. Where a scorer
-    has not scored the block yet, its fields are None. Raises `RedpenError` or `CacheError`, one line.
+    Fields of a scorer that has not scored the block are None. `load_decoder` is called once the rollout is known to
+    exist: a tokenizer takes seconds to load. Raises `RedpenError` or `CacheError`, one line.
     """
-    block, row, record = _find(round_, number)
-    span = record.response_slice(row)
-    ids = [int(token) for token in record.token_ids[span]]
+    manifest = round_.manifest
+    total = manifest.n_prompts * manifest.rollouts_per_prompt
+    if not 0 <= number < total:
+        raise RedpenError(f"--rollout: round {round_.index} has rollouts 0 to {total - 1}, got {number}")
     name = _choose_teacher(round_, teacher)
-    student = _scores(round_, cs.STUDENT, block, span)
-    other = _scores(round_, name, block, span)
-    counts = trained = record.trained[span] == 1
-    kl = None
-    if student is not None and other is not None:
-        kl = scores_reverse_kl(cs.ScoreBlock(**student), cs.ScoreBlock(**other))
-        counts = trained & ~np.isnan(kl)
-    prompt_index = int(record.prompt_index[record.row_prompt[row]])
-    line = round_.prompts[prompt_index]
-    tokenizer = load_decoder()
-    texts = pieces(ids, tokenizer)
-    label = labels(tokenizer)
+    prompt, sample = divmod(number, manifest.rollouts_per_prompt)
+    reader = ScoredRound(round_, [] if name is None else [name])
+    scored = reader.read(prompt // manifest.prompts_per_block)
+    rows = np.flatnonzero(scored.numbers == number)
+    if not len(rows):
+        raise RedpenError(f"--rollout: prompt {prompt} has no sample {sample} in round {round_.index}")
+    row, rollouts = int(rows[0]), scored.rollouts
+    span = rollouts.response_slice(row)
+    scores = {scorer: part_of(block, span) for scorer, block in scored.scores.items()}
+    student, other = scores.get(cs.STUDENT), None if name is None else scores.get(name)
+    kl = scored.reverse_kl[name][span] if name is not None and student is not None and other is not None else None
+    mean = kl[scored.mask(name)[span]] if kl is not None and name is not None else np.zeros(0)
+    line, tokenizer = round_.prompts[prompt], load_decoder()
+    entropy = None if student is None else student.entropy
+    ids: list[int] = rollouts.token_ids[span].tolist()
+    texts, label = pieces(ids, tokenizer), labels(tokenizer)
     return {
         "round": round_.index,
         "rollout": number,
-        "block": block,
-        "prompt_index": prompt_index,
-        "sample_index": int(record.sample_index[row]),
+        "block": scored.block,
+        "prompt_index": prompt,
+        "sample_index": sample,
         "answer": line.get("answer"),
         "source": line.get("source"),
-        "finish": FINISH_NAMES[int(record.finish_reason[row])],
+        "finish": FINISH_NAMES[int(rollouts.finish_reason[row])],
         "teacher": name,
-        "prompt": "".join(pieces([int(token) for token in record.prompt(row)], tokenizer)),
+        "prompt": "".join(pieces(rollouts.prompt(row).tolist(), tokenizer)),
         "response": "".join(texts),
         "scored": kl is not None,
-        "mean_reverse_kl": _number(kl[counts].mean()) if kl is not None and counts.any() else None,
+        "mean_reverse_kl": json_number(mean.mean()) if len(mean) else None,
         "tokens": [
             {
                 "position": position,
                 "id": token,
                 "text": texts[position],
-                "trained": bool(trained[position]),
-                "rollout_logprob": _number(record.rollout_logprobs[span][position]),
-                "student_logprob": None if student is None else _number(student["logprobs"][position]),
-                "teacher_logprob": None if other is None else _number(other["logprobs"][position]),
-                "entropy": None if student is None else _number(student["entropy"][position]),
-                "reverse_kl": None if kl is None else _number(kl[position]),
+                "trained": bool(scored.trained[span][position]),
+                "rollout_logprob": json_number(rollouts.rollout_logprobs[span][position]),
+                "student_logprob": None if student is None else json_number(student.logprobs[position]),
+                "teacher_logprob": None if other is None else json_number(other.logprobs[position]),
+                "entropy": None if entropy is None else json_number(entropy[position]),
+                "reverse_kl": None if kl is None else json_number(kl[position]),
                 "candidates": _candidates(student, other, position, label),
             }
             for position, token in enumerate(ids)
         ],
     }
-
-
-def _find(round_: cs.Round, number: int) -> tuple[int, int, cs.RolloutBlock]:
-    """Block, row within it, and the block's record."""
-    manifest = round_.manifest
-    total = manifest.n_prompts * manifest.rollouts_per_prompt
-    if not 0 <= number < total:
-        raise RedpenError(f"--rollout: round {round_.index} has rollouts 0 to {total - 1}, got {number}")
-    prompt, sample = divmod(number, manifest.rollouts_per_prompt)
-    block = prompt // manifest.prompts_per_block
-    record: cs.RolloutBlock = round_.rollouts.read(block)
-    rows = np.flatnonzero((record.prompt_index[record.row_prompt] == prompt) & (record.sample_index == sample))
-    if not len(rows):
-        raise RedpenError(f"--rollout: prompt {prompt} has no sample {sample} in round {round_.index}")
-    return block, int(rows[0]), record
 
 
 def _choose_teacher(round_: cs.Round, wanted: str | None) -> str | None:
@@ -204,43 +191,32 @@ def _choose_teacher(round_: cs.Round, wanted: str | None) -> str | None:
     return wanted
 
 
-def _scores(round_: cs.Round, name: str | None, block: int, span: slice) -> dict[str, Any] | None:
-    """The span's part of each array of a scorer, or None where it has not scored the block."""
-    if name is None or name not in round_.scorer_names():
-        return None
-    group = round_.scores(name)
-    if not group.is_committed(block):
-        return None
-    arrays = group.read_arrays(block, [spec.name for spec in group.specs])
-    return {array: value[span] for array, value in arrays.items()}
-
-
 def _candidates(
-    student: dict[str, Any] | None, teacher: dict[str, Any] | None, position: int, label: Callable[[int], str]
+    student: cs.ScoreBlock | None, teacher: cs.ScoreBlock | None, position: int, label: Callable[[int], str]
 ) -> list[dict[str, Any]]:
     """The position's candidates, each once, with both models' log-probs; then the teacher's own top-k, if stored."""
-    if student is None:
+    if student is None or student.candidate_ids is None or student.candidate_logprobs is None:
         return []
-    ids = student["candidate_ids"][position]
-    told = np.full(len(ids), np.nan)
-    if teacher is not None and "candidate_logprobs" in teacher:
-        told = teacher["candidate_logprobs"][position]
+    ids = student.candidate_ids[position]
+    by_teacher = np.full(len(ids), np.nan)
+    if teacher is not None and teacher.candidate_logprobs is not None:
+        by_teacher = teacher.candidate_logprobs[position]
     found: dict[int, dict[str, Any]] = {
         int(ids[k]): {
             "id": int(ids[k]),
             "text": label(int(ids[k])),
-            "student_logprob": _number(student["candidate_logprobs"][position][k]),
-            "teacher_logprob": _number(told[k]),
+            "student_logprob": json_number(student.candidate_logprobs[position][k]),
+            "teacher_logprob": json_number(by_teacher[k]),
         }
         for k in np.flatnonzero(first_occurrence(ids[None])[0])
     }
-    if teacher is not None and "topk_ids" in teacher:
-        for token, logprob in zip(teacher["topk_ids"][position], teacher["topk_logprobs"][position], strict=True):
+    if teacher is not None and teacher.topk_ids is not None and teacher.topk_logprobs is not None:
+        for token, logprob in zip(teacher.topk_ids[position], teacher.topk_logprobs[position], strict=True):
             own: dict[str, Any] = {"id": int(token), "text": label(int(token)), "student_logprob": None}
-            found.setdefault(int(token), own | {"teacher_logprob": _number(logprob)})
+            found.setdefault(int(token), own | {"teacher_logprob": json_number(logprob)})
     return list(found.values())
 
 
-def _number(value: Any) -> float | None:
+def json_number(value: Any) -> float | None:
     """A JSON number; None for NaN (not scored) and for minus infinity (no probability)."""
     return float(value) if np.isfinite(value) else None
