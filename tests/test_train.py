@@ -202,7 +202,7 @@ def test_an_adapted_student_goes_on_with_its_adapter(toy_cache: Path, tmp_path: 
     again, _ = trainer_of(toy_cache, recipe(adapted))
     assert again.parameters.keys() == trainer.parameters.keys()
     assert all(torch.equal(p, trainer.parameters[name]) for name, p in again.parameters.items())
-    with pytest.raises(ModelError, match="r 4 and not 8"):
+    with pytest.raises(ModelError, match="r 4 "):
         trainer_of(toy_cache, recipe(adapted, "train.lora_rank=8"))
 
 
@@ -488,7 +488,7 @@ def resampled(round_: cs.Round) -> None:
 UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "no cache": (no_cache, [], "nothing is there; `redpen rollouts"),
     "not a cache": (not_a_cache, [], "not a redpen cache"),
-    "newer format": (newer, [], "format version 2"),
+    "newer format": (newer, [], "format version 1 at most, found 2"),
     "not sampled": (not_sampled, [], "holds no rollouts yet"),
     "not scored": (without("student"), [], "not scored yet; run `redpen score"),
     "no teacher": (without("teacher"), [], "not scored yet; run `redpen score"),
