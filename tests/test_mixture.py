@@ -288,7 +288,7 @@ REFUSED = {
     "route to nobody": (['train.route={"toy/carry" = "huge"}'], r"train\.route = 'huge': .* is scored by"),
     "route elsewhere": (
         ['train.route={"toy/carry" = "teacher", "*" = "other"}', 'train.teacher=["teacher"]'],
-        r"train\.teacher: train\.route sends prompts to other, teacher, so it must be those or left out, got teacher",
+        r"train\.teacher: expected the teachers of train\.route, other, teacher, or nothing, got teacher",
     ),
     "no route": (
         ['train.route={"toy/carry" = "teacher"}'],

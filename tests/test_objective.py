@@ -182,7 +182,7 @@ def edited(path: Path, to: Path, group: str = "", **attributes: object) -> Path:
 def test_draws_that_a_teacher_did_not_tell_are_refused(warm_cache: Path, tmp_path: Path, recipe: Make) -> None:
     cache = edited(warm_cache, tmp_path / "c.zarr", "scores/teacher", partial=True)
     for loss in ("reverse_kl", "jsd"):
-        with pytest.raises(ConfigError, match=rf'"{loss}": the candidates were drawn .* \'teacher\' do not tell all'):
+        with pytest.raises(ConfigError, match=rf'"{loss}": the candidates were drawn .* no score by \'teacher\''):
             stage.run(recipe(f"train.loss={loss}"), str(cache), tmp_path / loss)
     sampled = recipe("train.loss=importance_sampling", "train.steps=1", "train.behaviour_correction=true")
     assert stage.run(sampled, str(cache), tmp_path / "is") == 0

@@ -202,7 +202,7 @@ def test_an_adapted_student_goes_on_with_its_adapter(toy_cache: Path, tmp_path: 
     again, _ = trainer_of(toy_cache, recipe(adapted))
     assert again.parameters.keys() == trainer.parameters.keys()
     assert all(torch.equal(p, trainer.parameters[name]) for name, p in again.parameters.items())
-    with pytest.raises(ModelError, match="r 4 and not 8"):
+    with pytest.raises(ModelError, match="r 4 "):
         trainer_of(toy_cache, recipe(adapted, "train.lora_rank=8"))
 
 
@@ -488,24 +488,24 @@ def resampled(round_: cs.Round) -> None:
 UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "no cache": (no_cache, [], "nothing is there; `redpen rollouts"),
     "not a cache": (not_a_cache, [], "not a redpen cache"),
-    "newer format": (newer, [], "format version 2"),
+    "newer format": (newer, [], "format version 1 at most, found 2"),
     "not sampled": (not_sampled, [], "holds no rollouts yet"),
     "not scored": (without("student"), [], "not scored yet; run `redpen score"),
     "no teacher": (without("teacher"), [], "not scored yet; run `redpen score"),
     "half the rollouts": (
         copied(lambda r: r.rollouts.uncommit(1)),
         [],
-        "5 of 6 blocks are sampled; `redpen rollouts",
+        "5 of 6 blocks are sampled; run `redpen rollouts",
     ),
     "half the student": (
         copied(lambda r: r.scores("student").uncommit(4)),
         [],
-        "5 of 6 blocks are scored by 'student'; `redpen score",
+        "5 of 6 blocks are scored by 'student'; run `redpen score",
     ),
     "half the teacher": (
         copied(lambda r: [r.scores("teacher").uncommit(b) for b in (0, 3)] and None),
         [],
-        "4 of 6 blocks are scored by 'teacher'; `redpen score",
+        "4 of 6 blocks are scored by 'teacher'; run `redpen score",
     ),
     "resampled": (copied(resampled), [], "5 of 6 blocks are scored by 'student'"),
     "another student": (
@@ -542,7 +542,7 @@ def test_several_teachers_must_be_chosen_from(toy_cache: Path, tmp_path: Path, r
     cache = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
     scores = cache / "rounds/00000/scores"
     shutil.copytree(scores / "teacher", scores / "second")
-    with pytest.raises(ConfigError, match=r"train\.teacher: .* scored by second, teacher; say which"):
+    with pytest.raises(ConfigError, match=r"train\.teacher: .* scored by second, teacher"):
         stage.run(recipe(), str(cache), tmp_path / "run")
     assert stage.run(recipe("train.teacher=second", "train.steps=1"), str(cache), tmp_path / "run") == 0
 

@@ -156,8 +156,8 @@ def _open(
     if result is None:
         if run.has_ended and checkpoint.latest(run.checkpoints, warn) is None:
             raise RedpenError(
-                f"run {run.path}: it has ended, and {run.checkpoints} has no whole checkpoint to continue from; "
-                "restore the run from a copy, or choose another --run"
+                f"run {run.path}: it has ended, and there is no whole checkpoint in {run.checkpoints} to continue "
+                "from; restore the run from a copy, or choose another --run"
             )
         checks.check_teachers(recipe, round_, teachers)
         checks.check_student(recipe, round_, cache_url)
