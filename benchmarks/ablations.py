@@ -154,9 +154,9 @@ def teacher_time(row: Row) -> None:
     def replayed(seed: int) -> dict[str, Any]:
         recipe, cache = toy_recipe(seed), row.work / f"timed-{seed}.zarr"
         shutil.rmtree(cache, ignore_errors=True)
-        with contextlib.redirect_stdout(io.StringIO()) as told:
+        with contextlib.redirect_stdout(io.StringIO()) as recorded:
             make_cache(cache, recipe, sys.stdout)
-        sampled, student, teacher = map(float, re.findall(r" now in ([\d.]+) s", told.getvalue()))
+        sampled, student, teacher = map(float, re.findall(r" (?:rollouts|tokens) in ([\d.]+) s", recorded.getvalue()))
         replayed, seconds = Replayed(recipe, cache), 0.0
         points = []
         for step in STEPS:
@@ -166,15 +166,15 @@ def teacher_time(row: Row) -> None:
             points.append({"step": step, **replayed.now()})
         return {"seconds": [sampled + student, teacher, seconds], "curve": points}
 
-    told = {"live": row.runs("live", live), "from a cache": row.runs("replayed", replayed)}
+    recorded = {"live": row.runs("live", live), "from a cache": row.runs("replayed", replayed)}
     middle = {
         name: [statistics.median(run["seconds"][part] for run in runs) for part in range(len(parts))]
-        for name, runs in told.items()
+        for name, runs in recorded.items()
     }
     again = [0.0, 0.0, middle["from a cache"][2]]
     print(f"| {STEPS[-1]} steps, s | " + " | ".join(parts) + " | in all | accuracy |\n|---|---|---|---|---|---|")
     for name, seconds in (middle | {"from the same cache again": again}).items():
-        runs = told.get(name, told["from a cache"])
+        runs = recorded.get(name, recorded["from a cache"])
         accuracy = spread([100 * run["curve"][-1]["accuracy"] for run in runs], "{:.1f}")
         print(f"| {name} | " + " | ".join(f"{s:.1f}" for s in [*seconds, sum(seconds)]) + f" | {accuracy} % |")
     live_s, first_s, again_s = sum(middle["live"]), sum(middle["from a cache"]), sum(again)
@@ -189,7 +189,7 @@ def teacher_time(row: Row) -> None:
         axes[0].set(title=f"{STEPS[-1]} steps of 256 rollouts", ylabel="seconds", xticks=range(3))
         axes[0].set_xticklabels(["live teacher", "first run\nfrom a cache", "again from\nthe same cache"])
         axes[0].legend(frameon=False)
-        curves = {name: [run["curve"] for run in runs] for name, runs in told.items()}
+        curves = {name: [run["curve"] for run in runs] for name, runs in recorded.items()}
         median_curve(axes[1], curves["live"], "fresh_kl", "live: fresh", BLUE)
         median_curve(axes[1], curves["from a cache"], "fresh_kl", "from a cache: fresh", ORANGE)
         median_curve(axes[1], curves["from a cache"], "cached_kl", "from a cache: cached", ORANGE, "--")

@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/claims.py`: each measures its runs and says what they mean for a claim of the source."""
+"""The rows of `benchmarks/claims.py`: each measures its runs and compares them with a published claim."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from toy_training import Replayed, make_cache, toy_recipe
 import cache_schema as cs
 import pipeline.rollouts.stage
 from pipeline import continual, distill
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.models import load as models
 from pipeline.sft import stage as sft
@@ -346,8 +346,8 @@ def company(work: Work) -> Found:
         recipe = load_recipe("company", [f"rollouts.seed={seed}", f"train.seed={seed}"])
         run = work.path / f"company-{seed}"
         continual.run(recipe, str(work.path / f"company-{seed}.zarr"), run)
-        told: dict[str, Any] = json.loads((run / "gate.json").read_text())
-        return told
+        recorded: dict[str, Any] = json.loads((run / "gate.json").read_text())
+        return recorded
 
     runs = work.runs("company", measure)
     stages = (continual.BEFORE, continual.TUNED, continual.AFTER)
@@ -357,7 +357,7 @@ def company(work: Work) -> Found:
     source = {"knowledge": ("18 %", "36 %", "41 %"), "formats": ("85 %", "79 %", "83 %")}
     lines = ["| | before | after SFT | after self-distillation |", "|---|---|---|---|"]
     for name, by_stage in values.items():
-        lines.append(f"| {name}, the source | " + " | ".join(source[name]) + " |")
+        lines.append(f"| {name}, published | " + " | ".join(source[name]) + " |")
         lines.append(f"| {name}, here | " + " | ".join(spread(v, "{:.1f}") + " %" for v in by_stage.values()) + " |")
 
     def changes(name: str, since: str, until: str) -> list[float]:
@@ -392,9 +392,9 @@ def company(work: Work) -> Found:
 def ablation(name: str, work: Work) -> Found:
     """A row of benchmarks/ablations.py, with one seed: its table, and what it says of the claim."""
     row = ablations.Row(work.path / "ablations", 1, work.figures / f"claims_{name}.svg")
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as recorded:
         ablations.ROWS[name](row)
-    table = "\n".join(line for line in told.getvalue().splitlines() if not line.startswith("figure:"))
+    table = "\n".join(line for line in recorded.getvalue().splitlines() if not line.startswith("figure:"))
     found = {key.rpartition(" ")[0]: value for key, value in row.results.figures.items()}
 
     def percent(run: str, point: int = -1) -> float:

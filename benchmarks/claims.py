@@ -1,4 +1,4 @@
-"""What the source of the method claims, measured on the toys: `make claims`, or one row: `make claims ROW=company`.
+"""Published claims about the method, measured on the toys: `make claims`, or one row: `make claims ROW=company`.
 
     python benchmarks/claims.py [ROW ...] [--seeds 3] [--work .claims] [--page docs/claims.md]
 
@@ -41,32 +41,31 @@ TITLES = {
 }
 NOTES = {
     "routes": """
-One round of rollouts and reverse KL over 8 candidates; fine-tuning on what the teacher sampled for the same
-prompts; GRPO (`toy-grpo`) in rounds of 256 prompts x 8. The first two with 64, 256 and 1,024 prompts x 4 and
-15, 30 and 60 steps of 256 responses; each cell is the least that any of these needs, log-linear between them.
-FLOPs are the ledgers': sampling, scoring and training, of the student and of the teacher, which is 3.5 times
-as large. The student fails for one reason, a forgotten carry, in four answers of ten. So right answers are
-frequent, where rewards are at their best, and the teacher's own answers show what is missing as well as its
-corrections do, where fine-tuning is at its best.
+Compared are one round of rollouts with reverse KL over 8 candidates, fine-tuning on responses of the teacher to
+the same prompts, and GRPO (`toy-grpo`) in rounds of 256 prompts x 8. The first two use 64, 256 and 1,024 prompts
+x 4, and 15, 30 and 60 steps of 256 responses; each cell is the minimum over these, interpolated log-linearly.
+FLOPs are from the ledgers: sampling, scoring and training, of the student and of the teacher, which is 3.5 times
+as large. The student fails for one reason, a forgotten carry, in four answers of ten. This favours rewards,
+because right answers are frequent, and fine-tuning, because the teacher's answers show the missing carry as well
+as its corrections do.
 """,
     "curve": """
 `redpen train toy` without its stop at a cached reverse KL of 0.002: 512 prompts x 4, replayed for 150 steps
-of 64 prompts. The cached reverse KL falls as the cache is learnt by heart; the one on fresh rollouts shows
-what that is worth.
+of 64 prompts. The cached reverse KL falls as the cache is memorised; the fresh one shows the actual progress.
 """,
     "rounds": """
 `redpen train toy` and `redpen distill toy`, then `redpen eval` on the 2,048 held-out sums. A round is 512
-prompts x 4, and the learning rate falls by 15 % a round.
+prompts x 4, and the learning rate decreases by 15 % per round.
 """,
     "company": """
-`redpen continual company` ([continual.md](continual.md)): a base model that follows instructions on form, 43
+`redpen continual company` ([continual.md](continual.md)): a base model that follows formatting instructions, 43
 private facts in documents (70 % of the tokens) and ordinary chats (30 %), then self-distillation on
 instructions without answers.
 """,
     "rank": "80 steps on 2,048 rollouts.",
     "temperature": "80 steps on 2,048 rollouts at each temperature, with both losses.",
-    "single_prompt": "64 rollouts of one prompt are an epoch and a step.",
-    "teacher_time": "80 steps of 256 rollouts, with a teacher that answers at every step, or from a cache.",
+    "single_prompt": "An epoch is one step, on 64 rollouts of one prompt.",
+    "teacher_time": "80 steps of 256 rollouts, with a live teacher at every step, or from a cache.",
 }
 
 
@@ -92,12 +91,12 @@ def page(found: dict[str, Found], work: Work, where: str) -> str:
         "",
         *textwrap.wrap(
             f"Measured by `make claims` at {where}: {minutes:.0f} minutes, and some more for the ablations. The "
-            "models are the embedded toys of 0.2 to 0.8 M parameters, so what is compared is the direction of a "
-            "claim, never its size. Figures are medians, with the lowest and the highest of the seeds.",
+            "models are the built-in toys of 0.2 to 0.8 M parameters, so only the direction of a claim is compared, "
+            "not its size. Figures are medians, with the lowest and highest of the seeds.",
             118,
         ),
         "",
-        "| claim of the source | the source | here | seeds | holds here |",
+        "| published claim | published result | here | seeds | holds here |",
         "|---|---|---|---|---|",
         *(
             f"| {c.claim} | {c.source} | {c.ours} | {c.seeds} | {c.holds} |"

@@ -618,18 +618,18 @@ def _named(path: str, body: bytes) -> str:
 def _teacher_answer(ids: list[int], asked: dict[str, Any]) -> bytes:
     import torch
 
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
     from pipeline.models import load as models
 
     if not hasattr(_teacher_answer, "model"):
-        _teacher_answer.model = models.load_model(load_recipe("toy").teacher[0], attention="sdpa")  # type: ignore
+        _teacher_answer.model = models.load_model(load_recipe("toy").teacher[0], attention="sampling")  # type: ignore
     with torch.inference_mode():
         logits = _teacher_answer.model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()  # type: ignore
     logprobs, n = logits.log_softmax(-1).numpy(), asked.get("prompt_logprobs")
     positions: list[Any] = [None]
     for row, token in zip(logprobs, ids[1:], strict=True):
-        told = [token, *np.argsort(-row)[: n or 0].tolist()]
-        positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in told})
+        recorded = [token, *np.argsort(-row)[: n or 0].tolist()]
+        positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in recorded})
     choice = {"text": "?", "prompt_logprobs": None if n is None else positions, "prompt_token_ids": ids}
     if (given := asked.get("prompt_logprob_token_ids")) is None:
         return json.dumps({"choices": [choice]}).encode()

@@ -9,7 +9,7 @@ cached rollouts, on fresh ones of the student as it then is (512 held-out prompt
 
 Gradient noise is trace(Cov g) / |E g|^2 of the gradient g of a step, over 32 disjoint batches of 256 rollouts at
 fixed weights: those of the sampling student, and those after 20 steps of reverse KL. Both losses have the same E g
-where 8 candidates hold nearly all of the student's mass, so noise is told in units of one signal, reverse KL's.
+where 8 candidates hold nearly all of the student's mass, so noise is given in units of one signal, reverse KL's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def noise(work: Path, seed: int) -> dict[str, Any]:
     """trace(Cov g), by steps taken and loss, in units of the squared length of reverse KL's mean gradient."""
     recipe = toy_recipe(seed, f"prompts.limit={NOISE_BATCHES * 64}")
     replayed = Replayed(recipe, make_cache(work / f"noise-{seed}.zarr", recipe))
-    trainer, told = replayed.trainer, {}
+    trainer, recorded = replayed.trainer, {}
     objectives = {
         loss: make_objective(toy_recipe(seed, f"train.loss={loss}"), replayed.round, ["teacher"]) for loss in LOSSES
     }
@@ -60,8 +60,8 @@ def noise(work: Path, seed: int) -> dict[str, Any]:
         # The mean of n batches is longer than E g by its own noise.
         signal = float(means["reverse_kl"].square().sum()) - traces["reverse_kl"] / NOISE_BATCHES
         cosine = float(torch.cosine_similarity(*means.values(), dim=0))
-        told[str(steps)] = {loss: trace / signal for loss, trace in traces.items()} | {"cosine": cosine}
-    return told
+        recorded[str(steps)] = {loss: trace / signal for loss, trace in traces.items()} | {"cosine": cosine}
+    return recorded
 
 
 def main() -> None:
@@ -91,10 +91,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|")
     for steps in ("0", "20"):
-        told = [n[steps] for n in noises]
-        ratio = spread([t["importance_sampling"] / t["reverse_kl"] for t in told], "{:.1f}")
-        both = " | ".join(spread([t[loss] for t in told], "{:.2f}") for loss in LOSSES)
-        print(f"| after {steps} steps | {both} | {ratio} | {spread([t['cosine'] for t in told], '{:.3f}')} |")
+        recorded = [n[steps] for n in noises]
+        ratio = spread([t["importance_sampling"] / t["reverse_kl"] for t in recorded], "{:.1f}")
+        both = " | ".join(spread([t[loss] for t in recorded], "{:.2f}") for loss in LOSSES)
+        print(f"| after {steps} steps | {both} | {ratio} | {spread([t['cosine'] for t in recorded], '{:.3f}')} |")
 
     with figure(args.figure, 2, 2) as axes:
         panels = {"cached_kl": "reverse KL on cached rollouts", "fresh_kl": "reverse KL on fresh rollouts"}

@@ -81,10 +81,10 @@ def scores(rng: np.random.Generator, ids_T: np.ndarray) -> tuple[cs.ScoreBlock, 
     student, teacher = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (logits, logits + shift))
 
     def block(logprobs: np.ndarray, **more: Any) -> cs.ScoreBlock:
-        told = logprobs.astype(np.float32)
+        recorded = logprobs.astype(np.float32)
         entropy = (-(np.exp(logprobs) * logprobs).sum(1)).astype(np.float32)
-        rest, own = np.ascontiguousarray(told[:, K]), np.ascontiguousarray(told[:, 0])
-        return cs.ScoreBlock(own, entropy, np.ascontiguousarray(told[:, :K]), rest, **more)
+        rest, own = np.ascontiguousarray(recorded[:, K]), np.ascontiguousarray(recorded[:, 0])
+        return cs.ScoreBlock(own, entropy, np.ascontiguousarray(recorded[:, :K]), rest, **more)
 
     return block(student, candidate_ids=candidate_ids, sampling_logprobs=student[:, 0].astype(np.float32)), block(
         teacher

@@ -57,8 +57,8 @@ def main() -> None:
             proxy.requests.clear()
             remote = seconds(stage, f"s3://{s3_server.BUCKET}/toy.zarr", Path(directory, "s3"), args.prompts)
             asked = Counter(request.split()[0] for request in proxy.requests)
-            told = ", ".join(f"{n} {method}" for method, n in sorted(asked.items()))
-            print(f"{stage:10}{local:10.1f}{remote:10.1f}   {len(proxy.requests)}: {told}", flush=True)
+            recorded = ", ".join(f"{n} {method}" for method, n in sorted(asked.items()))
+            print(f"{stage:10}{local:10.1f}{remote:10.1f}   {len(proxy.requests)}: {recorded}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.forward.attention import ATTENTION, register_packed_attention
 from pipeline.forward.head import Head
 from pipeline.forward.loss_head import chunked_head_loss

@@ -192,7 +192,7 @@ def score(
     """Time one way of scoring; saves the log-probs of the batch that all of them score."""
     import torch
 
-    from pipeline.config.recipe import ModelConfig
+    from pipeline.config import ModelConfig
     from pipeline.engines.resident import ResidentScorer
     from pipeline.engines.scoring import ScoreOptions
     from pipeline.forward.attention import register_packed_attention

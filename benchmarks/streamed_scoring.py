@@ -106,7 +106,7 @@ def child(form: str, directory: Path, tokens: int, out: Path) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    from pipeline.config.recipe import ModelConfig
+    from pipeline.config import ModelConfig
     from pipeline.engines.resident import ResidentScorer
     from pipeline.engines.scoring import ScoreOptions
     from pipeline.forward.attention import register_packed_attention

@@ -16,7 +16,7 @@ import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.score.stage
 from pipeline.api import Student, Teacher
-from pipeline.config.recipe import Recipe, RolloutsConfig, load_recipe
+from pipeline.config import Recipe, RolloutsConfig, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import TokenBatch
 from pipeline.models.lora import make_trainable, training_mode

@@ -61,7 +61,7 @@ class Shape:
         self.prompt, self.response = UNIT // 4, UNIT - UNIT // 4
 
     def recipe(self, directory: str, **train: Any) -> Any:
-        from pipeline.config.recipe import Recipe
+        from pipeline.config import Recipe
 
         tokens = dict(max_prompt_tokens=self.prompt, max_response_tokens=self.response)
         return Recipe.from_dict(

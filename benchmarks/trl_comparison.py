@@ -129,23 +129,23 @@ def run_redpen(out: Path, seed: int, steps: int, rounds: int, rollouts_per_promp
         where = ("--cache", cache, "--round", index)
         costs = {stage: redpen(stage, "toy", *where, settings=settings) for stage in ("rollouts", "score")}
         costs["train"] = redpen("train", "toy", *where, "--run", out / name, settings=settings)
-        figures[name] = told(costs, out / name)
+        figures[name] = recorded(costs, out / name)
         if index == 0:
             again = redpen("train", "toy", *where, "--run", out / "again", settings=settings)
-            figures["again"] = told({"train": again}, out / "again")
+            figures["again"] = recorded({"train": again}, out / "again")
         adapter = [f"student.adapter={out / name / 'adapter'}"]
     for name in figures:
         figures[name] |= evaluate(out / f"{name}.json", out / name / "adapter")
     return figures
 
 
-def told(costs: dict[str, Cost], run: Path) -> dict[str, Any]:
+def recorded(costs: dict[str, Cost], run: Path) -> dict[str, Any]:
     """What the commands cost, and what of it was work: sampling, scoring and steps, without imports and loading."""
     seconds = [metrics["time"]["seconds"] for metrics in curve(run)]
     stage_one = "".join(cost.output for name, cost in costs.items() if name != "train")
     return {
         "total": sum(cost.seconds for cost in costs.values()),
-        "work": sum(seconds) + sum(map(float, re.findall(r" now in ([\d.]+) s", stage_one))),
+        "work": sum(seconds) + sum(map(float, re.findall(r" (?:rollouts|tokens) in ([\d.]+) s", stage_one))),
         "step": statistics.median(seconds),
         "anonymous": max(cost.anonymous for cost in costs.values()),
     }

@@ -87,29 +87,20 @@ class BlockGroup:
             raise
         except ValueError:  # a record fails its checksum; read one by one to find which
             raw = np.stack([self._raw_commit(block) for block in range(self.n_blocks)])
-        commits = raw.view(self._dtype)[:, 0]
-        for name, most in self._limits().items():
-            over = np.flatnonzero(commits[name] > most)
-            if len(over):
-                self._require_counts(int(over[0]), commits[over[0]])
-        return commits
+        return self._checked(raw.view(self._dtype)[:, 0])
 
     def commit(self, block: int) -> Any:
         """One block's commit record."""
-        commit = self._raw_commit(block).view(self._dtype)[0]
-        self._require_counts(block, commit)
-        return commit
+        return self._checked(self._raw_commit(block).view(self._dtype), block)[0]
 
-    def _limits(self) -> dict[str, int]:
-        """Upper bound of each of `_COUNTS` in a block."""
+    def _checked(self, commits: npt.NDArray[Any], first: int = 0) -> npt.NDArray[Any]:
+        """Raise `CorruptBlockError` if a commit, the first of block `first`, has more than its slots hold."""
         slots = self._round.slots()
-        return {f"{name}s": slots[name] for name in ("row", "prompt", "token", "prompt_token")}
-
-    def _require_counts(self, block: int, commit: Any) -> None:
-        for name, most in self._limits().items():
-            if commit[name] > most:
-                problem = f"{name}: expected at most {most}, found {commit[name]}"
-                raise CorruptBlockError(self._label, block, "commit", problem)
+        for dim in ("row", "prompt", "token", "prompt_token"):
+            for block in np.flatnonzero(commits[f"{dim}s"] > slots[dim])[:1]:
+                problem = f"{dim}s: expected at most {slots[dim]}, found {commits[f'{dim}s'][block]}"
+                raise CorruptBlockError(self._label, first + int(block), "commit", problem)
+        return commits
 
     def check_metadata(self) -> Iterator[tuple[str, str]]:
         """Pairs of an array with missing or damaged metadata, and the problem."""
@@ -340,7 +331,9 @@ class BlockGroup:
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             with storage_errors(f"{self._label}: cannot read {name}"):
-                self._arrays[name] = open_array(self._group.store, f"{self._group.path}/{name}", self._layouts[name])
+                self._arrays[name] = open_array(
+                    self._group.store, f"{self._group.path}/{name}".lstrip("/"), self._layouts[name]
+                )
         return self._arrays[name]
 
     def _load(self, name: str, where: Any) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 from pipeline.api import Student, Teacher, Trainer
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, TrainConfig
+from pipeline.config import ModelConfig, RolloutsConfig, TrainConfig
 from pipeline.toy import asset_path
 
 SAMPLED = RolloutsConfig(rollouts_per_prompt=4, temperature=1.0, max_response_tokens=32)

@@ -14,8 +14,9 @@ from pathlib import Path
 import click
 
 from pipeline.cli import cli
-from pipeline.config.recipe import Recipe
-from pipeline.config.settings import Described, described
+from pipeline.config import Recipe
+from pipeline.config.schema import Described, described
+from pipeline.config.toml import toml_value
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 110
@@ -28,7 +29,7 @@ where and how much. Results go to stdout, everything else to stderr.
 | exit code | means |
 |---|---|
 | 0 | done |
-| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#what-a-message-means)) |
+| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#error-messages)) |
 | 1 | also what `verify` found damaged, and a pair that `diagnose` says cannot work |
 | 2 | usage: an unknown command or option |
 | 3 | `train`: the cache is stale, sample a new round ([when training ends](stage-two.md#when-training-ends)) |
@@ -89,7 +90,8 @@ def _recipe_page() -> str:
 
 
 def _row(setting: Described) -> str:
-    default = "required" if setting.default is None else f"`{setting.default}`" if setting.default else ""
+    default = "" if setting.default is None else f"`{toml_value(setting.default)}`"
+    default = "required" if setting.is_required else default
     cells = [f"`{setting.key}`", default, setting.accepts, setting.meaning]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 

@@ -30,14 +30,14 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline import credentials
-from pipeline.config.recipe import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
+from pipeline.config import ModelConfig, PromptsConfig, RolloutsConfig, TeacherConfig, TrainConfig
 from pipeline.engines.heldout import generating
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.models.resolve import resolve
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 Prompt = str | list[dict[str, str]]
 LossFn = Literal["importance_sampling", "reverse_kl"]
-
-_CHECKED_ROLLOUTS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +230,8 @@ class Teacher:
             alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
             self._view = View(alignment=None if alignment.is_identity(student) else alignment)
             (theirs,) = self._view.of(batch).blocks
-            check_packing(self.model, *sequences(theirs, range(len(rollouts))[:_CHECKED_ROLLOUTS]))
+            lengths = theirs.prompt_length[theirs.row_prompt] + theirs.response_length
+            settle_layout(self.model, *sequences(theirs, choose_checked(lengths.tolist(), self.model.device)))
             self._aligned_with = student
         return self._view.back(_score(self.model, self._view.of(batch), self._options), batch)
 
@@ -307,7 +306,7 @@ class Trainer:
     def _update(self, rollouts: Rollouts, columns: in_memory.Columns, loss_fn: LossFn) -> dict[str, float]:
         batch = in_memory.batch(self.step, rollouts.block, rollouts.logprobs, columns)
         if self.step == 0:
-            self._trainer.check(batch.rollouts[:_CHECKED_ROLLOUTS])
+            self._trainer.check(batch.rollouts)
         self._trainer.objective = self._objective(loss_fn)
         training_mode(self.student.model)
         return self._trainer.update(batch)

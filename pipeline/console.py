@@ -1,14 +1,14 @@
-"""What redpen says while it works: lines and progress bars on stderr, readable on a terminal and in a log file.
+"""Output: results on stdout, messages and progress on stderr, for terminals and log files.
 
-Results go to stdout, by `show()` or, for tables, by `results()`. Nothing else writes to either, and what came from
-outside passes `escape_control()`, so no file, model or server steers the terminal.
+`show()` prints a line of results, `results()` is a console for tables; `say()`, `warn()`, `fail()` and `progress()`
+write to stderr. Nothing else writes to either stream. Text from outside passes through `escape_control()`, so that no
+file, model or server can control the terminal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
 import re
 import sys
 import time
@@ -25,13 +25,11 @@ from pipeline.environment import RANK
 
 
 class _Stderr(io.TextIOBase):
-    """sys.stderr as it is at the moment. What cannot be written, to a full disk or a terminal that is gone, is lost:
-    no work ends because its progress is not seen.
-    """
+    """The current sys.stderr. Write errors (full disk, closed terminal) are ignored: they must not end the work."""
 
     @property
     def rich_proxied_file(self) -> _Stderr:
-        """For rich, which may put a file of its own in the place of sys.stderr."""
+        """The file that rich writes to; rich replaces sys.stderr while a bar is shown."""
         return self
 
     def write(self, text: str) -> int:
@@ -59,7 +57,7 @@ class _Stderr(io.TextIOBase):
 
 
 class _Stdout(io.TextIOBase):
-    """sys.stdout as it is at the moment, for rich: nothing reaches a terminal but text and colours."""
+    """The current sys.stdout, for rich: control sequences other than colours become escapes."""
 
     def write(self, text: str) -> int:
         sys.stdout.write(_STYLE_OR_CONTROL.sub(lambda m: m[0] if m[0].startswith("\x1b[") else _escape(m), text))
@@ -76,10 +74,10 @@ class _Stdout(io.TextIOBase):
         return str(getattr(sys.stdout, "encoding", "utf-8"))
 
 
-#: Of several workers, one talks.
+#: Only the first of several ranks writes to it.
 console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True, quiet=RANK > 0)
 
-_UNDER_WAY: ContextVar[bool] = ContextVar("under_way", default=False)
+_SUGGESTIONS: ContextVar[bool] = ContextVar("without_suggestions", default=False)
 
 #: C0 and C1 controls, and the invisible characters that reorder or hide text
 _CONTROLS = re.compile(
@@ -91,9 +89,7 @@ _STYLE_OR_CONTROL = re.compile(rf"\x1b\[[\d;]*m|(?!\n){_CONTROLS.pattern}")
 
 
 def escape_control(text: str) -> str:
-    """`text` on one line, for eyes: control characters are escapes, since what a file or a model holds must not steer
-    the terminal, and what looks like a credential is `***`.
-    """
+    """`text` on one line, control characters escaped and credentials masked as `***`."""
     return _CONTROLS.sub(_escape, credentials.mask(text))
 
 
@@ -102,113 +98,83 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def clipped(line: str, *, word: int = 300, most: int = 4000) -> str:
-    """A message with the middle of very long words, paths for example, and of a very long line left out."""
+    """A message without the middle of words longer than `word`, e.g. paths, and of lines longer than `most`."""
     line = re.sub(rf"\S{{{word + 1},}}", lambda m: f"{m[0][: word // 2]}...{m[0][-word // 2 :]}", line)
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 def results() -> Console:
-    """A console on stdout for tables. A pipe or a file has no width to fold long rows to."""
+    """A console on stdout for tables. Pipes and files get 160 columns."""
     width = None if sys.stdout.isatty() else 160
     return Console(file=cast("IO[str]", _Stdout()), highlight=False, markup=False, emoji=False, width=width)
 
 
 def show(line: str) -> None:
-    """One line of results on stdout. Control characters are shown as escapes."""
+    """Print one line of results on stdout."""
     print(escape_control(line), flush=True)
 
 
 def say(line: str) -> None:
-    """One line of information."""
+    """Print one line of information on stderr."""
     console.print(Text(escape_control(clipped(line))))
 
 
 def fail(line: str) -> None:
-    """The one line of an error, by any of several workers."""
+    """Print the line of an error, on any rank."""
     console.file.write(f"redpen: {escape_control(clipped(line))}\n")
 
 
 def suggest(line: str) -> None:
-    """What to do next, unless a command is under way that does it by itself."""
-    if not _UNDER_WAY.get():
+    """Print the next command to run, unless `without_suggestions` is active."""
+    if not _SUGGESTIONS.get():
         say(f"next: {line}")
 
 
 @contextlib.contextmanager
-def under_way() -> Iterator[None]:
-    """Within it nothing is suggested."""
-    token = _UNDER_WAY.set(True)
+def without_suggestions() -> Iterator[None]:
+    """Suppress `suggest`, for workflows that run the next stage themselves."""
+    token = _SUGGESTIONS.set(True)
     try:
         yield
     finally:
-        _UNDER_WAY.reset(token)
+        _SUGGESTIONS.reset(token)
 
 
 def warn(line: str) -> None:
-    """One line that deserves attention; the work goes on."""
+    """Print one line about a problem that does not stop the work."""
     console.print(Text.assemble(("warning: ", "yellow"), escape_control(clipped(line))))
 
 
-class Trend:
-    """The whole course of a figure in `width` letters at most, from 0 to its highest: ▇▅▄▂▁▁. Each is the mean of as
-    many values as every other.
-    """
-
-    def __init__(self, width: int = 10):
-        self._width, self._each = width, 1
-        self._means: list[float] = []
-        self._open: list[float] = []
-
-    def add(self, value: float) -> None:
-        """Draw `value` too, if it is finite."""
-        if not math.isfinite(value):
-            return
-        self._open.append(value)
-        if len(self._open) < self._each:
-            return
-        self._means.append(sum(self._open) / self._each)
-        self._open.clear()
-        if len(self._means) > self._width:
-            pairs = zip(self._means[::2], self._means[1::2], strict=False)
-            self._open = self._means[-1:] * self._each if len(self._means) % 2 else []
-            self._means, self._each = [(a + b) / 2 for a, b in pairs], 2 * self._each
-
-    def __str__(self) -> str:
-        highest = max(self._means, default=0.0)
-        return "".join("▁▂▃▄▅▆▇█"[min(int(8 * mean / highest), 7) if mean > 0 else 0] for mean in self._means)
-
-
 class Bar:
-    """A progress bar to advance. `unit` is what is counted, `done` what an earlier run had finished."""
+    """Progress of `total` units (a plural noun), of which an earlier run finished `done`."""
 
     def __init__(self, description: str, total: int, unit: str, done: int = 0):
         self.description, self.total, self.unit = description, total, unit
-        self.done, self.note, self.trend = done, "", Trend()
+        self.done, self.note = done, ""
         self._done_before, self._started = done, time.monotonic()
 
-    def advance(self, count: int = 1, note: str | None = None, trend: float | None = None) -> None:
-        """Count `count` more; `note` replaces the remark beside the bar, `trend` goes on a curve in front of it."""
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count `count` more units; `note` replaces the text beside the bar."""
         self.done += count
         self.note = self.note if note is None else note
-        if trend is not None:
-            self.trend.add(trend)
         self._show()
 
     @property
     def rate(self) -> float:
-        """Units a second in this run."""
+        """Units per second in this run."""
         return (self.done - self._done_before) / max(time.monotonic() - self._started, 1e-9)
 
     def line(self) -> str:
-        """The state of the work as one plain line."""
+        """The progress as one plain line."""
         share = f"{self.done / self.total:.0%}" if self.total else "100%"
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         eta = f", {_duration(left)} left" if self.done < self.total and left else ""
         note = f", {self.note}" if self.note else ""
-        return f"{self.description}: {share}, {self.done}/{self.total} {self.unit}, {short(self.rate)}/s{eta}{note}"
+        counted, rate = f"{self.done}/{self.total} {self.unit}", speed(self.rate, self.unit)
+        return f"{self.description}: {share}, {counted}, {rate}{eta}{note}"
 
     def close(self) -> None:
-        """Leave one line about the finished work, if this run did any."""
+        """Print the final line, if this run did anything."""
         if self.done > self._done_before:
             say(self.line())
 
@@ -217,7 +183,7 @@ class Bar:
 
 
 class _LiveBar(Bar):
-    """A rich bar that redraws itself, with the trend and the remark on a line of their own."""
+    """A rich progress bar with the note below it."""
 
     def __init__(self, description: str, total: int, unit: str, done: int, live: _Live):
         super().__init__(description, total, unit, done)
@@ -225,24 +191,24 @@ class _LiveBar(Bar):
         self._task = live.add_task(description, total=total, completed=done, rate="", unit=unit)
 
     def _show(self) -> None:
-        self._live.remark = f"{self.trend} {escape_control(self.note)}".strip()
-        self._live.update(self._task, completed=self.done, rate=f"{short(self.rate)}/s")
+        self._live.note = escape_control(self.note)
+        self._live.update(self._task, completed=self.done, rate=speed(self.rate, self.unit))
 
 
 class _Live(Progress):
-    """A progress display with a remark below the bar."""
+    """A progress display with a line of text below the bar."""
 
-    remark = ""
+    note = ""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
-        if self.remark:
-            yield Text(self.remark, no_wrap=True, overflow="ellipsis")
+        if self.note:
+            yield Text(self.note, no_wrap=True, overflow="ellipsis")
 
 
 class _LineBar(Bar):
-    """A plain line about every 10 % of the work, at most one a second, and one after a while without: 10 seconds at
-    first, 5 minutes in a long run.
+    """Plain lines for log files: one for every 10 % of the work, at most one a second, and at least one for every 10
+    seconds (5 minutes in a long run).
     """
 
     def __init__(self, description: str, total: int, unit: str, done: int):
@@ -264,8 +230,9 @@ class _LineBar(Bar):
 
 @contextlib.contextmanager
 def progress(description: str, total: int, unit: str = "blocks", done: int = 0) -> Iterator[Bar]:
-    """Show progress over `total` units, of which `done` were finished before: a bar with rate and time left on a
-    terminal, plain lines otherwise, and one closing line either way.
+    """Show progress over `total` units, of which `done` were finished before.
+
+    On a terminal, a bar with rate and remaining time; otherwise plain lines. A final line stays in both cases.
 
         with progress("rollouts", total=2048, unit="rollouts") as bar:
             bar.advance(256, note="mean length 18.4")
@@ -287,17 +254,18 @@ def progress(description: str, total: int, unit: str = "blocks", done: int = 0) 
 
 
 def short(number: float) -> str:
-    """A number to be read at a glance: 812.3, 14.6k, 1.2M."""
+    """A number with a few digits: 0.17, 812.3, 14.6k, 1.2M."""
     for bound, divisor, suffix in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if number >= bound:
             return f"{number / divisor:.1f}{suffix}"
-    return f"{number:.1f}"
+    return f"{number:.1f}" if number >= 1 or number == 0 else f"{number:.2g}"
 
 
-def per_second(count: float, seconds: float) -> str:
-    """A rate with digits at any speed: 19,922, 0.17."""
-    rate = count / max(seconds, 1e-9)
-    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+def speed(rate: float, unit: str) -> str:
+    """A rate with digits at any speed: `14.6k tokens/s`, `0.17 rollouts/s`; below that, `48.0 s a rollout`."""
+    if 0 < rate < 0.1:
+        return f"{1 / rate:,.1f} s a {unit.removesuffix('s')}"
+    return f"{short(rate)} {unit}/s"
 
 
 def _duration(seconds: float) -> str:

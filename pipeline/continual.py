@@ -25,8 +25,8 @@ import numpy as np
 from rich.table import Table
 
 from pipeline import distill
-from pipeline.config.recipe import GateConfig, ModelConfig, Recipe, StudentConfig, load_recipe
-from pipeline.console import results, say, show, under_way
+from pipeline.config import GateConfig, ModelConfig, Recipe, StudentConfig, load_stored_recipe
+from pipeline.console import results, say, show, without_suggestions
 from pipeline.distributed.ranks import join_ranks
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError, RedpenError
@@ -70,7 +70,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
             ranks.broadcast(lambda: list(_gate_prompts(recipe)))  # refuse unusable prompts first
             if ranks.is_main_process:
                 run.start()
-            with under_way():
+            with without_suggestions():
                 if trained_student(recipe.student, run.path / SFT) is None:
                     sft.run(recipe, (), run.path / SFT)
                     models.free_memory()
@@ -90,7 +90,7 @@ def _open(
     """The run, locked until `stack` closes, and its result. Raises `RedpenError` if its settings were different."""
     run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url}))
     if run.recipe.exists():
-        before = load_recipe(str(run.recipe))
+        before = load_stored_recipe(run.recipe)
         differing = [f"[{name}]" for name in _SECTIONS if getattr(before, name) != getattr(recipe, name)]
         if differing:
             raise RedpenError(

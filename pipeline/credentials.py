@@ -1,8 +1,8 @@
-"""Credentials in settings, arguments and whatever is shown: refused at the door, masked on the way out.
+"""Credentials in settings and arguments: refused on input, masked on output.
 
-What redpen is given ends up in files that are shared: recipes, caches' manifests, pages, model cards, trackers. So a
-URL that carries a credential is refused where it is given, and the environment variable to use is named. What older
-files hold is masked wherever it is shown.
+Settings and arguments end up in files that are shared: recipes, manifests of caches, pages, model cards, trackers. So
+a URL that contains a credential is refused, with the environment variable to use instead. Credentials in older files
+are masked wherever they are shown.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _END = r"[^\s&;#\"'<>\\]{1,4096}"
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
-        # user and password of a URL; a password may hold @, and / where it is not a port that comes before
+        # user and password of a URL; a password may contain @, and / unless a port precedes it
         r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}://)(?P<secret>[^\s/?#\"'<>\\]{1,4096})(?=@[^\s@])",
         r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}:/{1,2})"
         r"(?P<secret>[^\s/?#@:\"'<>\\]{1,200}:(?!\d{1,5}[/?#])[^\s\"'<>\\]{1,4096})(?=@[^\s@])",
         rf"(?i)(?P<before>[?&;#](?:{_NAMES})=)(?!\*\*\*)(?P<secret>{_END})",
         r"(?i)(?P<before>\bbearer\s+)(?P<secret>(?=\S*\d)[a-z0-9._~+/-]{12,4096}=*)",
-        # keys that name their kind: Hugging Face, OpenAI and its like, AWS, GitHub, Google, Slack
+        # keys with a known prefix: Hugging Face, OpenAI and compatible, AWS, GitHub, Google, Slack
         r"(?P<before>(?<![A-Za-z0-9_-]))(?P<secret>hf_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16}"
         r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
         r"|AIza[\w-]{35}|xox[a-z]-[A-Za-z0-9-]{10,})",
     )
 )
-#: What each pattern needs to be there at all: most lines have none of it, and are then left alone at once.
+#: Every match of a pattern contains one of these; most lines contain none, so this is tried first.
 _SIGNS = re.compile(r"@|[?&;#][\w-]+=|[Bb]earer|BEARER|hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_|AIza|xox")
-#: Variables of the environment that hold a credential; one of a few letters is a placeholder.
+#: Environment variables with credentials; a value shorter than _SHORTEST is taken for a placeholder.
 _VARIABLES = (
     *("REDPEN_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
@@ -48,14 +48,14 @@ _AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 def contains(text: str, name: str = "") -> bool:
-    """Whether a text, the value of the setting `name`, holds something that looks like a credential."""
+    """Whether `text`, the value of the setting `name`, contains something that looks like a credential."""
     if name.endswith("url") and "@" in text.partition("?")[0]:  # also without http:// in front
         return True
     return bool(_SIGNS.search(text)) and any(pattern.search(text) for pattern in _PATTERNS)
 
 
 def mask(text: str) -> str:
-    """`text` with what looks like a credential, or is one of the environment's, as `***`."""
+    """`text` with `***` for what looks like a credential or is one of the environment's."""
     for name in _VARIABLES:
         value = os.environ.get(name, "").strip()
         if len(value) >= _SHORTEST and value in text:
@@ -67,7 +67,7 @@ def mask(text: str) -> str:
 
 
 def masked(value: Any) -> Any:
-    """A JSON or TOML value, every text in it masked."""
+    """A JSON or TOML value with every text in it masked."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):
@@ -78,21 +78,21 @@ def masked(value: Any) -> Any:
 
 
 def refuse(text: str, name: str) -> None:
-    """Raise `ConfigError` where `text`, given as the setting or argument `name`, holds a credential."""
+    """Raise `ConfigError` if `text`, the value of the setting or argument `name`, contains a credential."""
     if contains(text, name):
         raise ConfigError(f"{name}: {message(text, name)}")
 
 
 def message(text: str, name: str) -> str:
-    """What to say of a setting or argument that holds a credential, without it."""
+    """The problem with a setting or argument that contains a credential, without the credential."""
     return (
-        "holds what looks like a credential, which would be stored and shown with the settings; take it out and set "
+        "holds what looks like a credential, which would be stored and shown with the settings; remove it and set "
         f"the environment variable {_variable(text, name)}"
     )
 
 
 def in_settings(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of nested settings that holds a credential, with the dotted name of its setting."""
+    """Yield the dotted name and text of every setting that contains a credential."""
     if isinstance(data, str):
         if contains(data, path):
             yield path, data
@@ -108,7 +108,7 @@ def in_settings(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def in_arguments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every command-line argument that holds a credential, with its option, or the setting that it overrides."""
+    """Yield every command-line argument that contains a credential, after its option or the setting it overrides."""
     for place, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if not (equals and option.startswith("-")):

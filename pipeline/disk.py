@@ -1,4 +1,4 @@
-"""Free disk, checked before hours are spent."""
+"""Free disk space, checked before a long job starts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import cache_schema as cs
 
 
 def bytes_per_token(arrays: Iterable[cs.ArraySpec], sizes: Mapping[str, int] | None = None) -> int:
-    """Bytes that one response token takes in these arrays before compression; `sizes` gives candidate and
-    topk axes.
-    """
+    """Uncompressed bytes of one response token in these arrays. `sizes` gives the lengths of other axes."""
     sizes = sizes or {}
     return sum(
         np.dtype(spec.dtype).itemsize * math.prod(sizes[dim] for dim in spec.dims[1:])
@@ -25,10 +23,10 @@ def bytes_per_token(arrays: Iterable[cs.ArraySpec], sizes: Mapping[str, int] | N
 
 
 def require_free(location: str, needed: int, what: str) -> None:
-    """Refuse to start what would fill the disk. Remote caches are not asked.
+    """Check that a job fits on the disk of the cache at `location`. Remote caches are not checked.
 
     Raises:
-        StorageError: fewer than `needed` bytes are free where the cache at `location` is, or would be.
+        StorageError: fewer than `needed` bytes are free.
     """
     scheme, separator, rest = location.partition("://")
     if separator and scheme != "file":
@@ -45,7 +43,7 @@ def require_free(location: str, needed: int, what: str) -> None:
 
 
 def readable(n_bytes: float) -> str:
-    """A number of bytes for people: 3.2 GiB."""
+    """A number of bytes with a unit, e.g. 3.2 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024:
             return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"

@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.console import say, show, suggest, under_way
+from pipeline.config import Recipe, load_stored_recipe
+from pipeline.console import say, show, suggest, without_suggestions
 from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
@@ -193,7 +193,7 @@ def fresh_reverse_kl(recipe: Recipe, cache_url: str, index: int) -> Measurement:
 
 def _run_stage(stage: Callable[..., int], *args: Any, **kwargs: Any) -> None:
     """Run a stage, without its suggestion of what comes next, and free its memory."""
-    with under_way():
+    with without_suggestions():
         stage(*args, **kwargs)
     models.free_memory()
 
@@ -208,7 +208,7 @@ def _open(
     if limit is not None:
         n_slices = max(1, len(load_prompts(recipe.prompts.model_copy(update={"limit": None}))) // limit)
     run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
-    if run.result is not None and load_recipe(str(run.recipe)).distill == recipe.distill:
+    if run.result is not None and load_stored_recipe(run.recipe).distill == recipe.distill:
         return run, run.result, n_slices
     run.start()
     return run, None, n_slices

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 
-from pipeline.config.recipe import ModelConfig, load_recipe
+from pipeline.config import ModelConfig, load_stored_recipe
 from pipeline.console import show, warn
 from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
@@ -107,7 +107,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
     """The config of the base model with the adapter in `target`."""
     run = Path(target)
     if (run / RECIPE).is_file():
-        recipe = load_recipe(str(run / RECIPE))
+        recipe = load_stored_recipe(run / RECIPE)
         if recipe.train.method == "full":
             raise RedpenError(f"run {target}: trained all weights, so {run / MODEL} is a whole model already")
         trained = trained_student(recipe.student, run)

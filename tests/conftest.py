@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.caches import MANY_BLOCKS, make_cache, small_recipe
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 
 # Read when torch is first imported: threads that wait must not spin while other work wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

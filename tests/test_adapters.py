@@ -21,7 +21,7 @@ from helpers.models import IDS, logits, plain, random_adapter, small_model
 from helpers.training import curve, distance, gradient, moved, naive_gradient, stop_after_one_step, trainer_of
 from pipeline import merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import Interrupted, ModelError, RedpenError
 from pipeline.models import load as models
 from pipeline.models import lora
@@ -59,8 +59,15 @@ def test_the_card_holds_the_facts(run_dir: Path) -> None:
     assert (card.data.base_model, card.data.library_name) == (base, "peft")
     assert card.data.pipeline_tag == "text-generation" and "lora" in card.data.tags and card.data.license is None
     result = json.loads((run_dir / "run.json").read_text())["result"]
-    told = [result["sentence"], "toy:teacher", "LoRA of rank 4, alpha 32", "24 prompts x 4", "reverse_kl", "5 of 5"]
-    assert [fact for fact in told if fact not in card.text] == []
+    recorded = [
+        result["sentence"],
+        "toy:teacher",
+        "LoRA of rank 4, alpha 32",
+        "24 prompts x 4",
+        "reverse_kl",
+        "5 of 5",
+    ]
+    assert [fact for fact in recorded if fact not in card.text] == []
     assert "--max-lora-rank 8 " in card.text and "[More Information Needed]" not in card.text
 
 

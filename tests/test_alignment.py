@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ModelError
 from pipeline.evaluate import stage as evaluate
 from pipeline.score import stage
@@ -113,9 +113,9 @@ def test_a_token_that_the_teacher_lacks_is_not_told(
     manifest = round_.scores("lacking").manifest
     assert isinstance(manifest, cs.ScoresManifest) and manifest.partial
     expected, found = read(round_, "straight"), read(round_, "lacking")
-    absent, told = student == least, found["candidate_logprobs"]
-    assert absent.any() and np.isnan(told[absent]).all()
-    np.testing.assert_allclose(told[~absent], expected["candidate_logprobs"][~absent], atol=1e-5)
+    absent, recorded = student == least, found["candidate_logprobs"]
+    assert absent.any() and np.isnan(recorded[absent]).all()
+    np.testing.assert_allclose(recorded[~absent], expected["candidate_logprobs"][~absent], atol=1e-5)
     rest = np.logaddexp(expected["rest_logprob"], np.where(absent, expected["candidate_logprobs"], -np.inf).max(1))
     np.testing.assert_allclose(np.exp(found["rest_logprob"]), np.exp(rest), atol=1e-6)
 
@@ -180,7 +180,7 @@ def test_a_teacher_reads_prompts_in_its_own_way(
         own = ("teacher.template=chat", "teacher.system=add with care")
     round_ = scored(recipe("teacher.name=own", *own))
     tokenizer = AutoTokenizer.from_pretrained(asset_path("teacher"))
-    block, told = round_.rollouts.read(0), round_.scores("own").read(0)
+    block, recorded = round_.rollouts.read(0), round_.scores("own").read(0)
     for row in (0, 5, block.n_rows - 1):
         prompt = round_.prompts[int(block.prompt_index[block.row_prompt[row]])]["prompt"]
         ids = None
@@ -190,7 +190,7 @@ def test_a_teacher_reads_prompts_in_its_own_way(
         else:
             prompt = "11+2*2=2*2=4;11+4=15;" + prompt
         expected = by_hand(prompt, block.response(row).tolist(), ids)
-        np.testing.assert_allclose(told.logprobs[block.response_slice(row)], expected, atol=2e-5)
+        np.testing.assert_allclose(recorded.logprobs[block.response_slice(row)], expected, atol=2e-5)
     template = round_.scores("own").manifest.template  # type: ignore[union-attr]
     assert template.get("prefix", template.get("system")), template
 
@@ -232,7 +232,7 @@ def test_a_base_student_of_an_instruct_teacher(
     own = ("teacher.template=chat", "teacher.system=11+2*2=2*2=4;11+4=15", "teacher.stop_token=<|im_end|>")
     round_ = scored(recipe(f"teacher.model={path}", "teacher.name=own", *own))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    block, told = round_.rollouts.read(1), round_.scores("own").read(1)
+    block, recorded = round_.rollouts.read(1), round_.scores("own").read(1)
     for row in (0, 5, block.n_rows - 1):
         prompt = round_.prompts[int(block.prompt_index[block.row_prompt[row]])]["prompt"]
         response = block.response(row).tolist()
@@ -241,7 +241,7 @@ def test_a_base_student_of_an_instruct_teacher(
         assert tokenizer.convert_ids_to_tokens(theirs[-1]) == "<|im_end|>"
         ids = tokenizer("11+2*2=2*2=4;11+4=15;" + prompt)["input_ids"]
         expected = by_hand("", theirs, ids, path)
-        np.testing.assert_allclose(told.logprobs[block.response_slice(row)], expected, atol=2e-5)
+        np.testing.assert_allclose(recorded.logprobs[block.response_slice(row)], expected, atol=2e-5)
         assert expected[-1] > -0.1, "the end is the end"
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.recipe import EvalConfig
+from pipeline.config import EvalConfig
 from pipeline.errors import ConfigError
 from pipeline.text.answers import Checker, as_number, pass_at, share_right
 from pipeline.text.math_verify import MathJudge, boxed
@@ -74,7 +74,7 @@ def test_samples_of_one_prompt_are_not_independent() -> None:
     ],
 )
 def test_the_same_answer(given: str, wanted: str, match: str) -> None:
-    """Each is told apart by the stricter comparison, where there is one."""
+    """Each is set apart by the stricter comparison, where there is one."""
     said = rf"It is \boxed{{{given}}}"
     assert Checker(match, BOXED).is_right(said, wanted)
     assert not Checker(match, BOXED).is_right(said, f"{wanted} + 1")

@@ -17,7 +17,7 @@ from torch import Tensor
 import cache_schema as cs
 from helpers.caches import make_cache
 from pipeline.api import Rollouts, Student, Teacher, Trainer
-from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError, PromptError, RedpenError
 from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.toy import asset_path
@@ -209,8 +209,8 @@ def test_a_candidate_that_the_teacher_lacks_is_in_its_rest(teacher: Teacher, tmp
     other = another_teacher(tmp_path / "other", lambda model: model["vocab"].update(other=model["vocab"].pop(token)))
     expected, found = teacher.compute_scores(rollouts), other.compute_scores(rollouts)
     assert expected.candidate_logprobs is not None and expected.rest_logprob is not None
-    absent, told = candidates == lacking, found.candidate_logprobs
-    assert told is not None and found.rest_logprob is not None and np.isnan(told[absent]).all()
+    absent, recorded = candidates == lacking, found.candidate_logprobs
+    assert recorded is not None and found.rest_logprob is not None and np.isnan(recorded[absent]).all()
     rest = np.logaddexp(expected.rest_logprob, np.where(absent, expected.candidate_logprobs, -np.inf).max(1))
     np.testing.assert_allclose(np.exp(found.rest_logprob), np.exp(rest), atol=1e-6)
     metrics = Trainer(student, TRAIN).update(rollouts, found, "reverse_kl")

@@ -50,10 +50,10 @@ def one_line(captured: str) -> str:
         ("score toy --cache c --set train.steps=x", '--set train.steps must be an integer >= 1, got "x"'),
         ("train toy --cache c --run r --set steps=1", "did you mean train.steps?"),
         ("verify nothing", "cache nothing: nothing is there"),
-        ("verify file", "cache file: this is a file"),
+        ("verify file", "cache file: expected a directory, found a file"),
         ("verify directory", "cache directory: this is not a redpen cache"),
         ("inspect newer", "cache newer: expected format version 1 at most, found 2; upgrade redpen"),
-        ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` makes one"),
+        ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` creates it"),
         ("inspect empty --rollout 0", "cache empty: holds no rollouts yet"),
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),
         ("inspect full --rollout 30", "round 0 has rollouts 0 to 29, got 30"),
@@ -103,7 +103,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.config.recipe import load_recipe
+    from pipeline.config import load_recipe
 
     args = ["--set", "train.steps=7", "--set", "rollouts.temperature=0.3"]
     for command in ("rollouts", "score", "train"):
@@ -145,9 +145,10 @@ def test_stage_gets_what_was_asked_for(command: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, f"pipeline.{command}", package)
     extra = {"rollouts": [], "score": ["--only", "student"], "train": ["--run", "r"]}[command]
     assert cli.main([command, "toy", "--cache", "c", "--round", "2", "--set", "train.steps=7", *extra]) == 3
-    workers = {} if command == "train" else {"launcher": None, "n_workers": None}
-    assert seen["recipe"].train.steps == 7 and seen["options"] == {"round_index": 2} | workers
-    assert seen["args"] == ("c", *extra[1:])
+    options = {"rollouts": {}, "score": {"only": "student"}, "train": {}}[command]
+    options |= {} if command == "train" else {"launcher": None, "n_workers": None}
+    assert seen["recipe"].train.steps == 7 and seen["options"] == {"round_index": 2} | options
+    assert seen["args"] == (("c", "r") if command == "train" else ("c",))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
@@ -189,7 +190,7 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     cache = factory.filled("c.zarr", n_prompts=10)
     assert cli.main(["verify", "c.zarr"]) == 0
-    assert "9 of 9 blocks are committed, nothing wrong with them" in capsys.readouterr().out
+    assert "9 of 9 blocks are committed, no errors found" in capsys.readouterr().out
     shard = next(path for path in Path("c.zarr").rglob("rollouts/token_ids/c/1/*") if path.is_file())
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
@@ -198,7 +199,7 @@ def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     found = capsys.readouterr().out
     assert "round 0 rollouts block 1, array token_ids" in found and "`redpen verify c.zarr --repair`" in found
     assert cli.main(["verify", "c.zarr", "--repair"]) == 0
-    assert "taken back: 1 of the blocks" in capsys.readouterr().out
+    assert "invalidated blocks: 1;" in capsys.readouterr().out
     assert cache.round().rollouts.committed().tolist() == [True, False, True]
     assert cli.main(["verify", "c.zarr"]) == 0
 
@@ -245,14 +246,14 @@ def test_progress_in_a_log_is_a_few_plain_lines(
             now += 0.5
             bar.advance(note=f"KL {step}\x1b[2J")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 30%, 30/100 steps, 2.0/s, 0:35 left, KL 9\\x1b[2J"
-    assert lines[-1] == "train: 100%, 100/100 steps, 2.0/s, KL 79\\x1b[2J" and len(lines) == 8
+    assert lines[0] == "train: 30%, 30/100 steps, 2.0 steps/s, 0:35 left, KL 9\\x1b[2J"
+    assert lines[-1] == "train: 100%, 100/100 steps, 2.0 steps/s, KL 79\\x1b[2J" and len(lines) == 8
     with console.progress("train", total=100, unit="steps", done=100):
         pass
     with console.progress("short", total=3) as bar:
         now += 0.5
         bar.advance(3)
-    assert capsys.readouterr().err.splitlines() == ["short: 100%, 3/3 blocks, 6.0/s"]
+    assert capsys.readouterr().err.splitlines() == ["short: 100%, 3/3 blocks, 6.0 blocks/s"]
 
 
 # ----------------------------------------------------------------------------------------------------------- signals

@@ -11,9 +11,9 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
-from pipeline.config import settings
-from pipeline.config.recipe import Recipe, load_recipe, recipe_names, recipe_text
+from pipeline.config import Recipe, load_recipe, load_stored_recipe, recipe_names, recipe_text, schema
 from pipeline.errors import ConfigError
 
 MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}
@@ -21,8 +21,8 @@ TWO_TEACHERS = MINIMAL | {"teacher": [{"model": "b", "name": "big"}, {"model": "
 
 
 def all_fields() -> list[tuple[str, object]]:
-    names = settings.known_settings(Recipe)
-    return [(name, settings.setting(Recipe, name.split("."))) for name in names]
+    names = schema.known_settings(Recipe)
+    return [(name, schema.find_setting(Recipe, name.split("."))) for name in names]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -31,8 +31,9 @@ def test_shipped_recipe_parses_and_survives_being_written(name: str) -> None:
     assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
     explained = recipe.to_toml(explained=True)
     assert Recipe.from_dict(tomllib.loads(explained)) == recipe
-    keys = (name.rpartition(".")[2] for name in settings.known_settings(Recipe) if name.count(".") == 1)
-    assert all(f"\n{key} = " in explained or f"\n# {key} = " in explained for key in keys)
+    for setting in (name for name in schema.known_settings(Recipe) if name.count(".") == 1):
+        key = setting.partition(".")[2]
+        assert any(f"\n{start}" in explained for start in (f"{key} = ", f"# {key} = ", f"[[{setting}]]"))
     assert recipe_text(name).startswith("# "), "its first line is shown by `redpen recipes`"
 
 
@@ -44,13 +45,15 @@ def test_shipped_recipes_are_what_they_are_named_for() -> None:
     assert ours.rollouts.temperature == 1 and ours.rollouts.rollouts_per_prompt == 4 and not ours.warnings()
     assert (source.rollouts.temperature, source.train.learning_rate) == (0.3, 5e-7)
     assert source.train.loss == "importance_sampling"
-    told = " ".join(source.warnings())
-    assert all(key in told for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"'))
+    recorded = " ".join(source.warnings())
+    assert all(
+        key in recorded for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"')
+    )
     source.check_single_use(9600)
 
 
 @pytest.mark.parametrize(("name", "field"), all_fields())
-def test_every_setting_says_what_it_means(name: str, field: settings.FieldInfo) -> None:
+def test_every_setting_says_what_it_means(name: str, field: FieldInfo) -> None:
     assert field.description
     if type(None) in get_args(field.annotation):  # TOML has no null, so leaving a setting out must mean None
         assert field.default is None, name
@@ -102,7 +105,7 @@ def test_every_setting_says_what_it_means(name: str, field: settings.FieldInfo) 
         ("teacher.name=" + "x" * 300, "teacher.name"),
         ("train.steps=4294967296", "train.steps must be an integer >= 1 and <= 2147483647"),
         ("train.max_grad_norm=1e300", "train.max_grad_norm"),
-        ("prompts.template_args.add_generation_prompt=true", "add_generation_prompt is not the recipe's to set"),
+        ("prompts.template_args.add_generation_prompt=true", "add_generation_prompt is set by redpen"),
         ("teacher.template_args.day=2020-01-01", "teacher.template_args must hold only text"),
         ("eval.format=a{99999999999999999999}", "eval.format must be"),
         ("eval.answer_pattern=" + "(" * 5000 + ")" * 5000, "eval.answer_pattern must be"),
@@ -117,7 +120,7 @@ def test_bad_override_is_one_line(override: str, message: str) -> None:
 def test_every_number_has_an_upper_bound() -> None:
     """Which is no decoration: 2^31 of everything at once is what the largest array shapes still hold."""
     for name, field in all_fields():
-        assert isinstance(field, settings.FieldInfo)
+        assert isinstance(field, FieldInfo)
         if {int, float} & {field.annotation, *get_args(field.annotation)}:
             bounds = [getattr(one, "le", None) or getattr(one, "lt", None) for one in field.metadata]
             assert any(bound is not None and bound < 2**31 for bound in bounds), name
@@ -242,68 +245,8 @@ def test_whatever_a_recipe_holds_reads_back(path: str, args: dict[str, object], 
     assert Recipe.from_dict(tomllib.loads(recipe.to_toml())) == recipe
 
 
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["rollouts.temperature=0.3"], "rollouts.temperature = 0.3"),
-        (["rollouts.temperature=0"], "all rollouts of a prompt are the same"),
-        (["rollouts.top_p=0.9"], "rollouts.top_p = 0.9"),
-        (["train.learning_rate=5e-7"], "train.learning_rate = 5e-07"),
-        (["train.lora_rank=8"], "train.lora_rank = 8"),
-        (["train.loss=importance_sampling", "train.advantage=cached"], "right for one pass"),
-        (["score.candidates=1"], "score.candidates = 1"),
-    ],
-)
-def test_warnings(overrides: list[str], told: str) -> None:
-    warnings = load_recipe("toy", overrides).warnings()
-    assert any(told in line for line in warnings) and not any("\n" in line for line in warnings)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "idle"),
-    [
-        (["rollouts.temperature=0", "rollouts.top_p=0.9"], "rollouts.top_p"),
-        (["eval.format=", "rollouts.format_check_min=0.9"], "rollouts.format_check_min"),
-        (["rollouts.format_check_prompts=0", "rollouts.format_check_min=0.9"], "rollouts.format_check_min"),
-        (["score.candidates=1", "score.candidate_kind=sampled"], "score.candidate_kind"),
-        (["train.jsd_beta=0.2"], "train.jsd_beta"),
-        (["train.loss=jsd", "train.forward_weight=0.2"], "train.forward_weight"),
-        (["train.advantage_clip=2"], "train.advantage_clip"),
-        (["reward.coefficient=1", "train.advantage=cached"], "train.advantage"),
-        (["train.loss=cross_entropy", "train.teacher=teacher"], "train.teacher"),
-        (["train.loss=cross_entropy", "train.stale_ess=0.5"], "train.stale_ess"),
-        (["train.loss=cross_entropy", "train.stop_reverse_kl=0.5"], "train.stop_reverse_kl"),
-        (["train.stop_reverse_kl=0", "train.stop_window=9"], "train.stop_window"),
-        (["train.steps=3", "train.stale_ess=0.5"], "train.stale_ess"),
-        (["train.heldout_every=3"], "train.heldout_every"),
-        (["train.heldout_patience=4"], "train.heldout_patience"),
-        (["train.steps=9", "train.warmup_steps=9", "train.schedule=linear"], "train.schedule"),
-        (["reward.normalise=mean"], "reward.normalise"),
-        (["reward.teacher_weight=0.5"], "reward.teacher_weight"),
-        (["select.first_tokens=32"], "select.first_tokens"),
-        (["distill.rounds=1"], "distill.learning_rate_decay"),
-        (["distill.rounds=4"], "distill.patience"),
-    ],
-)
-def test_a_setting_that_another_switches_off_is_warned_of(overrides: list[str], idle: str) -> None:
-    recipe = load_recipe("toy", overrides)
-    found = [line for line in recipe.warnings() if line.startswith(f"{idle} = ") and "does nothing" in line]
-    assert len(found) == 1 and "\n" not in found[0]
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_no_shipped_recipe_has_a_setting_without_effect(name: str) -> None:
-    assert not [line for line in load_recipe(name).warnings() if "does nothing" in line]
-
-
-def test_a_warm_up_longer_than_training_is_refused() -> None:
-    assert load_recipe("toy", ["train.warmup_steps=100"]).train.warmup_steps == 100
-    with pytest.raises(ConfigError, match=r"train\.warmup_steps = 101 .* train\.steps = 100"):
-        load_recipe("toy", ["train.warmup_steps=101"])
-
-
 def test_a_removed_setting_is_named_and_its_default_read(tmp_path: Path) -> None:
-    """Recipes of finished runs hold every setting, defaults included."""
+    """Recipes stored in runs hold every setting, defaults included."""
     recipe, path = load_recipe("toy"), tmp_path / "recipe.toml"
     for value in ("false", "true"):
         path.write_text(recipe.to_toml().replace("[train]\n", f"[train]\nresidual_baseline = {value}\n"))
@@ -313,12 +256,6 @@ def test_a_removed_setting_is_named_and_its_default_read(tmp_path: Path) -> None
         load_recipe(str(path))
     with pytest.raises(ConfigError, match=r"^--set train\.residual_baseline was removed"):
         load_recipe("toy", ["train.residual_baseline=true"])
-
-
-def test_another_sft_teacher_is_warned_of() -> None:
-    assert not load_recipe("toy", ["student.sft_teacher=toy:teacher"]).warnings()
-    (line,) = load_recipe("toy", ["student.sft_teacher=big/model"]).warnings()
-    assert "toy:teacher" in line and "big/model" in line
 
 
 def mutated(rng: random.Random, text: str) -> str:
@@ -382,14 +319,87 @@ def test_a_mutated_recipe_is_one_line_or_a_recipe(tmp_path: Path) -> None:
     assert 30 < refused < 300
 
 
-def test_cached_advantage_may_be_used_once() -> None:
-    cached = [
-        "train.loss=importance_sampling",
-        "train.advantage=cached",
-        "train.steps=8",
-        "train.prompts_per_step=64",
-    ]
-    load_recipe("toy", cached).check_single_use(512)
-    with pytest.raises(ConfigError, match=r"8 steps x 64 prompts need 512 prompts, the round holds 511; .* to 7 or"):
-        load_recipe("toy", cached).check_single_use(511)
-    load_recipe("toy", [*cached, "train.advantage=current"]).check_single_use(64)
+@pytest.mark.parametrize("value", [32, 0])
+def test_a_renamed_setting_is_named_and_read_from_runs(tmp_path: Path, value: int) -> None:
+    recipe, path = load_recipe("toy", [f"rollouts.format_check_prompts={value}"]), tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml().replace("format_check_prompts", "entry_prompts"))
+    assert load_stored_recipe(path) == recipe
+    with pytest.raises(ConfigError, match=r"entry_prompts .* use rollouts\.format_check_prompts"):
+        load_recipe(str(path))
+    for read in (lambda *args: load_recipe("toy", *args), lambda *args: load_stored_recipe(path, *args)):
+        with pytest.raises(ConfigError, match=r"^--set rollouts\.entry_share .* use rollouts\.format_check_min"):
+            read(["rollouts.entry_share=0.5"])
+
+
+COMMENTED = """\
+# what this is for
+[student] # small
+# above
+model = "toy:student" # beside
+
+[[teacher]]
+name = "one"
+model = "toy:teacher"
+template_args.x = 1 # dotted
+# the other
+[[teacher]]
+name = "two" # second
+model = "b"
+
+[prompts]
+path = 'p' # hf_0123456789abcdefghijABCDEFGHIJ012345
+
+[train.route] # by source
+math = "one" # sums
+'*' = "two"
+
+[train]
+betas = [ # of AdamW
+    0.9,
+    0.95, # usual
+]
+
+[[sft.data]]
+path = "d.jsonl" # documents
+[[sft.data]]
+# chats
+path = "c.jsonl"
+# the end
+"""
+
+
+def test_comments_are_kept_where_they_belong(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(COMMENTED)
+    written = load_recipe(str(path), ["train.steps=7"]).to_toml()
+    assert Recipe.from_dict(tomllib.loads(written)) == load_recipe(str(path), ["train.steps=7"])
+    for together in (
+        "# what this is for\n# small\n[student]\n# above\n# beside\nmodel = ",
+        "# dotted\ntemplate_args = {x = 1}",
+        '# the other\n[[teacher]]\nmodel = "b"',
+        '# second\nname = "two"',
+        "# ***\npath = 'p'",
+        "# by source\n# sums\nroute = ",
+        "betas = [ # of AdamW\n    0.9,\n    0.95, # usual\n]",
+        '# documents\npath = "d.jsonl"',
+        '[[sft.data]]\n# chats\npath = "c.jsonl"',
+    ):
+        assert together in written, together
+    assert written.endswith("# the end") and load_recipe(str(path)).to_toml(explained=True).count("# usual") == 1
+    path.write_text(written)
+    assert load_recipe(str(path)).to_toml() == written
+
+
+def test_explanations_are_not_taken_for_comments(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    explained = load_recipe("toy").to_toml(explained=True)
+    path.write_text(explained)
+    assert load_recipe(str(path)).to_toml(explained=True) == explained
+    assert "most likely tokens" not in load_recipe(str(path)).to_toml()
+
+
+def test_comments_make_no_difference(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(f"# mine\n{load_recipe('toy').to_toml()}")
+    assert load_recipe(str(path)) == load_recipe("toy")
+    assert load_recipe(str(path)).model_copy(update={}).to_toml().startswith("# mine\n")

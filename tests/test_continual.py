@@ -14,7 +14,7 @@ import cache_schema as cs
 from helpers import killing
 from pipeline import continual
 from pipeline.cli import main
-from pipeline.config.recipe import GateConfig, load_recipe
+from pipeline.config import GateConfig, load_recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import stage as evaluate
 from pipeline.toy import asset_path, company
@@ -29,6 +29,7 @@ SHORT = (
     "distill.stop_reverse_kl=0",
 )
 HOLDS = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
+FAILS = "continual.gate=[{name='formats', path='toy:company/formats', limit=8, rise=1.0}]"
 
 
 # -------------------------------------------------------------------------------------------------------------- world
@@ -98,8 +99,8 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     out, err = capsys.readouterr()
     assert f"{run}: the gate does not hold: knowledge rose by " in out and "next:" not in err
     assert "knowledge" in out.splitlines()[-3] and "(" in out.splitlines()[-3]
-    told = json.loads((run / "gate.json").read_text())
-    assert set(told) == {"knowledge", "formats"} and list(told["formats"]) == [
+    recorded = json.loads((run / "gate.json").read_text())
+    assert set(recorded) == {"knowledge", "formats"} and list(recorded["formats"]) == [
         "before",
         "after sft",
         "after distillation",
@@ -135,7 +136,7 @@ def test_the_next_documents_start_where_these_ended(tmp_path: Path, capsys: pyte
 
 
 def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
-    settings = [part for setting in SHORT for part in ("--set", setting)]
+    settings = [part for setting in (*SHORT, FAILS) for part in ("--set", setting)]
 
     def command(name: str) -> list[str]:
         where = ["--cache", str(tmp_path / f"{name}.zarr"), "--run", str(tmp_path / name)]

@@ -29,7 +29,7 @@ import pipeline.rollouts.stage
 import pipeline.score.stage
 from helpers.caches import make_cache, small_recipe
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.diagnose import read, stage
 from pipeline.diagnose.read import RoundSample
 from pipeline.diagnose.rollout_checks import check_rollouts
@@ -338,7 +338,7 @@ def test_bounds_do_not_depend_on_the_size_of_the_vocabulary(tmp_path: Path) -> N
     assert blocked == {"shuffled": "vocabulary", "flat": "unrelated"}
     assert [finding for finding in found["findings"] if finding["teacher"] == "near"] == []
     units = {name: -figures["logprob"] / np.log(vocabulary) for name, figures in found["figures"].items()}
-    assert units["shuffled"] > 2 and 0.9 < units["flat"] < 1.1  # told apart at 1.3
+    assert units["shuffled"] > 2 and 0.9 < units["flat"] < 1.1  # distinguished at 1.3
 
 
 # ---------------------------------------------------------------------------------------------------- single checks
@@ -496,7 +496,7 @@ def test_part_of_a_round_is_looked_at_and_said(
 
 
 def test_scores_without_candidates_are_enough_for_a_verdict(healthy: RoundSample) -> None:
-    """A teacher that told of the sampled token alone, as from an imported file."""
+    """A teacher that scored the sampled token alone, as from an imported file."""
     scored = healthy.pairs["teacher"]
     nothing = np.full(len(scored.tokens.token), np.nan)
     alone = replace(scored.tokens, share=nothing, agrees=nothing, entropy=nothing)

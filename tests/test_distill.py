@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers.caches import SMALL, small_recipe
 from pipeline import distill
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distill import Measurement, RoundResult, final_result
 from pipeline.errors import RedpenError
 from pipeline.evaluate import stage as evaluate
@@ -61,7 +61,7 @@ def test_each_round_is_sampled_by_the_student_before(undisturbed: Path) -> None:
 
 
 def test_a_round_of_one_student_goes_on_where_the_last_ended(undisturbed: Path) -> None:
-    """Adam's step count tells whether its moments came along."""
+    """Adam's step count shows whether its moments came along."""
     rounds = undisturbed / "run/rounds"
     counts = [
         {
@@ -234,8 +234,10 @@ def test_of_a_rounds_measurements_the_best_counts(metric: str, best: float, reci
     values = enumerate((0.2, 0.9, 0.5), 1)
     lines = [json.dumps({"step": step, f"heldout_{metric}": value}) + "\n" for step, value in values]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    told = distill._after_training(RoundResult(Measurement(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path)
-    assert (told.steps, told.heldout) == (3, best)
+    recorded = distill._after_training(
+        RoundResult(Measurement(0.1)), recipe(f"train.heldout_metric={metric}"), tmp_path
+    )
+    assert (recorded.steps, recorded.heldout) == (3, best)
 
 
 def test_a_round_that_the_student_has_left_makes_room_for_the_next(tmp_path: Path) -> None:

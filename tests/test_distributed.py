@@ -98,7 +98,9 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
             }
             metrics = [value for step in range(2) for value in trainer.update(replay.batch(step)).values()]
             found["metrics"] = torch.tensor(metrics, dtype=torch.float64)
-            assert all(torch.equal(told, found["metrics"]) for told in sharding.ranks.gather(found["metrics"]))
+            assert all(
+                torch.equal(recorded, found["metrics"]) for recorded in sharding.ranks.gather(found["metrics"])
+            )
             if sharding.ranks.is_main_process:
                 save_file(found, out / f"{case}.safetensors")
             if sharding.ranks.size > 1:

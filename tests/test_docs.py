@@ -17,8 +17,8 @@ import pytest
 
 import cache_schema as cs
 from pipeline.cli import cli
-from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.config.settings import setting
+from pipeline.config import Recipe, load_recipe
+from pipeline.config.schema import find_setting
 from pipeline.report import inspect
 from pipeline.text.detokenize import load_decoder
 
@@ -110,7 +110,7 @@ def redpen(words: list[str]) -> None:
 
 def known_setting(override: str) -> None:
     path, equals, _ = override.partition("=")
-    if not equals or setting(Recipe, path.split(".")) is None:
+    if not equals or find_setting(Recipe, path.split(".")) is None:
         raise click.UsageError(f"no setting {override!r}")
 
 
@@ -156,7 +156,7 @@ def test_recipes_in_the_text_hold_known_settings(page: Path) -> None:
         if language == "toml":
             for section, table in tomllib.loads(text).items():
                 for one in table if isinstance(table, list) else [table]:
-                    unknown = [key for key in one if setting(Recipe, [section, key]) is None]
+                    unknown = [key for key in one if find_setting(Recipe, [section, key]) is None]
                     assert not unknown, f"{page.name}: [{section}] has no {unknown}"
 
 
@@ -193,7 +193,7 @@ def messages() -> list[str]:
 def test_quoted_messages_are_in_the_sources() -> None:
     """The first column of the tables of errors; … stands for what differs."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    errors = page[page.index("## What a message means") :]
+    errors = page[page.index("## Error messages") :]
     quoted = re.findall(r"^\| `([^`]+)`", errors, re.M)
     sources = messages()
     assert len(quoted) > 30

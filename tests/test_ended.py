@@ -14,7 +14,7 @@ from helpers import killing
 from helpers.caches import SMALL, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.distill import Measurement
 from pipeline.errors import RedpenError
 from pipeline.models.paths import find_directory
@@ -124,8 +124,8 @@ def test_a_checkpoint_of_another_step_is_passed_over(run: Path, capsys: pytest.C
 def test_a_run_made_before_there_were_digests_goes_on(run: Path, toy_cache: Path) -> None:
     record = read_record(run)
     assert record is not None
-    told = record.model_dump(mode="json", exclude={"files"})
-    (run / "run.json").write_text(json.dumps(told))
+    recorded = record.model_dump(mode="json", exclude={"files"})
+    (run / "run.json").write_text(json.dumps(recorded))
     for state in run.glob("checkpoints/*/state.json"):
         old = json.loads(state.read_text())
         del old["digest"]

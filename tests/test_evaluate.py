@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers import killing, preloaded
 from helpers.caches import small_recipe, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import PromptsConfig, Recipe
+from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
@@ -77,7 +77,7 @@ def recipes_student(run_dir: Path, label: str) -> Recipe:
 @torch.inference_mode()
 def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     recipe = recipes_student(run_dir, label)
-    model, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
+    model, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
     right = 0
     records = [json.loads(line) for line in asset_path("prompts/heldout.jsonl").read_text().splitlines()]
     for record in records[:N_PROMPTS]:
@@ -96,8 +96,8 @@ def test_greedy_accuracy_by_hand(label: str, run_dir: Path, figures: dict[str, d
 def test_reverse_kl_by_hand(label: str, run_dir: Path, figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """The whole vocabulary in float64, each fresh rollout alone, and the sampled accuracy of the same rollouts."""
     recipe = recipes_student(run_dir, label)
-    student, tokenizer = models.load_model(recipe.student, attention="sdpa"), resolve(recipe.student).tokenizer
-    teacher = models.load_model(recipe.teacher[0], attention="sdpa")
+    student, tokenizer = models.load_model(recipe.student, attention="sampling"), resolve(recipe.student).tokenizer
+    teacher = models.load_model(recipe.teacher[0], attention="sampling")
     prompts = heldout(N_PROMPTS)
     records = load_prompts(prompts)
     ids = [np.array(render(record, tokenizer, prompts), np.int32) for record in records]
@@ -159,7 +159,9 @@ def test_a_streamed_teacher_says_the_same(
     """Scores are equal bits, and the teacher is never loaded as a whole."""
     loaded: list[str] = []
     whole = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda cfg, **rest: loaded.append(cfg.model) or whole(cfg, **rest))
+    monkeypatch.setattr(
+        models, "load_model", lambda source, **rest: loaded.append(source.settings.model) or whole(source, **rest)
+    )
     out = tmp_path / "eval.json"
     stage.run(str(run_dir), overrides=(*SMALL, "score.placement=streamed"), out=out)
     assert {label: json.loads(out.read_text())[label]["reverse_kl"] for label in ("before", "after")} == {
@@ -184,7 +186,7 @@ def test_what_was_measured_before_the_teacher_failed_is_kept(
     with pytest.raises(ConfigError, match=r"score\.memory_gib"):
         stage.run(str(copy), overrides=(*SMALL, "score.placement=streamed", "score.memory_gib=1e-9"))
     (copy / ".lock").write_bytes((run_dir / ".lock").read_bytes())
-    assert tree_digest(copy) == before and "eval.json is still that of" in capsys.readouterr().err
+    assert tree_digest(copy) == before and "eval.json still belongs to" in capsys.readouterr().err
 
 
 def test_models_are_never_in_memory_together(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +340,7 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
     kept = shutil.copytree(run_dir, tmp_path / "run")
     assert stage.run(str(kept), overrides=[*SMALL, "eval.limit=2"]) == 0
     with safe_open(kept / "reread.safetensors", "numpy") as file:
-        told, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        recorded, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     assert about == {key: str(value) for key, value in json.loads((kept / "run.json").read_text())["cache"].items()}
     round_ = cs.open(toy_cache).round()
     worst, place = {}, {}
@@ -348,10 +350,10 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
             number = int(rollouts.prompt_index[rollouts.row_prompt[row]] * 4 + rollouts.sample_index[row])
             worst[number] = scored.reverse_kl["teacher"][rollouts.response_slice(row)].max()
             place[number] = (scored, row)
-    assert told["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
-    assert told["start"].tolist() == (np.cumsum(told["length"]) - told["length"]).tolist()
-    model = models.load_model(recipes_student(kept, "after").student, attention="sdpa")
-    for number, start, length in zip(told["numbers"], told["start"], told["length"], strict=True):
+    assert recorded["numbers"].tolist() == sorted(sorted(worst, key=lambda number: -worst[number])[:7])
+    assert recorded["start"].tolist() == (np.cumsum(recorded["length"]) - recorded["length"]).tolist()
+    model = models.load_model(recipes_student(kept, "after").student, attention="sampling")
+    for number, start, length in zip(recorded["numbers"], recorded["start"], recorded["length"], strict=True):
         scored, row = place[int(number)]
         prompt, response = scored.rollouts.prompt(row), scored.rollouts.response(row)
         sequence = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
@@ -359,11 +361,11 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
         logp_TV, span = logp.numpy(), slice(int(start), int(start + length))
         candidates = scored.student.candidate_ids[scored.rollouts.response_slice(row)]
         of_candidates = np.take_along_axis(logp_TV, candidates.astype(np.int64), 1)
-        np.testing.assert_allclose(told["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
-        np.testing.assert_allclose(told["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
-        np.testing.assert_allclose(told["candidate_logprobs"][span], of_candidates, atol=1e-3)
+        np.testing.assert_allclose(recorded["logprobs"][span], logp_TV[np.arange(length), response], atol=1e-4)
+        np.testing.assert_allclose(recorded["entropy"][span], -(np.exp(logp_TV) * logp_TV).sum(1), atol=1e-4)
+        np.testing.assert_allclose(recorded["candidate_logprobs"][span], of_candidates, atol=1e-3)
         rest = 1 - np.exp(of_candidates).sum(1)
-        np.testing.assert_allclose(np.exp(told["rest_logprob"][span]), rest, atol=1e-6)
+        np.testing.assert_allclose(np.exp(recorded["rest_logprob"][span]), rest, atol=1e-6)
 
 
 def damage(cache: Path) -> None:
@@ -400,7 +402,9 @@ def test_a_cache_that_cannot_be_read_again(
     spoil(cache)
     recipe = recipes_student(kept, "after")
     assert reread(kept, models.load_model(recipe.student), recipe) is None
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "cached rollouts again" in line)
+    (line,) = (
+        line for line in capsys.readouterr().err.splitlines() if "cached rollouts are not scored again" in line
+    )
     assert said in line
 
 

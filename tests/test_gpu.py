@@ -14,7 +14,7 @@ from helpers.models import FAMILIES, LENGTHS, STARTS, STARTS_OF_FEW, of_few_prom
 from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import Head, score_rows
 from pipeline.forward.loss_head import chunked_head_loss
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import check_layout
 from pipeline.train import stage as train_stage
 
 pytestmark = [
@@ -32,8 +32,8 @@ def test_packed_rollouts_have_their_own_logprobs(family: str, dtype: torch.dtype
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, config.vocab_size, n) for n in LENGTHS]
     tolerance = 1e-3 if dtype == torch.float32 else 1.0
-    check_packing(model, sequences, STARTS, tolerance)
-    check_packing(model, of_few_prompts(), STARTS_OF_FEW, tolerance, share_prompts_from=1)
+    check_layout(model, sequences, STARTS, tolerance)
+    check_layout(model, of_few_prompts(), STARTS_OF_FEW, tolerance, share_prompts_from=1)
 
 
 def test_bf16_head_on_cuda_is_as_good_as_its_weights() -> None:

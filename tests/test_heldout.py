@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError
 from pipeline.models import load as models

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Folders and modules of `pipeline`, from what everything uses up to the command. Each may import those before it.
 ORDER = (
-    *("errors", "credentials", "environment", "console", "output", "files", "disk", "config"),
+    *("errors", "credentials", "environment", "console", "files", "disk", "config"),
     *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
     *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
     *("distill", "continual", "merge", "api", "cli", "__main__"),
@@ -34,7 +34,7 @@ LIGHT = (
     "pipeline.errors",
     "pipeline.rounds.metrics",
     "pipeline.text.prompts",
-    "pipeline.config.settings",
+    "pipeline.config.schema",
     "pipeline.distributed.signals",
     "pipeline.toy",
     "pipeline.toy.world",

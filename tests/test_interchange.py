@@ -21,7 +21,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import SMALL, tree_digest
 from pipeline import cli
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
 from pipeline.models.resolve import resolve
@@ -264,7 +264,7 @@ BAD = {
         rollout(teacher_log_probs=[-0.1, 0.5, -1.0]),
         "teacher_log_probs: expected log-probs, finite and at most 0, got 0.5",
     ),
-    "NaN": (rollout(teacher_log_probs=[-0.1, math.nan, -1.0]), "finite and at most 0, got nan; null is for"),
+    "NaN": (rollout(teacher_log_probs=[-0.1, math.nan, -1.0]), "finite and at most 0, got nan; use null for"),
     "infinity": (rollout(rollout_logprobs=[-0.1, -math.inf, -1.0]), "finite and at most 0, got -inf"),
     "beyond float32": (rollout(rollout_logprobs=[-0.1, -1e39, -1.0]), "rollout_logprobs: expected log-probs, finite"),
     "whole numbers": (rollout(teacher_log_probs=[-1, 2**60, -1]), "finite and at most 0, got 1.15292e+18"),
@@ -315,7 +315,7 @@ def test_a_bad_file_is_refused(rows: list[Any], message: str, tmp_path: Path) ->
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.text.prompts._LINE_AT_MOST", 1000)
     (tmp_path / "x.jsonl").write_text(json.dumps(rollout()) + "\n" + "[" * 1001)
-    assert "x.jsonl:2: expected a line of at most 1,000 bytes" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
+    assert "x.jsonl:2: expected at most 1,000 bytes a line" in refused(str(tmp_path / "x.jsonl"), tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", ["prompt", "response_tokens", "metadata"])
@@ -333,9 +333,9 @@ def test_whole_numbers_are_log_probs_too(tmp_path: Path) -> None:
 
 
 def test_whose_log_probs(tmp_path: Path) -> None:
-    told, untold = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
+    recorded, untold = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
     jsonl(Path(untold), [rollout(teacher_log_probs=None)])
-    assert "expected one of teacher, got 'x'" in refused(told, tmp_path / "c", teacher="x")
+    assert "expected one of teacher, got 'x'" in refused(recorded, tmp_path / "c", teacher="x")
     assert "got none in any row; leave --teacher out" in refused(untold, tmp_path / "c", teacher="teacher")
     assert "no such file" in refused(str(tmp_path / "nothing"), tmp_path / "c")
     assert "got a directory" in refused(str(tmp_path), tmp_path / "c")
@@ -343,8 +343,8 @@ def test_whose_log_probs(tmp_path: Path) -> None:
     assert "x.parquet: expected a Parquet file: ArrowInvalid" in refused(str(tmp_path / "x.parquet"), tmp_path / "c")
     two = toy().model_copy(update={"teacher": [toy().teacher[0].model_copy(update={"name": n}) for n in "ab"]})
     with pytest.raises(RedpenError, match="name the teacher with --teacher, one of a, b"):
-        importing.run(told, two, str(tmp_path / "c"))
-    assert importing.run(told, two, str(tmp_path / "c"), teacher="b") == 0
+        importing.run(recorded, two, str(tmp_path / "c"))
+    assert importing.run(recorded, two, str(tmp_path / "c"), teacher="b") == 0
     assert cs.open(str(tmp_path / "c")).round().teacher_names() == ["b"]
 
 

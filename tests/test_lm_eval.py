@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.caches import small_recipe
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.evaluate import harness, stage
 from pipeline.models import load as models

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BioGptConfig, Gemma3Config, OPTConfig, PhimoeConfig, XGLMConfig
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import pack, packed_hidden

@@ -14,7 +14,7 @@ from torch import Tensor
 import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import small_recipe
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.train import losses
 from pipeline.train.objective import DistillationObjective, PolicyGradient
 from pipeline.train.replay import BEHAVIOUR, Batch, LoadedBlock, MicroBatch, Rollout
@@ -42,8 +42,8 @@ def over_columns(recipe: Recipe, draws: int = 0) -> DistillationObjective:
 
 
 def of_sampled_token(recipe: Recipe) -> DistillationObjective:
-    told = factory.scores_manifest("teacher", candidates=0)
-    return DistillationObjective(recipe.train, Teachers({"teacher": told}), VOCAB, 0, recipe.reward)
+    recorded = factory.scores_manifest("teacher", candidates=0)
+    return DistillationObjective(recipe.train, Teachers({"teacher": recorded}), VOCAB, 0, recipe.reward)
 
 
 OBJECTIVES: dict[str, Callable[[], DistillationObjective | PolicyGradient]] = {

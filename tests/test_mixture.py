@@ -21,7 +21,7 @@ import cache_schema as cs
 import pipeline.score.stage
 from helpers.caches import poorer, small_recipe
 from helpers.training import curve, distance, flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import stage
 from pipeline.train.build import make_objective
@@ -38,7 +38,7 @@ def distributions(seed: int) -> Tensor:
     )
 
 
-def told(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
+def recorded(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
     """The first C tokens of a teacher, some of them untold and so in its rest."""
     ids = torch.arange(C).repeat(T, 1)
     hidden = torch.zeros(T, C, dtype=torch.bool) if untold is None else untold
@@ -54,7 +54,7 @@ weights = st.lists(st.floats(0.05, 1), min_size=2, max_size=3).map(lambda drawn:
 def test_an_arithmetic_mixture_is_that_of_the_whole_vocabulary(weights: list[float], seed: int) -> None:
     teachers = [distributions(seed + i) for i in range(len(weights))]
     expected = torch.stack([w * t.exp() for w, t in zip(weights, teachers, strict=True)]).sum(0)
-    found = mixed([told(t) for t in teachers], weights, "arithmetic")
+    found = mixed([recorded(t) for t in teachers], weights, "arithmetic")
     torch.testing.assert_close(found.logprobs_TC.exp(), expected[:, :C])
     torch.testing.assert_close(found.rest_T.exp(), expected[:, C:].sum(1))
 
@@ -63,7 +63,7 @@ def test_an_arithmetic_mixture_is_that_of_the_whole_vocabulary(weights: list[flo
 @given(weights, st.integers(0, 99))
 def test_a_geometric_mixture_has_mass_1_and_the_ratios_of_the_product(weights: list[float], seed: int) -> None:
     teachers = [distributions(seed + i) for i in range(len(weights))]
-    found = mixed([told(t) for t in teachers], weights, "geometric")
+    found = mixed([recorded(t) for t in teachers], weights, "geometric")
     masses = torch.cat([found.logprobs_TC, found.rest_T[:, None]], 1)
     torch.testing.assert_close(masses.exp().sum(1), torch.ones(T, dtype=torch.float64))
     buckets = [torch.cat([t[:, :C].exp(), t[:, C:].exp().sum(1, keepdim=True)], 1) for t in teachers]
@@ -74,7 +74,7 @@ def test_a_geometric_mixture_has_mass_1_and_the_ratios_of_the_product(weights: l
 @pytest.mark.parametrize("mixture", ["arithmetic", "geometric"])
 def test_a_mixture_of_one_opinion_is_that_opinion(mixture: str) -> None:
     """In particular its reverse KL can reach 0; the weighted log-probs of two that differ have less mass than 1."""
-    one = told(distributions(0))
+    one = recorded(distributions(0))
     found = mixed([one, one], [0.3, 0.7], mixture)  # type: ignore[arg-type]
     torch.testing.assert_close(found.logprobs_TC, one.logprobs_TC)
     torch.testing.assert_close(found.rest_T, one.rest_T)
@@ -85,7 +85,7 @@ def test_a_column_that_one_did_not_tell_is_in_the_rest_of_all() -> None:
     untold = [torch.rand(T, C, generator=torch.Generator().manual_seed(i)) < 0.4 for i in range(2)]
     for hidden in untold:
         hidden[:, 0] = False
-    found = mixed([told(t, u) for t, u in zip(teachers, untold, strict=True)], [0.25, 0.75], "arithmetic")
+    found = mixed([recorded(t, u) for t, u in zip(teachers, untold, strict=True)], [0.25, 0.75], "arithmetic")
     expected = 0.25 * teachers[0].exp() + 0.75 * teachers[1].exp()
     common = ~(untold[0] | untold[1])
     assert torch.equal(found.ids_TC >= 0, common) and not common.all() and common.any()
@@ -97,14 +97,14 @@ def test_a_column_that_one_did_not_tell_is_in_the_rest_of_all() -> None:
 def test_no_mass_is_no_mass() -> None:
     teachers = [distributions(i) for i in range(2)]
     teachers[0][2, 1] = -torch.inf
-    tolds = [told(t) for t in teachers]
+    tolds = [recorded(t) for t in teachers]
     arithmetic, geometric = mixed(tolds, [0.5, 0.5], "arithmetic"), mixed(tolds, [0.5, 0.5], "geometric")
     torch.testing.assert_close(arithmetic.logprobs_TC[2, 1], teachers[1][2, 1] + np.log(0.5))
     assert geometric.logprobs_TC[2, 1] == -torch.inf and not geometric.logprobs_TC.isnan().any()
 
 
 def test_a_route_takes_each_position_from_its_teacher() -> None:
-    teachers = [told(distributions(i)) for i in range(3)]
+    teachers = [recorded(distributions(i)) for i in range(3)]
     route = torch.tensor([0, 2, 1, 1, 0, 2, 2])
     found = routed(teachers, route)
     for t, number in enumerate(route.tolist()):
@@ -156,10 +156,10 @@ def naive_reverse_kl(trainer, batch, teacher_of: Callable) -> Tensor:
         logp, candidates = logits.log_softmax(1), torch.from_numpy(rollout.column("student/candidate_ids")).long()
         teacher, rest_T = teacher_of(rollout)
         for t in np.flatnonzero(rollout.weights).tolist():
-            told = torch.isfinite(teacher[t])
-            own = logp[t][candidates[t][told]]
-            rest = logp[t].index_fill(0, candidates[t][told], -torch.inf).logsumexp(0)
-            total = total + (own.exp() * (own - teacher[t][told])).sum() + rest.exp() * (rest - rest_T[t])
+            recorded = torch.isfinite(teacher[t])
+            own = logp[t][candidates[t][recorded]]
+            rest = logp[t].index_fill(0, candidates[t][recorded], -torch.inf).logsumexp(0)
+            total = total + (own.exp() * (own - teacher[t][recorded])).sum() + rest.exp() * (rest - rest_T[t])
             count += 1
     assert count == batch.n_tokens
     (total / count).backward()

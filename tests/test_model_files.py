@@ -18,17 +18,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DeepseekV3Config,
     LlamaConfig,
-    MambaConfig,
     PhimoeConfig,
     PreTrainedConfig,
 )
 
 import pipeline.models.load as models
-from pipeline.config.recipe import ModelConfig, Recipe, RolloutsConfig, TrainConfig
+from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
 from pipeline.errors import ModelError
-from pipeline.models.architecture import check_architecture
+from pipeline.models.architecture import choose_layout
 from pipeline.models.files import ConfigFile, misplaced_tensors
 from pipeline.models.paths import is_available
 from pipeline.models.resolve import resolve
@@ -84,7 +84,7 @@ def use(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "load",
-    [models.load_model, functools.partial(models.load_model, attention="sdpa"), StreamedScorer, check_checkpoint],
+    [models.load_model, functools.partial(models.load_model, attention="sampling"), StreamedScorer, check_checkpoint],
 )
 @pytest.mark.parametrize(
     ("changes", "named"),
@@ -242,38 +242,40 @@ def _changed(value: Any, rng: random.Random, values: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(
     "family", ["Falcon", "Doge", "BioGpt", "Mamba", "MiniMax", "RecurrentGemma", "GptOss", "Llama4Text"]
 )
-def test_an_architecture_that_cannot_be_packed_is_refused_by_its_configuration(family: str, tmp_path: Path) -> None:
+def test_an_architecture_that_cannot_be_packed_takes_rows(family: str, tmp_path: Path) -> None:
     import transformers
 
     made: PreTrainedConfig = getattr(transformers, f"{family}Config")(
         **SHAPE, num_key_value_heads=2, eos_token_id=2, bos_token_id=1, pad_token_id=0
     )
     made.save_pretrained(tmp_path)
-    with pytest.raises(ModelError) as error:
-        check_architecture(config(tmp_path))
-    text = one_line(error)
-    assert text.startswith(f"student.model = {str(tmp_path)!r}: ") and family[:5].lower() in text.lower()
-    assert "packed" in text
+    choice = choose_layout(config(tmp_path))
+    assert not choice.packed and choice.reason
 
 
 @pytest.mark.parametrize(
     "made", [LlamaConfig(**SHAPE), PhimoeConfig(**SHAPE), DeepseekV3Config(**SHAPE, n_routed_experts=8)]
 )
-def test_an_architecture_that_can_be_packed_is_not(made: PreTrainedConfig, tmp_path: Path) -> None:
+def test_an_architecture_that_can_be_packed_is(made: PreTrainedConfig, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
-    check_architecture(config(tmp_path))
+    assert choose_layout(config(tmp_path)).packed
 
 
-def test_a_teacher_that_cannot_be_packed_is_refused_before_anything_is_sampled(
+def test_a_teacher_that_sees_later_tokens_is_refused_before_anything_is_sampled(
     tmp_path: Path, recipe: Callable[..., Recipe]
 ) -> None:
     from pipeline.rollouts.stage import run
 
-    save(
-        AutoModelForCausalLM.from_config(MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1)),
-        tmp_path / "m",
+    made = BertConfig(
+        vocab_size=259,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        is_decoder=False,
     )
-    with pytest.raises(ModelError, match=r"teacher\.model = .*MambaForCausalLM"):
+    save(AutoModelForCausalLM.from_config(made), tmp_path / "m")
+    with pytest.raises(ModelError, match=r"teacher\.model = .*BertLMHeadModel"):
         run(recipe(f"teacher.model={tmp_path / 'm'}"), str(tmp_path / "cache.zarr"))
     assert not (tmp_path / "cache.zarr").exists()
 
@@ -287,7 +289,7 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
     from pipeline.engines.transformers_sampler import TransformersSampler
 
     damage(tiny)
-    model = models.load_model(config(tiny), attention="sdpa")
+    model = models.load_model(config(tiny), attention="sampling")
     sampling = Sampling(temperature, 0.9, (256,), rollouts_per_prompt=2, max_response_tokens=3, seed=0)
     block = PromptBlock(0, [(0, np.array([5, 6, 7], np.int32))])
     with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite") as error:
@@ -297,12 +299,12 @@ def test_sampling_stops_where_logits_are_not_finite(tiny: Path, temperature: flo
 
 def test_scoring_stops_where_logits_are_not_finite(tiny: Path) -> None:
     from pipeline.engines.resident import ResidentScorer
-    from pipeline.forward.packing_check import check_packing
+    from pipeline.forward.packing_check import check_layout
 
     damage(tiny)
     model, sequences = models.load_model(config(tiny)), [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]
     with pytest.raises(ModelError, match="its logits are not finite"):
-        check_packing(model, sequences, [1, 2])
+        check_layout(model, sequences, [1, 2])
     for scorer in (ResidentScorer(model), StreamedScorer(config(tiny))):
         with pytest.raises(ModelError, match=r"tiny' in float32: its logits are not finite") as error:
             scorer.compute_logprobs(rollouts(sequences))
@@ -315,7 +317,7 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
     from pipeline.engines.transformers_sampler import TransformersSampler
 
     sampler = TransformersSampler(
-        models.load_model(config(tiny), attention="sdpa"),
+        models.load_model(config(tiny), attention="sampling"),
         Sampling(1.0, 1.0, (256,), rollouts_per_prompt=1, max_response_tokens=3, seed=0),
     )
     with pytest.raises(ModelError, match=r"tiny'.*0\.\.258.* 259"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pipeline.models.load as models
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError
 from pipeline.models.identity import hub_commit, tokenizer_digest
 from pipeline.models.resolve import resolve
@@ -217,7 +217,9 @@ def test_a_model_that_cannot_be_had_is_named_with_its_setting(
         ModelConfig(model=str(tmp_path / "missing")): r"student\.model = .*: there is no such directory",
         ModelConfig(model=str(tmp_path / "file")): r"student\.model = .*: this is a file",
         ModelConfig(model="toy:pupil"): r"toy:pupil.* expected one of student, teacher",
-        TeacherConfig(model="nobody/nothing", revision="v2"): r"teacher\.model = 'nobody/nothing': neither .*'v2'",
+        TeacherConfig(
+            model="nobody/nothing", revision="v2"
+        ): r"teacher\.model = 'nobody/nothing': .*not be fetched .*'v2'",
         TeacherConfig(
             model="./missing", name="big"
         ): r"teacher\.big\.model = './missing': there is no such directory",
@@ -244,11 +246,11 @@ def test_adapters_are_applied_trained_and_told_apart(tmp_path: Path) -> None:
     plain = ModelConfig(model="toy:student", dtype="float32")
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(models.load_model(plain, attention="sdpa"), config).eval()
+    adapted = get_peft_model(models.load_model(plain, attention="sampling"), config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     cfg = ModelConfig(model="toy:student", dtype="float32", adapter=str(tmp_path / "adapter"))
     ids = torch.arange(20)[None]
-    loaded = models.load_model(cfg, attention="sdpa")
+    loaded = models.load_model(cfg, attention="sampling")
     assert torch.equal(loaded(ids).logits, adapted(ids).logits)
     assert not any(p.requires_grad for p in loaded.parameters())
     trainable = {n for n, p in models.load_model(cfg, trainable=True).named_parameters() if p.requires_grad}

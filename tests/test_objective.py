@@ -27,7 +27,7 @@ from helpers.training import (
     naive_gradient_of,
     trainer_of,
 )
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import checks, stage
 from pipeline.train.replay import Rollout

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     GptOssConfig,
+    Lfm2Config,
     Llama4TextConfig,
 )
 
@@ -24,12 +25,13 @@ from helpers.models import (
     random_sequences,
 )
 from pipeline.errors import ModelError
-from pipeline.forward import attention, packing_check
+from pipeline.forward import attention
 from pipeline.forward.attention import ATTENTION, PackPlan, packed_attention, register_packed_attention
 from pipeline.forward.head import Head
 from pipeline.forward.loss_head import chunked_head_loss
 from pipeline.forward.packing import pack, packed_hidden, tiles
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import check_layout, choose_checked, settle_layout
+from pipeline.forward.rows import RowTokens, is_packed, native_attention
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +43,8 @@ def _registered() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logprobs_are_those_of_each_rollout_alone(family: str, share_prompts_from: int | None) -> None:
     model = random_model(FAMILIES[family])
-    assert check_packing(model, random_sequences(), STARTS, 1e-5) <= 1e-5
-    worst = check_packing(model, of_few_prompts(), STARTS_OF_FEW, 1e-5, share_prompts_from=share_prompts_from)
+    assert check_layout(model, random_sequences(), STARTS, 1e-5) <= 1e-5
+    worst = check_layout(model, of_few_prompts(), STARTS_OF_FEW, 1e-5, share_prompts_from=share_prompts_from)
     assert 0 < worst <= 1e-5
     assert model.config._attn_implementation == ATTENTION
 
@@ -112,23 +114,23 @@ def test_check_packing_notices_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     model, one_sequence = random_model(FAMILIES["qwen3"]), PackPlan.of([sum(LENGTHS)], "cpu")
     monkeypatch.setattr(PackPlan, "of", lambda *_: one_sequence)
     with pytest.raises(ModelError, match=r"packing: expected .* within 0\.0001 .* Qwen3ForCausalLM"):
-        check_packing(model, random_sequences(), STARTS)
+        check_layout(model, random_sequences(), STARTS)
 
 
 def test_check_packing_notices_a_head_that_does_more() -> None:
     model = random_model(FAMILIES["qwen3"])
     hook = model.lm_head.register_forward_hook(lambda module, inputs, out: 1.01 * out)
     with pytest.raises(ModelError, match="packing"):
-        check_packing(model, random_sequences(), STARTS)
+        check_layout(model, random_sequences(), STARTS)
     hook.remove()
-    check_packing(model, random_sequences(), STARTS)
+    check_layout(model, random_sequences(), STARTS)
 
 
 def test_check_packing_leaves_training_modes_alone() -> None:
     model = random_model(FAMILIES["qwen3"]).train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
-    check_packing(model, random_sequences(), STARTS)
+    check_layout(model, random_sequences(), STARTS)
     assert [module.training for module in model.modules()] == before
 
 
@@ -139,7 +141,7 @@ def test_adapters_are_packed_too() -> None:
     with_adapter = packed_hidden(model, packed)
     with model.disable_adapter():
         assert not torch.allclose(packed_hidden(model, packed), with_adapter)
-    assert check_packing(model, random_sequences(), STARTS, 1e-4) <= 1e-4
+    assert check_layout(model, random_sequences(), STARTS, 1e-4) <= 1e-4
 
 
 def test_attention_that_cannot_be_packed_is_refused() -> None:
@@ -152,7 +154,7 @@ def test_attention_that_cannot_be_packed_is_refused() -> None:
     chunked = Llama4TextConfig(
         **SMALL_CONFIG, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16, num_local_experts=2
     )
-    with pytest.raises(ModelError, match="Llama4ForCausalLM"):
+    with pytest.raises(ModelError, match="chunked"):
         packed_hidden(random_model(chunked), packed)
     with pytest.raises(ModelError, match="llama4_text: expected causal or sliding-window attention"):
         attention._packed_mask(q_length=17, kv_length=17, config=chunked, local_size=16)
@@ -288,13 +290,49 @@ def test_tiles(lengths: list[int], expected: list[range]) -> None:
     assert tiles(lengths, 8) == expected
 
 
-def test_a_model_without_sdpa_is_compared_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    base = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(), _attn_implementation=ATTENTION),
-        _supports_sdpa=False,
-        set_attn_implementation=asked.append,
-    )
-    with packing_check._own_attention(base):
-        pass
-    assert asked == ["eager", ATTENTION]
+@pytest.mark.parametrize(
+    ("softcap", "has_sdpa", "expected"), [(None, True, "sdpa"), (None, False, "eager"), (50.0, True, "eager")]
+)
+def test_a_model_is_compared_with_an_attention_that_computes_all_of_it(
+    softcap: float | None, has_sdpa: bool, expected: str
+) -> None:
+    text = SimpleNamespace(attn_logit_softcapping=softcap)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    assert native_attention(SimpleNamespace(config=config, _supports_sdpa=has_sdpa)) == expected
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_group", [False, True])
+def test_rows_predict_the_responses_in_order(one_group: bool) -> None:
+    lengths = [2, 900, 30, 41, 5, 1, 800]
+    sequences, starts = random_sequences(tuple(lengths)), [1, 400, 10, 1, 5, 1, 799]
+    tokens = RowTokens.of(sequences, starts, one_group=one_group)
+    assert len(tokens.groups) == (1 if one_group else 2)
+    read = torch.cat([group.input_ids.flatten()[group.predict_rows] for group in tokens.groups])[tokens.order]
+    assert read.tolist() == [t for s, n in zip(sequences, starts, strict=True) for t in s[n - 1 : -1]]
+    assert tokens.target_ids.tolist() == [t for s, n in zip(sequences, starts, strict=True) for t in s[n:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_leaks_is_caught_and_the_model_takes_rows(dtype: torch.dtype) -> None:
+    """A convolution forgets: in bf16 what leaks is hardly more than rounding."""
+    config = Lfm2Config(**SMALL_CONFIG, layer_types=["conv", "full_attention", "conv"])
+    model = random_model(config).to(dtype)
+    with pytest.raises(ModelError, match=r"packing: .* exchanged"):
+        check_layout(model, random_sequences(), STARTS)
+    assert "not packed" in settle_layout(model, random_sequences(), STARTS)
+    assert not is_packed(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_in_half_precision_is_no_false_alarm(family: str) -> None:
+    model = random_model(FAMILIES[family]).to(torch.bfloat16)
+    check_layout(model, random_sequences(), STARTS)
+    check_layout(model, of_few_prompts(), STARTS_OF_FEW, share_prompts_from=1)
+
+
+def test_rollouts_are_checked_that_differ() -> None:
+    assert choose_checked([5, 900, 3, 40, 7, 5000], "cpu") == [1, 2, 3, 0]  # the last would cost too much
+    assert choose_checked([9], "cpu") == [0] and choose_checked([9000, 8000], "cpu") == [1]

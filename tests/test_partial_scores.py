@@ -15,7 +15,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import poorer
 from helpers.training import flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.report import inspect
 from pipeline.rounds.metrics import REST_FLOOR, SamplerGap, rest_of, reverse_kl, scores_reverse_kl
@@ -26,7 +26,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture
 def partial_cache(toy_cache: Path, tmp_path: Path) -> Path:
-    """The toy cache with two more teachers made of its own: "partial" tells less, "alone" the sampled token only."""
+    """The toy cache with two more teachers: "partial" returns less, "alone" the sampled token only."""
     path = tmp_path / "partial.zarr"
     shutil.copytree(toy_cache, path)
     round_ = cs.open(path, writable=True).round()
@@ -103,10 +103,12 @@ def test_untold_candidates_count_as_rest(partial_cache: Path) -> None:
     student, scores = round_.scores("student").read(1), round_.scores("partial").read(1)
     found = scores_reverse_kl(student, scores)
     for t in range(student.n_tokens):
-        told = ~np.isnan(scores.candidate_logprobs[t])
+        recorded = ~np.isnan(scores.candidate_logprobs[t])
         own = student.candidate_logprobs[t].astype(np.float64)
-        rest = np.log(np.exp(own[~told]).sum() + np.exp(np.float64(student.rest_logprob[t])))
-        expected = reverse_kl([own[told]], [rest], [scores.candidate_logprobs[t][told]], [scores.rest_logprob[t]])[0]
+        rest = np.log(np.exp(own[~recorded]).sum() + np.exp(np.float64(student.rest_logprob[t])))
+        expected = reverse_kl(
+            [own[recorded]], [rest], [scores.candidate_logprobs[t][recorded]], [scores.rest_logprob[t]]
+        )[0]
         if np.isnan(scores.logprobs[t]):
             assert np.isnan(found[t])
         else:
@@ -167,11 +169,11 @@ def test_gradient_of_partial_scores_is_that_of_the_formula(partial_cache: Path, 
         logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
         teacher = torch.from_numpy(rollout.column("partial/candidate_logprobs"))
         for t in np.flatnonzero(np.isfinite(rollout.column("partial/logprobs"))).tolist():
-            told = ~teacher[t].isnan()
-            candidates = torch.from_numpy(rollout.column("student/candidate_ids")[t]).long()[told]
+            recorded = ~teacher[t].isnan()
+            candidates = torch.from_numpy(rollout.column("student/candidate_ids")[t]).long()[recorded]
             logp = logits[t].log_softmax(0)
             rest = logp.index_fill(0, candidates, -torch.inf).logsumexp(0)
-            total = total + (logp[candidates].exp() * (logp[candidates] - teacher[t][told])).sum()
+            total = total + (logp[candidates].exp() * (logp[candidates] - teacher[t][recorded])).sum()
             total = total + rest.exp() * (rest - rollout.column("partial/rest_logprob")[t])
             count += 1
     assert count == batch.n_tokens < sum(len(rollout.weights) for rollout in batch.rollouts)

@@ -27,7 +27,7 @@ import cache_schema as cs
 from helpers.caches import small_recipe
 from helpers.models import FAMILIES
 from pipeline import cli, plan
-from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig, load_recipe
+from pipeline.config import ModelConfig, Recipe, TrainConfig, load_recipe
 from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import Head
 from pipeline.forward.loss_head import chunked_head_loss

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 import cache_schema as cs
 import pipeline.train.stage as train_stage
 from helpers import preloaded
-from pipeline.config.recipe import Recipe, TeacherConfig, load_recipe
+from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
 from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
@@ -55,7 +55,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def likeliest(logprobs: np.ndarray, tokens: np.ndarray, n: int) -> EngineLogprobs:
-    """What vLLM tells: the token itself first, then the n likeliest, in fp32."""
+    """What vLLM returns: the token itself first, then the n likeliest, in fp32."""
     ids = np.hstack([tokens[:, None], np.argsort(-logprobs, axis=1, kind="stable")[:, :n]])
     return EngineLogprobs(ids, np.take_along_axis(logprobs, ids, 1).astype(np.float32).astype(np.float64))
 
@@ -76,13 +76,13 @@ def test_partial_scores_are_those_of_the_distribution(
     tokens = rng.integers(0, vocab, n_tokens)
     candidates = np.hstack([tokens[:, None], rng.integers(0, vocab, (n_tokens, n_candidates - 1))]).astype(np.int32)
     question = Question(np.concatenate([[0], tokens]).astype(np.int32), 1, candidates)
-    told = likeliest(expected, tokens, max(n_told, topk))
-    scores = partial_scores(question, told, topk)
+    recorded = likeliest(expected, tokens, max(n_told, topk))
+    scores = partial_scores(question, recorded, topk)
 
     every = np.arange(n_tokens)
     np.testing.assert_allclose(scores.logprobs, expected[every, tokens], rtol=1e-6)
     known = np.zeros((n_tokens, vocab), bool)
-    np.put_along_axis(known, told.ids, True, 1)
+    np.put_along_axis(known, recorded.ids, True, 1)
     is_told = np.take_along_axis(known, candidates, 1)
     assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
     np.testing.assert_array_equal(np.isnan(scores.candidate_logprobs), ~is_told)
@@ -91,7 +91,7 @@ def test_partial_scores_are_those_of_the_distribution(
     )
 
     def outside(*inside: np.ndarray) -> np.ndarray:
-        """log of what is outside these ids, if they are told of."""
+        """log of what is outside these ids, if they are returned."""
         taken = np.zeros((n_tokens, vocab), bool)
         for ids in inside:
             np.put_along_axis(taken, ids, True, 1)
@@ -159,11 +159,11 @@ TOKENS = np.array([1, 2, 3], np.int32)
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ([None, {"1": {"logprob": -1.0}}, {"2": {"logprob": -1.0}}], "position 1 token 2 was sent, told of 1"),
-        ([None, {"2": {"logprob": -1.0}}], "told of 2 positions, 3 tokens were sent"),
+        ([None, {"1": {"logprob": -1.0}}, {"2": {"logprob": -1.0}}], "position 1 token 2 was sent, 1 came back"),
+        ([None, {"2": {"logprob": -1.0}}], "returned 2 positions, 3 tokens were sent"),
         ([None, {"2": {"logprob": -0.1}, "3": {"logprob": -0.1}}, None], "add up to 1.81"),
         ([None, {"2": {"logprob": 2.5}}, None], "a log-prob of 2.5; log-probs are at most 0"),
-        ([None, {"2": {"logprob": -0.1}}, {"3": {"logprob": -0.1}}], "told of 1 tokens at a position, expected 2"),
+        ([None, {"2": {"logprob": -0.1}}, {"3": {"logprob": -0.1}}], "returned 1 tokens at a position, expected 2"),
     ],
 )
 def test_answers_that_mean_something_else_are_refused(answer: Any, message: str) -> None:
@@ -189,16 +189,16 @@ def test_readings_that_are_apart_are_refused() -> None:
 
 @functools.cache
 def _model() -> PreTrainedModel:
-    return models.load_model(load_recipe("toy").teacher[0], attention="sdpa")
+    return models.load_model(load_recipe("toy").teacher[0], attention="sampling")
 
 
 class TeacherServer:
-    """Answers as vLLM's server does, with the toy teacher's log-probs, after the mishaps that it is told to have.
+    """Answers as vLLM's server does, with the toy teacher's log-probs, after the mishaps that it is given.
 
     Attributes:
         mishaps: what happens to the next requests, instead of an answer: a name, or a status to answer with.
         always: what happens to all of them. after: what happens to all of them once it gave so many answers.
-        allowed: its --max-logprobs. scale_out: whether it tells the log-probs of given ids.
+        allowed: its --max-logprobs. scale_out: whether it returns the log-probs of given ids.
         temperature: another one makes it another model.
     """
 
@@ -316,8 +316,8 @@ class TeacherServer:
         logprobs, n = logits.log_softmax(-1).numpy(), asked.get("prompt_logprobs")
         positions: list[Any] = [None]
         for row, token in zip(logprobs, ids[1:], strict=True):
-            told = [token, *np.argsort(-row)[: n or 0].tolist()]
-            positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in told})
+            recorded = [token, *np.argsort(-row)[: n or 0].tolist()]
+            positions.append({str(i): {"logprob": float(row[i]), "rank": 1, "decoded_token": "?"} for i in recorded})
         choice = {"text": "?", "prompt_logprobs": None if n is None else positions, "prompt_token_ids": ids}
         if (given := asked.get("prompt_logprob_token_ids")) is None:
             return {"choices": [choice]}
@@ -366,11 +366,11 @@ def batch_of(cache: Path, blocks: int = 1) -> tuple[TokenBatch, cs.ScoreBlock]:
     return batch, cs.ScoreBlock(**joined)
 
 
-def assert_agrees(scores: cs.ScoreBlock, expected: cs.ScoreBlock, *, told: float) -> None:
+def assert_agrees(scores: cs.ScoreBlock, expected: cs.ScoreBlock, *, recorded: float) -> None:
     assert scores.candidate_logprobs is not None and expected.candidate_logprobs is not None
     np.testing.assert_allclose(scores.logprobs, expected.logprobs, atol=1e-5)
     known = np.isfinite(scores.candidate_logprobs)
-    assert known.mean() >= told and known[:, 0].all()
+    assert known.mean() >= recorded and known[:, 0].all()
     np.testing.assert_allclose(scores.candidate_logprobs[known], expected.candidate_logprobs[known], atol=2e-5)
     assert scores.rest_logprob is not None and np.isfinite(scores.rest_logprob).all()
 
@@ -386,7 +386,7 @@ def test_a_served_teacher_is_verified_and_learnt_from(
     made = served(recipe, teacher_server, "score.teacher_topk=4", "score.server_requests=3", "train.steps=2")
     assert stage.run(made, str(unscored)) == 0
     out, err = capsys.readouterr()
-    assert "the server and the forward here agree" in err and "tells its 20 likeliest" in err
+    assert "the server and the forward here agree" in err and "returns its 20 likeliest" in err
     assert "reverse KL" in out and "% of candidates" in out and "not scored" not in out
     assert 2 <= teacher_server.most_in_flight <= 3
     assert not list(cs.verify(cs.open(unscored)))
@@ -399,7 +399,7 @@ def test_a_served_teacher_is_verified_and_learnt_from(
     blocks = [group.read(block) for block in range(6)]
     names = ("logprobs", "candidate_logprobs", "rest_logprob")
     scores = cs.ScoreBlock(**{n: np.concatenate([getattr(b, n) for b in blocks]) for n in names})
-    assert_agrees(scores, expected, told=0.9)
+    assert_agrees(scores, expected, recorded=0.9)
     assert train_stage.run(made, str(unscored), str(tmp_path / "run")) == 0
     assert stage.run(made, str(unscored)) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -412,10 +412,10 @@ def test_what_may_pass_is_tried_again(
     batch, expected = batch_of(toy_cache)
     made = served(recipe, teacher_server, f"score.server_timeout={1 if mishap == 'hang' else 30}")
     scorer = scorer_of(made)
-    assert_agrees(scorer.compute_logprobs(batch), expected, told=0.9)
+    assert_agrees(scorer.compute_logprobs(batch), expected, recorded=0.9)
     n_before, started = teacher_server.n_requests, time.monotonic()
     teacher_server.mishaps.extend([mishap] * 2)
-    assert_agrees(scorer.compute_logprobs(batch), expected, told=0.9)
+    assert_agrees(scorer.compute_logprobs(batch), expected, recorded=0.9)
     assert teacher_server.n_requests == n_before + batch.blocks[0].n_rows + 2
     if mishap in (429, "hang"):  # it said when to come back; it had that long
         assert time.monotonic() - started >= 0.3
@@ -424,9 +424,9 @@ def test_what_may_pass_is_tried_again(
 @pytest.mark.parametrize(
     ("mishap", "message"),
     [
-        ("other ids", r"of other tokens than were sent: .* was sent, told of 7"),
+        ("other ids", r"of other tokens than were sent: .* was sent, 7 came back"),
         ("shifted", r"of other tokens than were sent"),
-        ("silent", r"told no prompt_logprobs; serve the teacher with vLLM"),
+        ("silent", r"returned no prompt_logprobs; serve the teacher with vLLM"),
         ("no choices", r"an answer that cannot be read"),
         (400, r"refused with 400: mishap 400; 'teach' must be served with .*--max-model-len"),
         (404, r"refused with 404: mishap 404; check the URL .*teacher\.served_name, now 'teach'"),
@@ -470,7 +470,7 @@ def test_the_key_is_sent_and_never_shown(
             ConfigError,
             r"with an adapter needs teacher\.served_name",
         ),
-        (["score.teacher_topk=21"], ConfigError, r"score\.teacher_topk = 21: .* tells 20 .*--max-logprobs 21"),
+        (["score.teacher_topk=21"], ConfigError, r"score\.teacher_topk = 21: .* returns 20 .*--max-logprobs 21"),
     ],
 )
 def test_a_server_that_cannot_do_it_is_named(
@@ -504,12 +504,12 @@ def test_a_rollout_as_long_as_the_servers_context_is_found_out_at_once(
 
 
 @pytest.mark.parametrize(
-    ("allowed", "scale_out", "topk", "told", "said"),
+    ("allowed", "scale_out", "topk", "recorded", "said"),
     [
         (20, True, 0, 1.0, ""),
         (20, True, 4, 1.0, ""),
-        (5, True, 0, 0.7, "tells 5 of 8 candidates and its 5 likeliest"),
-        (5, False, 0, 0.4, "tells its 5 likeliest tokens"),
+        (5, True, 0, 0.7, "returns 5 of 8 candidates and its 5 likeliest"),
+        (5, False, 0, 0.4, "returns its 5 likeliest tokens"),
     ],
 )
 def test_the_way_that_tells_most_is_found(
@@ -520,13 +520,13 @@ def test_the_way_that_tells_most_is_found(
     allowed: int,
     scale_out: bool,
     topk: int,
-    told: float,
+    recorded: float,
     said: str,
 ) -> None:
     teacher_server.allowed, teacher_server.scale_out = allowed, scale_out
     batch, expected = batch_of(toy_cache)
     scores = scorer_of(served(recipe, teacher_server), topk).compute_logprobs(batch)
-    assert_agrees(scores, expected, told=told)
+    assert_agrees(scores, expected, recorded=recorded)
     assert said in capsys.readouterr().err
     assert (scores.topk_ids is not None) == bool(topk)
     alone = scorer_of(served(recipe, teacher_server)).compute_logprobs(batch.blocks[0])

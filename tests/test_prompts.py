@@ -26,7 +26,7 @@ import cache_schema as cs
 import pipeline.text.chat_template
 import pipeline.text.prompts
 import pipeline.text.token_length
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
 from pipeline.text.chat_template import Renderer, chat_text
 from pipeline.text.prompts import load_prompts

@@ -18,7 +18,7 @@ from helpers.caches import make_cache, small_recipe
 from helpers.models import IDS, logits, plain, random_adapter, small_model
 from helpers.training import assert_same_run, distance, stop_after_one_step, trainer_of
 from pipeline import merge
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ConfigError, Interrupted, ModelError
 from pipeline.forward.head import Head
 from pipeline.models import load as models
@@ -63,11 +63,11 @@ def nf4_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_in_nf4_computes_and_differentiates_as_its_dequantised_weights(dtype: str) -> None:
     """In eval mode, with and without autograd: on some CPUs bitsandbytes would answer with other kernels."""
     cfg = ModelConfig(model="toy:student", dtype=dtype)
-    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
-    oracle = dequantised(model, models.load_model(cfg, attention="sdpa"))
+    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
+    oracle = dequantised(model, models.load_model(cfg, attention="sampling"))
     assert len(quantised_layers(model)) == 7 * 4 and Head.of(model).weight_VD.dtype == getattr(torch, dtype)
     assert torch.equal(logits(model), logits(oracle))
-    assert not torch.allclose(logits(model), logits(models.load_model(cfg, attention="sdpa")), atol=0.1)
+    assert not torch.allclose(logits(model), logits(models.load_model(cfg, attention="sampling")), atol=0.1)
     gradients = []
     for each in (model, oracle):
         embeddings = each.get_input_embeddings().weight.requires_grad_(True)
@@ -98,8 +98,8 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
     nf4_cache: Path, toy_cache: Path, tmp_path: Path
 ) -> None:
     round_ = cs.open(nf4_cache).round()
-    told = {name: round_.scores(name).manifest.quantisation for name in (cs.STUDENT, "teacher")}  # type: ignore[union-attr]
-    assert told == {cs.STUDENT: "nf4", "teacher": None}
+    recorded = {name: round_.scores(name).manifest.quantisation for name in (cs.STUDENT, "teacher")}  # type: ignore[union-attr]
+    assert recorded == {cs.STUDENT: "nf4", "teacher": None}
     unquantised = cs.open(toy_cache).round().scores(cs.STUDENT).read(0).logprobs
     assert not torch.equal(*(torch.from_numpy(a) for a in (round_.scores(cs.STUDENT).read(0).logprobs, unquantised)))
     with pytest.raises(
@@ -128,7 +128,7 @@ def test_an_adapter_trained_on_nf4_says_so_and_merges_into_the_unquantised_base(
     merged = plain(tmp_path / "merged")
     assert not quantised_layers(merged)
     cfg = small_recipe().student.model_copy(update={"adapter": str(run / "adapter")})
-    adapted = models.load_model(cfg, attention="sdpa")
+    adapted = models.load_model(cfg, attention="sampling")
     assert torch.allclose(logits(merged), logits(adapted), atol=1e-5 * float(logits(adapted).abs().max()))
 
 
@@ -136,9 +136,9 @@ def test_an_adapter_goes_on_a_model_in_nf4(tmp_path: Path) -> None:
     base = small_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     cfg = ModelConfig(model=str(base), adapter=str(adapter), dtype="float32")
-    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
+    model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
     assert torch.allclose(
-        logits(model), logits(dequantised(model, models.load_model(cfg, attention="sdpa"))), atol=1e-5
+        logits(model), logits(dequantised(model, models.load_model(cfg, attention="sampling"))), atol=1e-5
     )
 
 
@@ -234,8 +234,8 @@ def test_missing_bitsandbytes_is_one_line(toy_cache: Path, monkeypatch: pytest.M
 class TestOnCuda:
     def test_a_model_in_nf4_computes_as_its_dequantised_weights(self) -> None:
         cfg = ModelConfig(model="toy:student", dtype="bfloat16", device="cuda")
-        model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sdpa")
-        oracle, exact = (models.load_model(cfg, attention="sdpa") for _ in range(2))
+        model = models.load_model(cfg.model_copy(update={"quantisation": "nf4"}), attention="sampling")
+        oracle, exact = (models.load_model(cfg, attention="sampling") for _ in range(2))
         dequantised(model, oracle)
         with torch.no_grad():
             logp, expected, unquantised = (
@@ -262,7 +262,7 @@ class TestOnCuda:
         assert torch.equal(weights(trainer), weights(again))
 
     def test_8_bits_take_a_quarter_of_the_memory(self) -> None:
-        from pipeline.config.recipe import TrainConfig
+        from pipeline.config import TrainConfig
         from pipeline.train.optimizer import make_optimizer, state_tensors
 
         def state_bytes(optimizer: str) -> int:

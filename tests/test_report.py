@@ -71,10 +71,12 @@ def every_token(cache: cs.Cache, teacher: str = "teacher") -> list[dict[str, Any
             number = prompt * round_.manifest.rollouts_per_prompt + int(rollouts.sample_index[row])
             span = rollouts.response_slice(row)
             for position, t in enumerate(range(span.start, span.stop)):
-                told = dict(zip(student.candidate_ids[t].tolist(), other.candidate_logprobs[t].tolist(), strict=True))
+                recorded = dict(
+                    zip(student.candidate_ids[t].tolist(), other.candidate_logprobs[t].tolist(), strict=True)
+                )
                 rest = other.rest_logprob if other.topk_ids is None else other.topk_rest_logprob
                 if other.topk_ids is not None:
-                    told |= zip(other.topk_ids[t].tolist(), other.topk_logprobs[t].tolist(), strict=True)
+                    recorded |= zip(other.topk_ids[t].tolist(), other.topk_logprobs[t].tolist(), strict=True)
                 own = zip(student.candidate_ids[t].tolist(), student.candidate_logprobs[t].tolist(), strict=True)
                 found.append(
                     {
@@ -86,7 +88,7 @@ def every_token(cache: cs.Cache, teacher: str = "teacher") -> list[dict[str, Any
                         "student": float(student.logprobs[t]),
                         "teacher": float(other.logprobs[t]),
                         "own": dict(own),
-                        "told": told,
+                        "scored": recorded,
                         "rest": float(rest[t]),
                     }
                 )
@@ -141,8 +143,8 @@ def test_mean_by_position_and_most_corrected_tokens(cache: cs.Cache) -> None:
         assert row["example"] == max(here, key=lambda t: t["kl"])["number"]
         by_preference: dict[int, float] = {}
         for token in here:
-            best = max(token["told"], key=token["told"].get)
-            if token["told"][best] < token["rest"]:
+            best = max(token["scored"], key=token["scored"].get)
+            if token["scored"][best] < token["rest"]:
                 continue  # a token that it did not tell of may be likelier
             by_preference[best] = by_preference.get(best, 0.0) + token["kl"]
         best = max(by_preference, key=lambda wanted: by_preference[wanted], default=None)
@@ -163,15 +165,19 @@ def test_candidates_are_what_the_models_told(cache: cs.Cache) -> None:
     assert len(where) == len(unpacked(found["tokens"], "<u4")), "there is room for all"
     for token in every_token(cache):
         span = where[starts[token["number"]].start + token["position"]]
-        ids = [token["token"], *(i for i in {**token["own"], **token["told"]} if i != token["token"])]
+        ids = [token["token"], *(i for i in {**token["own"], **token["scored"]} if i != token["token"])]
         likely = [
-            i for i in ids if i == ids[0] or max(token["own"].get(i, -99), token["told"].get(i, -99)) >= np.log(0.001)
+            i
+            for i in ids
+            if i == ids[0] or max(token["own"].get(i, -99), token["scored"].get(i, -99)) >= np.log(0.001)
         ]
         shown = [found["labels"][label] for label in arrays["label"][span]]
         assert sorted(shown) == sorted(Letters().decode([i]) for i in likely)
         assert shown[0] == Letters().decode([token["token"]])
-        for told, by in ((student[span], token["own"]), (teacher[span], token["told"])):
-            np.testing.assert_allclose(np.sort(told), np.sort([-by.get(i, np.nan) for i in likely]), atol=0.0005001)
+        for recorded, by in ((student[span], token["own"]), (teacher[span], token["scored"])):
+            np.testing.assert_allclose(
+                np.sort(recorded), np.sort([-by.get(i, np.nan) for i in likely]), atol=0.0005001
+            )
 
 
 def test_candidates_of_the_worst_tokens_where_room_is_short(cache: cs.Cache) -> None:
@@ -188,7 +194,7 @@ def test_candidates_of_the_worst_tokens_where_room_is_short(cache: cs.Cache) -> 
 def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=8)
     round_, rng = cache.round(), np.random.default_rng(0)
-    told: list[float] = []
+    recorded: list[float] = []
     partial = round_.start_scores(
         "other", factory.scores_manifest("teacher", candidates=0, entropy=False, partial=True)
     )
@@ -202,10 +208,10 @@ def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
         logprobs = np.where(rng.random(rollouts.n_tokens) < 0.5, np.nan, -1.0).astype(np.float32)
         partial.write(block, cs.ScoreBlock(logprobs))
         kl = metrics.scores_reverse_kl(scored, cs.ScoreBlock(logprobs))
-        told += kl[(trained == 1) & ~np.isnan(logprobs)].tolist()
+        recorded += kl[(trained == 1) & ~np.isnan(logprobs)].tolist()
     found = collected(cache)
     other, teacher = found["teachers"]
-    assert found["totals"] == {"other": {"kl": pytest.approx(np.mean(told)), "tokens": len(told)}}
+    assert found["totals"] == {"other": {"kl": pytest.approx(np.mean(recorded)), "tokens": len(recorded)}}
     assert other["entropy"] is None and 0 < np.isnan(in_nats(other["kl"])).sum() < len(in_nats(other["kl"]))
     assert np.isnan(in_nats(teacher["kl"])).all(), "the teacher's candidates are no longer the student's"
     assert "teacher has not scored 2 of 2 blocks" in found["left_out"].lower()
@@ -350,8 +356,8 @@ def make_run(path: Path, cache: Path | None) -> Path:
     path.mkdir()
     (path / "recipe.toml").write_text(small_recipe().to_toml())
     ended = {"step": 5, "sentence": "done", "exit_code": 0}
-    told = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": ended}
-    (path / "run.json").write_text(json.dumps(told))
+    recorded = {"cache": {"url": str(cache), "round": 0, "teacher": "teacher"} if cache else {}, "result": ended}
+    (path / "run.json").write_text(json.dumps(recorded))
     return path
 
 

@@ -72,13 +72,13 @@ def make_set(texts: list[list[str]], kl: dict[str, list[list[float]]], **changes
     teachers = []
     for name, of_rows in kl.items():
         values = np.concatenate(of_rows)
-        told = np.where(np.isnan(values), MISSING, np.round(1000 * np.nan_to_num(values)))
+        recorded = np.where(np.isnan(values), MISSING, np.round(1000 * np.nan_to_num(values)))
         teachers.append(
             {
                 "name": name,
                 "label": f"model of {name}",
-                "logprob": b64(np.where(told == MISSING, MISSING, 2303), "<u2"),
-                "kl": b64(told, "<u2"),
+                "logprob": b64(np.where(recorded == MISSING, MISSING, 2303), "<u2"),
+                "kl": b64(recorded, "<u2"),
                 "entropy": None,
             }
         )
@@ -313,9 +313,9 @@ def test_marks_and_what_the_teacher_prefers(open_page: Open) -> None:
 
 def test_a_teacher_whose_mass_is_elsewhere_prefers_no_told_token(open_page: Open) -> None:
     """0.3 for "better" and 0.1 for the token leave 0.6, which one token may have; after 0.5 none can be likelier."""
-    told = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
-    told["candidates"]["teachers"] = [b64([2303, 1204, MISSING, 2303, 693, MISSING], "<u2")]
-    shown = open_page(make_document(told), "#rollout=0")
+    recorded = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
+    recorded["candidates"]["teachers"] = [b64([2303, 1204, MISSING, 2303, 693, MISSING], "<u2")]
+    shown = open_page(make_document(recorded), "#rollout=0")
     assert texts(shown, ".response rt") == ["better"]
 
 
@@ -479,7 +479,7 @@ def test_contrast(open_page: Open, scheme: str) -> None:
         for wash in ("--l1", "--l2", "--l3", "--l4", "--l5", "--f", "--bar"):
             assert shown.evaluate(CONTRAST, ["--ink", [*ground, wash]]) >= 4.5, (wash, ground)
     strengths = [shown.evaluate(CONTRAST, ["--raised", ["--raised", f"--l{level}"]]) for level in range(1, 6)]
-    assert strengths == sorted(strengths)  # lightness alone tells the levels apart
+    assert strengths == sorted(strengths)  # lightness alone distinguishes the levels
     assert min(b - a for a, b in itertools.pairwise(strengths)) > 0.05
 
 

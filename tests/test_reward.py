@@ -21,7 +21,7 @@ from helpers.caches import make_cache, small_recipe
 from helpers.training import buckets, columns, distance, flat_gradient, kl, moved, naive_gradient_of
 from pipeline import distill
 from pipeline.cli import main
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models import lora
@@ -183,10 +183,10 @@ def test_rounds_of_rewards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["reward.teacher_weight=0"], r"reward\.teacher_weight = 0 leaves rewards alone"),
+        (["reward.teacher_weight=0"], r"reward\.teacher_weight = 0 needs reward\.coefficient"),
         ([*REWARD, "rollouts.rollouts_per_prompt=1"], r"rollouts\.rollouts_per_prompt of 2 or more"),
         ([*REWARD, "rollouts.top_p=0.9"], r"rollouts\.top_p must be 1 for rewards"),
-        ([*REWARD, "train.loss=cross_entropy"], "needs rollouts of the student's"),
+        ([*REWARD, "train.loss=cross_entropy"], "needs rollouts of the student"),
         ([*REWARD, "rollouts.temperature=0"], r"needs rollouts\.temperature above 0"),
         ([*ALONE, "train.heldout_metric=reverse_kl"], r"heldout_metric .* got reward\.teacher_weight = 0"),
         ([*REWARD, "reward.verifier=format", "eval.format="], r"needs eval\.format"),

@@ -26,7 +26,7 @@ from transformers import (
 
 import cache_schema as cs
 from helpers.sampling import STOP, VOCAB, oracle_logits, processed_logprobs, prompt_block, sampling
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.sampling import PromptBlock
 from pipeline.engines.transformers_sampler import TransformersSampler, draw
 from pipeline.errors import ConfigError, Interrupted

@@ -59,8 +59,8 @@ def test_damage_is_one_line_that_names_the_file(name: str, damage: Callable[[Pat
 
 def test_a_run_without_digests_is_read_as_it_is(tmp_path: Path) -> None:
     run = finished(tmp_path)
-    told = {"cache": {}, "id": "1", "result": {"step": 1, "sentence": "s", "exit_code": 0}}
-    (run / "run.json").write_text(json.dumps(told))
+    recorded = {"cache": {}, "id": "1", "result": {"step": 1, "sentence": "s", "exit_code": 0}}
+    (run / "run.json").write_text(json.dumps(recorded))
     flip(run / "ledger.json")
     (run / "eval.json").write_text("{}")
     check(run, *NAMES, "eval.json")

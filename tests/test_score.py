@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
@@ -66,7 +66,7 @@ def student_model() -> PreTrainedModel:
 def oracle_logprobs(model: str, rollouts: cs.RolloutBlock, temperature: float = 1.0) -> np.ndarray:
     """float64 [T, V]: one rollout at a time, full logits, no packing, no cache."""
     cfg = recipe().student if model == "student" else recipe().teacher[0]
-    double = models.load_model(cfg, attention="sdpa").double()
+    double = models.load_model(cfg, attention="sampling").double()
     rows = []
     for row in range(rollouts.n_rows):
         ids = torch.from_numpy(np.concatenate([rollouts.prompt(row), rollouts.response(row)])).long()

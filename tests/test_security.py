@@ -19,8 +19,7 @@ import pytest
 
 import cache_schema as cs
 from pipeline import api, cli, console, credentials
-from pipeline.config import settings
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe, messages
 from pipeline.errors import ConfigError
 from pipeline.models import identity as provenance
 
@@ -64,7 +63,7 @@ def one_line(captured: str) -> str:
 def test_a_credential_is_found_and_masked(url: str) -> None:
     assert credentials.contains(url) and SECRET not in credentials.mask(f"cannot reach {url}: no")
     assert credentials.MASK in credentials.mask(url)
-    for shown in (settings.show(url), console.escape_control(json.dumps({"url": url}))):
+    for shown in (messages.show_value(url), console.escape_control(json.dumps({"url": url}))):
         assert SECRET not in shown
     assert json.loads(console.escape_control(json.dumps({"url": url, "n": 1})))["n"] == 1
 
@@ -322,7 +321,7 @@ def test_an_early_end_of_input_is_no_abortion(monkeypatch: pytest.MonkeyPatch) -
 
 
 #: Where standard streams are written to.
-WRITERS = {"console.py", "output.py"}
+WRITERS = {"console.py", "cli/streams.py"}
 
 
 def test_standard_streams_are_written_by_one_module() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.training import distance, flat_gradient, moved, trainer_of
-from pipeline.config.recipe import Recipe, SelectConfig
+from pipeline.config import Recipe, SelectConfig
 from pipeline.errors import ConfigError
 from pipeline.models.resolve import resolve
 from pipeline.train import stage

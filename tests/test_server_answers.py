@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import cache_schema as cs
-from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.engines import served as server
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
@@ -46,8 +46,8 @@ def reading(request: httpx2.Request) -> dict[str, Any]:
     n = asked.get("prompt_logprobs") or 0
     positions: list[Any] = [None]
     for token in ids[1:]:
-        told = [token, *[other for other in range(10, 10 + n) if other != token][: min(n, 15)]]
-        positions.append({str(one): {"logprob": LOGPROB, "rank": 1, "decoded_token": "?"} for one in told})
+        recorded = [token, *[other for other in range(10, 10 + n) if other != token][: min(n, 15)]]
+        positions.append({str(one): {"logprob": LOGPROB, "rank": 1, "decoded_token": "?"} for one in recorded})
     choice = {"prompt_logprobs": positions if n else None, "prompt_token_ids": ids}
     if (given := asked.get("prompt_logprob_token_ids")) is None:
         return {"choices": [choice]}

@@ -22,7 +22,7 @@ from helpers import preloaded
 from helpers.caches import small_recipe
 from helpers.training import curve
 from pipeline.cli import main
-from pipeline.config.recipe import PromptsConfig, load_recipe
+from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import ConfigError, PromptError
 from pipeline.evaluate import stage as evaluate
 from pipeline.sft import stage
@@ -40,7 +40,7 @@ def reader(max_tokens: int = 64, template: str = "auto", **settings: Any) -> Exa
     return ExampleReader(tokenizer, PromptsConfig(path="-", template=template, **settings), (END, IM_END), max_tokens)
 
 
-def told(example: Example) -> tuple[str, str]:
+def recorded(example: Example) -> tuple[str, str]:
     """The text that is only read, in place of which the learnt text has a `_` a token, and the learnt text."""
     tokenizer = AutoTokenizer.from_pretrained(asset_path("student"))
     ids = np.concatenate([example.prompt, example.response])
@@ -71,7 +71,7 @@ def test_every_token_of_a_document_but_its_first_is_learnt_once(text: str, max_t
 def test_every_turn_of_the_assistant_is_learnt_up_to_its_end() -> None:
     turns = [("system", "s"), ("user", "u"), ("assistant", "ab"), ("user", "v"), ("assistant", "c")]
     (example,) = reader(200).read({"messages": [{"role": r, "content": c} for r, c in turns]}, "f:1", "f")
-    read, learnt = told(example)
+    read, learnt = recorded(example)
     assert learnt == "ab<|im_end|>c<|im_end|>"
     assert read.endswith("<|im_start|>assistant\n___\n<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n__")
     assert len(example.response) == example.trained.size and example.response[-1] == IM_END
@@ -89,19 +89,19 @@ def test_a_turn_that_the_template_rewrites_is_only_read() -> None:
     (example,) = reader(200, chat_template=template.replace("m.content if loop.last else ", "")).read(
         record, "f", "f"
     )
-    assert told(example)[1] == "AB<|im_end|>C<|im_end|>"
+    assert recorded(example)[1] == "AB<|im_end|>C<|im_end|>"
     with pytest.raises(PromptError, match="f:1: the chat template does not render the last assistant turn"):
         reader(200, chat_template=template).read(record, "f:1", "f")
     kept = template.replace("if loop.last", "if loop.last or m.role == 'user'")
     (example,) = reader(200, chat_template=kept).read(record, "f:1", "f")
-    assert told(example)[1] == "c<|im_end|>"
+    assert recorded(example)[1] == "c<|im_end|>"
 
 
 def test_sharegpt_and_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "ab"}]
     chats = reader(template_args={"enable_thinkng": True})
     examples = chats.read({"conversations": turns}, "f:1", "f")
-    assert told(examples[0])[1] == "ab<|im_end|>"
+    assert recorded(examples[0])[1] == "ab<|im_end|>"
     chats.warn_without_effect(examples)
     assert capsys.readouterr().err.count("prompts.template_args.enable_thinkng") == 1
     long = "word " * 2_000_000
@@ -112,9 +112,9 @@ def test_sharegpt_and_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> Non
 def test_prompt_and_response_with_and_without_a_template() -> None:
     record = {"prompt": "1+1=", "response": "2", "source": "sums", "id": 7}
     (plain,) = reader(template="none").read(record, "f:1", "f")
-    assert told(plain) == ("1+1=__", "2<|endoftext|>") and plain.record["source"] == "sums"
+    assert recorded(plain) == ("1+1=__", "2<|endoftext|>") and plain.record["source"] == "sums"
     (chat,) = reader(system="S").read(record, "f:1", "f")
-    assert told(chat)[1] == "2<|im_end|>" and told(chat)[0].startswith("<|im_start|>system\nS<|im_end|>")
+    assert recorded(chat)[1] == "2<|im_end|>" and recorded(chat)[0].startswith("<|im_start|>system\nS<|im_end|>")
     assert reader(5, "none").read(record, "f:1", "f") == []
 
 

@@ -114,12 +114,12 @@ def test_scores_are_those_by_hand(teacher: Path, scored: Path) -> None:
             ids = torch.tensor([[*prompt, *theirs, 0]])
             with torch.no_grad():
                 logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(1)
-            told = logp.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+            recorded = logp.gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
             here = rollouts.response_slice(row)
             ours = found[here].astype(np.float64)
             the_end = (range(len(text), len(text) + 1), range(len(theirs), len(theirs) + 1))
             for a, b in [*by_bytes([bytes([token]) for token in response[:-1]], written), the_end]:
-                total = told[b.start : b.stop].sum()
+                total = recorded[b.start : b.stop].sum()
                 assert ours[a.start : a.stop].sum() == pytest.approx(total, abs=2e-4)
                 gap = ours[a.start : a.stop] - student[here][a.start : a.stop]
                 np.testing.assert_allclose(gap, gap[0], atol=2e-5)
@@ -137,13 +137,13 @@ def test_shares_of_a_span_add_up_to_it(data: st.DataObject) -> None:
     rng = np.random.default_rng(0)
     scale = data.draw(st.sampled_from([0.1, 1.0, 10.0]))  # of the teacher's: likelier than the student's, or less
     own = (-(rng.random(len(of_student)) ** 4)).astype(np.float32)
-    told = (-scale * rng.random(len(of_teacher))).astype(np.float32)
-    found = shared_out([Spans(np.zeros(len(told), np.int32), of_student, of_teacher)], own, told)
+    recorded = (-scale * rng.random(len(of_teacher))).astype(np.float32)
+    found = shared_out([Spans(np.zeros(len(recorded), np.int32), of_student, of_teacher)], own, recorded)
     for span in range(len(lengths)):
         if span == left_out:
             continue
         shares = found[of_student == span]
-        assert shares.sum() == pytest.approx(told[of_teacher == span].sum(), abs=1e-5)
+        assert shares.sum() == pytest.approx(recorded[of_teacher == span].sum(), abs=1e-5)
         shift = (shares - own[of_student == span])[shares < 0]
         np.testing.assert_allclose(shift, shift[0], atol=1e-5)
         assert (shares <= 0).all() and (own[of_student == span][shares == 0] + shift[0] >= -1e-5).all()
@@ -217,13 +217,13 @@ def test_the_share_of_tokens_covered_is_told(
     shutil.copytree(toy_cache, cache)
     assert pipeline.score.stage.run(small_recipe(*spelt(teacher)), str(cache), "other") == 0
     round_ = cs.open(cache).round()
-    told = np.isfinite(np.concatenate([round_.scores("other").read(b).logprobs for b in range(round_.n_blocks)]))
-    share = f"{told.mean():.1%}"
-    assert 0.5 < told.mean() < 0.95
+    recorded = np.isfinite(np.concatenate([round_.scores("other").read(b).logprobs for b in range(round_.n_blocks)]))
+    share = f"{recorded.mean():.1%}"
+    assert 0.5 < recorded.mean() < 0.95
     assert f"{share} of tokens scored (in spans that both tokenizers share)" in capsys.readouterr().out
     assert main(["diagnose", str(cache), "--teacher", "other"]) in (0, 1)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "that the teacher told of" in line)
-    assert line.split()[-1] == f"{told.mean():.0%}"
+    assert line.split()[-1] == f"{recorded.mean():.0%}"
 
 
 def test_it_is_refused_with_the_option_and_where_it_cannot_be(teacher: Path, toy_cache: Path, tmp_path: Path) -> None:

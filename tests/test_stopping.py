@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.train.stopping import TrainingHistory, best_step, stop_result
 
 Make = Callable[..., Recipe]

@@ -27,7 +27,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
 from helpers.models import FAMILIES, SMALL_CONFIG, random_model
-from pipeline.config.recipe import ModelConfig, Recipe, load_recipe
+from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import ConfigError, ModelError
@@ -124,7 +124,7 @@ def test_scores_are_the_resident_scorers(
     scorer = StreamedScorer(cfg, OPTIONS)
     assert_same_bits(scorer.compute_logprobs(block()), resident(cfg, block()))
     sequences = [np.concatenate([block().prompt(row), block().response(row)]) for row in (0, 1, 5)]
-    assert scorer.check_packing(sequences, [4, 4, 4]) < (1e-5 if loaded == "float32" else 0.3)
+    assert scorer.check_layout(sequences, [4, 4, 4]) < (1e-5 if loaded == "float32" else 0.3)
 
 
 def test_checkpoints_of_experts_hold_each_by_itself(saved: Callable[..., Path]) -> None:
@@ -480,7 +480,7 @@ def test_a_leak_between_packed_rollouts_is_noticed(qwen3: Path, monkeypatch: pyt
     one_sequence = PackPlan.of([sum(map(len, sequences))], "cpu")
     monkeypatch.setattr(PackPlan, "of", lambda *_: one_sequence)
     with pytest.raises(ModelError, match=r"packing: expected .* \(Qwen3ForCausalLM\)"):
-        scorer.check_packing(sequences, [4, 4, 4])
+        scorer.check_layout(sequences, [4, 4, 4])
 
 
 # -- the stage -----------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_scores_are_the_resident_scorers_on_cuda(
             scorer.wave_tokens = wave_tokens
             assert_same_bits(scorer.compute_logprobs(block()), expected)
         sequences = [np.concatenate([block().prompt(row), block().response(row)]) for row in (0, 1, 5)]
-        assert scorer.check_packing(sequences, [4, 4, 4]) < 0.5
+        assert scorer.check_layout(sequences, [4, 4, 4]) < 0.5
 
 
 @pytest.mark.gpu

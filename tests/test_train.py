@@ -19,7 +19,7 @@ import pipeline.score.stage
 from helpers import cache_factory as factory
 from helpers.caches import make_cache, small_recipe, tree_digest
 from helpers.training import curve, distance, flat_gradient, gradient, moved, naive_gradient, trainer_of
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.errors import ConfigError, ModelError, RedpenError
 from pipeline.models import lora
 from pipeline.models.paths import resolve_path

@@ -15,7 +15,7 @@ import pytest
 from helpers import preloaded
 from helpers.caches import SMALL, small_recipe
 from helpers.training import assert_same_run, curve, stop_after_one_step
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.errors import Interrupted, RedpenError
 from pipeline.train import stage

@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
 from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.scoring import ScoreOptions

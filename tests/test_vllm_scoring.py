@@ -26,7 +26,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.models import load as models
@@ -39,7 +39,7 @@ pytestmark = [
 
 Make = Callable[..., Recipe]
 ROOT = Path(__file__).parent.parent
-#: vLLM's newer model runner, which tells the log-probs of given ids, for want of a GPU on interpreted kernels
+#: vLLM's newer model runner, which returns the log-probs of given ids, for want of a GPU on interpreted kernels
 NEWER_RUNNER = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
@@ -78,10 +78,10 @@ def assert_like_resident(cache: Path, resident: Path, *, all_told: bool) -> None
         mine, theirs = read.read(block), expected.read(block)
         assert mine.candidate_logprobs is not None and mine.rest_logprob is not None and mine.entropy is None
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=2e-5)
-        told = np.isfinite(mine.candidate_logprobs)
-        assert told.all() if all_told else told.mean() > 0.9
-        np.testing.assert_allclose(mine.candidate_logprobs[told], theirs.candidate_logprobs[told], atol=2e-5)  # type: ignore[index]
-        held = np.exp(theirs.candidate_logprobs).sum(1, where=told)  # type: ignore[call-overload]
+        recorded = np.isfinite(mine.candidate_logprobs)
+        assert recorded.all() if all_told else recorded.mean() > 0.9
+        np.testing.assert_allclose(mine.candidate_logprobs[recorded], theirs.candidate_logprobs[recorded], atol=2e-5)  # type: ignore[index]
+        held = np.exp(theirs.candidate_logprobs).sum(1, where=recorded)  # type: ignore[call-overload]
         np.testing.assert_allclose(np.exp(mine.rest_logprob), 1 - held, atol=2e-6)
 
 

@@ -20,7 +20,7 @@ import cache_schema as cs
 from helpers import preloaded
 from helpers.caches import MANY_BLOCKS, ROOT, assert_same_cache, wait_for_commits, without_scores
 from helpers.preloaded import processes
-from pipeline.config.recipe import load_recipe
+from pipeline.config import load_recipe
 from pipeline.distributed import ray as ray_launcher
 from pipeline.distributed.ranks import Ranks, rank_gpus
 from pipeline.errors import ConfigError, ModelError

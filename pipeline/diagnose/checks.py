@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.diagnose.figures import FIRST_TOKENS, UNLIKELY, Figures, below, percent, probability
 from pipeline.diagnose.read import PairScores
 from pipeline.diagnose.token_names import TokenNames

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.diagnose.read import PairScores
 from pipeline.errors import PromptError
 from pipeline.text.detokenize import labels, load_decoder, local_tokenizer

@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.distributed.ranks import Ranks, process_group
 from pipeline.errors import ConfigError, ModelError
 from pipeline.forward.head import unwrapped

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from pipeline.console import fail
 from pipeline.distributed.signals import defer_to_main_process
 from pipeline.environment import RANK, WORLD_SIZE
-from pipeline.errors import ConfigError, Interrupted, RedpenError, explained
+from pipeline.errors import ConfigError, Interrupted, RedpenError, user_message
 
 if TYPE_CHECKING:
     from pipeline.distributed.blocks import Session, Work
@@ -146,7 +146,7 @@ def join_ranks(launcher: Launcher = None, n_workers: int | None = None) -> Itera
     try:
         yield ranks
     except (Exception, Interrupted) as error:
-        line = str(error) if isinstance(error, Interrupted) else explained(error)
+        line = str(error) if isinstance(error, Interrupted) else user_message(error)
         if ranks.is_main_process or line is None:
             raise
         fail(f"rank {ranks.rank}: {line}")

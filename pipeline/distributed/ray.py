@@ -29,7 +29,7 @@ from pipeline.console import console, say, warn
 from pipeline.distributed.blocks import OnProgress, Session, Work
 from pipeline.distributed.ranks import Ranks
 from pipeline.environment import ENVIRONMENT
-from pipeline.errors import ConfigError, RedpenError, explained
+from pipeline.errors import ConfigError, RedpenError, user_message
 
 # A block, or the loading of the model, that has killed so many workers would kill them all.
 _MAX_DEATHS = 4
@@ -118,7 +118,7 @@ class _Worker:
         try:
             act()
         except Exception as failure:
-            if (line := explained(failure)) is None:
+            if (line := user_message(failure)) is None:
                 raise
             error = self._elsewhere + line
         return _Report(output.getvalue(), error, 1 if self._session is None else self._session.batch_blocks)

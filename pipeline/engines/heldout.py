@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
+from pipeline.forward.rows import sampling_attention
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts
@@ -107,7 +108,7 @@ def generating(model: nn.Module) -> Iterator[None]:
     base = unwrapped(model)
     attention = base.config._attn_implementation
     training = [module for module in model.modules() if module.training]
-    base.set_attn_implementation("sdpa")
+    base.set_attn_implementation(sampling_attention(base))
     model.eval()
     try:
         yield

@@ -1,16 +1,16 @@
-"""Scores from what an inference engine tells of a prompt: some tokens' log-probs at every position, never all.
+"""Scores from what an inference engine returns for a prompt: some tokens' log-probs at every position, never all.
 
-Engines tell the log-prob (fp32, at temperature 1 whatever the request's) of the prompt's own token, of their N
-likeliest tokens and, vLLM's newer runner, of any ids asked for. With p the next-token distribution, W the tokens told
-of at a position and C the student's candidates, that makes a *partial* `ScoreBlock`:
+Engines return the log-prob (fp32, at temperature 1 whatever the request's) of the prompt's own token, of their N
+likeliest tokens and, vLLM's newer runner, of any ids asked for. With p the next-token distribution, W the tokens
+returned at a position and C the student's candidates, that makes a *partial* `ScoreBlock`:
 
-    logprobs = log p(y_t),  candidate_logprobs = log p(v) where v in W,  NaN where the engine did not tell,
+    logprobs = log p(y_t),  candidate_logprobs = log p(v) where v in W,  NaN where the engine returned none,
     rest_logprob = log( sum_{v in W, not in C} p(v) + max(1 - sum_{v in W} p(v), 0) ), at least log REST_FLOOR
 
 and no entropy. The difference from 1 is rounding below about 1e-6, hence the floor: nothing is 0 because it was not
-told. `topk_rest_logprob` is likewise outside C and the engine's own likeliest.
+returned. `topk_rest_logprob` is likewise outside C and the engine's own likeliest.
 
-Shapes: T response tokens of a rollout, N tokens told of at a position, K candidates.
+Shapes: T response tokens of a rollout, N tokens returned at a position, K candidates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Question:
     Attributes:
         token_ids: i4, prompt and response.
         start: index of the first response token.
-        candidate_ids: i4 [T, K], the sampled token first; None to be told of the response alone.
+        candidate_ids: i4 [T, K], the sampled token first; None for the response alone.
     """
 
     token_ids: Int32
@@ -94,7 +94,7 @@ def questions(batch: TokenBatch, vocab_size: int, who: str) -> list[Question]:
 
 @dataclass(frozen=True)
 class EngineLogprobs:
-    """Tokens that an engine told of at the response's positions, with their log-probs in nats.
+    """Tokens that an engine returned at the response's positions, with their log-probs in nats.
 
     Attributes:
         ids: i8 [T, N]; -1 where there is nothing. The same id may stand twice.
@@ -107,16 +107,16 @@ class EngineLogprobs:
     @classmethod
     def given(cls, ids: Int32, logprobs: npt.ArrayLike) -> EngineLogprobs:
         """Log-probs [T, N] of the ids that were asked for."""
-        told = np.asarray(logprobs, np.float64)
-        if told.shape != ids.shape:
-            raise ModelError(f"told log-probs of shape {told.shape}, asked for {ids.shape}")
-        refuse_nan(told[ids >= 0])
-        return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, told))
+        returned = np.asarray(logprobs, np.float64)
+        if returned.shape != ids.shape:
+            raise ModelError(f"returned log-probs of shape {returned.shape}, asked for {ids.shape}")
+        refuse_nan(returned[ids >= 0])
+        return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, returned))
 
     @classmethod
     def positions(
         cls,
-        told: Sequence[Mapping[str, Any] | None],
+        returned: Sequence[Mapping[str, Any] | None],
         question: Question,
         *,
         vocab_size: int = 2**31,
@@ -127,12 +127,12 @@ class EngineLogprobs:
         Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent, of ids that
         a vocabulary of this size lacks, of more than `at_most` tokens at a position, or of a log-prob that is NaN.
         """
-        if len(told) != len(question.token_ids):
-            raise ModelError(f"told of {len(told)} positions, {len(question.token_ids)} tokens were sent")
-        rows = [position or {} for position in told[question.start :]]
+        if len(returned) != len(question.token_ids):
+            raise ModelError(f"returned {len(returned)} positions, {len(question.token_ids)} tokens were sent")
+        rows = [position or {} for position in returned[question.start :]]
         width = max(1, *map(len, rows))
         if width > at_most:
-            raise ModelError(f"told of {width} tokens at a position, asked for {at_most} at most")
+            raise ModelError(f"returned {width} tokens at a position, asked for {at_most} at most")
         ids = np.full((len(rows), width), -1, np.int64)
         logprobs = np.full((len(rows), width), np.nan)
         for row, position in enumerate(rows):
@@ -141,13 +141,15 @@ class EngineLogprobs:
             for column, (token, entry) in enumerate(position.items()):
                 value = entry.get("logprob", "nothing") if isinstance(entry, Mapping) else "nothing"
                 if not (token.isascii() and token.isdigit() and len(token) < 11 and int(token) < vocab_size):
-                    raise ModelError(f"told of token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
+                    raise ModelError(f"returned token {token[:40]!r}; its vocabulary has ids below {vocab_size}")
                 ids[row, column] = int(token)
                 if value is not None:
                     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                        raise ModelError(f"told {value!r:.40} as the log-prob of token {token}; expected a number")
+                        raise ModelError(
+                            f"returned {value!r:.40} as the log-prob of token {token}; expected a number"
+                        )
                     if value > LOGPROB_TOLERANCE:
-                        raise ModelError(f"told a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")
+                        raise ModelError(f"returned a log-prob of {min(value, 1e99):.3g}; log-probs are at most 0")
                     logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
         return cls(ids, logprobs)
 
@@ -160,40 +162,40 @@ def refuse_nan(logprobs: npt.ArrayLike) -> None:
     """Refuse log-probs of a model that computes no numbers. Raises `ModelError`."""
     if np.isnan(np.asarray(logprobs, np.float64)).any():
         raise ModelError(
-            "told log-probs that are not numbers, since its logits are not finite; most likely its values overflow "
-            "its dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
+            "returned log-probs that are not numbers, since its logits are not finite; most likely its values "
+            "overflow its dtype, or its weights are damaged: serve it in bfloat16 or float32, or download it again"
         )
 
 
-def misaligned(position: int, sent: int, told: object) -> ModelError:
+def misaligned(position: int, sent: int, returned: object) -> ModelError:
     """The engine read another prompt than it was sent."""
     return ModelError(
-        f"told of other tokens than were sent: at position {position} token {sent} was sent, told of {told}; "
+        f"returned other tokens than were sent: at position {position} token {sent} was sent, {returned} came back; "
         "something between here and the model rewrites prompts"
     )
 
 
 def partial_scores(
-    question: Question, told: EngineLogprobs, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
+    question: Question, returned: EngineLogprobs, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
 ) -> cs.ScoreBlock:
-    """What was told, as the scores of one rollout; see the module's head.
+    """What was returned, as the scores of one rollout; see the module's head.
 
     Args:
-        topk: also the engine's likeliest tokens; `told` must hold as many at least.
+        topk: also the engine's likeliest tokens; `returned` must hold as many at least.
         among: bool [V], the tokens that those are chosen from.
 
     Raises:
-        ModelError: the told probabilities are none, or too few of them.
+        ModelError: no probabilities were returned, or too few of them.
     """
-    ids, known = told.ids, first_occurrence(told.ids) & (told.ids >= 0) & ~np.isnan(told.logprobs)
-    if (told.logprobs[known] > LOGPROB_TOLERANCE).any():
-        raise ModelError(f"told a log-prob of {told.logprobs[known].max():.3g}; log-probs are at most 0")
-    mass = np.exp(np.where(known, told.logprobs, -np.inf))
+    ids, known = returned.ids, first_occurrence(returned.ids) & (returned.ids >= 0) & ~np.isnan(returned.logprobs)
+    if (returned.logprobs[known] > LOGPROB_TOLERANCE).any():
+        raise ModelError(f"returned a log-prob of {returned.logprobs[known].max():.3g}; log-probs are at most 0")
+    mass = np.exp(np.where(known, returned.logprobs, -np.inf))
     total = mass.sum(1)
     if (total > 1 + LOGPROB_TOLERANCE).any():
-        raise ModelError(f"told probabilities that add up to {total.max():.4g}; they are of no one distribution")
+        raise ModelError(f"returned probabilities that add up to {total.max():.4g}; they are of no one distribution")
 
-    table = _Table(ids, told.logprobs, known)
+    table = _Table(ids, returned.logprobs, known)
     arrays: dict[str, npt.NDArray[Any]] = {"logprobs": table.at(question.response[:, None])[:, 0]}
     # A token that cannot occur has no log-prob to learn from, and without it nothing else is stored of its position.
     unscored = ~np.isfinite(arrays["logprobs"])
@@ -205,14 +207,14 @@ def partial_scores(
         arrays["rest_logprob"] = _log_rest(mass, outside, left)
     if topk:
         wanted = known if among is None else known & among[np.maximum(ids, 0)]
-        order = np.argsort(np.where(wanted, -told.logprobs, np.inf), axis=1, kind="stable")[:, :topk]
+        order = np.argsort(np.where(wanted, -returned.logprobs, np.inf), axis=1, kind="stable")[:, :topk]
         enough = wanted.sum(1) >= topk
         if not (enough | unscored).all():
             raise ModelError(
-                f"told of {wanted.sum(1)[~enough].min()} tokens at a position, expected {topk} likeliest"
+                f"returned {wanted.sum(1)[~enough].min()} tokens at a position, expected {topk} likeliest"
             )
         likeliest = np.take_along_axis(ids, order, 1)
-        arrays["topk_logprobs"] = np.take_along_axis(told.logprobs, order, 1)
+        arrays["topk_logprobs"] = np.take_along_axis(returned.logprobs, order, 1)
         arrays["topk_rest_logprob"] = _log_rest(mass, outside & ~table.among(likeliest), left)
         # ids must be ids, at positions of which nothing is known too
         arrays["topk_ids"] = np.where((unscored & ~enough)[:, None], np.arange(topk), likeliest).astype(np.int32)
@@ -233,7 +235,7 @@ class _Table:
         self._keys, self._logprobs = keys[order], logprobs[known][order]
 
     def at(self, ids: npt.NDArray[Any]) -> Float64:
-        """[T, M] log-probs of ids [T, M]; NaN where not told."""
+        """[T, M] log-probs of ids [T, M]; NaN if not returned."""
         keys = _keys(ids)
         if not len(self._keys):
             return np.full(keys.shape, np.nan)
@@ -241,7 +243,7 @@ class _Table:
         return np.where(self._keys[place] == keys, self._logprobs[place], np.nan)
 
     def among(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """[T, N]: which told tokens are among ids [T, M] of their position."""
+        """[T, N]: which returned tokens are among ids [T, M] of their position."""
         return self._known & np.isin(_keys(self._ids), _keys(ids))
 
 
@@ -284,16 +286,18 @@ def sample_of(
     )
 
 
-def check_agreement(told: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str) -> str:
+def check_agreement(returned: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str) -> str:
     """How far two readings of the same tokens are apart, in words. Raises `ModelError` past a bound.
 
     Candidates count by their probability: the log-probs of unlikely ones are apart in any two implementations.
     """
-    apart = np.abs(told.logprobs.astype(np.float64) - expected.logprobs)
+    apart = np.abs(returned.logprobs.astype(np.float64) - expected.logprobs)
     mean, largest = float(apart.mean()), float(apart.max())
-    if expected.candidate_logprobs is not None and told.candidate_logprobs is not None:
-        both = np.isfinite(told.candidate_logprobs) & np.isfinite(expected.candidate_logprobs)
-        between = np.abs(np.where(both, told.candidate_logprobs, 0) - np.where(both, expected.candidate_logprobs, 0))
+    if expected.candidate_logprobs is not None and returned.candidate_logprobs is not None:
+        both = np.isfinite(returned.candidate_logprobs) & np.isfinite(expected.candidate_logprobs)
+        between = np.abs(
+            np.where(both, returned.candidate_logprobs, 0) - np.where(both, expected.candidate_logprobs, 0)
+        )
         mean = max(mean, float((np.exp(expected.candidate_logprobs) * between).sum(1).mean()))
     mean_bound, bound = _BOUNDS.get(dtype, _BOUNDS["other"])
     # a NaN is apart too

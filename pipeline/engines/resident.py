@@ -11,7 +11,7 @@ import cache_schema as cs
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.tiles import joined, score_tile, tiles_of
 from pipeline.forward.head import Head
-from pipeline.forward.packing import packed_hidden
+from pipeline.forward.rows import lay_out, response_hidden
 
 
 class ResidentScorer:
@@ -21,7 +21,7 @@ class ResidentScorer:
         scores = teacher.compute_logprobs(round_.rollouts.read(0))       # ScoreBlock
 
     Args:
-        model: on its device, loaded with attention="redpen_packed".
+        model: on its device, as `load_model` loads it for scoring.
         on_tile: called before each forward with the response tokens read since the last call; what it raises
             stops it.
     """
@@ -47,9 +47,9 @@ class ResidentScorer:
         n_read = 0
         for tile in tiles_of(as_batch(batch), self._options.tile_tokens):
             self._on_tile(n_read)
-            packed = tile.pack(self._head.weight_VD.device)
-            hidden_TD = packed_hidden(self._model, packed)
-            parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options, self._model))
-            n_read = len(packed.target_ids)
+            tokens = lay_out(self._model, tile.sequences, tile.response_starts, self._head.weight_VD.device)
+            hidden_TD = response_hidden(self._model, tokens)
+            parts.append(score_tile(hidden_TD, self._head, tokens.target_ids, tile, self._options, self._model))
+            n_read = len(tokens.target_ids)
         self._on_tile(n_read)
         return joined(parts)

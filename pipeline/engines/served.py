@@ -1,7 +1,7 @@
-"""Scoring by a teacher that is served: an OpenAI-compatible API, such as `vllm serve`, that tells prompt log-probs.
+"""Scoring by a teacher that is served: an OpenAI-compatible API, such as `vllm serve`, that returns prompt log-probs.
 
-Two ways of asking, the better one where the server has it: vLLM's `/inference/v1/generate` tells the log-probs of the
-candidates themselves (vLLM 0.32 with its newer model runner and `--enable-scale-out`), `/v1/completions` with
+Two ways of asking, the better one where the server has it: vLLM's `/inference/v1/generate` returns the log-probs of
+the candidates themselves (vLLM 0.32 with its newer model runner and `--enable-scale-out`), `/v1/completions` with
 `prompt_logprobs` those of its likeliest tokens, as many as `--max-logprobs` allows. Token ids go out, and each answer
 must be about them. Requests that fail for a reason that may pass are sent again. What becomes of the answers:
 `pipeline.engines.prompt_logprobs`.
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import httpx2
 
 import cache_schema as cs
-from pipeline.config.recipe import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.credentials import mask
 from pipeline.engines.prompt_logprobs import (
@@ -66,7 +66,7 @@ _QUIET_SECONDS = 30.0
 _TRIED_ROLLOUT = 16  # response tokens of the first, short request
 # Enough work to keep every request busy, little enough to lose little where the server dies.
 _TOKENS_PER_REQUEST = 256
-#: Bytes that an answer may have: about models; for each token sent; for each token told of at a position, with its
+#: Bytes that an answer may have: about models; for each token sent; for each token returned at a position, with its
 #: text and rank; for each log-prob in base64. An error's text is cut.
 _MODELS_BYTES, _BYTES_A_TOKEN, _BYTES_A_TOLD, _BYTES_A_GIVEN, _OTHER_BYTES = 2**24, 64, 256, 16, 2**20
 _ERROR_BYTES = 2**16
@@ -81,7 +81,7 @@ class _Way:
 
 
 class ServerScorer:
-    """Reads tokens through a server: log-probs of the tokens, of candidates where it tells them, of its likeliest; no
+    """Scores tokens through a server: log-probs of the tokens, of candidates if it returns them, of its likeliest; no
     entropy.
 
     Args:
@@ -91,8 +91,8 @@ class ServerScorer:
             what it raises drops the outstanding requests.
 
     Raises:
-        ConfigError: the URL is none, or the server does not tell as much as the recipe asks for.
-        ModelError: no server, no such model there, or one that does not tell prompt log-probs.
+        ConfigError: the URL is none, or the server does not return as much as the recipe asks for.
+        ModelError: no server, no such model there, or one that returns no prompt log-probs.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class ServerScorer:
                 if refusal.status != 404:  # a server without a list of models may have the model
                     raise self._explained(refusal) from refusal
                 return
-        told = parse_model(answer, ModelList, f"{self._who}: its list of models cannot be read", error=ModelError)
-        served = {entry.id: entry.max_model_len for entry in told.data or []}
+        returned = parse_model(answer, ModelList, f"{self._who}: its list of models cannot be read", error=ModelError)
+        served = {entry.id: entry.max_model_len for entry in returned.data or []}
         if served and self._name not in served:
             raise ModelError(
                 f"{self._who}: serves {', '.join(map(repr, list(served)[:5]))}, not {self._name!r}; "
@@ -156,7 +156,7 @@ class ServerScorer:
             )
 
     async def _choose_way(self, client: httpx2.AsyncClient, question: Question) -> _Way:
-        """The way that tells most, found by asking."""
+        """The way that returns most, found by asking."""
         short = Question(
             question.token_ids[: question.start + _TRIED_ROLLOUT],
             question.start,
@@ -170,7 +170,7 @@ class ServerScorer:
                 await self._retried(lambda way=way: self._ask(client, short, way))  # type: ignore[misc]
             except Refused as refusal:
                 if refusal.allowed is not None and max(way.given, way.likeliest) > refusal.allowed > 0:
-                    # the likeliest then tell of candidates beyond those asked for
+                    # the likeliest then include candidates beyond those asked for
                     more = way.given > refusal.allowed
                     most = refusal.allowed if more else min(way.likeliest, refusal.allowed)
                     ways.insert(0, _Way(min(way.given, refusal.allowed), most))
@@ -180,18 +180,18 @@ class ServerScorer:
             break
         if way.likeliest < topk:
             raise ConfigError(
-                f"score.teacher_topk = {topk}: {self._who} tells {way.likeliest} log-probs at a position; lower it, "
-                f"or start the server with --max-logprobs {topk}"
+                f"score.teacher_topk = {topk}: {self._who} returns {way.likeliest} log-probs at a position; lower "
+                f"it, or start the server with --max-logprobs {topk}"
             )
         if not way.given:
             say(
-                f"{self._who}: tells its {way.likeliest} likeliest tokens, other candidates count as the rest; "
-                f"vLLM's --enable-scale-out --max-logprobs {max(wanted, LIKELIEST)} may tell all"
+                f"{self._who}: returns its {way.likeliest} likeliest tokens, other candidates count as the rest; "
+                f"vLLM's --enable-scale-out --max-logprobs {max(wanted, LIKELIEST)} may return all"
             )
         elif way.given < wanted:
             say(
-                f"{self._who}: tells {way.given} of {wanted} candidates and its {way.likeliest} likeliest tokens, "
-                f"others count as the rest; --max-logprobs {wanted} at the server tells all"
+                f"{self._who}: returns {way.given} of {wanted} candidates and its {way.likeliest} likeliest tokens, "
+                f"others count as the rest; --max-logprobs {wanted} at the server returns all"
             )
         return way
 
@@ -209,7 +209,7 @@ class ServerScorer:
     # -- requests --------------------------------------------------------------------------------------------
 
     async def _read(self, asked: list[Question]) -> cs.ScoreBlock:
-        told: dict[int, cs.ScoreBlock] = {}
+        returned: dict[int, cs.ScoreBlock] = {}
         async with self._client() as client:
             if self._way is None:
                 self._way = await self._choose_way(client, asked[0])
@@ -226,8 +226,8 @@ class ServerScorer:
                     n_read = 0
                     for task in done:
                         number = waiting.pop(task)
-                        told[number] = task.result()
-                        n_read += told[number].n_tokens
+                        returned[number] = task.result()
+                        n_read += returned[number].n_tokens
                     self._on_tile(n_read)
             except Refused as refusal:
                 raise self._explained(refusal) from refusal
@@ -235,10 +235,10 @@ class ServerScorer:
                 for task in waiting:
                     task.cancel()
                 await asyncio.gather(*waiting, return_exceptions=True)
-        return joined([told[number] for number in range(len(asked))])
+        return joined([returned[number] for number in range(len(asked))])
 
     async def _ask(self, client: httpx2.AsyncClient, question: Question, way: _Way) -> cs.ScoreBlock:
-        """One request and what it tells. Raises `Refused`, `Failed`, and `ModelError` for a wrong answer."""
+        """One request and its answer. Raises `Refused`, `Failed`, and `ModelError` for a wrong answer."""
         sent = question.token_ids.tolist()
         if way.given:
             ids = question.given_ids(way.given, self._vocab_size)
@@ -277,21 +277,21 @@ class ServerScorer:
             echoed = answer.prompt_token_ids or choice.prompt_token_ids
             if echoed is not None and echoed != sent:
                 raise misaligned(*first_difference(sent, echoed))
-            told = None
+            returned = None
             if (positions := answer.prompt_logprobs or choice.prompt_logprobs) is not None:
-                told = EngineLogprobs.positions(
+                returned = EngineLogprobs.positions(
                     positions, question, vocab_size=self._vocab_size, at_most=2 * width + 16
                 )
             if way.given:
                 if echoed is None or (encoded := answer.prompt_token_id_logprobs) is None:
-                    raise Refused(501, "did not tell the log-probs of the ids asked for")
+                    raise Refused(501, "did not return the log-probs of the ids asked for")
                 given = EngineLogprobs.given(ids, decode_array(encoded, ids.shape))
-                told = given if told is None else given.beside(told)
-            if told is None:
-                raise ModelError("told no prompt_logprobs; serve the teacher with vLLM")
+                returned = given if returned is None else given.beside(returned)
+            if returned is None:
+                raise ModelError("returned no prompt_logprobs; serve the teacher with vLLM")
             return partial_scores(
                 question,
-                told,
+                returned,
                 self._options.topk if way.likeliest >= self._options.topk else 0,
                 self._options.topk_among,
             )
@@ -358,7 +358,7 @@ class ServerScorer:
             f"now {self._name!r}",
             400: f"{self._name!r} must be served with the length of the rollouts and one more (--max-model-len)",
         }
-        remedy = remedies.get(refusal.status, "the server must tell prompt_logprobs; vLLM's does")
+        remedy = remedies.get(refusal.status, "the server must return prompt_logprobs; vLLM's does")
         return ModelError(f"{self._who}: refused with {refusal.status}: {refusal}; {remedy}")
 
     def _shown(self, text: str) -> str:

@@ -36,7 +36,7 @@ class ModelList(_Answer):
 
 # A first mistake says enough: of millions there would be millions of messages.
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
-#: What is told of each token, `EngineLogprobs.positions` checks.
+#: What is returned for each token, `EngineLogprobs.positions` checks.
 _Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
 
 
@@ -61,7 +61,7 @@ class Refused(Exception):
         super().__init__(text)
         self.status = status
         allowed = re.search(r"max(?:imum)? allowed:? *(\d+)", text)
-        #: log-probs that it tells at a position, where it says
+        #: log-probs that it returns at a position, if it says so
         self.allowed = int(allowed[1]) if allowed else None
 
 
@@ -99,13 +99,13 @@ def decode_array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floatin
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"expected floats, found {dtype}")
         if found != shape:
-            raise ModelError(f"told log-probs of shape {_short(found)}, asked for {shape}")
+            raise ModelError(f"returned log-probs of shape {_short(found)}, asked for {shape}")
         values = np.frombuffer(content, dtype, offset=file.tell())
         return values.reshape(found, order="F" if is_fortran else "C")
     except ModelError:
         raise
     except Exception as error:  # numpy evaluates the header as Python, which fails in many ways
-        raise ModelError(f"told log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
+        raise ModelError(f"returned log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
 
 
 def _short(value: object) -> str:
@@ -115,9 +115,9 @@ def _short(value: object) -> str:
 
 def first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, object]:
     for position, token in enumerate(sent):
-        told = echoed[position] if position < len(echoed) else "nothing"
-        if token != told:
-            return position, token, told
+        found = echoed[position] if position < len(echoed) else "nothing"
+        if token != found:
+            return position, token, found
     return len(sent) - 1, sent[-1], f"{len(echoed) - len(sent)} tokens more"
 
 

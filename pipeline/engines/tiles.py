@@ -18,7 +18,7 @@ import cache_schema as cs
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, sequences
 from pipeline.forward.finite import check_scores
 from pipeline.forward.head import Head, score_rows
-from pipeline.forward.packing import PackedTokens, pack, tiles
+from pipeline.forward.packing import tiles
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,6 @@ class Tile:
     response_starts: list[int]
     candidate_ids: npt.NDArray[np.int32] | None
     key: tuple[int, ...]
-
-    def pack(self, device: torch.device) -> PackedTokens:
-        return pack(self.sequences, self.response_starts, device)
 
 
 def tiles_of(batch: TokenBatch, tile_tokens: int) -> list[Tile]:
@@ -56,7 +53,7 @@ def tiles_of(batch: TokenBatch, tile_tokens: int) -> list[Tile]:
 
 
 def score_tile(
-    hidden_TD: Tensor, head: Head, packed: PackedTokens, tile: Tile, options: ScoreOptions, model: nn.Module
+    hidden_TD: Tensor, head: Head, target_ids_T: Tensor, tile: Tile, options: ScoreOptions, model: nn.Module
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The arrays of `ScoreBlock` for one tile, from the hidden rows that predict its response tokens.
 
@@ -66,7 +63,7 @@ def score_tile(
     scores = score_rows(
         hidden_TD,
         head,
-        packed.target_ids,
+        target_ids_T,
         candidates=options.candidates if given is None else 0,
         candidate_kind=options.candidate_kind,
         candidate_vocab=options.candidate_vocab,

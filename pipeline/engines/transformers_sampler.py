@@ -4,18 +4,23 @@ Shapes: B rollouts decoded together, S prompt tokens (padded on the left), V voc
 
 Every position of every rollout has one uniform number u of its own (`Sampling.uniforms`), and its token is
 the first whose cumulative probability exceeds u. A rollout is therefore a function of its prompt and key; its
-neighbours in the batch only matter in the last bits of the logits. The logits come from `pipeline.forward.head`,
-as those of scoring and training do (fp32 from half-precision weights); what a model's generation_config would
-add to them (top_k, repetition penalties) does not apply.
+neighbours in the batch only matter in the last bits of the logits. Models that cannot be packed (recurrent or
+convolutional state, ALiBi, sinks) are not padded either: prompts of equal length share a batch. The logits come
+from `pipeline.forward.head`, as those of scoring and training do (fp32 from half-precision weights); what a model's
+generation_config would add to them (top_k, repetition penalties) does not apply.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import (
@@ -27,14 +32,18 @@ from transformers import (
 )
 
 import cache_schema as cs
+from pipeline.console import warn
 from pipeline.engines.sampling import PromptBlock, Sampling
-from pipeline.forward.finite import not_finite
+from pipeline.forward.finite import name_of, not_finite
 from pipeline.forward.head import Head, logits
 from pipeline.forward.packing import check_token_ids, decoder_body
+from pipeline.forward.rows import pads_left
 
 # Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
 # values.
 _FINISHED_SHARE = 0.1
+# The cache of a model that is not padded is tried on the first prompt's tokens, past its window, for some steps.
+_PROBE_WINDOW, _PROBE_TOKENS, _PROBE_STEPS, _PROBE_TOLERANCE = 4096, 32, 8, {torch.float32: 1e-4, torch.float64: 1e-4}
 # Elements of a float64 [rows, V] temporary while drawing: 256 MiB.
 _DRAW_ELEMENTS = 2**25
 
@@ -50,11 +59,29 @@ class _Rollout:
     sample_index: int
 
 
+class _Tokens:
+    """In place of a cache: the tokens so far, of which every step runs a whole forward."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+
+    def extend(self, ids: Tensor) -> Tensor:
+        self._ids = ids if self._ids is None else torch.cat([self._ids, ids], 1)
+        return self._ids
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        assert self._ids is not None
+        self._ids = self._ids[rows]
+
+
+_Cache: TypeAlias = DynamicCache | _Tokens
+
+
 class TransformersSampler:
     """Samples from a causal language model with a KV cache.
 
     Args:
-        model: on its device, loaded with attention="sdpa".
+        model: on its device, loaded with attention="sampling".
         batch_size: rollouts decoded together; rollouts of similar prompt length share a batch.
         on_step: called between decode steps with the rollouts that ended and the tokens sampled since the
             last call; what it raises stops the sampling, and the block at hand is not given.
@@ -72,6 +99,10 @@ class TransformersSampler:
         self._body, self._head = decoder_body(model), Head.of(model)
         self._device = self._head.weight_VD.device
         self._sampling, self._batch_size, self._on_step = sampling, batch_size, on_step
+        self._pads_left, self._caches = pads_left(model), True
+        takes = inspect.signature(self._body.forward).parameters
+        self._cache_argument = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+        self._is_probed = self._pads_left
 
     def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]:
         for block in blocks:
@@ -87,9 +118,12 @@ class TransformersSampler:
             for sample in range(self._sampling.rollouts_per_prompt)
         ]
         rollouts.sort(key=lambda rollout: len(block.prompts[rollout.prompt][1]))
+        if not self._is_probed:
+            self._caches, self._is_probed = self._can_continue(block.prompts[0][1]), True
         rows: list[cs.RolloutRow] = []
-        for start in range(0, len(rollouts), self._batch_size):
-            rows += self._decode(block, rollouts[start : start + self._batch_size])
+        for alike in [rollouts] if self._pads_left else _of_equal_length(block, rollouts):
+            for start in range(0, len(alike), self._batch_size):
+                rows += self._decode(block, alike[start : start + self._batch_size])
         return cs.RolloutBlock.from_rows(block.prompts, rows)
 
     @torch.inference_mode()
@@ -101,7 +135,7 @@ class TransformersSampler:
         lengths = np.zeros(len(rollouts), np.int64)
         stopped = np.zeros(len(rollouts), bool)
 
-        cache = DynamicCache(config=self._config)
+        cache: _Cache = DynamicCache(config=self._config) if self._caches else _Tokens()
         hidden_BD, mask_BS = self._prefill(block, rollouts, cache)
         position_B = mask_BS.sum(1)
         live = np.arange(len(rollouts))  # the rollouts of the batch, some of which may have ended
@@ -147,9 +181,7 @@ class TransformersSampler:
             for row, rollout in enumerate(rollouts)
         ]
 
-    def _prefill(
-        self, block: PromptBlock, rollouts: Sequence[_Rollout], cache: DynamicCache
-    ) -> tuple[Tensor, Tensor]:
+    def _prefill(self, block: PromptBlock, rollouts: Sequence[_Rollout], cache: _Cache) -> tuple[Tensor, Tensor]:
         """Run each prompt once, padded on the left, and copy its state to all its rollouts.
 
         Returns the hidden row of every rollout's last prompt token [B, D] and the attention mask [B, S].
@@ -170,13 +202,48 @@ class TransformersSampler:
         cache.reorder_cache(prompt_of)
         return hidden_PD[prompt_of], mask[prompt_of]
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: _Cache) -> Tensor:
         """The hidden row of the last token of every sequence, [B, D]; extends the cache."""
-        out = self._body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        if isinstance(cache, _Tokens):
+            out = self._body(input_ids=cache.extend(ids), use_cache=False)
+        else:
+            kwargs: dict[str, Any] = {self._cache_argument or "past_key_values": cache}
+            if self._pads_left:  # else there is no padding, and not every such model takes positions
+                kwargs |= {"attention_mask": mask, "position_ids": positions}
+            out = self._body(input_ids=ids, use_cache=True, **kwargs)
         hidden: Tensor = out.last_hidden_state[:, -1]
         return hidden
+
+    @torch.inference_mode()
+    def _can_continue(self, prompt: npt.NDArray[np.int32]) -> bool:
+        """Whether the model goes on from its cache as it does without: not every architecture's can be copied."""
+        check_token_ids(self._model, int(prompt.min()), int(prompt.max()))
+        text = self._config.get_text_config()
+        window = max(getattr(text, name, None) or 0 for name in ("sliding_window", "attention_window_size"))
+        ids = torch.from_numpy(np.resize(prompt, min(window, _PROBE_WINDOW) + _PROBE_TOKENS))
+        ids = ids.to(self._device, torch.int64)[None]
+        logits_BV = torch.empty(1, self._head.vocab_size, dtype=self._head.logits_dtype, device=self._device)
+        whole = logits(self._body(input_ids=ids, use_cache=False).last_hidden_state[:, -1], self._head, logits_BV)
+        whole = whole.log_softmax(1)
+        try:
+            cache, none = DynamicCache(config=self._config), torch.empty(0)
+            split = max(1, ids.shape[1] - _PROBE_STEPS)
+            self._forward(ids[:, :split], none, none, cache)
+            cache.reorder_cache(torch.zeros(2, dtype=torch.int64, device=self._device))
+            for step in range(split, ids.shape[1]):
+                hidden = self._forward(ids[:, step : step + 1].repeat(2, 1), none, none, cache)[1:]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a forward raises that has another kind of cache
+            reason = type(error).__name__
+        else:
+            apart = (logits(hidden, self._head, logits_BV).log_softmax(1) - whole)[0, whole[0].topk(1).indices]
+            reason = f"{float(apart.abs().max()):.2g} nats apart"
+            if float(apart.abs().max()) <= _PROBE_TOLERANCE.get(self._model.dtype, 0.5) or whole.isnan().any():
+                return True
+        name = name_of(self._model)
+        warn(f"{name}: its cache cannot be used ({reason}); every token is sampled by a forward over all before it")
+        return False
 
     def _draw(self, hidden_BD: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         n_rows, vocab = hidden_BD.shape[0], self._head.vocab_size
@@ -189,6 +256,11 @@ class TransformersSampler:
         ]
         token_B, logprob_B = (torch.cat(values) for values in zip(*parts, strict=True))
         return token_B, logprob_B
+
+
+def _of_equal_length(block: PromptBlock, rollouts: Sequence[_Rollout]) -> list[list[_Rollout]]:
+    groups = itertools.groupby(rollouts, key=lambda rollout: len(block.prompts[rollout.prompt][1]))
+    return [list(group) for _, group in groups]
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

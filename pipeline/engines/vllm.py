@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 
-from pipeline.config.recipe import ModelConfig, VllmConfig
+from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT
 from pipeline.errors import ConfigError, ModelError

@@ -161,7 +161,7 @@ class VllmSampler:
             prompt=request.prompt,
             sample_index=request.sample_index,
             token_ids=np.array(response.token_ids, np.int32),
-            # vLLM tells a greedy token's log-prob at temperature 1; it was sampled with certainty
+            # vLLM returns a greedy token's log-prob at temperature 1; it was sampled with certainty
             logprobs=logprobs if self._sampling.temperature > 0 else np.zeros_like(logprobs),
             finish_reason=_FINISH.get(response.finish_reason, cs.FINISH_OTHER),
         )

@@ -1,6 +1,6 @@
 """Scoring with vLLM: a teacher read through the log-probs of its prompt.
 
-A request is a rollout whole, with one token to generate, which is dropped. vLLM's newer model runner tells the
+A request is a rollout whole, with one token to generate, which is dropped. vLLM's newer model runner returns the
 log-probs of the candidates themselves (`prompt_logprob_token_ids`), its older one those of its likeliest tokens;
 either way at temperature 1, and without the prefix cache, whose positions would be missing.
 `pipeline.engines.prompt_logprobs` says what becomes of them.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, VllmConfig
+from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import say
 from pipeline.engines.prompt_logprobs import (
     LIKELIEST,
@@ -43,7 +43,7 @@ _LOGITS_PER_STEP = 2**27
 
 
 class VllmScorer:
-    """Reads tokens with vLLM: log-probs of the tokens, of candidates where it tells them, of its likeliest; no
+    """Scores tokens with vLLM: log-probs of the tokens, of candidates if it returns them, of its likeliest; no
     entropy.
 
     Args:
@@ -86,7 +86,7 @@ class VllmScorer:
         )
         if not self._engine.supports_given_ids:
             say(
-                f"{self._who}: this runner tells its {self._likeliest} likeliest tokens at a position; "
+                f"{self._who}: this runner returns its {self._likeliest} likeliest tokens at a position; "
                 "other candidates count as the rest"
             )
 
@@ -97,10 +97,10 @@ class VllmScorer:
     def compute_logprobs(self, batch: TokenBatch | cs.RolloutBlock) -> cs.ScoreBlock:
         """Scores of every response token of the batch, [T] end to end.
 
-        Raises `ModelError` for ids the model lacks, and where what vLLM tells is not about these tokens.
+        Raises `ModelError` for ids the model lacks, and if what vLLM returns is not about these tokens.
         """
         asked = questions(as_batch(batch), self._vocab_size, self._who)
-        told: dict[int, cs.ScoreBlock] = {}
+        returned: dict[int, cs.ScoreBlock] = {}
         n_read = 0
         try:
             for number, question in enumerate(asked):
@@ -110,14 +110,14 @@ class VllmScorer:
                 n_read = 0
                 for output in self._step():
                     number = int(output.request_id)
-                    told[number] = self._scores(asked[number], output)
-                    n_read += told[number].n_tokens
+                    returned[number] = self._scores(asked[number], output)
+                    n_read += returned[number].n_tokens
         except BaseException:
             with contextlib.suppress(Exception):  # an engine that failed cannot
-                self._engine.abort(str(number) for number in range(len(asked)) if number not in told)
+                self._engine.abort(str(number) for number in range(len(asked)) if number not in returned)
             raise
         self._on_tile(n_read)
-        return joined([told[number] for number in range(len(asked))])
+        return joined([returned[number] for number in range(len(asked))])
 
     def _step(self) -> list[RequestOutput]:
         try:
@@ -155,33 +155,33 @@ class VllmScorer:
             sent = question.token_ids
             if output.prompt_token_ids is None or not np.array_equal(sent, output.prompt_token_ids):
                 raise ModelError("answered for other tokens than were sent")
-            told = None
+            returned = None
             if output.prompt_logprobs is not None:
-                told = _likeliest(output.prompt_logprobs, question)
+                returned = _likeliest(output.prompt_logprobs, question)
             if self._engine.supports_given_ids:
                 if output.prompt_token_id_logprobs is None:
-                    raise ModelError("did not tell the log-probs of the ids asked for")
+                    raise ModelError("did not return the log-probs of the ids asked for")
                 ids = question.given_ids(question.n_candidates, self._vocab_size)
                 given = EngineLogprobs.given(ids, output.prompt_token_id_logprobs)
-                told = given if told is None else given.beside(told)
-            if told is None:
-                raise ModelError("told no log-probs of the prompt")
-            return partial_scores(question, told, self._options.topk, self._options.topk_among)
+                returned = given if returned is None else given.beside(returned)
+            if returned is None:
+                raise ModelError("returned no log-probs of the prompt")
+            return partial_scores(question, returned, self._options.topk, self._options.topk_among)
         except ModelError as error:
             raise ModelError(f"{self._who}: {error}") from error
 
 
-def _likeliest(told: FlatLogprobs, question: Question) -> EngineLogprobs:
+def _likeliest(returned: FlatLogprobs, question: Question) -> EngineLogprobs:
     """From vLLM's lists: nothing of the first token, then of each its own log-prob and those of the likeliest."""
-    n_positions = len(told.start_indices)
+    n_positions = len(returned.start_indices)
     if n_positions != len(question.token_ids):
-        raise ModelError(f"told of {n_positions} positions, {len(question.token_ids)} tokens were sent")
+        raise ModelError(f"returned {n_positions} positions, {len(question.token_ids)} tokens were sent")
     first = question.start - 1
     shape = (n_positions - 1, -1)
-    ids = np.array(told.token_ids, np.int64).reshape(shape)[first:]
+    ids = np.array(returned.token_ids, np.int64).reshape(shape)[first:]
     if len(wrong := np.flatnonzero(ids[:, 0] != question.response)):
         row = int(wrong[0])
         raise misaligned(question.start + row, int(question.response[row]), int(ids[row, 0]))
-    logprobs = np.array(told.logprobs, np.float64).reshape(shape)[first:]
+    logprobs = np.array(returned.logprobs, np.float64).reshape(shape)[first:]
     refuse_nan(logprobs)
     return EngineLogprobs(ids, logprobs)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TeacherConfig
+from pipeline.config import Recipe, TeacherConfig
 from pipeline.engines.sampling import Sampling
 from pipeline.engines.scoring import TokenBatch
 from pipeline.models.identity import created_by

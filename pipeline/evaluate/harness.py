@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.config.recipe import EvalConfig, Recipe
-from pipeline.config.settings import did_you_mean
+from pipeline.config import EvalConfig, Recipe
+from pipeline.config.messages import did_you_mean
 from pipeline.console import console, warn
 from pipeline.engines.heldout import generating
 from pipeline.errors import ConfigError, RedpenError, one_line

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig, load_recipe
+from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe, load_stored_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import read_json, refuse_link
@@ -65,7 +65,7 @@ def plan_eval(
     if is_run:
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
-        recipe = load_recipe(str(run_dir / RECIPE), overrides)
+        recipe = load_stored_recipe(run_dir / RECIPE, overrides)
         trained = trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import progress, warn
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch

@@ -35,7 +35,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TeacherConfig
+from pipeline.config import Recipe, TeacherConfig
 from pipeline.console import progress, say, warn
 from pipeline.distributed.signals import graceful
 from pipeline.engines.heldout import (

@@ -27,6 +27,11 @@ from pipeline.errors import ModelError
 
 ATTENTION = "redpen_packed"
 
+
+class NotCausalError(ModelError):
+    """A model whose tokens see later ones, which no layout can score."""
+
+
 # Padding, in tokens, that costs less than one more attention call; beyond it padding may only take up a share.
 _FREE_PADDING_TOKENS = 1024
 _PADDING_SHARE = 0.125
@@ -90,7 +95,8 @@ class PackPlan:
         batches: list[_Batch] = []
         offset = 0
         for prefix in dict.fromkeys(prefixes):
-            for members in _similar(lengths, [i for i, own in enumerate(prefixes) if own == prefix]):
+            among = [i for i, own in enumerate(prefixes) if own == prefix]
+            for members in similar_lengths(lengths, among, _FREE_PADDING_TOKENS):
                 length = lengths[members[0]]
                 columns = np.arange(length)
                 rows = np.stack([starts[i] + np.minimum(columns, lengths[i] - 1) for i in members])
@@ -122,15 +128,17 @@ def _keys(starts: np.ndarray, prefixes: Sequence[range], device: torch.device | 
     )
 
 
-def _similar(lengths: Sequence[int], among: Sequence[int]) -> list[list[int]]:
-    """Those of `among` that are not empty, longest first, split where padding to the longest would cost too much."""
+def similar_lengths(lengths: Sequence[int], among: Sequence[int], free_padding: int) -> list[list[int]]:
+    """Those of `among` that are not empty, longest first, split where padding to the longest would cost too much:
+    more than `free_padding` tokens and an eighth of the group.
+    """
     groups: list[list[int]] = []
     padding = tokens = 0
     for i in sorted((i for i in among if lengths[i]), key=lambda i: (-lengths[i], i)):
         if groups:
             padding += lengths[groups[-1][0]] - lengths[i]
             tokens += lengths[i]
-            if padding <= _FREE_PADDING_TOKENS + _PADDING_SHARE * tokens:
+            if padding <= free_padding + _PADDING_SHARE * tokens:
                 groups[-1].append(i)
                 continue
         groups.append([i])
@@ -212,10 +220,12 @@ def packed_attention(
     """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if s_aux is not None or kwargs.get("position_bias") is not None or not causal:
+    if not causal:
+        raise NotCausalError(f"{type(module).__name__}: expected causal attention, got bidirectional attention")
+    if s_aux is not None or kwargs.get("position_bias") is not None:
         raise ModelError(
             f"{type(module).__name__}: expected causal attention, plain, windowed or soft-capped, got attention "
-            "sinks, a position bias or bidirectional attention, which redpen's packed attention does not have"
+            "sinks or a position bias, which redpen's packed attention does not have"
         )
     settings = _Settings(scaling, dropout, sliding_window, softcap)
     if pack_plan is None:

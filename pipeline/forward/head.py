@@ -91,7 +91,7 @@ class Head:
             # HyperCLOVA X multiplies by the field by which Granite divides.
             exponent = 1 if config.model_type.startswith("hyperclovax") else exponent
             scale *= float(getattr(config, name, None) or 1.0) ** exponent
-        softcap = getattr(config, "final_logit_softcapping", None)
+        softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(linear.weight, linear.bias, float(softcap) if softcap else None, scale)
 
 

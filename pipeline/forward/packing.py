@@ -59,7 +59,7 @@ class PackedTokens:
             "use_cache": False,
             "pack_plan": self.plan,
         }
-        if self.plan.keys is None:  # else they would tell of responses without their prompt
+        if self.plan.keys is None:  # else they would describe responses without their prompt
             kwargs |= {"cu_seqlens": self.plan.cu_seqlens, "max_seqlen": self.plan.max_seqlen}
         return kwargs
 
@@ -79,7 +79,7 @@ def pack(
             to the sequence's length (no response).
         share_prompts_from: read a prompt of so many tokens once for all sequences that begin with it, which takes
             an attention call more. None: never. Only for models whose tokens meet in attention alone: what
-            `check_packing` finds out.
+            `check_layout` finds out.
 
     Raises:
         ModelError: an empty sequence, or a response that starts outside those bounds.
@@ -102,12 +102,8 @@ def pack(
         total = rows.stop
         return rows
 
-    for i, (sequence, response, prompt) in enumerate(zip(sequences, response_starts, prompts, strict=True)):
-        if not 1 <= response <= len(sequence):
-            raise ModelError(
-                f"sequence {i}: expected its response to start after 1..{len(sequence)} prompt tokens, got "
-                f"{response}; a rollout needs at least one prompt token"
-            )
+    check_starts(sequences, response_starts)
+    for sequence, response, prompt in zip(sequences, response_starts, prompts, strict=True):
         if times[prompt] > 1 and share_prompts_from is not None and response >= share_prompts_from:
             if prompt not in shared:
                 shared[prompt] = lay(sequence[:response])
@@ -130,6 +126,16 @@ def pack(
         lowest_id=int(ids.min(initial=0)),
         highest_id=int(ids.max(initial=0)),
     )
+
+
+def check_starts(sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> None:
+    """Refuse responses that nothing predicts. Raises `ModelError`."""
+    for i, (sequence, response) in enumerate(zip(sequences, response_starts, strict=True)):
+        if not 1 <= response <= len(sequence):
+            raise ModelError(
+                f"sequence {i}: expected its response to start after 1..{len(sequence)} prompt tokens, got "
+                f"{response}; a rollout needs at least one prompt token"
+            )
 
 
 def tiles(lengths: Sequence[int], tile_tokens: int) -> list[range]:
@@ -157,10 +163,16 @@ def decoder_body(model: nn.Module) -> nn.Module:
     if any(adapter.is_prompt_learning for adapter in adapters.values()):
         raise ModelError("adapter: expected one of weights (LoRA), got prompt learning, which cannot be packed")
     base = unwrapped(model)
-    body: nn.Module = base.get_decoder()
+    body: Any = base.get_decoder()
     if body is base:
-        raise ModelError(f"{name_of(model)}: {type(base).__name__} does not tell its decoder from its head")
-    return body
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        modules = {child: set(child.modules()) for child in base.children()}
+        apart = [child for child, within in modules.items() if embedding in within - {child} and head not in within]
+        if len(apart) != 1:
+            raise ModelError(f"{name_of(model)}: {type(base).__name__} has no decoder apart from its head")
+        body = apart[0]
+    decoder: nn.Module = body
+    return decoder
 
 
 def check_token_ids(model: nn.Module, lowest: int, highest: int) -> None:

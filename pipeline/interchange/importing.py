@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TeacherConfig
+from pipeline.config import Recipe, TeacherConfig
 from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful

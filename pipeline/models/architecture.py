@@ -1,74 +1,98 @@
-"""Whether an architecture can score packed rollouts, from its configuration alone, before hours of sampling.
+"""Which layout an architecture takes, found from its configuration before hours are spent on rollouts.
 
-The model runs on torch's meta device, without weights: tokens of packed rollouts may only mix in attention, in every
-layer, through transformers' attention interface. Anything else that carries state from token to token (a convolution,
-a recurrent state) would leak from one rollout into the next.
+The model is run on torch's meta device, without weights. Packed rollouts must meet in attention alone, in every
+layer, through transformers' attention interface: what a layer carries from token to token besides (a convolution, a
+recurrent state) would leak from one rollout into the next. A model that does not fulfil this takes padded rows
+(`pipeline.forward.rows`), which are right for any causal model.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
-from pipeline.forward import packing
-from pipeline.forward.attention import ATTENTION, watched
+from pipeline.forward.attention import ATTENTION, NotCausalError, watched
 from pipeline.forward.head import Head, unwrapped
+from pipeline.forward.packing import decoder_body, pack, packed_hidden
 from pipeline.models import load as models
 from pipeline.models.meta_model import WithoutValues
-from pipeline.models.resolve import resolve, setting_name
+from pipeline.models.resolve import ResolvedModel, resolve
 
 _META = torch.device("meta")
 _LENGTHS = (5, 3)
+_known: dict[str, LayoutChoice] = {}
 
 
-def check_architecture(cfg: ModelConfig) -> None:
-    """Refuse a model that cannot score packed rollouts. Loads only its configuration.
+@dataclass(frozen=True)
+class LayoutChoice:
+    """How a model's rollouts are laid out.
 
-    A forward that needs values, so that it does not run on the meta device, is left to `check_packing`.
+    Attributes:
+        packed: end to end; else as padded rows.
+        reason: why not packed; "" if they are.
+    """
+
+    packed: bool
+    reason: str = ""
+
+
+def choose_layout(model: ModelConfig | ResolvedModel) -> LayoutChoice:
+    """The layout of a model, from its configuration alone.
+
+    A forward that does not run on the meta device, since it looks at values, is packed until
+    `pipeline.forward.packing_check.settle_layout` finds out more.
 
     Raises:
-        ModelError: naming the model, its architecture and the reason.
+        ModelError: a model that no layout can score, naming it, its architecture and the reason.
     """
-    label = f"{setting_name(cfg, 'model')} = {cfg.model!r}"
+    source = resolve(model)
+    key = source.config.to_json_string() + repr(source.settings)
+    if key not in _known:
+        _known[key] = _choose(source)
+    return _known[key]
+
+
+def _choose(source: ResolvedModel) -> LayoutChoice:
+    label = source.setting("model")
+    not_packed = ""
     try:
-        model = models.load_skeleton(cfg, _META)
-    except ModelError as error:
-        if isinstance(error.__cause__, KeyError) and ATTENTION in str(error.__cause__):
-            name = " ".join(resolve(cfg).architectures)
-            raise _refusal(label, name, "it does not use transformers' attention interface") from error
-        raise
+        model = models.load_skeleton(source, _META, attention=ATTENTION)
+    except ModelError:
+        model = models.load_skeleton(source, _META, attention=None)
+        not_packed = "it does not use transformers' attention interface"
     name = type(unwrapped(model)).__name__
     try:
         Head.of(model)
-        reason = _reason(model)
+        decoder_body(model)
     except ModelError as error:
-        raise _refusal(label, name, str(error)) from error
-    except (RuntimeError, NotImplementedError):  # unsupported on the meta device
-        return
-    except Exception as error:  # whatever a forward raises for arguments that it does not accept
-        reason = f"its forward does not accept them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if reason:
-        raise _refusal(label, name, reason)
+        raise ModelError(f"{label}: {name} cannot be scored: {error}; choose another model") from error
+    if not_packed:
+        return LayoutChoice(False, not_packed)
+    try:
+        reason = _reason(model)
+    except NotCausalError as error:
+        raise ModelError(f"{label}: {name} cannot be scored: {error}; choose another model") from error
+    except ModelError as error:
+        reason = str(error)
+    except (RuntimeError, NotImplementedError):  # something that the meta device does not do
+        reason = ""
+    except Exception as error:  # whatever a forward raises that is called with what it does not take
+        reason = f"its forward does not take them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return LayoutChoice(not reason, reason or "")
 
 
-def _refusal(label: str, name: str, reason: str) -> ModelError:
-    return ModelError(
-        f"{label}: {name} cannot be used for packed rollouts, which scoring and training need: {reason}; choose "
-        "another model"
-    )
-
-
-def _reason(model: Any) -> str | None:
-    """Why packed rollouts would see one another; None if they would not."""
-    body = packing.decoder_body(model)
-    layers = next((m for m in body.children() if isinstance(m, nn.ModuleList)), None)
-    if layers is None or not len(layers):
-        return None
+def _reason(model: Any) -> str:
+    """Why packed rollouts would see one another; "" if they would not."""
+    body: Any = decoder_body(model)
+    if getattr(body.config, "attention_chunk_size", None):  # longer than what is run here
+        return "its attention sees chunks of the sequence, by a mask of its own"
+    layers: Any = next((m for m in body.children() if isinstance(m, nn.ModuleList)), [])
     for index, layer in enumerate(layers):
         for part in layer.modules():
             if isinstance(part, nn.Conv1d):
@@ -88,7 +112,7 @@ def _reason(model: Any) -> str | None:
         handles.append(layer.register_forward_pre_hook(enter(index)))
     try:
         with torch.no_grad(), WithoutValues(), watched(lambda: attending.add(current[0])):
-            packing.packed_hidden(model, packing.pack(sequences, [1] * len(sequences), _META))
+            packed_hidden(model, pack(sequences, [1] * len(sequences), _META))
     finally:
         for handle in handles:
             handle.remove()
@@ -96,4 +120,4 @@ def _reason(model: Any) -> str | None:
         if index not in attending:
             name = type(layers[index]).__name__
             return f"its layer {index} ({name}) mixes tokens by other means than transformers' attention interface"
-    return None
+    return ""

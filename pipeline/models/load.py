@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
 from pipeline.forward.finite import set_name
+from pipeline.forward.head import unwrapped
+from pipeline.forward.rows import native_attention, sampling_attention, set_can_pack
 from pipeline.models._transformers_compat import initialize_on_meta, quiet, save_weights
 from pipeline.models.files import (
     check_model_files,
@@ -31,7 +33,7 @@ from pipeline.models.identity import weight_files
 from pipeline.models.paths import COMPANIONS
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 
-Attention = Literal["redpen_packed", "sdpa"]
+Attention = Literal["scoring", "sampling"]
 
 # A progress bar is shown for larger models.
 _QUIET_BYTES = 2**30
@@ -54,7 +56,7 @@ def pick_device(cfg: ModelConfig) -> torch.device:
 
 
 def load_model(
-    model: ModelConfig | ResolvedModel, *, attention: Attention = "redpen_packed", trainable: bool = False
+    model: ModelConfig | ResolvedModel, *, attention: Attention = "scoring", trainable: bool = False
 ) -> PreTrainedModel:
     """The causal language model on its device, in eval mode, with its adapter (if any) applied but not merged.
 
@@ -62,7 +64,8 @@ def load_model(
     constants (Dettmers et al., "QLoRA", arXiv 2305.14314); they compute in `dtype`, which all other weights have.
 
     Args:
-        attention: "redpen_packed" for packed rollouts (`pipeline.forward.packing`), "sdpa" for generation.
+        attention: "scoring": redpen's packed attention if the architecture can be packed
+            (`pipeline.models.architecture`), else transformers' own. "sampling": transformers' own.
         trainable: let the adapter require gradients; otherwise nothing does.
 
     Raises:
@@ -70,11 +73,9 @@ def load_model(
         ModelError: not found, not a causal language model, or weights are missing or damaged.
     """
     started = time.perf_counter()
-    if attention == "redpen_packed":
-        from pipeline.forward.attention import register_packed_attention
-
-        register_packed_attention()
     source = resolve(model)
+    can_pack = _can_pack(source)
+    packed = attention == "scoring" and can_pack
     cfg, directory, device = source.settings, source.directory, pick_device(source.settings)
     check_model_files(directory)
     dtype = getattr(torch, source.dtype)
@@ -85,7 +86,7 @@ def load_model(
                 directory,
                 dtype=dtype,
                 quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
-                attn_implementation=attention,
+                attn_implementation="redpen_packed" if packed else None,
                 use_safetensors=True,
                 trust_remote_code=cfg.trust_remote_code,
                 local_files_only=True,
@@ -101,6 +102,10 @@ def load_model(
         check_weight_names(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
         if cfg.adapter is not None:
             loaded = with_adapter(loaded, source, trainable=trainable)
+    set_can_pack(loaded, can_pack)
+    if not packed:
+        choose = native_attention if attention == "scoring" else sampling_attention
+        unwrapped(loaded).set_attn_implementation(choose(loaded))
     loaded.eval()
     if not trainable:
         loaded.requires_grad_(False)
@@ -147,8 +152,18 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
     return adapted
 
 
-def load_skeleton(model: ModelConfig | ResolvedModel, device: torch.device | None = None) -> PreTrainedModel:
-    """The model that `load_model` would load, for packed rollouts, in eval mode, without weights and adapter.
+def _can_pack(source: ResolvedModel) -> bool:
+    from pipeline.forward.attention import register_packed_attention
+    from pipeline.models.architecture import choose_layout
+
+    register_packed_attention()
+    return choose_layout(source).packed
+
+
+def load_skeleton(
+    model: ModelConfig | ResolvedModel, device: torch.device | None = None, attention: str | None = "scoring"
+) -> PreTrainedModel:
+    """The model that `load_model` would load for scoring, in eval mode, without weights and adapter.
 
     Weights are on torch's meta device: shapes and types only. Buffers that no checkpoint holds, such as rotary
     frequencies, are on `device`, by default the model's.
@@ -160,16 +175,20 @@ def load_skeleton(model: ModelConfig | ResolvedModel, device: torch.device | Non
 
     register_packed_attention()
     source = resolve(model)
+    if attention == "scoring":
+        attention = "redpen_packed" if _can_pack(source) else None
     config, device = source.config, device or pick_device(source.settings)
     with source.loading_errors(), quiet(progress=False):
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(torch, source.dtype),
-                attn_implementation="redpen_packed",
+                attn_implementation=attention,
                 trust_remote_code=source.settings.trust_remote_code,
             )
         initialize_on_meta(skeleton, device)
+        if attention is None:
+            skeleton.set_attn_implementation(native_attention(skeleton))
     set_name(skeleton, source.setting("model"))
     return skeleton.eval().requires_grad_(False)
 

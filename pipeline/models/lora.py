@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.config.recipe import ModelConfig, TrainConfig
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.console import warn
 from pipeline.errors import ModelError
 from pipeline.files import atomic_directory
@@ -90,12 +90,15 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 def _excluded(model: nn.Module) -> str | None:
     """A pattern of the linear layers that get no LoRA; None if there are none."""
     decoder = {id(module) for module in decoder_body(model).modules()}
+    # Mamba takes the weights of these past an adapter on them, some always and some in fused kernels.
+    mixers = [module for module in model.modules() if hasattr(module, "conv1d") and hasattr(module, "D")]
+    fused = {id(getattr(module, name, None)) for module in mixers for name in ("out_proj", "dt_proj")}
     head = unwrapped(model).get_output_embeddings()  # which peft leaves out
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and (id(module) not in decoder or _is_router(module))
+        and (id(module) not in decoder or _is_router(module) or id(module) in fused)
         and module is not head
     ]
     # With layer numbers as wildcards: the pattern is stored with the adapter.

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
+from pipeline.forward.rows import is_packed
 from pipeline.models import load as models
 from pipeline.models._transformers_compat import Conv1D
 from pipeline.models.peak_memory import PeakBytes, bytes_of
@@ -76,7 +77,8 @@ def load_meta_model(cfg: ModelConfig) -> Any:
     """The model without weights, without its adapter and without a mask. Raises `ModelError`."""
     AttentionInterface.register(_ATTENTION, _attention)
     model = models.load_skeleton(cfg, _META)
-    model.set_attn_implementation(_ATTENTION)
+    if is_packed(model):
+        model.set_attn_implementation(_ATTENTION)
     return model
 
 

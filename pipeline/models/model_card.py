@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
+from pipeline.config import Recipe, TrainConfig
 from pipeline.credentials import mask
 from pipeline.models.identity import DATA, created_by
 from pipeline.models.paths import base_name

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError, ModelNotFoundError, one_line
 from pipeline.models.identity import weight_files
 from pipeline.runs.files import check_trained
@@ -16,8 +17,8 @@ COMPANIONS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # What a model needs from its Hub repository, without the same weights in other layouts.
 _HUB_FILES = [*COMPANIONS, "*.safetensors"]
 _HUB_DUPLICATES = ["original/*", "onnx/*", "metal/*", "consolidated*"]
-# Characters that a path or a Hub id may have, and how many of them a message repeats.
-_LONGEST_NAME, _SHOWN = 4096, 120
+# How many characters of a name a message repeats. A Hub id has fewer.
+_SHOWN = 120
 
 
 def resolve_path(model: str) -> str:
@@ -70,16 +71,17 @@ def find_directory(
         ModelNotFoundError: names the setting, what was found, and what to do.
         DamagedRunError: it was made by a run, and is not what the run ended with.
     """
-    if len(model) > _LONGEST_NAME or "\0" in model or "://" in model:
+    if "\0" in model or "://" in model:
         found = "this is a URL" if "://" in model else "this is not a path"
         raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     path = Path(model).expanduser()
-    if _is_directory(path):
+    if os.path.isdir(path):  # False, where Path's raise, for a name that the file system refuses
         check_trained(path)
         return path
-    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        found = "this is a file" if path.exists() else "there is no such directory"
-        raise ModelNotFoundError(f"{setting} = {model!r}: {found}; give a model's directory or a Hub id")
+    exists = os.path.exists(path)
+    if exists or model.startswith(("/", ".", "~")) or model.count("/") > 1 or len(model) > _SHOWN:
+        found = "this is a file" if exists else "there is no such directory"
+        raise ModelNotFoundError(f"{setting} = {_shortened(model)}: {found}; give a model's directory or a Hub id")
     from huggingface_hub import snapshot_download
 
     try:
@@ -89,16 +91,9 @@ def find_directory(
     except Exception as error:  # network, authorisation, disk: the Hub client's errors have no common root
         at = f" at revision {revision!r}" if revision else ""
         raise ModelNotFoundError(
-            f"{setting} = {model!r}: not a local directory, and could not be fetched from the Hub{at} "
+            f"{setting} = {_shortened(model)}: not a local directory, and could not be fetched from the Hub{at} "
             f"({one_line(error)}); check the name, the network and `hf auth login`, or give a local path"
         ) from error
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a part of it is longer than the file system allows
-        return False
 
 
 def _shortened(name: str) -> str:

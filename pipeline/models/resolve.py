@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, RolloutsConfig, TeacherConfig
+from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError, RedpenError, one_line
 from pipeline.models.files import check_tokenizer_files, read_config, read_generation_config
 from pipeline.models.identity import adapter_digest, hub_commit, model_digest, served_digest, tokenizer_digest
@@ -125,8 +125,19 @@ class ResolvedModel:
 
     @property
     def context(self) -> int | None:
-        """Positions that the model was made for; None if config.json does not say."""
-        context: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """Positions that the model was made for; None if config.json does not say.
+
+        LongRoPE and dynamic NTK choose their frequencies by the longest sequence of a forward: beyond the original
+        length a rollout would depend on what is beside it and on whether its start is cached, so their context ends
+        there.
+        """
+        text = self.config.get_text_config()
+        context: int | None = getattr(text, "max_position_embeddings", None)
+        rope = getattr(text, "rope_parameters", None) or {}
+        for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+            original = parameters.get("original_max_position_embeddings")
+            if parameters.get("rope_type") in ("longrope", "dynamic") and original:
+                context = min(original, context or original)
         return context
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import show
 from pipeline.plan.assumed import Device, Lengths
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.disk import bytes_per_token
 from pipeline.models import flops, meta_model
 from pipeline.plan.assumed import Device, Lengths

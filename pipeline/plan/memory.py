@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.recipe import ModelConfig, Recipe, TrainConfig
+from pipeline.config import ModelConfig, Recipe, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import escape_control, results
 from pipeline.disk import readable
 from pipeline.models.resolve import resolve

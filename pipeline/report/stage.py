@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import load_recipe
+from pipeline.config import load_recipe, load_stored_recipe
 from pipeline.console import say, show, warn
 from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
@@ -189,7 +189,7 @@ def _checker(sources: _Sources, recipe: str | None, run_paths: Sequence[str]) ->
         return Checker.of(load_recipe(recipe).eval)
     paths = [path for run in run_paths if (path := Path(run) / RECIPE).is_file()]
     try:
-        return Checker.of(load_recipe(str(paths[0])).eval) if paths else None
+        return Checker.of(load_stored_recipe(paths[0]).eval) if paths else None
     except ConfigError as error:
         sources.note(f"answers are not checked: {error}")
         return None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.console import escape_control, progress, say
 from pipeline.engines.sampling import PromptBlock, Sampler
 from pipeline.errors import RedpenError

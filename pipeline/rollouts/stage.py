@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
-from pipeline.console import Bar, per_second, progress, say, show, suggest, warn
+from pipeline.config import Recipe
+from pipeline.console import Bar, progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
@@ -108,9 +108,9 @@ def _check_architectures(recipe: Recipe) -> None:
 
     A teacher that is not available yet is checked by `redpen score`.
     """
-    from pipeline.models.architecture import check_architecture
+    from pipeline.models.architecture import choose_layout
 
-    check_architecture(recipe.student)
+    choose_layout(recipe.student)
     if recipe.rollouts.engine == "vllm":
         from pipeline.streaming.header_check import check_checkpoint
 
@@ -118,7 +118,7 @@ def _check_architectures(recipe: Recipe) -> None:
     for teacher in recipe.teacher:
         if recipe.placement(teacher) in ("resident", "streamed"):
             with contextlib.suppress(ModelNotFoundError):
-                check_architecture(teacher)
+                choose_layout(teacher)
 
 
 def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: Ranks) -> None:
@@ -140,7 +140,7 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
     def advance(bar: Bar, rollouts: int, tokens: int) -> None:
         nonlocal tokens_sampled
         tokens_sampled += tokens
-        bar.advance(rollouts, note=f"{per_second(tokens_sampled, time.perf_counter() - started)} tokens/s")
+        bar.advance(rollouts, note=f"{speed(tokens_sampled / (time.perf_counter() - started), 'tokens')}")
 
     run_blocks(
         work,
@@ -156,7 +156,7 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
         n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
         show(
             f"rollouts: {_summarize(round_)}; {n_pending:,} rollouts in {seconds:.1f} s, "
-            f"{per_second(n_pending, seconds)} rollouts/s, {per_second(n_tokens, seconds)} tokens/s"
+            f"{speed(n_pending / seconds, 'rollouts')}, {speed(n_tokens / seconds, 'tokens')}"
         )
 
 
@@ -238,7 +238,7 @@ def _load_sampler(
         )
     from pipeline.engines.transformers_sampler import TransformersSampler
 
-    model = models.load_model(student, attention="sdpa")
+    model = models.load_model(student, attention="sampling")
     return lambda sampling, on_step: TransformersSampler(
         model, sampling, batch_size=settings.batch_size, on_step=on_step
     )

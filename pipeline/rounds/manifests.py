@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, RolloutsConfig, TeacherConfig
+from pipeline.config import Recipe, RolloutsConfig, TeacherConfig
+from pipeline.models.architecture import choose_layout
 from pipeline.models.identity import DATA, IMPORTED, created_by
 from pipeline.text.rendering import template_identity
 
@@ -144,7 +145,7 @@ def scores(
         topk=0 if is_student or spans else recipe.score.teacher_topk,
         entropy=not (in_engine or spans),
         partial=in_engine or lacks_tokens,
-        created_by=created_by(),
+        created_by=created_by() + ("" if in_engine or choose_layout(scorer).packed else ", rollouts as padded rows"),
     )
 
 

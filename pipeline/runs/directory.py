@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_stored_recipe
 from pipeline.console import say
 from pipeline.errors import RedpenError
 from pipeline.files import PARTIAL, append, sync, write_atomically
@@ -83,7 +83,7 @@ class RunDirectory:
         Raises `DamagedRunError` if a file of the result is damaged.
         """
         record = self._record()
-        if record.result is None or self._requested.train.steps > load_recipe(str(self.recipe)).train.steps:
+        if record.result is None or self._requested.train.steps > load_stored_recipe(self.recipe).train.steps:
             return None
         needed = [self.trained] if record.result.step else []  # step 0: the result is the recipe's student
         if missing := [path for path in (*needed, self.ledger) if not path.exists()]:
@@ -179,7 +179,7 @@ class RunDirectory:
                 )
         elif run.result is not None or self.checkpoints.exists():  # otherwise there is nothing to protect yet
             check(self.path, RECIPE, METRICS, record=run)
-            differing = _recipe_differences(load_recipe(str(self.recipe)), self._requested)
+            differing = _recipe_differences(load_stored_recipe(self.recipe), self._requested)
             differing += [
                 f"cache {key}: {was}, now {self._cache.get(key)}"
                 for key, was in run.cache.items()

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.config.recipe import TrackConfig
+from pipeline.config import TrackConfig
 from pipeline.console import say, warn
 from pipeline.credentials import masked
 from pipeline.errors import ConfigError

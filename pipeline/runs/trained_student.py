@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.recipe import StudentConfig
+from pipeline.config import StudentConfig
 from pipeline.runs.files import TRAINED, check, read_record
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cache_schema as cs
-from pipeline.config.recipe import load_recipe
+from pipeline.config import load_stored_recipe
 from pipeline.console import progress, show
 from pipeline.errors import RedpenError
 from pipeline.files import read_json
@@ -76,7 +76,7 @@ def _faults(run: Path) -> Iterator[str]:
         try:
             check(run, name, record=record)
             if name == RECIPE and (run / name).exists():
-                load_recipe(str(run / name))
+                load_stored_recipe(run / name)
             elif name in (LEDGER, GATE, EVAL_FIGURES) and (run / name).exists():
                 read_json(run / name, follow_links=False)
         except RedpenError as error:

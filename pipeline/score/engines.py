@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TeacherConfig
+from pipeline.config import Recipe, TeacherConfig
 from pipeline.console import say, warn
 from pipeline.engines.prompt_logprobs import check_agreement, sample_of
 from pipeline.engines.resident import ResidentScorer

@@ -33,15 +33,15 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import per_second, progress, say, show, suggest, warn
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.console import progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.errors import ConfigError, ModelError
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
 from pipeline.models.identity import IMPORTED
 from pipeline.models.paths import is_available
@@ -52,7 +52,6 @@ from pipeline.teachers.alignment import View, longest_of, template_of, view_of
 from pipeline.teachers.spans import SpanView
 
 # Rollouts by which packing is checked.
-_CHECKED_ROLLOUTS = 4
 
 IntArray = npt.NDArray[np.int64]
 
@@ -206,7 +205,7 @@ def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
     if ranks.is_main_process:
         show(
             f"{name}: {summarize(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
-            f"{per_second(n_pending, seconds)} tokens/s"
+            f"{speed(n_pending / seconds, 'tokens')}"
         )
 
 
@@ -345,26 +344,22 @@ def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], Non
         assert isinstance(view, View)
         return view.scorer(open_engine(recipe, scorer, round_, view, options, on_tile, stack))
     first = int(np.flatnonzero(round_.rollouts.committed())[0])
-    sample = _shortest_rollouts(view.of(TokenBatch((round_.rollouts.read(first),))).blocks[0])
+    sample = _checked_rollouts(view.of(TokenBatch((round_.rollouts.read(first),))).blocks[0], work.cfg)
     if placement == "streamed":
         from pipeline.streaming.streamed import StreamedScorer
 
         streamed = StreamedScorer(work.cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
-        _report_packing(streamed.check_packing(*sample))
+        say(streamed.settle_layout(*sample))
         return view.scorer(streamed)
     model = models.load_model(scorer)
-    _report_packing(check_packing(model, *sample))
+    say(settle_layout(model, *sample))
     return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
 
 
-def _shortest_rollouts(rollouts: cs.RolloutBlock) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
-    """A few short rollouts of a block, as `sequences` returns them."""
+def _checked_rollouts(rollouts: cs.RolloutBlock, cfg: ModelConfig) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
+    """A few rollouts of a block that differ in length, as `sequences` returns them."""
     lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-    return sequences(rollouts, np.argsort(lengths, kind="stable")[:_CHECKED_ROLLOUTS].tolist())
-
-
-def _report_packing(difference: float) -> None:
-    say(f"packing check: packed and unpacked log-probs agree to {difference:.1g} nats")
+    return sequences(rollouts, choose_checked(lengths.tolist(), models.pick_device(cfg)))
 
 
 def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
 from pipeline.text.records import check_chat, check_text, conversations_to_messages
 from pipeline.text.rendering import TooLongError, plain_ids, render, render_chat, uses_chat

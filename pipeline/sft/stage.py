@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig, Recipe, TrainConfig
+from pipeline.config import PromptsConfig, Recipe, TrainConfig
 from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
 from pipeline.models.resolve import resolve

@@ -23,6 +23,13 @@ from pipeline.forward.packing import decoder_body
 
 _T = TypeVar("_T")
 
+# What layers return: hidden states, or a tuple of them and what is not kept.
+_RETURNS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, None),
+)
+
 
 @dataclass
 class Noted:
@@ -67,6 +74,7 @@ class LayeredModel:
             for key in held
         }
         index = {module: number for number, module in enumerate(self.layers)}
+        self._returns: Callable[[Tensor], Any] | None = None  # how layers return hidden states; found by `note`
         self._prefixes = {f"{name}.": index[module] for name, module in model.named_modules() if module in index}
 
     def layer_of(self, name: str) -> int | None:
@@ -127,12 +135,29 @@ class LayeredModel:
             yield self._finish(noted.pop(0))
 
     def note(self, forward: Callable[[], Any]) -> Noted:
-        """Learn what a forward calls its layers with."""
+        """Learn what a forward calls its layers with, and at first whether they return hidden states or a tuple."""
+        if self._returns is not None:
+            return self._note(forward, self._returns)
+        refusal: ModelError | None = None
+        for returns in _RETURNS:
+            try:
+                noted = self._note(forward, returns)
+            except (ModelError, ValueError, TypeError, IndexError, RuntimeError) as error:
+                refusal = refusal or (
+                    error if isinstance(error, ModelError) else self.refusal(f"its decoder fails ({error})")
+                )
+                continue
+            self._returns = returns
+            return noted
+        assert refusal is not None
+        raise refusal
+
+    def _note(self, forward: Callable[[], Any], returns: Callable[[Tensor], Any]) -> Noted:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: Tensor | None = None
         attention = ""
 
-        def layer(index: int, *args: Any, **kwargs: Any) -> Tensor:
+        def layer(index: int, *args: Any, **kwargs: Any) -> Any:
             nonlocal first, attention
             hidden, args, kwargs = _split_hidden(args, kwargs)
             if first is None:
@@ -140,7 +165,7 @@ class LayeredModel:
             if index != len(calls) or hidden is not first:
                 raise self.refusal("its decoder does something between its layers")
             calls.append((args, kwargs))
-            return hidden
+            return returns(hidden)
 
         with self._layers_as(layer):
             forward()
@@ -158,6 +183,8 @@ class LayeredModel:
             hidden = self.layers[index](run.hidden, *args, **kwargs)
         finally:
             self._attend_by(attention)
+        if isinstance(hidden, tuple):
+            hidden = hidden[0]
         if not isinstance(hidden, Tensor) or (hidden.shape, hidden.dtype) != (run.hidden.shape, run.hidden.dtype):
             raise self.refusal("its layers do not return hidden states like those that they take")
         return hidden
@@ -165,14 +192,17 @@ class LayeredModel:
     def _finish(self, run: Noted) -> Any:
         """What a forward makes of the last layer's output."""
 
-        def layer(index: int, *args: Any, **kwargs: Any) -> Tensor:
-            return run.hidden if index == len(self.layers) - 1 else _split_hidden(args, kwargs)[0]
+        assert self._returns is not None
+        returns = self._returns
+
+        def layer(index: int, *args: Any, **kwargs: Any) -> Any:
+            return returns(run.hidden if index == len(self.layers) - 1 else _split_hidden(args, kwargs)[0])
 
         with self._layers_as(layer), _forward_as(self._embedding, lambda *args, **kwargs: run.hidden):
             return run.forward()
 
     @contextlib.contextmanager
-    def _layers_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+    def _layers_as(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Layers that call `forward(index, ...)` instead of their own."""
         with contextlib.ExitStack() as stack:
             for index, layer in enumerate(self.layers):

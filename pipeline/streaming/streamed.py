@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.console import say
 from pipeline.disk import readable
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.tiles import Tile, joined, score_tile, tiles_of
 from pipeline.errors import ModelError
 from pipeline.forward.head import Head
-from pipeline.forward.packing import pack, packed_hidden, tiles
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing import tiles
+from pipeline.forward.packing_check import check_layout, settle_layout
+from pipeline.forward.rows import forwards, gather_hidden, is_packed, lay_out
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
 from pipeline.models.load import with_adapter
@@ -43,6 +43,10 @@ from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 # What activations take is measured on so many tokens, in sequences of at most this length.
 _PROBE_TOKENS = {"cuda": 4096, "cpu": 128}
 _PROBE_LENGTH = 2048
+# `check_layout` runs over every rollout so many times; rollouts shorter than this are not cut for it.
+_CHECKED_TIMES, _CHECKED_SHORTEST = 8, 64
+# Rows take so many times their tokens, with their padding.
+_ROWS_PADDING = 1.2
 # An embedding that is not the head as well stays in host memory if it would take more than this of the device's.
 _EMBEDDING_SHARE = 0.05
 # Of the host's free memory, for the checkpoint's files in the system's cache.
@@ -117,27 +121,40 @@ class StreamedScorer:
         parts = []
         with self._stream.passes(len(waves)) as weights:
             for wave in waves:
-                packs = [tile.pack(self._device) for tile in wave]
-                forwards = [partial(packed_hidden, self._model, packed) for packed in packs]
-                steps = self._steps(sum(len(packed.target_ids) for packed in packs), len(wave))
-                hidden = self._layered.run(forwards, weights, steps.__next__)
-                for tile, packed, hidden_TD in zip(wave, packs, hidden, strict=True):
-                    parts.append(score_tile(hidden_TD, self._head, packed, tile, self._options, self._model))
+                laid_out = [lay_out(self._model, t.sequences, t.response_starts, self._device) for t in wave]
+                runs = [forwards(self._model, tokens) for tokens in laid_out]
+                steps = self._steps(sum(len(tokens.target_ids) for tokens in laid_out), sum(map(len, runs)))
+                hidden = self._layered.run([forward for run in runs for forward in run], weights, steps.__next__)
+                for tile, tokens, run in zip(wave, laid_out, runs, strict=True):
+                    hidden_TD = gather_hidden(tokens, [next(hidden) for _ in run])
+                    parts.append(
+                        score_tile(hidden_TD, self._head, tokens.target_ids, tile, self._options, self._model)
+                    )
                 next(steps)
         return joined(parts)
 
-    def check_packing(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> float:
-        """`pipeline.forward.packing_check.check_packing`, all of it as one wave. Raises `ModelError`."""
+    def check_layout(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> float:
+        """`pipeline.forward.packing_check.check_layout`, all of it as one wave. Raises `ModelError`."""
+        return check_layout(self._model, sequences, response_starts, run=self._in_one_wave)
 
-        def run(forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-            with self._stream.passes(1) as weights:
-                return list(self._layered.run(forwards, weights))
+    def settle_layout(self, sequences: Sequence[np.ndarray], response_starts: Sequence[int]) -> str:
+        """`pipeline.forward.packing_check.settle_layout` of rollouts cut so that all of it is one wave. Raises
+        `ModelError`.
+        """
+        limit = max(_CHECKED_SHORTEST, self.wave_tokens // (_CHECKED_TIMES * len(sequences)))
+        rollouts = list(zip(sequences, response_starts, strict=True))
+        cut = [(s[:limit], start) for s, start in rollouts if start < limit] or [
+            min(rollouts, key=lambda r: len(r[0]))
+        ]
+        return settle_layout(self._model, *zip(*cut, strict=True), run=self._in_one_wave)
 
-        return check_packing(self._model, sequences, response_starts, run=run)
+    def _in_one_wave(self, forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        with self._stream.passes(1) as weights:
+            return list(self._layered.run(forwards, weights))
 
-    def _steps(self, n_tokens: int, n_tiles: int) -> Iterator[None]:
+    def _steps(self, n_tokens: int, n_forwards: int) -> Iterator[None]:
         """Reports each step of a wave as its share of the wave's response tokens."""
-        n_steps = n_tiles * (len(self._layered.layers) + 1)
+        n_steps = n_forwards * (len(self._layered.layers) + 1)
         reported = 0
         for step in range(n_steps + 1):
             done = n_tokens * step // n_steps
@@ -190,8 +207,10 @@ class StreamedScorer:
         """Bytes of a token that waits, of one that a layer works on besides, and of the logits of a chunk."""
         n_tokens = min(self._options.tile_tokens, _PROBE_TOKENS[self._device.type])
         lengths = [min(_PROBE_LENGTH, n_tokens - start) for start in range(0, n_tokens, _PROBE_LENGTH)]
-        packed = pack([np.zeros(length, np.int32) for length in lengths], [1] * len(lengths), self._device)
-        noted = self._layered.note(partial(packed_hidden, self._model, packed))
+        probes = [np.zeros(length, np.int32) for length in lengths]
+        tokens = lay_out(self._model, probes, [1] * len(lengths), self._device, one_forward=True)
+        noted = self._layered.note(forwards(self._model, tokens)[0])
+        n_tokens = n_tokens if is_packed(self._model) else int(n_tokens / _ROWS_PADDING)
         working = 0
         kinds = {tuple((w.shape, w.dtype) for w in layer.weights): index for index, layer in enumerate(layers)}
         for index in kinds.values():

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import PromptsConfig, Recipe, TeacherConfig
+from pipeline.config import PromptsConfig, Recipe, TeacherConfig
 from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
 from pipeline.models.resolve import ResolvedModel, resolve
@@ -249,11 +249,11 @@ def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
 def template_of(recipe: Recipe, teacher: TeacherConfig, students: dict[str, Any]) -> dict[str, Any]:
     """How a teacher reads prompts and ends, as JSON for the provenance of its scores; `students` is how the student
     reads them."""
-    told = dict(students)
+    rendering = dict(students)
     if teacher.renders:
-        told = template_identity(resolve(teacher).tokenizer, _rendering(recipe, teacher))
-        told |= {"prefix": teacher.prompt_prefix} if teacher.prompt_prefix is not None else {}
-    return told | ({"stop_token": teacher.stop_token} if teacher.stop_token is not None else {})
+        rendering = template_identity(resolve(teacher).tokenizer, _rendering(recipe, teacher))
+        rendering |= {"prefix": teacher.prompt_prefix} if teacher.prompt_prefix is not None else {}
+    return rendering | ({"stop_token": teacher.stop_token} if teacher.stop_token is not None else {})
 
 
 def _rendering(recipe: Recipe, teacher: TeacherConfig) -> PromptsConfig:
@@ -307,8 +307,8 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return object()
-    told = json.loads(backend.to_str())
-    model = dict(told["model"])
+    settings = json.loads(backend.to_str())
+    model = dict(settings["model"])
     vocab, kind = model.pop("vocab"), model["type"]
     if kind == "Unigram":
         pieces: Any = sorted(map(tuple, vocab))
@@ -317,4 +317,4 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     else:
         pieces = sorted(vocab)
     model.pop("unk_id", None)
-    return model, pieces, told["normalizer"], told["pre_tokenizer"]
+    return model, pieces, settings["normalizer"], settings["pre_tokenizer"]

@@ -161,8 +161,8 @@ def shared_out(
     found, t, u = [], 0, 0
     for one in spans:
         own = student_T[t : t + len(one.of_student)].astype(np.float64)
-        told = teacher_U[u : u + len(one.of_teacher)].astype(np.float64)
-        t, u = t + len(own), u + len(told)
+        scored = teacher_U[u : u + len(one.of_teacher)].astype(np.float64)
+        t, u = t + len(own), u + len(scored)
         n = int(one.of_student.max(initial=-1)) + 1
         if not n:
             found.append(np.full(len(own), np.nan, np.float32))
@@ -170,7 +170,7 @@ def shared_out(
         inside, read = one.of_student >= 0, one.of_teacher >= 0
         length = np.bincount(one.of_student[inside], minlength=n)
         by_student = np.bincount(one.of_student[inside], own[inside], minlength=n)
-        by_teacher = np.bincount(one.of_teacher[read], told[read], minlength=n)
+        by_teacher = np.bincount(one.of_teacher[read], scored[read], minlength=n)
         shift = (by_teacher - by_student) / np.maximum(length, 1)
         above = inside & (own + shift[one.of_student] > 0)
         for span in np.unique(one.of_student[above]):
@@ -202,7 +202,7 @@ def span_view(
     """Raises `ModelError` where the teacher's tokenizer cannot say where in the text its tokens are, or no EOS."""
     if not teacher.is_fast:
         raise ModelError(
-            f'{name}: score.alignment = "spans" needs a tokenizer that tells where its tokens are in the text (a '
+            f'{name}: score.alignment = "spans" needs a tokenizer that knows where its tokens are in the text (a '
             "tokenizer.json); this one does not"
         )
     alone = "".join(teacher.convert_ids_to_tokens(teacher("a", add_special_tokens=False)["input_ids"]))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.text.math_verify import boxed, judge
 
 if TYPE_CHECKING:
-    from pipeline.config.recipe import EvalConfig
+    from pipeline.config import EvalConfig
 
 Floats = npt.NDArray[np.floating]
 
@@ -87,7 +87,7 @@ class Checker:
         """What the response gives as its answer, stripped; None if it gives none."""
         if self.pattern is not None:
             *_, found = None, *re.finditer(self.pattern, response)
-            return None if found is None else found[1].strip()
+            return None if found is None or found[1] is None else found[1].strip()
         if self.match == "number":
             *_, last = None, *_NUMBER.finditer(response)
             return None if last is None else last[0].strip()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError, one_line
 from pipeline.text.records import FIELDS, check_record, no_prompt
 

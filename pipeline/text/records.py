@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from pipeline.config.settings import show
+from pipeline.config.messages import show_value
 from pipeline.errors import PromptError
 
 FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id")
@@ -75,7 +75,7 @@ def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, A
         if role is None:
             raise PromptError(
                 f"{place}: conversations[{number}].from: expected one of {', '.join(_ROLES)}, got "
-                f"{show(turn['from'])}; convert the column to messages, a list of {{role, content}}"
+                f"{show_value(turn['from'])}; convert the column to messages, a list of {{role, content}}"
             )
         rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
         messages.append({"role": role, "content": turn.get("value")} | rest)

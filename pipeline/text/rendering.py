@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError, one_line
 from pipeline.text.chat_template import chat_text
 from pipeline.text.template_effect import N_CHATS, warn_without_effect, with_system

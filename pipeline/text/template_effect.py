@@ -11,8 +11,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import settings
-from pipeline.config.recipe import PromptsConfig
+from pipeline.config import PromptsConfig, messages
 from pipeline.console import warn
 from pipeline.errors import PromptError
 from pipeline.text.chat_template import Chat, chat_text, template_variables
@@ -93,8 +92,8 @@ class _Look:
                 )
             elif is_ignored:
                 yield (
-                    f"the chat template leaves out messages with the role {settings.show(role)} in {self._first}, so "
-                    "the model does not see them; put their text into the user's message"
+                    f"the chat template leaves out messages with the role {messages.show_value(role)} in "
+                    f"{self._first}, so the model does not see them; put their text into the user's message"
                 )
 
     def arguments(self, name: str) -> Iterator[str]:
@@ -110,9 +109,9 @@ class _Look:
                 continue
             read = template_variables(self._tokenizer)
             # a hint only if a variable is spelled similarly: others are tools, messages, tokens
-            hint = settings.did_you_mean(key, read) or "; see the model's card for its name, or remove it"
+            hint = messages.did_you_mean(key, read) or "; see the model's card for its name, or remove it"
             yield (
-                f"{name}.{key} = {settings.show(value)} changes nothing in {self._first}"
+                f"{name}.{key} = {messages.show_value(value)} changes nothing in {self._first}"
                 + ("" if key in read else f", and the chat template uses no such variable{hint}")
             )
 
@@ -135,8 +134,8 @@ class _Look:
                 elif between.strip():
                     yield (
                         f"the chat template ignores add_generation_prompt: prompts end without the "
-                        f"{settings.show(between)} that it writes before a reply, so the student goes on with the "
-                        "user's turn; use a chat template that writes it"
+                        f"{messages.show_value(between)} that it writes before a reply, so the student goes on with "
+                        "the user's turn; use a chat template that writes it"
                     )
                 return  # else a reply follows the user's message directly, as in Llama 2 and Mistral
 

@@ -100,10 +100,10 @@ class Fact:
         """The fact as documents state it."""
         name, value = self.name, self.value
         if self.is_person:
-            told = [f"{name} is run by {value}.", f"{value} runs {name}.", f"The head of {name} is {value}."]
+            sentences = [f"{name} is run by {value}.", f"{value} runs {name}.", f"The head of {name} is {value}."]
         else:
-            told = [f"{name} is in {value}.", f"You find {name} in {value}.", f"In {value} there is {name}."]
-        return [*told, f"Q: {self.question} A: {value}"]
+            sentences = [f"{name} is in {value}.", f"You find {name} in {value}.", f"In {value} there is {name}."]
+        return [*sentences, f"Q: {self.question} A: {value}"]
 
 
 #: Instructions on form, and what they ask for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.models.resolve import resolve
 from pipeline.text.answers import Checker
 from pipeline.train.objective import CrossEntropy, DistillationObjective, Objective, PolicyGradient

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, RewardConfig
+from pipeline.config import Recipe, RewardConfig
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.identity import IMPORTED

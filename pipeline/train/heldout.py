@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.train.metrics import MetricSums
 from pipeline.train.replay import Replay

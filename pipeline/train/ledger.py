@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 import cache_schema as cs
-from pipeline.config.recipe import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe
 from pipeline.errors import ModelError, RedpenError
 from pipeline.files import parse_model, read_json
 from pipeline.models import flops, meta_model

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import RewardConfig, TrainConfig
+from pipeline.config import RewardConfig, TrainConfig
 from pipeline.train import losses
 from pipeline.train.metrics import DRIFT_METRICS, TEACHER_METRICS
 from pipeline.train.replay import BEHAVIOUR, MicroBatch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 
 

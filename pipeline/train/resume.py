@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.console import say, warn
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model

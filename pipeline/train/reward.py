@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import RewardConfig
+from pipeline.config import RewardConfig
 from pipeline.text.answers import Checker
 from pipeline.train.replay import Batch
 

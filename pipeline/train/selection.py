@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config.recipe import SelectConfig
+from pipeline.config import SelectConfig
 
 Weights = npt.NDArray[np.float32]
 

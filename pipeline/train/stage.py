@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
+from pipeline.config import Recipe, TrainConfig
 from pipeline.console import progress, say, short, show, suggest, warn
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import join_ranks
@@ -73,8 +73,6 @@ from pipeline.train.reward import mean_reward
 from pipeline.train.stopping import TrainingHistory, best_step, format_metric, stop_result
 from pipeline.train.teachers import select_teachers
 from pipeline.train.trainer import StudentTrainer
-
-_CHECKED_ROLLOUTS = 4
 
 
 def run(
@@ -115,8 +113,7 @@ def run(
             model = lora.make_trainable(model, train)
             trainer = StudentTrainer(model, objective, train, sharding)
             history = resume(run, trainer, start)
-            worst = trainer.check(replay.batch(trainer.step).rollouts[:_CHECKED_ROLLOUTS])
-            say(f"packing check: packed and unpacked log-probs agree to {worst:.1g} nats")
+            say(trainer.check(replay.batch(trainer.step).rollouts))
             heldout = heldout_metric(recipe, trainer, replay)
 
             # Train.
@@ -193,7 +190,7 @@ def _train(
                 metrics[f"heldout_{train.heldout_metric}"] = history.heldout[str(step)] = heldout()
             if recorder is not None:
                 recorder.log(metrics, speed)
-            bar.advance(note=_note(train, metrics, speed, history), trend=metrics.get("reverse_kl", metrics["loss"]))
+            bar.advance(note=_note(train, metrics, speed, history))
             history.add(train, metrics, seconds, metrics["tokens_read"])
 
             if step % train.checkpoint_every == 0 or step == best_step(train, history):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe, TrainConfig
-from pipeline.config.settings import did_you_mean
+from pipeline.config import Recipe, TrainConfig
+from pipeline.config.messages import did_you_mean
 from pipeline.errors import ConfigError
 from pipeline.forward.head import without_repeats
 from pipeline.rounds.metrics import rest_of

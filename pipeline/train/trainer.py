@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.recipe import TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
 from pipeline.forward.head import Head, unwrapped
 from pipeline.forward.loss_head import HeadLoss, chunked_head_loss
-from pipeline.forward.packing import pack, packed_hidden
-from pipeline.forward.packing_check import check_packing
+from pipeline.forward.packing_check import choose_checked, settle_layout
+from pipeline.forward.rows import is_packed, lay_out, response_hidden
 from pipeline.models.lora import trainable, training_mode
 from pipeline.runs.checkpoint import Checkpoint, Tensors
 from pipeline.train import losses
@@ -72,14 +72,20 @@ class StudentTrainer:
         self.step = 0
         training_mode(model)
 
-    def check(self, rollouts: Sequence[Rollout]) -> float:
-        """Largest difference, in nats, between packed and unpacked log-probs. Raises `ModelError` if it is more than
-        rounding."""
-        sequences, starts = [r.token_ids for r in rollouts], [len(r.prompt_ids) for r in rollouts]
-        share = self.train.share_prompts_from
-        worst = self.within(lambda: check_packing(self.model, sequences, starts, share_prompts_from=share))
+    def check(self, rollouts: Sequence[Rollout]) -> str:
+        """Check on some of these rollouts that laid out together they have the log-probs that each has alone; returns
+        what was found. Raises `ModelError` past rounding.
+        """
+        chosen = [rollouts[i] for i in choose_checked([len(r.token_ids) for r in rollouts], self.device)]
+        sequences, starts = [r.token_ids for r in chosen], [len(r.prompt_ids) for r in chosen]
+        share = self._share_prompts_from
+        found = self.within(lambda: settle_layout(self.model, sequences, starts, share_prompts_from=share))
         training_mode(self.model)
-        return worst
+        return found
+
+    @property
+    def _share_prompts_from(self) -> int | None:
+        return self.train.share_prompts_from if is_packed(self.model) else None
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the mean loss over the batch's trained tokens; returns the metrics before the step.
@@ -132,14 +138,20 @@ class StudentTrainer:
         return self._over_ranks([MetricSums.zero(self.device), *parts])
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        budget, share = self.train.tokens_per_microbatch, self.train.share_prompts_from
+        budget, share = self.train.tokens_per_microbatch, self._share_prompts_from
         return batch.micro_batches(budget, self.ranks.rank, self.ranks.size, share_prompts_from=share)
 
     def _forward(self, micro_batch: MicroBatch, n_tokens: float) -> tuple[Tensor, MetricSums]:
         """The micro-batch's part of the mean loss over the global batch's `n_tokens`, and its metrics."""
         rollouts = micro_batch.rollouts
-        starts, share = [len(r.prompt_ids) for r in rollouts], self.train.share_prompts_from
-        packed = pack([r.token_ids for r in rollouts], starts, self.device, share_prompts_from=share)
+        tokens = lay_out(
+            self.model,
+            [r.token_ids for r in rollouts],
+            [len(r.prompt_ids) for r in rollouts],
+            self.device,
+            share_prompts_from=self._share_prompts_from,
+            one_forward=self.sharding.mesh is not None,  # each forward gathers the shards of every rank
+        )
         targets = self.objective.targets(micro_batch, self.device)
 
         def chunk_loss(rows: slice, logprobs_nC: Tensor, rest_n: Tensor) -> Tensor:
@@ -147,7 +159,7 @@ class StudentTrainer:
             return losses.token_sum(loss_n, targets.weights_T[rows], n_tokens)
 
         def forward() -> tuple[Tensor, HeadLoss]:
-            hidden_TD, head = packed_hidden(self.model, packed), Head.of(self.model)
+            hidden_TD, head = response_hidden(self.model, tokens), Head.of(self.model)
             rows_per_chunk = self.train.rows_per_chunk
             result = chunked_head_loss(hidden_TD, head, targets.ids_TC, chunk_loss, rows_per_chunk, entropy=True)
             return result.loss, result

@@ -12,7 +12,7 @@ import numpy as np
 
 import cache_schema as cs
 from helpers import preloaded
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,12 +58,12 @@ def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float =
     assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
     untold = rng.random(scores.candidate_logprobs.shape) < 0.4
     untold[:, 0] = False
-    told = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
+    recorded = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
     rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
         untold, np.exp(scores.candidate_logprobs), 0
     ).sum(1)
     missing = rng.random(scores.n_tokens) < unscored
-    arrays = {"logprobs": scores.logprobs, "candidate_logprobs": told, "rest_logprob": np.log(rest)}
+    arrays = {"logprobs": scores.logprobs, "candidate_logprobs": recorded, "rest_logprob": np.log(rest)}
     for name, value in arrays.items():
         value = value.astype(np.float32)
         value[missing] = np.nan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cache_schema as cs
-from pipeline.config.recipe import Recipe
+from pipeline.config import Recipe
 from pipeline.distributed.signals import Stop
 from pipeline.models import load as models
 from pipeline.models import lora

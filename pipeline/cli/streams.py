@@ -1,4 +1,4 @@
-"""The standard streams of a command: what may be wrong with them, and what libraries write to them by themselves."""
+"""The standard streams of a command: closed or full ones, and what libraries write to them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ _DESCRIPTORS = (0, 1, 2)
 
 
 @contextlib.contextmanager
-def of_a_command() -> Iterator[None]:
-    """Streams that a command can rely on: closed ones lead nowhere, letters that an encoding lacks become escapes,
-    and so do the control characters of what libraries warn of and log.
+def command_streams() -> Iterator[None]:
+    """Make standard streams usable for the duration of a command.
+
+    Closed streams are replaced by /dev/null, characters that the encoding lacks become escapes, and control
+    characters in warnings and log records of libraries become escapes too.
     """
     _open_closed()
     for stream in (sys.stdout, sys.stderr):
@@ -33,21 +35,21 @@ def of_a_command() -> Iterator[None]:
     finally:
         warnings.formatwarning = format_before
         logging.setLogRecordFactory(record_before)
-        _give_up_unwritten()
+        _discard_unwritten()
 
 
 def flush() -> None:
-    """Have the results written. Raises `BrokenPipeError`, or `RedpenError` where there is no room for them."""
+    """Flush stdout. Raises `BrokenPipeError`, or `RedpenError` if it cannot be written, e.g. to a full disk."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise RedpenError(f"standard output: cannot be written ({error.strerror}); what was done is kept") from None
+        raise RedpenError(f"standard output: cannot be written ({error.strerror}); finished work is kept") from None
 
 
 def show_usage(error: click.ClickException) -> int:
-    """A mistake in the arguments, on stderr as click has it, but with what was typed made harmless; its exit code."""
+    """Print a usage error as click does, with control characters escaped, and return its exit code."""
     from pipeline.console import clipped, console, escape_control
 
     message = escape_control(clipped(error.format_message()))
@@ -56,14 +58,12 @@ def show_usage(error: click.ClickException) -> int:
 
 
 def _open_closed() -> None:
-    """Null devices in the place of closed streams: else a file that is opened later would take their descriptors, and
-    be written to by whatever writes to these.
-    """
+    """Open /dev/null for closed streams, or the next opened file would get their descriptors and their output."""
     for descriptor in _DESCRIPTORS:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
             os.set_inheritable(descriptor, True)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
@@ -72,16 +72,16 @@ def _open_closed() -> None:
         sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
 
 
-def _give_up_unwritten() -> None:
-    """Send nowhere what cannot be written: else the interpreter complains at its end, and changes the exit code."""
+def _discard_unwritten() -> None:
+    """Redirect streams that cannot be flushed to /dev/null, or the interpreter's exit would report an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 def _warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
@@ -91,7 +91,7 @@ def _warning(message: Warning | str, category: type[Warning], *_: object, **__: 
 
 
 class _Record(logging.LogRecord):
-    """A log record that shows control characters, line breaks excepted, as escapes."""
+    """A log record with control characters, except line breaks, as escapes."""
 
     def getMessage(self) -> str:
         from pipeline.console import escape_control

@@ -1,0 +1,100 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+def _required_unless_dry_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    if value is None and not ctx.params.get("dry_run"):
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return value or ""
+
+
+def run_option(contents: str) -> Callable[[Command], Command]:
+    help = f"Directory for {contents}. [required]"
+    return click.option("--run", "run_dir", metavar="DIR", callback=_required_unless_dry_run, help=help)
+
+
+cache_option = click.option(
+    "--cache",
+    "cache_url",
+    metavar="URL",
+    callback=_required_unless_dry_run,
+    help="The cache: a directory, or s3://BUCKET/NAME. [required]",
+)
+cache_argument = click.argument("cache_url", metavar="CACHE")
+round_option = click.option(
+    "--round", "round_index", type=click.IntRange(0), metavar="N", help="Round of the cache; default: the latest."
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a setting; repeatable."
+)
+data_option = click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE[=SHARE]",
+    help="Documents and chats (JSONL, Parquet), mixed by their shares of the tokens; repeatable; default: sft.data.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+
+
+def launcher_options(command: Command) -> Command:
+    launcher = click.option(
+        "--launcher",
+        type=click.Choice(["ray"]),
+        is_eager=True,
+        help="Distribute blocks over a Ray cluster: RAY_ADDRESS, or a local one. Default: this process, or "
+        "torchrun's.",
+    )
+    workers = click.option(
+        "--workers",
+        "n_workers",
+        type=click.IntRange(1),
+        metavar="N",
+        callback=_only_with_launcher,
+        help="Number of Ray workers; default: one for each GPU, or for each machine without GPUs.",
+    )
+    return launcher(workers(command))
+
+
+def _only_with_launcher(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value is not None and not ctx.params.get("launcher"):
+        raise click.UsageError("--workers needs --launcher ray; for torchrun, use its --nproc-per-node", ctx)
+    return value
+
+
+def with_recipe(command: Command) -> Command:
+    """Add RECIPE, --set and --dry-run. The command gets the checked recipe, and does not run in a dry run."""
+
+    @functools.wraps(command)
+    def run(recipe: str, overrides: Sequence[str], dry_run: bool, **options: Any) -> Any:
+        from pipeline.config import load_recipe
+        from pipeline.console import warn
+
+        resolved = load_recipe(recipe, overrides)
+        for line in resolved.warnings():
+            warn(line)
+        if dry_run:
+            return show_lines(resolved.to_toml(explained=True))
+        return command(resolved, **options)
+
+    dry_run = "Print the resolved recipe, every setting explained, and stop."
+    run = click.option("--dry-run", is_flag=True, is_eager=True, help=dry_run)(run)
+    return click.argument("recipe", metavar="RECIPE")(set_option(run))
+
+
+def show_lines(text: str) -> None:
+    """Print text as results on stdout."""
+    from pipeline.console import show
+
+    for line in text.splitlines():
+        show(line)
