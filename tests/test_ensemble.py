@@ -14,7 +14,7 @@ import cache_schema as cs
 import pipeline.score.stage
 from helpers.caches import SMALL, small_recipe
 from pipeline.cli import main
-from pipeline.diagnose import reading, stage
+from pipeline.diagnose import read, stage
 
 #: A second teacher: the student itself, which drops carries where the first does not.
 SECOND = ("teacher.name=second", "teacher.model=toy:student")
@@ -64,10 +64,10 @@ def test_the_shipped_recipe_adds_its_second_teacher_to_a_cache_of_the_toy(
 
 
 def test_diagnose_says_where_teachers_differ(both: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seen = reading.look(cs.open(both).round(), ["teacher", "second"])
+    seen = read.read_round(cs.open(both).round(), ["teacher", "second"])
     assert seen is not None
     (pair,) = stage.diagnosis(seen)["between"]
-    one, other = (seen.pairs[name].reading for name in ("teacher", "second"))
+    one, other = (seen.pairs[name].tokens for name in ("teacher", "second"))
     sure = [r.prefers_logprob >= np.log(0.5) for r in (one, other)]
     expected = (sure[0] & sure[1] & (one.prefers != other.prefers)).mean()
     assert pair["teachers"] == ["teacher", "second"] and pair["tokens"] == len(one.token)
@@ -75,7 +75,7 @@ def test_diagnose_says_where_teachers_differ(both: Path, capsys: pytest.CaptureF
     assert all(item["token"].strip("'").isdigit() and len({*item["wants"].values()}) == 2 for item in pair["at"])
     assert main(["diagnose", str(both)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "second and teacher are sure of different tokens at" in said and "train.route" in said
+    assert "second and teacher prefer different tokens at" in said and "train.route" in said
 
 
 def test_teachers_that_agree_are_told_so(toy_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,4 +83,4 @@ def test_teachers_that_agree_are_told_so(toy_cache: Path, tmp_path: Path, capsys
     shutil.copytree(toy_cache, path)
     assert pipeline.score.stage.run(small_recipe("teacher.name=again"), str(path), "again") == 0
     assert main(["diagnose", str(path)]) == 0
-    assert "nowhere sure of different tokens" in " ".join(capsys.readouterr().out.split())
+    assert "prefer different tokens nowhere" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""The key figures of a pair: what a healthy one is described by, and what the checks compare with their bounds."""
+"""The key figures of a pair, which the checks compare with their bounds."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.diagnose.reading import Bool, Float64, Pair, Reading
+from pipeline.diagnose.read import Bool, Float64, PairScores, TokenColumns
 
 #: Log-probs below which a token is next to impossible (1 in 22,000), and impossible (1 in 500 million); and how many
 #: nats likelier it must then be for the student, which samples rare tokens too.
 UNLIKELY, IMPOSSIBLE, LIKELIER = -10.0, -20.0, 3.0
-#: The early part of a response, whose share of the reverse KL is told.
+#: The early part of a response; its share of the reverse KL is reported.
 EARLY = 0.3
 #: First tokens of a response: what a model says next after the prompt alone.
 FIRST_TOKENS = 3
-#: Reverse KL (nats) of a token at which student and teacher want clearly different things.
+#: Reverse KL (nats) of a token at which student and teacher clearly prefer different things.
 WIDE = 1.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the counted tokens, nats; None where the scores do not tell.
+    """Means over the scored tokens, nats; None if the scores do not determine them.
 
     Attributes:
-        told_share: of the student's own tokens, those that are counted: the teacher may leave some out, for instance
-            those that lie in no span that both tokenizers share.
+        scored_share: share of the student's own tokens that are scored: the teacher may lack some, for instance
+            those in no span that both tokenizers share.
         reverse_kl: and of the FIRST_TOKENS of a response (the stop token aside), of its first, second and last third.
-        wide: share of tokens whose reverse KL is above WIDE.
+        wide: share of tokens with a reverse KL above WIDE.
         early_share: share of all the reverse KL that lies in the first EARLY of the responses' positions.
         half_in: the smallest share of the tokens that holds half of the reverse KL.
         shared: probability that the teacher gives to the student's candidates together, its mean and its median over
             positions; student_shared: the student's own mean.
         overlap: share of the student's likeliest candidates that are among as many of the teacher's.
-        agreement: share of positions at which both find the same candidate the likeliest.
-        stop_logprob: median log-prob that the teacher gives to the stop tokens that the student wrote.
+        agreement: share of positions at which both give the same candidate the highest log-prob.
+        stop_logprob: median log-prob of the student's stop tokens under the teacher.
         unlikely, impossible: share of tokens below UNLIKELY and IMPOSSIBLE for the teacher, and not for the student.
     """
 
     tokens: int
-    told_share: float
+    scored_share: float
     reverse_kl: float
     reverse_kl_first_tokens: float
     reverse_kl_thirds: tuple[float | None, float | None, float | None]
@@ -61,51 +61,51 @@ class Figures:
     impossible: float
 
     @classmethod
-    def of(cls, pair: Pair) -> Figures:
-        reading = pair.reading
-        kl, place = reading.reverse_kl, reading.position / reading.length
+    def of(cls, pair: PairScores) -> Figures:
+        tokens = pair.tokens
+        kl, place = tokens.reverse_kl, tokens.position / tokens.length
         total = float(kl.sum())
         ordered = np.sort(kl)[::-1]
         half = int(np.searchsorted(np.cumsum(ordered), total / 2)) + 1
         thirds = [mean(kl[(place >= low / 3) & (place < (low + 1) / 3)]) for low in range(3)]
-        stops = reading.logprob[reading.stop]
+        stops = tokens.logprob[tokens.stop]
         return cls(
             tokens=len(kl),
-            told_share=pair.told_share,
+            scored_share=pair.scored_share,
             reverse_kl=float(kl.mean()),
-            reverse_kl_first_tokens=mean(kl[(reading.position < FIRST_TOKENS) & ~reading.stop]) or 0.0,
+            reverse_kl_first_tokens=mean(kl[(tokens.position < FIRST_TOKENS) & ~tokens.stop]) or 0.0,
             reverse_kl_thirds=(thirds[0], thirds[1], thirds[2]),
             wide=float((kl > WIDE).mean()),
             early_share=float(kl[place < EARLY].sum()) / total if total > 0 else None,
             half_in=half / len(kl) if total > 0 else None,
-            shared=mean(reading.share),
-            shared_median=None if np.isnan(reading.share).all() else float(np.nanmedian(reading.share)),
-            student_shared=float(reading.student_share.mean()),
-            overlap=mean(reading.overlap),
-            agreement=mean(reading.agrees),
-            logprob=float(reading.logprob.mean()),
-            student_logprob=float(reading.student_logprob.mean()),
-            entropy=mean(reading.entropy),
-            student_entropy=float(reading.student_entropy.mean()),
+            shared=mean(tokens.share),
+            shared_median=None if np.isnan(tokens.share).all() else float(np.nanmedian(tokens.share)),
+            student_shared=float(tokens.student_share.mean()),
+            overlap=mean(tokens.overlap),
+            agreement=mean(tokens.agrees),
+            logprob=float(tokens.logprob.mean()),
+            student_logprob=float(tokens.student_logprob.mean()),
+            entropy=mean(tokens.entropy),
+            student_entropy=float(tokens.student_entropy.mean()),
             stop_logprob=float(np.median(stops)) if len(stops) else None,
-            unlikely=float(below(reading, UNLIKELY).mean()),
-            impossible=float(below(reading, IMPOSSIBLE).mean()),
+            unlikely=float(below(tokens, UNLIKELY).mean()),
+            impossible=float(below(tokens, IMPOSSIBLE).mean()),
         )
 
 
-def below(reading: Reading, bound: float) -> Bool:
-    """[T]: tokens that the teacher finds so unlikely, and the student does not."""
-    return np.asarray((reading.logprob < bound) & (reading.logprob < reading.student_logprob - LIKELIER))
+def below(tokens: TokenColumns, bound: float) -> Bool:
+    """[T]: tokens with a log-prob below `bound` under the teacher, and not under the student."""
+    return np.asarray((tokens.logprob < bound) & (tokens.logprob < tokens.student_logprob - LIKELIER))
 
 
 def mean(values: Float64) -> float | None:
-    """Of the values that are told; None where none is."""
-    told = values[~np.isnan(values)]
-    return float(told.mean()) if len(told) else None
+    """Mean of the values that are not NaN; None if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def percent(share: float | None) -> str:
-    """A share for people, never rounded to nothing or to all."""
+    """A share as text, never rounded to 0 % or 100 %."""
     if share is None or math.isnan(share):
         return "-"
     if 0 < share < 1e-4:
@@ -116,6 +116,6 @@ def percent(share: float | None) -> str:
 
 
 def probability(logprob: float) -> str:
-    """A log-prob as people read it: the nats, and the chance."""
+    """A log-prob as text: nats, and the chance."""
     chance = f"1 in {math.exp(-logprob):,.0f}" if -30 < logprob < -2 else percent(math.exp(logprob))
     return f"{logprob:.1f} nats ({chance})" if logprob > -30 else f"{logprob:.1f} nats"

@@ -1,4 +1,4 @@
-"""What the rollouts themselves say, whoever teaches: cut, empty, repeated, or not the student's own samples."""
+"""The checks of the rollouts, whatever the teacher: cut, empty, repeated, or not the student's own samples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 
 import cache_schema as cs
-from pipeline.diagnose import Finding, Severity
+from pipeline.diagnose.checks import FEW_TOKENS, CheckResult, Severity
 from pipeline.diagnose.figures import percent
-from pipeline.diagnose.reading import LOOP_TURNS, Look
+from pipeline.diagnose.read import LOOP_TURNS, RoundSample
 from pipeline.rounds.metrics import SamplerGap
 
 #: Share of responses cut at the length limit that is worth knowing, and that does harm.
 SOME_CUT, MANY_CUT = 0.05, 0.25
-#: Share of responses that go round in circles, or that are nothing but a stop token.
+#: Share of responses that end in a loop, or that are only a stop token.
 LOOPS, EMPTY = 0.02, 0.1
 #: Pairs of equal responses beyond those that the student's own probabilities explain.
 REPEATS = 0.1
@@ -26,73 +26,74 @@ COLD = 0.6
 NOT_OWN_SIGMA, NOT_OWN_SHARE = 6.0, 0.15
 
 
-def findings(look: Look) -> list[Finding]:
+def check_rollouts(sample: RoundSample) -> list[CheckResult]:
     """All that is wrong with the rollouts of a round."""
-    found = [_cut(look), _loops(look), _empty(look), _repeats(look), _tempered(look), _nucleus(look)]
-    return [finding for finding in (*found, _sampler(look), _not_own(look)) if finding is not None]
+    by_settings, by_responses = (_tempered, _nucleus), (_cut, _loops, _empty, _repeats, _sampler, _not_own)
+    enough = sample.responses.length.sum() >= FEW_TOKENS
+    results = [check(sample) for check in (*by_settings, *(by_responses if enough else ()))]
+    return [result for result in results if result is not None]
 
 
-def distinct_share(look: Look) -> float:
-    """Different responses among all, those of different prompts being different."""
-    pairs = set(zip(look.responses.prompt.tolist(), look.responses.response.tolist(), strict=True))
-    return len(pairs) / len(look.responses.prompt)
+def distinct_share(sample: RoundSample) -> float:
+    """Share of different responses; those of different prompts count as different."""
+    pairs = set(zip(sample.responses.prompt.tolist(), sample.responses.response.tolist(), strict=True))
+    return len(pairs) / len(sample.responses.prompt)
 
 
-def _cut(look: Look) -> Finding | None:
-    responses, limit = look.responses, look.round.manifest.max_response_tokens
+def _cut(sample: RoundSample) -> CheckResult | None:
+    responses, limit = sample.responses, sample.round.manifest.max_response_tokens
     cut = float((responses.finish == cs.FINISH_LENGTH).mean())
     if cut < SOME_CUT:
         return None
-    return Finding(
+    return CheckResult(
         "truncated",
         "harms" if cut >= MANY_CUT else "note",
-        "Responses are cut before they end: what the student would have said after that, and how it ends, is never "
-        "corrected.",
+        "Responses are cut before they end: the rest of them, and how they end, is never corrected.",
         (
             f"{percent(cut)} of {len(responses.finish):,} responses were cut at rollouts.max_response_tokens = "
             f"{limit}; mean length {responses.length.mean():.0f} tokens",
         ),
-        "raise rollouts.max_response_tokens (redpen plan tells what it takes); to keep these rollouts but leave such "
+        "raise rollouts.max_response_tokens (see `redpen plan` for the cost); to keep these rollouts but leave such "
         "responses out, select.truncated = false",
         cut,
     )
 
 
-def _loops(look: Look) -> Finding | None:
-    loops = float(look.responses.loops.mean())
+def _loops(sample: RoundSample) -> CheckResult | None:
+    loops = float(sample.responses.loops.mean())
     if loops < LOOPS:
         return None
-    return Finding(
+    return CheckResult(
         "loops",
         "harms",
-        "The student goes round in circles: responses end in the same few tokens over and over.",
-        (f"{percent(loops)} of the responses were cut while they repeated themselves {LOOP_TURNS} times or more",),
+        "Responses end in a loop of the same few tokens.",
+        (f"{percent(loops)} of the responses were cut in a loop of {LOOP_TURNS} repeats or more",),
         "select.truncated = false leaves them out; check prompts.template and rollouts.stop_token_ids, since a "
-        "student that cannot find its end often reads a template that it was not taught",
+        "student that does not stop often gets a template that it was not trained with",
         loops,
     )
 
 
-def _empty(look: Look) -> Finding | None:
-    responses = look.responses
+def _empty(sample: RoundSample) -> CheckResult | None:
+    responses = sample.responses
     empty = float(((responses.length == 1) & (responses.finish == cs.FINISH_STOP)).mean())
     if empty < EMPTY:
         return None
-    return Finding(
+    return CheckResult(
         "empty",
         "harms",
-        "The student often says nothing: its response is a stop token alone.",
+        "Responses are often empty: the stop token alone.",
         (f"{percent(empty)} of the responses are empty",),
-        "check prompts.template and prompts.template_args: a prompt that ends in the wrong place is answered so",
+        "check prompts.template and prompts.template_args: the prompt may end in the wrong place",
         empty,
     )
 
 
-def _repeats(look: Look) -> Finding | None:
+def _repeats(sample: RoundSample) -> CheckResult | None:
     """Equal responses to a prompt, against what chance gives: another sample equals response y with probability
     p(y), so of a prompt's R responses sum_i (R - 1) p(y_i) ordered pairs are expected to be equal.
     """
-    manifest, responses = look.round.manifest, look.responses
+    manifest, responses = sample.round.manifest, sample.responses
     _, per_prompt = np.unique(responses.prompt, return_inverse=True)
     others = np.bincount(per_prompt)[per_prompt] - 1
     if manifest.temperature > 0 and (not others.any() or manifest.top_p < 1):  # p(y) of a nucleus is not known
@@ -112,59 +113,58 @@ def _repeats(look: Look) -> Finding | None:
         )
     if manifest.temperature == 0:
         evidence.insert(0, "rollouts.temperature = 0: every response is the student's likeliest")
-    return Finding(
+    return CheckResult(
         "deterministic",
         "harms",
-        "The rollouts are not samples: the same response comes again, and only where the student is surest it is "
-        "corrected.",
+        "The rollouts are not samples: responses repeat, so only the student's likeliest tokens are corrected.",
         tuple(evidence),
         "sample again with rollouts.temperature = 1"
-        + ("" if manifest.temperature == 0 else " and a rollouts.seed of one's own for each rollout"),
+        + ("" if manifest.temperature == 0 else " and a different seed for each rollout"),
         1.0 if manifest.temperature == 0 else equal - expected,
     )
 
 
-def _tempered(look: Look) -> Finding | None:
-    temperature = look.round.manifest.temperature
+def _tempered(sample: RoundSample) -> CheckResult | None:
+    temperature = sample.round.manifest.temperature
     if temperature in (0, 1):
         return None
     severity: Severity = "harms" if temperature < COLD else "note"
-    return Finding(
+    return CheckResult(
         "temperature",
         severity,
         "The rollouts are not sampled from the student itself but from a "
         + ("sharper" if temperature < 1 else "flatter")
         + " version of it.",
         (f"rollouts.temperature = {temperature:g}",),
-        "1 is advised: tempered rollouts miss part of what the student would say"
+        "1 is recommended: tempered rollouts miss part of the student's distribution"
         + ('; with train.loss = "importance_sampling" the on-policy reverse KL may rise' if temperature < 1 else ""),
         0.0,
     )
 
 
-def _nucleus(look: Look) -> Finding | None:
-    top_p = look.round.manifest.top_p
+def _nucleus(sample: RoundSample) -> CheckResult | None:
+    top_p = sample.round.manifest.top_p
     if top_p == 1:
         return None
-    return Finding(
+    return CheckResult(
         "top-p",
         "note",
-        "What the student says outside the nucleus is never sampled, so never corrected.",
+        "Tokens outside the nucleus are never sampled, so never corrected.",
         (f"rollouts.top_p = {top_p:g}",),
-        "rollouts.top_p = 1 is advised, and needed for importance sampling",
+        "rollouts.top_p = 1 is recommended, and needed for importance sampling",
         1 - top_p,
     )
 
 
-def _sampler(look: Look) -> Finding | None:
-    manifest = look.round.manifest
-    gap = SamplerGap.of(look.log_ratio)
+def _sampler(sample: RoundSample) -> CheckResult | None:
+    manifest = sample.round.manifest
+    gap = SamplerGap.of(sample.log_ratio)
     if gap is None or not gap.is_wide or manifest.temperature == 0 or manifest.top_p < 1:
         return None
-    return Finding(
+    return CheckResult(
         "sampler",
         "harms",
-        "What sampled is not what learns: sampler and training forward give the sampled tokens other probabilities.",
+        "Sampler and training forward give the sampled tokens different probabilities.",
         (f"ratio trainer / sampler: {gap}; it should be 1, up to the rounding of half precision",),
         "compare dtype, quantisation, adapter and attention of both (rollouts.engine, student.dtype, "
         'student.quantisation); train.loss = "reverse_kl" suffers less than importance sampling',
@@ -172,9 +172,9 @@ def _sampler(look: Look) -> Finding | None:
     )
 
 
-def _not_own(look: Look) -> Finding | None:
+def _not_own(sample: RoundSample) -> CheckResult | None:
     """Sampled from the student, log-prob + entropy is 0 on average: a martingale with a known variance."""
-    manifest, responses = look.round.manifest, look.responses
+    manifest, responses = sample.round.manifest, sample.responses
     if manifest.temperature != 1 or manifest.top_p < 1:
         return None
     surprise, spread = float(responses.surprise.sum()), float(responses.spread.sum())
@@ -182,7 +182,7 @@ def _not_own(look: Look) -> Finding | None:
     if abs(surprise) <= max(NOT_OWN_SIGMA * spread**0.5, NOT_OWN_SHARE * entropy):
         return None
     likelier = surprise > 0
-    return Finding(
+    return CheckResult(
         "not-own",
         "harms",
         "The rollouts are not samples of this student: they are "
@@ -191,9 +191,9 @@ def _not_own(look: Look) -> Finding | None:
             f"log-prob + entropy is {surprise / entropy:+.0%} of the entropy, where the student's own samples give "
             f"0: {abs(surprise) / max(spread, 1e-12) ** 0.5:.0f} standard deviations off",
         ),
-        "were they sampled at a lower temperature than recorded?"
+        "were they sampled at a lower temperature than the cache records?"
         if likelier
-        else "were they written by another model, or by this one before it was trained? Sample a new round: redpen "
-        "rollouts RECIPE",
+        else "were they written by another model, or by this one before it was trained? Sample a new round: run "
+        "`redpen rollouts RECIPE`",
         min(1.0, abs(surprise) / max(entropy, 1e-12)),
     )

@@ -1,6 +1,6 @@
-"""What the tokenizers on this machine tell: the text of tokens, and other prompt templates.
+"""Names of tokens, and other prompt templates, by the tokenizers on this machine.
 
-Nothing is downloaded: where a tokenizer is not here, ids stand for text and these questions stay open.
+Nothing is downloaded: without a tokenizer, tokens are ids and templates are not compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.config import PromptsConfig
-from pipeline.diagnose.reading import Pair
+from pipeline.diagnose.read import PairScores
 from pipeline.errors import PromptError
 from pipeline.text.detokenize import labels, load_decoder, local_tokenizer
 from pipeline.text.rendering import render
@@ -22,8 +22,8 @@ from pipeline.text.rendering import render
 RENDERED_PROMPTS = 8
 
 
-class Words:
-    """Loads tokenizers when a finding asks for them."""
+class TokenNames:
+    """Text of tokens for people; tokenizers are loaded when they are needed."""
 
     def __init__(self, round_: cs.Round):
         self._round = round_
@@ -34,11 +34,11 @@ class Words:
         return text if text == f"<{token}>" else f"'{text}'"
 
     def is_special(self, token: int) -> bool:
-        """Whether the student's tokenizer calls it a special or an added token."""
+        """Whether it is a special or an added token of the student's tokenizer."""
         tokenizer = self._student
         return tokenizer is not None and token in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
-    def own_stop(self, pair: Pair) -> int | None:
+    def own_stop(self, pair: PairScores) -> int | None:
         """The student's id of the token that ends a text for the teacher's tokenizer."""
         tokenizer = _tokenizer_of(pair)
         if tokenizer is None or tokenizer.eos_token is None or self._student is None:
@@ -46,11 +46,11 @@ class Words:
         found = self._student.get_vocab().get(tokenizer.eos_token)
         return None if found is None else int(found)
 
-    def other_renderings(self, pair: Pair) -> list[str]:
-        """What says that teacher and student do not read prompts alike, a line each."""
+    def other_renderings(self, pair: PairScores) -> list[str]:
+        """Differences between the prompts of teacher and student, a line each."""
         sampled, scored = pair.sampled.template, pair.scored.template
         if sampled != scored:
-            return [f"the student wrote to {_template(sampled)}, {pair.teacher} read {_template(scored)}"]
+            return [f"the student sampled with {_template(sampled)}, {pair.teacher} scored with {_template(scored)}"]
         tokenizer = _tokenizer_of(pair)
         student = self._student
         if tokenizer is None or student is None:
@@ -77,7 +77,7 @@ class Words:
                 ids = []
             ours = student.convert_ids_to_tokens(block.prompt_ids(prompt).tolist())
             other += tokenizer.convert_ids_to_tokens(ids) != ours
-        return [f"the teacher's own chat template renders {other} of {n} prompts otherwise"] if other else []
+        return [f"the teacher's own chat template renders {other} of {n} prompts differently"] if other else []
 
     @functools.cached_property
     def _student(self) -> Any | None:
@@ -89,7 +89,7 @@ class Words:
         return labels(load_decoder(self._round.manifest))
 
 
-def _tokenizer_of(pair: Pair) -> Any | None:
+def _tokenizer_of(pair: PairScores) -> Any | None:
     return local_tokenizer(pair.scored.tokenizer.name, pair.scored.model.revision)
 
 

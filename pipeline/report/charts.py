@@ -68,10 +68,9 @@ class _Scale:
 
 
 def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str, y_label: str) -> str:
-    """Lines through the points [x, y] of each series, in order of x; an empty text where there is not one point.
+    """Lines through the points [x, y] of each series, in order of x; an empty text without a point.
 
-    A series without points keeps its colour for the others' sake, and is not mentioned. What is not finite is left
-    out.
+    A series without points is left out, but the others keep their colours. Values that are not finite are left out.
     """
     kept = {
         label: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -96,10 +95,10 @@ def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: st
             mark = _MARKS[i % len(_MARKS)]
             body.append(f'<path class="mark s{i % _COLOURS}" transform="{at}" d="{mark}"><title>{tip}</title></path>')
     ticks = "".join(_text(x(tick), top + _PLOT_HEIGHT + 15, _number(tick), "middle") for tick in x.ticks)
-    told = [_told(label, points, x_label) for _, label, points in lines]
+    texts = [_line_summary(label, points, x_label) for _, label, points in lines]
     table = _table(x_label, [label for _, label, _ in lines], _rows([points for _, _, points in lines]))
     parts = [_grid(y), ticks, *body, _legend(named, _line_sample)]
-    return _figure(title, y_label, x_label, top, told, parts, table)
+    return _figure(title, y_label, x_label, top, texts, parts, table)
 
 
 def bar_chart(
@@ -107,7 +106,7 @@ def bar_chart(
 ) -> str:
     """A group of bars for each of `names`, one for each series; None and what is not finite have no bar.
 
-    An empty text where there is not one bar.
+    An empty text without a bar.
     """
     bars = [
         (i, label, [(n, float(v)) for n, v in enumerate(values) if v is not None and math.isfinite(v)])
@@ -122,8 +121,8 @@ def bar_chart(
     y = _linear(min(0.0, *values), max(0.0, *values), top + _PLOT_HEIGHT, top)
     slot = (_WIDTH - _LEFT - _RIGHT) / len(names)
     width = 0.8 * slot / len(bars)
-    told = [_highest(label, [(names[n], value) for n, value in points], x_label) for _, label, points in bars]
-    key = _key(title, *told)
+    texts = [_bar_summary(label, [(names[n], value) for n, value in points], x_label) for _, label, points in bars]
+    key = _key(title, *texts)
     body = [_hatches(key, [i for i, _, _ in bars])]
     for place, (i, label, points) in enumerate(bars):
         for n, value in points:
@@ -141,13 +140,13 @@ def bar_chart(
     rows = [(name, [found.get(n) for found in by_name]) for n, name in enumerate(names)]
     table = _table(x_label, [label for _, label, _ in bars], rows)
     legend = _legend(named, lambda i, at, row: _bar(key, i, at, row - 9, 18, 9) + "</rect>")
-    return _figure(title, y_label, x_label, top, told, [_grid(y), *body, ticks, legend], table)
+    return _figure(title, y_label, x_label, top, texts, [_grid(y), *body, ticks, legend], table)
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     """At most `limit` of the points: first and last, and of every stretch between the lowest and the highest.
 
-    So neither a spike nor the best value is ever lost, as it is in a mean or in every tenth point.
+    So spikes and the best value are kept, unlike in a mean or in every tenth point.
     """
     if len(points) <= limit:
         return list(points)
@@ -247,10 +246,10 @@ def _hatches(key: str, series: Sequence[int]) -> str:
 
 
 def _figure(
-    title: str, y_label: str, x_label: str, top: float, told: Sequence[str], parts: Sequence[str], table: str
+    title: str, y_label: str, x_label: str, top: float, texts: Sequence[str], parts: Sequence[str], table: str
 ) -> str:
-    key, height = _key(title, *told), top + _PLOT_HEIGHT + 40
-    description = " ".join([f"{y_label} by {x_label}.", *told])
+    key, height = _key(title, *texts), top + _PLOT_HEIGHT + 40
+    description = " ".join([f"{y_label} by {x_label}.", *texts])
     axis = _text((_LEFT + _WIDTH - _RIGHT) / 2, height - 6, x_label, "middle")
     figures = f"<details><summary>{_escaped(title)}: figures</summary>{table}</details>"
     return (
@@ -280,7 +279,7 @@ def _rows(lines: Sequence[Sequence[Point]]) -> list[tuple[str, list[float | None
     return [(_number(x), [next((y for px, y in reversed(p) if px <= x), None) for p in lines]) for x in chosen]
 
 
-def _told(label: str, points: Sequence[Point], x_label: str) -> str:
+def _line_summary(label: str, points: Sequence[Point], x_label: str) -> str:
     lowest, highest = (pick(points, key=lambda point: point[1]) for pick in (min, max))
     return (
         f"{label}: from {_number(points[0][1])} at {x_label} {_number(points[0][0])} to {_number(points[-1][1])} at "
@@ -289,7 +288,7 @@ def _told(label: str, points: Sequence[Point], x_label: str) -> str:
     )
 
 
-def _highest(label: str, bars: Sequence[tuple[str, float]], x_label: str) -> str:
+def _bar_summary(label: str, bars: Sequence[tuple[str, float]], x_label: str) -> str:
     name, value = max(bars, key=lambda bar: bar[1])
     return f"{label}: highest {_number(value)} at {x_label} {name}."
 

@@ -19,7 +19,7 @@ class RolloutSet {
     for (const row of raw.rows) if (row.same_as !== null) this.copies.get(row.same_as).push(row.number);
     const byNumber = new Map(rows.map((row) => [row.number, row]));
     this.byNumber = new Map(raw.rows.map((row) => [row.number, byNumber.get(row.same_as ?? row.number)]));
-    /** The array at a path into the document, as "teachers/0/kl"; null where there is none. */
+    /** The array at a path into the document, as "teachers/0/kl"; null if there is none. */
     this.array = memo((path) => {
       const value = path.split("/").reduce((at, key) => at?.[key], raw);
       if (value === null || value === undefined) return null;

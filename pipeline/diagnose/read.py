@@ -1,6 +1,6 @@
-"""One pass over a scored round: what the checks look at, a value a token or a rollout, without the candidates.
+"""One pass over a scored round: columns with a value per token or per rollout, for the figures and checks.
 
-Shapes: T counted tokens (the student's own, of which this teacher told something), R rollouts, K candidates.
+Shapes: T tokens (the student's own that this teacher has scored), R rollouts, K candidates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.rounds.scored_block import ScoredBlock, scored_blocks
 
 #: Tokens that are read; of a larger round evenly spaced blocks.
 TOKENS = 500_000
-#: A response ends in a loop where its last LOOP_TOKENS or more are LOOP_TURNS or more turns of the same tokens.
+#: A response ends in a loop if its last LOOP_TOKENS or more are LOOP_TURNS or more repeats of the same tokens.
 LOOP_TOKENS, LOOP_TURNS, LOOP_PERIOD = 24, 4, 64
 
 Bool = npt.NDArray[np.bool_]
@@ -27,7 +27,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Columns:
+class _Table:
     """A record of equally long arrays."""
 
     @classmethod
@@ -37,14 +37,14 @@ class _Columns:
 
 
 @dataclass(frozen=True)
-class Responses(_Columns):
-    """The rollouts themselves, as the student wrote and reads them.
+class ResponseColumns(_Table):
+    """The rollouts and their scores by the student.
 
     Attributes:
         response: hash of the token ids: equal responses, equal hashes.
         logprob: of the whole response at the sampling temperature, nats.
         entropy: summed over the response's trained tokens, nats; likewise
-        surprise: of log-prob + entropy at temperature 1, 0 on average where the student itself was sampled from;
+        surprise: of log-prob + entropy at temperature 1, 0 on average if the student itself was sampled from;
         spread: the variance that this then has (the rest outside the candidates as one token).
     """
 
@@ -60,15 +60,15 @@ class Responses(_Columns):
 
 
 @dataclass(frozen=True)
-class Reading(_Columns):
-    """What student and teacher think of each counted token. Natural logarithms.
+class TokenColumns(_Table):
+    """Scores of student and teacher of each token. Natural logarithms.
 
     Attributes:
         position, length: of the token in its response, and of the response.
         stop: whether it is the stop token that ended a response.
         share, student_share: probability that the teacher, and the student, gives to the student's candidates
             together; NaN without candidates.
-        agrees: 1 where both find the same of the candidates the likeliest, else 0; NaN where there is no choice.
+        agrees: 1 if both give the same candidate the highest log-prob, else 0; NaN with fewer than two candidates.
         prefers, prefers_logprob: the teacher's likeliest token as far as known: of the candidates and of its top-k.
         overlap: share of the student's K candidates that are among the teacher's own K likeliest; NaN without them.
     """
@@ -91,74 +91,76 @@ class Reading(_Columns):
 
     @property
     def is_preference(self) -> Bool:
-        """[T]: where `prefers` is the likeliest of all tokens, not just of those that were told."""
+        """[T]: whether `prefers` is the likeliest of all tokens, not just of those with a score."""
         return np.asarray(self.prefers_logprob >= np.log(0.5))
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A teacher's reading of a round, and who read and wrote it.
+class PairScores:
+    """A teacher's scores of a round, and the manifests of both.
 
     Attributes:
-        told_share: of the student's own tokens, those that the teacher told something of.
+        scored_share: of the student's own tokens, those that the teacher has scored.
     """
 
     teacher: str
     sampled: cs.RoundManifest
     scored: cs.ScoresManifest
-    reading: Reading
-    told_share: float
+    tokens: TokenColumns
+    scored_share: float
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was read of a round: the rollouts, and each teacher that told something of them."""
+class RoundSample:
+    """The part of a round that was read: its rollouts, and the scores of each teacher."""
 
     round: cs.Round
     blocks: int
     scored_blocks: int  # those that student and teachers have scored
-    responses: Responses
-    log_ratio: npt.NDArray[np.float32]  # [tokens] trainer against sampler; empty where the sampler's are not known
-    pairs: dict[str, Pair]
+    responses: ResponseColumns
+    log_ratio: npt.NDArray[np.float32]  # [tokens] trainer against sampler; empty if the sampler reported none
+    pairs: dict[str, PairScores]
 
 
-def look(round_: cs.Round, teachers: Sequence[str]) -> Look | None:
-    """Read the round, or TOKENS of it; None where none of the teachers told anything of the student's own tokens.
+def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
+    """Read the round, or TOKENS of it; None if no teacher has scored any of the student's own tokens.
 
     Raises:
         CacheError: a block is damaged.
     """
-    responses: list[Responses] = []
+    responses: list[ResponseColumns] = []
     ratios: list[npt.NDArray[np.float32]] = []
-    readings: dict[str, list[Reading]] = {}
+    columns: dict[str, list[TokenColumns]] = {}
     own: dict[str, int] = {}  # tokens of the student's own in the blocks that a teacher scored
-    for marked in scored_blocks(round_, teachers, at_most_tokens=TOKENS):
-        responses.append(_responses(marked))
-        ratios.append(_log_ratio(marked))
-        for name in marked.teachers:
-            own[name] = own.get(name, 0) + int((marked.rollouts.trained == 1).sum())
-            if marked.mask(name).any():
-                readings.setdefault(name, []).append(_reading(marked, name))
-    if not readings:
+    for block in scored_blocks(round_, teachers, at_most_tokens=TOKENS):
+        responses.append(_responses(block))
+        ratios.append(_log_ratio(block))
+        for name in block.teachers:
+            own[name] = own.get(name, 0) + int((block.rollouts.trained == 1).sum())
+            if block.mask(name).any():
+                columns.setdefault(name, []).append(_columns(block, name))
+    if not columns:
         return None
     pairs = {}
-    for name, parts in readings.items():
+    for name, parts in columns.items():
         scored = round_.scores(name).manifest
         assert isinstance(scored, cs.ScoresManifest)
-        reading = Reading.joined(parts)
-        pairs[name] = Pair(name, round_.manifest, scored, reading, len(reading.token) / own[name])
+        tokens = TokenColumns.joined(parts)
+        pairs[name] = PairScores(name, round_.manifest, scored, tokens, len(tokens.token) / own[name])
     scored = np.any([round_.scores(name).committed() for name in teachers], axis=0)
     n_scored = int((round_.scores(cs.STUDENT).committed() & scored).sum())
-    return Look(round_, len(responses), n_scored, Responses.joined(responses), np.concatenate(ratios), pairs)
+    return RoundSample(
+        round_, len(responses), n_scored, ResponseColumns.joined(responses), np.concatenate(ratios), pairs
+    )
 
 
-def _responses(marked: ScoredBlock) -> Responses:
-    rollouts, student = marked.rollouts, marked.student
+def _responses(block: ScoredBlock) -> ResponseColumns:
+    rollouts, student = block.rollouts, block.student
     assert student.sampling_logprobs is not None and student.entropy is not None
     starts, trained = rollouts.response_start, rollouts.trained == 1
     cut = rollouts.finish_reason == cs.FINISH_LENGTH
     loops = [bool(cut[row]) and ends_in_a_loop(rollouts.response(row)) for row in range(rollouts.n_rows)]
-    return Responses(
+    return ResponseColumns(
         prompt=rollouts.prompt_index[rollouts.row_prompt],
         length=rollouts.response_length.astype(np.int64),
         finish=rollouts.finish_reason.astype(np.int64),
@@ -172,7 +174,7 @@ def _responses(marked: ScoredBlock) -> Responses:
 
 
 def spread(student: cs.ScoreBlock) -> Float64:
-    """[T]: variance of log p(v) over v drawn from the student, with its rest as one token."""
+    """[T]: variance of log p(v) over v sampled from the student, with its rest as one token."""
     assert student.candidate_logprobs is not None and student.candidate_ids is not None
     assert student.rest_logprob is not None and student.entropy is not None
     logprobs = np.concatenate([student.candidate_logprobs, student.rest_logprob[:, None]], axis=1).astype(np.float64)
@@ -183,14 +185,14 @@ def spread(student: cs.ScoreBlock) -> Float64:
     return np.asarray(np.maximum(squares - np.square(student.entropy.astype(np.float64)), 0.0))
 
 
-def _log_ratio(marked: ScoredBlock) -> npt.NDArray[np.float32]:
-    assert marked.student.sampling_logprobs is not None
-    log_ratio: npt.NDArray[np.float32] = marked.student.sampling_logprobs - marked.rollouts.rollout_logprobs
-    return np.asarray(log_ratio[(marked.rollouts.trained == 1) & np.isfinite(log_ratio)])
+def _log_ratio(block: ScoredBlock) -> npt.NDArray[np.float32]:
+    assert block.student.sampling_logprobs is not None
+    log_ratio: npt.NDArray[np.float32] = block.student.sampling_logprobs - block.rollouts.rollout_logprobs
+    return np.asarray(log_ratio[(block.rollouts.trained == 1) & np.isfinite(log_ratio)])
 
 
 def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:
-    """Whether a response goes round in the same few tokens at its end."""
+    """Whether a response ends in repeats of the same few tokens."""
     for period in range(1, LOOP_PERIOD + 1):
         n = max(LOOP_TURNS * period, LOOP_TOKENS)
         if n > len(ids):
@@ -200,20 +202,20 @@ def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:
     return False
 
 
-def _reading(marked: ScoredBlock, name: str) -> Reading:
-    rollouts, student, teacher = marked.rollouts, marked.student, marked.teachers[name]
-    counts, n = marked.mask(name), rollouts.n_tokens
+def _columns(block: ScoredBlock, name: str) -> TokenColumns:
+    rollouts, student, teacher = block.rollouts, block.student, block.teachers[name]
+    counts, n = block.mask(name), rollouts.n_tokens
     assert student.candidate_ids is not None and student.candidate_logprobs is not None
     assert student.rest_logprob is not None and student.entropy is not None
     unknown = np.full(n, np.nan)
     share, agrees, prefers, best = unknown, unknown, student.candidate_ids[:, 0], teacher.logprobs
     if teacher.candidate_logprobs is not None:
         assert teacher.rest_logprob is not None
-        told = np.where(np.isnan(teacher.candidate_logprobs), -np.inf, teacher.candidate_logprobs)
+        known = np.where(np.isnan(teacher.candidate_logprobs), -np.inf, teacher.candidate_logprobs)
         share = 1 - np.exp(teacher.rest_logprob.astype(np.float64))
-        theirs, own = told.argmax(axis=1), student.candidate_logprobs.argmax(axis=1)
-        prefers, best = _at(student.candidate_ids, theirs), _at(told, theirs)
-        if told.shape[1] > 1:
+        theirs, own = known.argmax(axis=1), student.candidate_logprobs.argmax(axis=1)
+        prefers, best = _at(student.candidate_ids, theirs), _at(known, theirs)
+        if known.shape[1] > 1:
             agrees = (prefers == _at(student.candidate_ids, own)).astype(np.float64)
     if teacher.topk_ids is not None:
         assert teacher.topk_logprobs is not None
@@ -221,12 +223,12 @@ def _reading(marked: ScoredBlock, name: str) -> Reading:
         first = likeliest.argmax(axis=1)
         prefers = np.where(_at(likeliest, first) > best, _at(teacher.topk_ids, first), prefers)
         best = np.maximum(best, _at(likeliest, first))
-    values = Reading(
+    values = TokenColumns(
         token=rollouts.token_ids.astype(np.int64),
         position=rollouts.token_positions,
         length=np.repeat(rollouts.response_length, rollouts.response_length).astype(np.int64),
         stop=_ends_by_stop(rollouts),
-        reverse_kl=marked.reverse_kl[name],
+        reverse_kl=block.reverse_kl[name],
         student_logprob=student.logprobs.astype(np.float64),
         student_entropy=student.entropy.astype(np.float64),
         logprob=teacher.logprobs.astype(np.float64),
@@ -238,7 +240,7 @@ def _reading(marked: ScoredBlock, name: str) -> Reading:
         prefers_logprob=best.astype(np.float64),
         overlap=_overlap(student, teacher),
     )
-    return Reading(**{field.name: getattr(values, field.name)[counts] for field in fields(values)})
+    return TokenColumns(**{field.name: getattr(values, field.name)[counts] for field in fields(values)})
 
 
 def _at(values_TK: npt.NDArray[Any], index_T: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,6 +1,6 @@
-"""A diagnosis as text on stdout: the verdict, what is wrong, the key figures, what to expect.
+"""A diagnosis as text on stdout: verdict, results of the checks, key figures, what training would correct.
 
-What came from a model, a tokenizer or a manifest is shown with control characters escaped.
+Control characters from models, tokenizers and manifests are escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 from pipeline.console import escape_control, results
 from pipeline.diagnose.figures import EARLY, FIRST_TOKENS, percent
 
-#: Columns at most, that lines may be read.
+#: Longest line, in columns.
 _WIDTH = 110
 #: Share of the reverse KL from which a token is named.
 _WORTH_NAMING = 0.005
@@ -23,15 +23,15 @@ _SIGNS = {"blocks": ("✗ blocks", "bold red"), "harms": ("! harms", "bold yello
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what `stage.diagnosis` found."""
+    """Print what `stage.diagnosis` returned."""
     out = results()
     _paragraph(out, _headline(found), style="bold")
     _paragraph(out, _looked_at(found))
     for finding in found["findings"]:
         sign, style = _SIGNS[finding["severity"]]
-        whose = f" [{finding['teacher']}]" if finding["teacher"] and len(found["teachers"]) > 1 else ""
+        teacher = f" [{finding['teacher']}]" if finding["teacher"] and len(found["teachers"]) > 1 else ""
         out.print()
-        _paragraph(out, f": {finding['verdict']}{whose} ({finding['key']})", before=(sign, style))
+        _paragraph(out, f": {finding['verdict']}{teacher} ({finding['key']})", before=(sign, style))
         for line in finding["evidence"]:
             _paragraph(out, f"- {line}", indent=4)
         _paragraph(out, f" {finding['remedy']}", indent=4, before=("what to do:", "bold"))
@@ -46,22 +46,25 @@ def show(found: dict[str, Any]) -> None:
     if found["distinct_responses"] < 0.5 and all(finding["severity"] == "note" for finding in found["findings"]):
         _paragraph(
             out,
-            "Most responses repeat another, so sure is the student: fewer rollouts.rollouts_per_prompt and more "
-            "prompts would show the teacher more.",
+            "Most responses repeat another: with fewer rollouts.rollouts_per_prompt and more prompts, the teacher "
+            "would score more different ones.",
         )
 
 
 def _headline(found: dict[str, Any]) -> str:
     worst = {finding["severity"] for finding in found["findings"]}
     several = len(found["teachers"]) > 1
-    pair, is_so = ("These pairs", "they are") if several else ("This pair", "it is")
+    pair = "These pairs" if several else "This pair"
+    few = {finding["teacher"] for finding in found["findings"] if finding["key"] == "few-tokens"}
+    if len(few) == len(found["teachers"]):
+        return f"Too few tokens to say whether {pair.lower()} will work."
     if "blocks" in worst:
         blocked = {finding["teacher"] for finding in found["findings"] if finding["severity"] == "blocks"}
         if len(blocked) < len(found["teachers"]):
             return f"With {_listed(sorted(blocked))} this will not work; see below for the others."
-        return f"{pair} will not work as {is_so}."
+        return f"{pair} will not work."
     if "harms" in worst:
-        return f"{pair} can work, but not well as {is_so}."
+        return f"{pair} can work, but not well."
     return f"{pair} can work." + ("" if worst else " Nothing wrong was found.")
 
 
@@ -86,12 +89,12 @@ def _nats(value: float | None) -> str:
 
 
 _ROWS: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
-    ("tokens looked at", lambda f: f"{f['tokens']:,}"),
+    ("scored tokens", lambda f: f"{f['tokens']:,}"),
     (
-        "  of the student's, that the teacher told of",
-        lambda f: "-" if f["told_share"] == 1 else percent(f["told_share"]),
+        "  share of the student's tokens",
+        lambda f: "-" if f["scored_share"] == 1 else percent(f["scored_share"]),
     ),
-    ("reverse KL, nats a token", lambda f: _nats(f["reverse_kl"])),
+    ("reverse KL, nats per token", lambda f: _nats(f["reverse_kl"])),
     ("  of the first, second, last third", lambda f: " ".join(_nats(third) for third in f["reverse_kl_thirds"])),
     (f"  of the first {FIRST_TOKENS} tokens", lambda f: _nats(f["reverse_kl_first_tokens"])),
     (f"  share of it in the first {EARLY:.0%}", lambda f: percent(f["early_share"])),
@@ -108,7 +111,7 @@ _ROWS: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
 
 
 def _table(found: dict[str, Any]) -> Table:
-    """One column a teacher; rows that no teacher tells anything of are left out."""
+    """One column per teacher; rows without any value are left out."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("key figures")
     for name in found["figures"]:
@@ -123,13 +126,13 @@ def _table(found: dict[str, Any]) -> Table:
 def _disagreement(pair: dict[str, Any]) -> str:
     one, other = pair["teachers"]
     if not pair["differ"]:
-        return f"{one} and {other} are nowhere sure of different tokens: a mixture of them asks for one thing."
+        return f"{one} and {other} prefer different tokens nowhere: a mixture of them has one target."
     at = "; ".join(
         f"{item['token']} ({one} {item['wants'][one]}, {other} {item['wants'][other]})" for item in pair["at"]
     )
     return (
-        f"{one} and {other} are sure of different tokens at {percent(pair['differ'])} of the positions, most "
-        f"often at {at}. There a mixture asks for both; train.route lets each teach its own sources."
+        f"{one} and {other} prefer different tokens at {percent(pair['differ'])} of the positions, most "
+        f"often at {at}. There a mixture has two targets; with train.route each teacher has its own sources."
     )
 
 
@@ -143,7 +146,7 @@ def _expectation(found: dict[str, Any], name: str, corrected: Sequence[dict[str,
     return (
         f"What {name} would correct: half of the reverse KL lies in {percent(figures['half_in'])} of the tokens; "
         + (f"by token, of all of it: {tokens}" if tokens else "no token stands out")
-        + f". `redpen inspect {found['cache']} --rollout N` shows where."
+        + f". `redpen inspect {found['cache']} --rollout N` shows the positions."
     )
 
 
