@@ -136,7 +136,7 @@ def nan_in_one(values: Any) -> Any:
         (lambda a: a[None], "importance_sampling", r"pass one value a token"),
         (lambda a: a.mean(), "importance_sampling", r"got shape \(\)"),
         (nan_in_one, "importance_sampling", r"expected finite numbers, got 1 of \d+ that are not"),
-        (lambda a: a, "reverse_kl", r"expected what teacher\.compute_scores\(rollouts\) gives"),
+        (lambda a: a, "reverse_kl", r"expected the result of teacher\.compute_scores\(rollouts\)"),
         (lambda a: a, "ppo", r"loss_fn: expected \"importance_sampling\" or \"reverse_kl\", got 'ppo'"),
     ],
 )

@@ -152,7 +152,7 @@ def test_vllm_samples_from_the_unquantised_student_and_that_is_said() -> None:
 def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for placement, setting in (("streamed", NF4), ("vllm", "teacher.quantisation=nf4")):
         with pytest.raises(
-            ConfigError, match=rf'quantisation = "nf4" of the .* needs placement "resident", got "{placement}"'
+            ConfigError, match=rf'quantisation = "nf4" of .* needs placement "resident", got "{placement}"'
         ):
             small_recipe(setting, f"score.placement={placement}")
     base = small_model(tmp_path / "base")
