@@ -404,9 +404,13 @@ def test_of_few_tokens_nothing_is_concluded(healthy: RoundSample, capsys: Any) -
     assert keys(found) == ["few-tokens"] and found["corrected"] == {}
     show(found)
     assert capsys.readouterr().out.startswith("Too few tokens to say whether this pair will work.")
-    few = with_responses(
-        healthy, length=np.ones_like(healthy.responses.length), finish=healthy.responses.finish * 0 + 1
-    )
+    responses = {name: value[first] for name, value in vars(healthy.responses).items()}
+    cut = responses | {
+        "length": np.ones(6, np.int64),
+        "finish": np.full(6, cs.FINISH_LENGTH),
+        "loops": np.ones(6, bool),
+    }
+    few = replace(healthy, responses=type(healthy.responses)(**cut), log_ratio=healthy.log_ratio[first] - 1)
     assert check_rollouts(few) == []
 
 

@@ -400,7 +400,7 @@ def test_the_same_rollout_after_training(tmp_path: Path, cache: cs.Cache, capsys
             expected[span] = kl_of[number]
     np.testing.assert_allclose(kl, expected, atol=0.0005001)
     note, beyond, damaged, unknown = document["notes"]
-    assert "beyond its tokens" in beyond and "digest differs" in damaged
+    assert "beyond its tokens" in beyond and "digest" in damaged
     assert "tokenizer student was not on the machine" in unknown
     assert "reread.safetensors is left out" in note and "student digest" in note and str(stale) in note
 

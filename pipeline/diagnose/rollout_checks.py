@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from pipeline.diagnose.figures import percent
 from pipeline.diagnose.read import LOOP_TURNS, RoundSample
 from pipeline.rounds.metrics import SamplerGap
 
+#: Responses below which nothing is concluded from their shares.
+FEW_RESPONSES = 10
 #: Share of responses cut at the length limit that is worth knowing, and that does harm.
 SOME_CUT, MANY_CUT = 0.05, 0.25
 #: Share of responses that end in a loop, or that are only a stop token.
@@ -28,9 +31,12 @@ NOT_OWN_SIGMA, NOT_OWN_SHARE = 6.0, 0.15
 
 def check_rollouts(sample: RoundSample) -> list[CheckResult]:
     """All that is wrong with the rollouts of a round."""
-    by_settings, by_responses = (_tempered, _nucleus), (_cut, _loops, _empty, _repeats, _sampler, _not_own)
-    enough = sample.responses.length.sum() >= FEW_TOKENS
-    results = [check(sample) for check in (*by_settings, *(by_responses if enough else ()))]
+    checks: list[Callable[[RoundSample], CheckResult | None]] = [_tempered, _nucleus]
+    if len(sample.responses.length) >= FEW_RESPONSES:
+        checks += [_cut, _loops, _empty, _repeats]
+    if sample.responses.length.sum() >= FEW_TOKENS:
+        checks += [_sampler, _not_own]
+    results = [check(sample) for check in checks]
     return [result for result in results if result is not None]
 
 

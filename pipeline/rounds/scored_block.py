@@ -113,6 +113,8 @@ def scored_blocks(
     Raises:
         CacheError: a block is damaged.
     """
+    if cs.STUDENT not in round_.scorer_names():
+        return  # scores at the student's candidates cannot be read without its own
     reader = ScoredRound(round_, teachers)
     blocks = reader.scored()
     if at_most_tokens is not None:
