@@ -159,7 +159,7 @@ def test_what_cannot_be_in_nf4_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match=r'student\.quantisation = "nf4": .* is quantised already \(gptq\)'):
-        resolve(ModelConfig(model=str(base), quantisation="nf4"))
+        _ = resolve(ModelConfig(model=str(base), quantisation="nf4")).quantisation
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         ConfigError, match=r'student\.quantisation = "nf4": needs bitsandbytes, .*install redpen\[quant\]'
