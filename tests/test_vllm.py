@@ -315,7 +315,7 @@ class TestStart:
         random_student(paths["heads"], hidden=16)
         for name, rank in (("rank", 600), ("bin", 4)):
             paths[name].mkdir()
-            (paths[name] / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+            (paths[name] / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "r": {rank}}}')
         (paths["rank"] / "adapter_model.safetensors").touch()
         wrong = recipe(student, *(text.format(**paths) for text in overrides))
         threads = torch.set_num_threads
