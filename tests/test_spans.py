@@ -197,8 +197,7 @@ def test_it_is_trained_on_and_told(
         assert all(np.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
     capsys.readouterr()
     assert main(["diagnose", str(scored), "--teacher", "other"]) in (0, 1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "share of the student's tokens" in line)
-    assert line.split()[-1] == "-"  # it scored all of them
+    assert "share of the student's tokens" not in capsys.readouterr().out  # it scored all of them
     recipe = tmp_path / "spans.toml"
     recipe.write_text(small_recipe(*spelt(teacher)).to_toml())
     assert evaluate.run("toy:student", recipe=str(recipe), teacher=str(teacher), overrides=("eval.limit=8",)) == 0
