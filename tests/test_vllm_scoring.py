@@ -103,13 +103,14 @@ import contextlib, sys
 import numpy as np
 import cache_schema as cs
 from pipeline.config import load_recipe
-from pipeline.score import ScoreOptions, TokenBatch, vllm
-vllm._LOGITS_PER_STEP = 1  # as few prompt tokens in a step as vLLM takes, so that prompts come in pieces
+from pipeline.engines import vllm_scorer
+from pipeline.engines.scoring import ScoreOptions, TokenBatch
+vllm_scorer._LOGITS_PER_STEP = 1  # as few prompt tokens in a step as vLLM takes, so that prompts come in pieces
 recipe, directory = load_recipe("toy", ["vllm.enforce_eager=true", f"teacher.model={sys.argv[1]}"]), sys.argv[2]
 arrays = dict(np.load(f"{directory}/rollouts.npz"))
 candidate_ids = arrays.pop("candidate_ids")
 batch = TokenBatch((cs.RolloutBlock(**arrays),), candidate_ids)
-scorer = vllm.VllmScorer(recipe.teacher[0], recipe.vllm, ScoreOptions(topk=5), max_length=900)
+scorer = vllm_scorer.VllmScorer(recipe.teacher[0], recipe.vllm, ScoreOptions(topk=5), max_length=900)
 with contextlib.closing(scorer):
     first, again = scorer.compute_logprobs(batch), scorer.compute_logprobs(batch)
 for name, value in vars(first).items():
