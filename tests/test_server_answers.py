@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 import cache_schema as cs
-from pipeline.config import ScoreConfig, TeacherConfig
+from pipeline.config import ScoreConfig, TeacherConfig, load_recipe
 from pipeline.engines import served as server
 from pipeline.engines import server_answers
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 
 TEACHER = TeacherConfig(model="toy:teacher", placement="server", url="http://host/v1", served_name="teach")
 MODELS = {"data": [{"id": "teach", "max_model_len": 64}]}
@@ -223,3 +223,11 @@ def test_a_drip_ends_with_the_time_for_a_request(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("when", ["nan", "inf", "-5", "x", "1e400"])
 def test_a_server_that_says_when_to_come_back(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (server_answers.retry_after(httpx2.Response(429, headers={"retry-after": when})) or 0) <= 60
+
+
+def test_a_key_that_no_header_can_hold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDPEN_API_KEY", "S3cr3t\xe9")
+    recipe = load_recipe("toy", ["score.placement=server", "teacher.url=http://127.0.0.1:9/v1"])
+    with pytest.raises(ConfigError, match="REDPEN_API_KEY") as caught:
+        ServerScorer(recipe.teacher[0], recipe.score, ScoreOptions(), max_length=8)
+    assert "S3cr3t" not in str(caught.value) and "\n" not in str(caught.value)

@@ -76,9 +76,11 @@ def run(
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; create it, or choose another file")
     check_output(path)
-    if not os.access(
-        path if path.exists() and not path.is_file() else os.path.dirname(os.path.realpath(path)), os.W_OK
-    ):
+    try:
+        where = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
+    except FileNotFoundError:  # the working directory itself is gone
+        raise ConfigError(f"-o {output}: the working directory no longer exists; change to another") from None
+    if not os.access(where, os.W_OK):
         raise ConfigError(f"-o {output}: cannot be written; choose another file")
     document = assemble(targets, round_index=round_index, recipe=recipe, rollouts=rollouts)
     if len(document["runs"]) > 1:
