@@ -122,8 +122,8 @@ class ServerScorer:
         self._key = next((key for name in _KEYS if (key := os.environ.get(name, "").strip())), None)
         if self._key is not None and not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(
-                f"{' or '.join(_KEYS)}: expected the server's key in printable ASCII, found other characters; set the "
-                "environment variable again"
+                f"{' or '.join(_KEYS)}: expected the server's key in printable ASCII, found other characters; set "
+                "the environment variable again"
             )
         self._way: _Way | None = None
         self._said = -_QUIET_SECONDS
