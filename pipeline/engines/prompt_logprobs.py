@@ -195,7 +195,7 @@ def partial_scores(
     if (total > 1 + LOGPROB_TOLERANCE).any():
         raise ModelError(f"returned probabilities that add up to {total.max():.4g}; they are of no one distribution")
 
-    table = _Table(ids, returned.logprobs, known)
+    table = _LogprobTable(ids, returned.logprobs, known)
     arrays: dict[str, npt.NDArray[Any]] = {"logprobs": table.at(question.response[:, None])[:, 0]}
     # A token that cannot occur has no log-prob to learn from, and without it nothing else is stored of its position.
     unscored = ~np.isfinite(arrays["logprobs"])
@@ -225,7 +225,7 @@ def partial_scores(
     return cs.ScoreBlock(**arrays)
 
 
-class _Table:
+class _LogprobTable:
     """Log-probs by position and id."""
 
     def __init__(self, ids: Int64, logprobs: Float64, known: npt.NDArray[np.bool_]):

@@ -14,7 +14,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.credentials import mask
-from pipeline.report.page_rows import PROMPT_SHARE, CandidateArrays, PageRows, RolloutRow
+from pipeline.report.page_rows import PROMPT_SHARE, CandidateArrays, ListedRollout, PageRows
 from pipeline.report.read import RIGHT, UNKNOWN, AnswerCheck, RoundScan, choose, choose_numbers, scan_round
 from pipeline.report.runs import Reread, RunRecord
 from pipeline.report.string_table import TEXT_BYTES, clean, encode_array
@@ -74,7 +74,7 @@ class RolloutSet(TypedDict):
     teachers: list[TeacherArrays]
     student: StudentArrays
     after: list[AfterArrays]
-    rows: list[RolloutRow]
+    rows: list[ListedRollout]
     strings: list[list[int | str]]  # [token id, text]
     tokens: str  # u32 [T] into strings
     trained: str  # u8 [T]

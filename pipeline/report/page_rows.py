@@ -41,7 +41,7 @@ PROMPT_CHARACTERS = (8_000, 200)
 UNLIKELY = 1e-3
 
 
-class RolloutRow(TypedDict):
+class ListedRollout(TypedDict):
     """A rollout of the page. `start` and `length` place its tokens; `kl` (mean) and `worst` are by teacher, nats."""
 
     number: int
@@ -91,7 +91,7 @@ class PageRows:
         self.tokens, self.trained = np.zeros(n, np.uint32), np.zeros(n, np.uint8)
         self._u16: dict[tuple[str, ...], UInt16] = {}  # [T] by scorer, value and teacher
         self._worth = np.zeros(n)  # tokens with the highest get candidates first
-        self._records: dict[int, RolloutRow] = {}
+        self._records: dict[int, ListedRollout] = {}
         self._contents: dict[int, tuple[object, ...]] = {}  # equal for rollouts that differ in their number alone
         self._candidates: list[Candidates] = []
 
@@ -150,7 +150,7 @@ class PageRows:
         """A value of every token, such as ("teacher", NAME, "kl", ""), encoded."""
         return encode_array(self._array(*key))
 
-    def _record(self, rollouts: cs.RolloutBlock, row: int, index: int, at: slice) -> RolloutRow:
+    def _record(self, rollouts: cs.RolloutBlock, row: int, index: int, at: slice) -> ListedRollout:
         scan, place = self._scan, int(self._rows[index])
         prompt_index = int(rollouts.prompt_index[rollouts.row_prompt[row]])
         line = scan.reader.round.prompts[prompt_index]
@@ -184,7 +184,7 @@ class PageRows:
         cut, most = self._n_cut_prompts, self._prompt_characters
         return f"{cut:,} of the prompts shown are cut in the middle to {most:,} characters" if cut else None
 
-    def records(self) -> list[RolloutRow]:
+    def records(self) -> list[ListedRollout]:
         """The rollouts in the order of the page; those that repeat an earlier one say so in `same_as`."""
         first: dict[tuple[object, ...], int] = {}
         for index, number in enumerate(self.numbers):
