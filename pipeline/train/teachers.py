@@ -20,7 +20,6 @@ from torch import Tensor
 
 import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
-from pipeline.config.messages import did_you_mean
 from pipeline.errors import ConfigError
 from pipeline.forward.head import without_repeats
 from pipeline.rounds.metrics import rest_of
@@ -110,38 +109,26 @@ def select_teachers(recipe: Recipe, round_: cs.Round, cache_url: str) -> tuple[s
     """Names of the scores to learn from: those of `train.route`, or `train.teacher`, or the only ones in the cache;
     none for cross-entropy and for rewards alone.
 
-    Raises `CacheError` if nothing is scored, `ConfigError` if the settings name teachers without scores, or none.
+    Rules that need no cache are in `pipeline.config.checks`. Raises `CacheError` if nothing is scored, `ConfigError`
+    if the settings do not fit the teachers that have scores.
     """
-    train, scored = recipe.train, round_.teacher_names()
-    if train.loss == "cross_entropy" or recipe.reward.teacher_weight == 0:
+    if not recipe.has_teacher:
         return ()
+    train, scored = recipe.train, round_.teacher_names()
     where = f"cache {cache_url} round {round_.index}"
     if cs.STUDENT not in round_.scorer_names() or not scored:
         raise cs.CacheError(f"{where}: not scored yet; run `redpen score RECIPE --cache {cache_url}`")
-    names = [train.teacher] if isinstance(train.teacher, str) else train.teacher
-    setting = "train.teacher"
+    setting, names = "train.teacher", [train.teacher] if isinstance(train.teacher, str) else train.teacher
     if train.route:
-        routed_to = sorted(set(train.route.values()))
-        if names is not None and sorted(names) != routed_to:
-            raise ConfigError(
-                f"train.teacher: expected the teachers of train.route, {', '.join(routed_to)}, or nothing, got "
-                f"{', '.join(names)}"
-            )
-        names, setting = routed_to, "train.route"
-    if names is None and len(scored) > 1:
-        raise ConfigError(
-            f"train.teacher: {where} is scored by {', '.join(scored)}; set it to the one to learn from, or to a list"
-        )
-    names = scored if names is None else names
+        setting, names = "train.route", sorted(set(train.route.values()))
+    elif names is None:
+        names = _only_teacher(train, scored, where)
     for name in names:
         if name not in scored:
             raise ConfigError(
                 f"{setting} = {name!r}: {where} is scored by {', '.join(scored)}; "
                 f"run `redpen score RECIPE --cache {cache_url} --only {name}`"
             )
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"train.teacher: expected one name or a list of different ones, got {names}")
-    _check_weights(train, names)
     return tuple(name for name in names if train.teacher_weights.get(name, 1.0) > 0)
 
 
@@ -156,25 +143,18 @@ def load_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Tea
     return Teachers(scores, tuple(weight / sum(weights) for weight in weights), train.mixture)
 
 
-def _check_weights(train: TrainConfig, names: Sequence[str]) -> None:
-    weights = train.teacher_weights
-    if train.route or len(names) == 1:
-        if weights or train.mixture != TrainConfig().mixture:
-            raise ConfigError(
-                f"train.{'teacher_weights' if weights else 'mixture'}: needs several teachers for each prompt, got "
-                f"{'train.route' if train.route else f'the one teacher {names[0]!r}'}; remove it"
-            )
-        return
-    for name in weights:
-        if name not in names:
-            raise ConfigError(
-                f"train.teacher_weights: {name!r} is not among the teachers {', '.join(names)}"
-                + did_you_mean(name, names)
-            )
-    if weights and (missing := [name for name in names if name not in weights]):
-        raise ConfigError(f"train.teacher_weights: expected a weight for every teacher, got none for {missing[0]!r}")
-    if weights and not any(weights.values()):
-        raise ConfigError("train.teacher_weights: expected one above 0, got 0 for every teacher")
+def _only_teacher(train: TrainConfig, scored: list[str], where: str) -> list[str]:
+    """The one teacher with scores, for a recipe that chooses none."""
+    if len(scored) > 1:
+        raise ConfigError(
+            f"train.teacher: {where} is scored by {', '.join(scored)}; set it to the one to learn from, or to a list"
+        )
+    if train.teacher_weights or train.mixture != TrainConfig().mixture:
+        raise ConfigError(
+            f"train.{'teacher_weights' if train.teacher_weights else 'mixture'}: needs several teachers for each "
+            f"prompt, got the one teacher {scored[0]!r}; remove it"
+        )
+    return scored
 
 
 def _route(train: TrainConfig, round_: cs.Round, names: Sequence[str]) -> npt.NDArray[np.int64]:
