@@ -132,7 +132,7 @@ def test_another_tokenizer_is_refused(
         data["model"]["vocab"]["0"],
     )
     (teacher / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ModelError, match=r"cuts text into other pieces .* choose a teacher") as caught:
+    with pytest.raises(ModelError, match=r"tokenizes text differently from .* choose a teacher") as caught:
         scored(recipe(f"teacher.model={teacher}", "teacher.name=other"))
     assert "\n" not in str(caught.value)
 

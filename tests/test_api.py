@@ -222,7 +222,7 @@ def test_a_teacher_that_cuts_text_otherwise_is_refused(tmp_path: Path) -> None:
         model["vocab"]["12"], model["merges"] = 259, [["1", "2"]]
 
     rollouts = toy_student().sample(PROMPTS, FEW)
-    with pytest.raises(ModelError, match="its tokenizer cuts text into other pieces than that of the student"):
+    with pytest.raises(ModelError, match="it tokenizes text differently from the student"):
         another_teacher(tmp_path / "other", merge).compute_logprobs(rollouts)
 
 

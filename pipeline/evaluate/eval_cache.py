@@ -65,7 +65,7 @@ class EvalCacheWriter:
             recipe,
             self._teacher,
             manifest,
-            template=template_of(recipe, cfg, manifest.template),
+            template=template_of(recipe, self._teacher, manifest.template),
             candidates=candidates,
             lacks_tokens=self._view.leaves_out(manifest.tokenizer.vocab_size),
         )

@@ -35,7 +35,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
-from pipeline.config import Recipe, TeacherConfig
+from pipeline.config import Recipe
 from pipeline.console import progress, say, warn
 from pipeline.distributed.signals import graceful
 from pipeline.engines.heldout import (
@@ -143,7 +143,8 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
     settings, checker = job.recipe.eval, Checker.of(job.recipe.eval)
     students = {label: resolve(cfg) for label, cfg in job.students.items()}
     student = next(iter(students.values()))  # all have the same tokenizer and context
-    job, prompts = _load_prompts(job, student, teacher_required=teacher_required)
+    teacher = None if job.teacher is None else resolve(job.teacher)
+    job, prompts = _load_prompts(job, student, teacher, teacher_required=teacher_required)
     measure_tasks = _load_tasks(job.recipe, student)
 
     responses: dict[str, StudentResponses] = {}
@@ -164,7 +165,8 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
                 del model
                 models.free_memory()
             if prompts is not None and job.teacher is not None:
-                for label, estimate in _reverse_kl(job, job.teacher, students, responses, prompts, results).items():
+                assert teacher is not None
+                for label, estimate in _reverse_kl(job, teacher, students, responses, prompts, results).items():
                     # one prompt has no interval, and JSON no NaN
                     figures[label]["reverse_kl"] = {
                         end: None if np.isnan(bound) else bound for end, bound in asdict(estimate).items()
@@ -184,7 +186,7 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
 
 
 def _load_prompts(
-    job: EvalJob, student: ResolvedModel, *, teacher_required: bool
+    job: EvalJob, student: ResolvedModel, teacher: ResolvedModel | None, *, teacher_required: bool
 ) -> tuple[EvalJob, EvalPrompts | None]:
     """The prompts to respond to, if any.
 
@@ -195,20 +197,18 @@ def _load_prompts(
         return replace(job, teacher=None), None
     records, ids = held_out_prompts(job.recipe, settings.limit, student)
     prompts = EvalPrompts(records, PromptBlock(0, list(enumerate(ids))), View())
-    if not prompts.n_answers and job.teacher is None:
+    if not prompts.n_answers and teacher is None:
         raise ConfigError(
             f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure"
         )
     if prompts.n_answers < len(records):
         warn(f"{settings.path}: {len(records) - prompts.n_answers} of {len(records)} prompts have no answer")
-    if job.teacher is None:
+    if teacher is None:
         return job, prompts
     stop_ids = student.stop_token_ids(job.recipe.rollouts)
     size = max(student.tokenizer_identity.vocab_size, student.vocab_size)
     try:
-        view = view_on(
-            job.recipe, job.teacher, records, student.tokenizer_identity.digest, size, stop_ids, settings.path
-        )
+        view = view_on(job.recipe, teacher, records, student.tokenizer_identity.digest, size, stop_ids, settings.path)
     except ModelNotFoundError as error:
         if teacher_required or not prompts.n_answers:
             raise
@@ -216,12 +216,11 @@ def _load_prompts(
         warn(f"{error}; reverse KL is left out")
         return replace(job, teacher=None), prompts
     if isinstance(view, SpanView):
-        warn(f"{job.teacher.model} tokenizes text differently from the student, so reverse KL to it is left out")
+        warn(f"{teacher.settings.model} tokenizes text differently from the student, so reverse KL to it is left out")
         return replace(job, teacher=None), prompts
     # The teacher scores what is sampled hours later, and must have room for it.
-    teacher_name = f"the teacher {job.teacher.model}'s"
-    longest, context = max_response_tokens(job.recipe), resolve(job.teacher).context
-    require_room(view.prompts or ids, longest, context, response_setting(job.recipe), teacher_name)
+    teacher_name, longest = f"the teacher {teacher.settings.model}'s", max_response_tokens(job.recipe)
+    require_room(view.prompts or ids, longest, teacher.context, response_setting(job.recipe), teacher_name)
     return job, replace(prompts, view=view)
 
 
@@ -292,7 +291,7 @@ def _grade(
 
 def _reverse_kl(
     job: EvalJob,
-    teacher: TeacherConfig,
+    teacher: ResolvedModel,
     students: Mapping[str, ResolvedModel],
     responses: Mapping[str, StudentResponses],
     prompts: EvalPrompts,
@@ -302,11 +301,11 @@ def _reverse_kl(
 
     A run keeps the rollouts with both models' scores; they take their place when `results` is closed.
     """
-    estimates, writer, source = {}, None, resolve(teacher)
+    estimates, writer = {}, None
     if job.run is not None:
         directory = results.enter_context(atomic_directory(job.run / EVAL_CACHE))
-        writer = EvalCacheWriter(directory, job.recipe, source, prompts.records, prompts.view)
-    make = _load_teacher(job.recipe, source)
+        writer = EvalCacheWriter(directory, job.recipe, teacher, prompts.records, prompts.view)
+    make = _load_teacher(job.recipe, teacher)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
         assert student is not None and student.candidate_ids is not None
@@ -315,8 +314,8 @@ def _reverse_kl(
         kl_T = scores_reverse_kl(student, scores)
         if unknown := int((~np.isfinite(kl_T)).sum()):
             raise ModelError(
-                f"{teacher.model}: {unknown} of {len(kl_T)} tokens of {label} have no finite reverse KL to it, so "
-                "its log-probs are not finite; load it in another dtype (teacher.dtype)"
+                f"{teacher.settings.model}: {unknown} of {len(kl_T)} tokens of {label} have no finite reverse KL to "
+                "it, so its log-probs are not finite; load it in another dtype (teacher.dtype)"
             )
         prompt_T = rollouts.token_prompts
         totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
@@ -335,7 +334,7 @@ def _load_teacher(recipe: Recipe, teacher: ResolvedModel) -> MakeScorer:
     if recipe.placement(teacher.settings) == "streamed":
         from pipeline.streaming.streamed import StreamedScorer
 
-        return functools.partial(StreamedScorer, teacher.settings, memory_gib=recipe.score.memory_gib)
+        return functools.partial(StreamedScorer, teacher, memory_gib=recipe.score.memory_gib)
     return functools.partial(ResidentScorer, models.load_model(teacher))
 
 

@@ -94,6 +94,6 @@ def _score_here(recipe: Recipe, model: ResolvedModel, sample: TokenBatch) -> cs.
     if models.pick_device(model.settings).type == "cuda" and model.quantisation is None:
         from pipeline.streaming.streamed import StreamedScorer
 
-        scorer = StreamedScorer(model.settings, options, memory_gib=recipe.score.memory_gib)
+        scorer = StreamedScorer(model, options, memory_gib=recipe.score.memory_gib)
         return scorer.compute_logprobs(sample)
     return ResidentScorer(models.load_model(model), options).compute_logprobs(sample)

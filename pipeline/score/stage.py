@@ -27,7 +27,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,6 @@ from pipeline.rounds import manifests
 from pipeline.score.summary import summarize
 from pipeline.teachers.alignment import View, longest_of, template_of, view_of
 from pipeline.teachers.spans import SpanView
-
-# Rollouts by which packing is checked.
 
 IntArray = npt.NDArray[np.int64]
 
@@ -123,12 +122,16 @@ def _plan_scorer(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) 
         show(f"{name}: {summarize(round_, name)}; nothing to do ({cfg.model} is not on this machine)")
         return None
     scorer = resolve(cfg)
-    manifest = _student_manifest(recipe, round_, scorer) if name == cs.STUDENT else _manifest(recipe, round_, scorer)
+    view = View() if name == cs.STUDENT else view_of(recipe, scorer, round_)
+    if name == cs.STUDENT:
+        manifest = _student_manifest(recipe, round_, scorer)
+    else:
+        manifest = _manifest(recipe, round_, scorer, view)
     if manifest.engine == "vllm" and not (has_scores and round_.scores(name).committed().all()):
         from pipeline.engines.vllm import import_vllm
 
         import_vllm()  # better missing now than after the student has scored everything
-    return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest)
+    return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest, (scorer, view))
 
 
 def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
@@ -163,16 +166,13 @@ def _student_manifest(recipe: Recipe, round_: cs.Round, student: ResolvedModel) 
     return manifests.scores(recipe, student, sampled, template=sampled.template)
 
 
-def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel) -> cs.ScoresManifest:
-    """Refuses a teacher that cannot be compared with the student."""
-    cfg, sampled = teacher.settings, round_.manifest
-    assert isinstance(cfg, TeacherConfig)
-    view = view_of(recipe, cfg, round_)
+def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel, view: View | SpanView) -> cs.ScoresManifest:
+    sampled = round_.manifest
     return manifests.scores(
         recipe,
         teacher,
         sampled,
-        template=template_of(recipe, cfg, sampled.template),
+        template=template_of(recipe, teacher, sampled.template),
         lacks_tokens=view.leaves_out(sampled.tokenizer.vocab_size),
         spans=isinstance(view, SpanView),
     )
@@ -240,11 +240,10 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
 
 def _check_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
     """Refuse a model that was not made for rollouts as long as these: its scores would be wrong without a sign."""
-    sampled, cfg, model = round_.manifest, work.cfg, resolve(work.cfg)
+    sampled, cfg, (model, view) = round_.manifest, work.cfg, work.resolved(round_)
     context, renders = model.context, isinstance(cfg, TeacherConfig) and cfg.renders
     if context is None or (not renders and sampled.max_prompt_tokens + sampled.max_response_tokens <= context):
         return
-    view = work.view(round_)
     for block in blocks.tolist():
         longest = longest_of(round_, block, view)
         if longest > context:
@@ -263,6 +262,20 @@ class ScoreWork:
     round_index: int
     name: str
     manifest: cs.ScoresManifest
+    _resolved: tuple[ResolvedModel, View | SpanView] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what each process looks up for itself."""
+        return self.__dict__ | {"_resolved": None}
+
+    def resolved(self, round_: cs.Round) -> tuple[ResolvedModel, View | SpanView]:
+        """The scorer's model, and how its tokens relate to the student's; looked up once in a process."""
+        if self._resolved is None:
+            model = resolve(self.cfg)
+            view = View() if self.name == cs.STUDENT else view_of(self.recipe, model, round_)
+            object.__setattr__(self, "_resolved", (model, view))
+        assert self._resolved is not None
+        return self._resolved
 
     @property
     def cfg(self) -> ModelConfig:
@@ -276,10 +289,6 @@ class ScoreWork:
         if self.cfg.device == "cpu" or placement == "server":
             return 0
         return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
-
-    def view(self, round_: cs.Round) -> View | SpanView:
-        """How the scorer's tokens relate to the student's."""
-        return view_of(self.recipe, self.cfg, round_) if isinstance(self.cfg, TeacherConfig) else View()
 
     def group(self) -> cs.BlockGroup:
         return cs.open(self.cache_url).round(self.round_index).scores(self.name)
@@ -326,7 +335,7 @@ class ScoreSession:
 
 def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
     """Load the scorer and check it on a few rollouts; an engine is closed with `stack`."""
-    recipe, manifest, scorer, view = work.recipe, work.manifest, resolve(work.cfg), work.view(round_)
+    recipe, manifest, (scorer, view) = work.recipe, work.manifest, work.resolved(round_)
     placement = recipe.placement(work.cfg)
     options = ScoreOptions(
         candidates=max(manifest.candidates, 1),
@@ -348,7 +357,7 @@ def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], Non
     if placement == "streamed":
         from pipeline.streaming.streamed import StreamedScorer
 
-        streamed = StreamedScorer(work.cfg, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
+        streamed = StreamedScorer(scorer, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
         say(streamed.settle_layout(*sample))
         return view.scorer(streamed)
     model = models.load_model(scorer)

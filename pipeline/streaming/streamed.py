@@ -34,7 +34,7 @@ from pipeline.models import load as models
 from pipeline.models.files import check_model_files
 from pipeline.models.load import with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
-from pipeline.models.resolve import resolve, setting_name
+from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
 from pipeline.streaming.memory import WaveBudget, free_bytes
@@ -60,7 +60,7 @@ class StreamedScorer:
         scores = teacher.compute_logprobs(round_.rollouts.read(0))       # ScoreBlock
 
     Args:
-        cfg: a decoder of the transformers library, its weights in safetensors.
+        model: a decoder of the transformers library, its weights in safetensors.
         memory_gib: what it may take of the device's memory, or of the host's on the CPU; most of what is free
             where None.
         on_tile: called before each tile of each layer with the response tokens that the work since the last call
@@ -78,23 +78,23 @@ class StreamedScorer:
 
     def __init__(
         self,
-        cfg: ModelConfig,
+        model: ModelConfig | ResolvedModel,
         options: ScoreOptions = ScoreOptions(),  # noqa: B008  frozen
         *,
         memory_gib: float | None = None,
         on_tile: Callable[[int], None] = lambda tokens: None,
     ):
-        self._cfg, self._options, self._on_tile = cfg, options, on_tile
+        self._source = source = resolve(model)
+        self._options, self._on_tile, cfg = options, on_tile, source.settings
         self._device = models.pick_device(cfg)
         self._memory = WaveBudget(self._device, memory_gib)
-        source = resolve(cfg)
         if method := source.quantisation:
             raise ModelError(
-                f"{setting_name(cfg, 'model')} = {cfg.model!r}: cannot be streamed, its weights are quantised "
+                f"{source.setting('model')}: cannot be streamed, its weights are quantised "
                 f'({method}); use score.placement = "resident" or "vllm"'
             )
         check_model_files(source.directory)
-        skeleton = models.load_skeleton(cfg)
+        skeleton = models.load_skeleton(source)
         self._layered = LayeredModel(skeleton)
         transfer = Transfer(SafetensorsCheckpoint(source.directory), self._device)
         layers = self._load_others(skeleton, transfer)
@@ -169,10 +169,11 @@ class StreamedScorer:
         checkpoint, layer_of = transfer.checkpoint, self._layered.layer_of
         places = locate(skeleton, checkpoint)
         in_layers = {name for name in places.missing if layer_of(name) is not None}
-        models.check_weight_names(self._cfg, in_layers | places.lacking(skeleton), places.unexpected)
+        models.check_weight_names(self._source, in_layers | places.lacking(skeleton), places.unexpected)
         layers, others = Group.partition(places, layer_of, self._device)
         # An adapter belongs to the device, and may be on the embedding.
-        aside = self._layered.embedding_alone() if self._device.type == "cuda" and not self._cfg.adapter else None
+        may_split = self._device.type == "cuda" and not self._source.settings.adapter
+        aside = self._layered.embedding_alone() if may_split else None
         for group in others:
             if aside in group.offsets and group.nbytes > _EMBEDDING_SHARE * self._memory.budget:
                 self._layered.embed_on_host(self._device)
@@ -185,7 +186,7 @@ class StreamedScorer:
 
     def _with_adapter(self, skeleton: PreTrainedModel, layers: Sequence[Group]) -> Any:
         """The model with its adapter, which stays on the device. Refuses one that changes what it adapts."""
-        if self._cfg.adapter is None:
+        if self._source.settings.adapter is None:
             return skeleton
         own = set(skeleton.parameters())
         # PEFT puts an adapter where the weights are: these are there, and take up one element each.
@@ -195,10 +196,10 @@ class StreamedScorer:
             for weight in layer.weights
         }
         empty = self._layered.install(stand_ins)
-        model = with_adapter(skeleton, self._cfg)
+        model = with_adapter(skeleton, self._source)
         for name, weight in self._layered.install(empty).items():
             if weight.data_ptr() != stand_ins[name].data_ptr():
-                raise self._layered.refusal(f"the adapter {self._cfg.adapter} changes {name}")
+                raise self._layered.refusal(f"the adapter {self._source.settings.adapter} changes {name}")
         self._memory.take("adapter", sum(weight.nbytes for weight in set(model.parameters()) - own))
         return model.eval().requires_grad_(False)
 

@@ -1,10 +1,10 @@
-"""A teacher with other ids, or another view of the prompt, than the student: what it reads, and back.
+"""Teachers whose token ids or prompts differ from the student's: their inputs, and their scores in the student's ids.
 
 The student's token v is the teacher's token a(v) where both have the same text: a sparse matrix with at most one 1 in
 each row and column. So log p_T(v | x) = log p_T(a(v) | a(x)), for the sampled token, candidates and the teacher's
 likeliest alike, and the rest stays the rest: nothing is approximated. A token that one of both lacks is in the rest.
 
-This holds where both cut text into the same pieces, which `align` checks from the tokenizers' own rules: their merges
+This holds if both tokenizers split text in the same way, which `align` checks from their rules: merges
 (BPE), scored pieces (Unigram) or words. Padding, permuted ids and added tokens are such differences.
 
 A teacher may also read prompts in its own way (another template, a system message or prefix that the student does not
@@ -159,11 +159,11 @@ class _Seeing:
         return self._view.back(self._scorer.compute_logprobs(self._view.of(batch)), batch)
 
 
-def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View | SpanView:
+def view_of(recipe: Recipe, teacher: ResolvedModel, round_: cs.Round) -> View | SpanView:
     """What a teacher reads of a round. Raises as `view_on`."""
     sampled = round_.manifest
     size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
-    every = teacher.renders or recipe.score.alignment == "spans"
+    every = _settings(teacher).renders or recipe.score.alignment == "spans"
     records = [round_.prompts[index] for index in range(round_.n_prompts)] if every else []
     name = f"cache {round_.cache.url} round {round_.index}"
     return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids, name)
@@ -171,7 +171,7 @@ def view_of(recipe: Recipe, teacher: TeacherConfig, round_: cs.Round) -> View | 
 
 def view_on(
     recipe: Recipe,
-    teacher: TeacherConfig,
+    teacher: ResolvedModel,
     records: Sequence[dict[str, Any]],
     tokenizer_digest: str,
     vocab_size: int,
@@ -187,23 +187,23 @@ def view_on(
         source: where the prompts are from, for messages.
 
     Raises:
-        ModelError: its tokenizer cuts text in another way than the student's, or lacks `stop_token`.
+        ModelError: it tokenizes text differently from the student, or its tokenizer lacks `stop_token`.
         PromptError: a prompt does not fit its template.
     """
-    facts = resolve(teacher)
-    tokenizer, same = facts.tokenizer, facts.tokenizer_identity.digest == tokenizer_digest
+    cfg, tokenizer = _settings(teacher), teacher.tokenizer
+    same = teacher.tokenizer_identity.digest == tokenizer_digest
     student = tokenizer if same else resolve(recipe.student).tokenizer
     if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
-        rendered = _prompts(recipe, teacher, tokenizer, facts, records, source)
-        stop = tokenizer.eos_token_id if teacher.stop_token is None else _stop(teacher, tokenizer)
-        return span_view(student, tokenizer, teacher.model, rendered, stop_token_ids, stop)
-    alignment = align(student, tokenizer, (recipe.student.model, teacher.model), (vocab_size, facts.vocab_size))
+        rendered = _prompts(recipe, teacher, records, source)
+        stop = tokenizer.eos_token_id if cfg.stop_token is None else _stop(cfg, tokenizer)
+        return span_view(student, tokenizer, cfg.model, rendered, stop_token_ids, stop)
+    alignment = align(student, tokenizer, (recipe.student.model, cfg.model), (vocab_size, teacher.vocab_size))
     shared = alignment.to_student >= 0
-    if teacher.stop_token is not None:
-        stop = _stop(teacher, tokenizer)
+    if cfg.stop_token is not None:
+        stop = _stop(cfg, tokenizer)
         eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
         alignment = alignment.exchanged(eos, stop)
-    prompts = _prompts(recipe, teacher, tokenizer, facts, records, source) if teacher.renders else None
+    prompts = _prompts(recipe, teacher, records, source) if cfg.renders else None
     return View(prompts, None if alignment.is_identity(student) else alignment, None if shared.all() else shared)
 
 
@@ -218,20 +218,19 @@ def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(stop)
 
 
-def _prompts(
-    recipe: Recipe,
-    teacher: TeacherConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: ResolvedModel,
-    records: Sequence[dict[str, Any]],
-    source: str,
-) -> list[Int32]:
+def _settings(teacher: ResolvedModel) -> TeacherConfig:
+    assert isinstance(teacher.settings, TeacherConfig)
+    return teacher.settings
+
+
+def _prompts(recipe: Recipe, teacher: ResolvedModel, records: Sequence[dict[str, Any]], source: str) -> list[Int32]:
     """The prompts as the teacher's own tokenizer and template make them."""
-    seen = [with_prefix(record, teacher.prompt_prefix) for record in records]
-    longest = facts.context or np.iinfo(np.int32).max
-    named = {name: f"teacher.{name}" for name in ("system", "template_args") if getattr(teacher, name) is not None}
-    cfg = _rendering(recipe, teacher).model_copy(update={"path": source})
-    return render_all(seen, tokenizer, cfg, longest, facts.context, reader="teacher", named=named)
+    cfg, context = _settings(teacher), teacher.context
+    seen = [with_prefix(record, cfg.prompt_prefix) for record in records]
+    longest = context or np.iinfo(np.int32).max
+    named = {name: f"teacher.{name}" for name in ("system", "template_args") if getattr(cfg, name) is not None}
+    rendering = _rendering(recipe, cfg).model_copy(update={"path": source})
+    return render_all(seen, teacher.tokenizer, rendering, longest, context, reader="teacher", named=named)
 
 
 def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
@@ -246,14 +245,14 @@ def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
     return int((prompts[rows["row_prompt"]] + rows["response_length"]).max())
 
 
-def template_of(recipe: Recipe, teacher: TeacherConfig, students: dict[str, Any]) -> dict[str, Any]:
-    """How a teacher reads prompts and ends, as JSON for the provenance of its scores; `students` is how the student
-    reads them."""
-    rendering = dict(students)
-    if teacher.renders:
-        rendering = template_identity(resolve(teacher).tokenizer, _rendering(recipe, teacher))
-        rendering |= {"prefix": teacher.prompt_prefix} if teacher.prompt_prefix is not None else {}
-    return rendering | ({"stop_token": teacher.stop_token} if teacher.stop_token is not None else {})
+def template_of(recipe: Recipe, teacher: ResolvedModel, students: dict[str, Any]) -> dict[str, Any]:
+    """How a teacher's prompts are rendered and its responses end, as JSON for the provenance of its scores;
+    `students` is the same for the student."""
+    cfg, rendering = _settings(teacher), dict(students)
+    if cfg.renders:
+        rendering = template_identity(teacher.tokenizer, _rendering(recipe, cfg))
+        rendering |= {"prefix": cfg.prompt_prefix} if cfg.prompt_prefix is not None else {}
+    return rendering | ({"stop_token": cfg.stop_token} if cfg.stop_token is not None else {})
 
 
 def _rendering(recipe: Recipe, teacher: TeacherConfig) -> PromptsConfig:
@@ -264,7 +263,7 @@ def _rendering(recipe: Recipe, teacher: TeacherConfig) -> PromptsConfig:
 def align(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: tuple[str, str], sizes: tuple[int, int]
 ) -> Alignment:
-    """Pair the tokens of two tokenizers that cut text into the same pieces.
+    """Pair the tokens of two tokenizers that split text in the same way.
 
     Args:
         names: of both models, for the message.
@@ -277,7 +276,7 @@ def align(
     if not cut_alike(student, teacher):
         differing, more = sum(theirs.get(token) != index for token, index in ours.items()), len(theirs.keys() - ours)
         raise ModelError(
-            f"{names[1]}: its tokenizer cuts text into other pieces than that of {names[0]} (of {len(ours):,} tokens "
+            f"{names[1]}: it tokenizes text differently from {names[0]} (of {len(ours):,} tokens "
             f"{differing:,} differ, and it has {more:,} more), so their log-probs cannot be compared token by token; "
             'choose a teacher with the student\'s tokenizer, or set score.alignment = "spans" to compare the spans '
             "of text that both share"

@@ -1,4 +1,4 @@
-"""A teacher that cuts text into other tokens: it reads the same bytes, and the pieces that both share are compared.
+"""A teacher with another tokenizer: it scores the same text, and spans whose ends both tokenizers share are compared.
 
 Both tokenizers' cuts through a response are positions in its text. Between two positions at which both cut lies a
 span: student tokens a..b and teacher tokens c..d that spell the same. Its log-probs are comparable,
