@@ -266,7 +266,7 @@ def damaged_bytes(rng: random.Random, content: bytes, other: bytes = b"") -> Dam
 
 
 def damaged_safetensors(rng: random.Random, content: bytes) -> Damage:
-    """Tensors whose header says something else, or damaged bytes. `kind` is `data` where only values are."""
+    """A safetensors file with a changed header, or with damaged values (`kind` is then `data`)."""
     n = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + n], content[8 + n :]
     how = rng.choice(("header", "header", "length", "bytes", "values", "NaN", "gone"))

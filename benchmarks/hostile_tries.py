@@ -384,7 +384,7 @@ def _cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def serving(answer: Callable[[int, str, bytes], Answer], notes: Path) -> Iterator[int]:
-    """A server on loopback, in a process of its own; gives the port. `answer(number, path, body)`."""
+    """Run a server on loopback in a separate process and yield its port; `answer(number, path, body)` responds."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     if (pid := os.fork()) == 0:
@@ -696,7 +696,7 @@ def run_try(base: Base, name: str, wanted: Try, keep: bool = False) -> tuple[End
 
 
 def _listing(directory: Path) -> dict[str, Any]:
-    """Every file and what would tell that it was written."""
+    """Every file, with its attributes that change when it is written."""
     found = {}
     for root, directories, names in os.walk(directory):
         for name in (*directories, *names):

@@ -95,7 +95,7 @@ class Cache:
         return Path(self._store.root) if isinstance(self._store, LocalStore) else None
 
     def round_indices(self) -> list[int]:
-        """Numbers of the rounds, ascending, without those whose creation was interrupted."""
+        """Round numbers in ascending order. A round that was not completely created is left out."""
         return [number for number in self.round_entries() if self._open_group(number) is not None]
 
     def round_entries(self) -> list[int]:

@@ -199,9 +199,7 @@ def decoding_errors() -> Iterator[None]:
         yield
     except (OSError, CacheError):
         raise
-    except (
-        Exception
-    ) as error:  # ValueError, RuntimeError, MemoryError, struct.error and others, depending on the codec
+    except Exception as error:  # depending on the codec: ValueError, RuntimeError, MemoryError, struct.error, ...
         raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from error
 
 

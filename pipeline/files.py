@@ -22,6 +22,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -315,6 +316,19 @@ def read_bytes(
         FileNotFoundError: the file does not exist.
         RedpenError: of class `error`; not a regular file, too large, or unreadable.
     """
+    with _open_regular(path, error, follow_links) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > at_most:
+            raise error(f"{path}: expected at most {at_most:,} bytes, found {size:,}")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:  # it grew, or the file system reports no size
+        raise error(f"{path}: expected at most {at_most:,} bytes, found more")
+    return content
+
+
+@contextmanager
+def _open_regular(path: Path, error: type[RedpenError], follow_links: bool) -> Iterator[BufferedReader]:
+    """A regular file open for reading. Raises `FileNotFoundError`, or `error` for any other problem."""
     if not follow_links and path.is_symlink():
         target = os.readlink(path)
         raise error(f"{path}: expected a file made by redpen, found a symbolic link to {target}; remove it")
@@ -322,13 +336,11 @@ def read_bytes(
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | no_follow)
         try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise error(f"{path}: expected a regular file, found {_kind(found.st_mode)}")
-            if found.st_size > at_most:
-                raise error(f"{path}: expected at most {at_most:,} bytes, found {found.st_size:,}")
+            mode = os.fstat(handle).st_mode
+            if not stat.S_ISREG(mode):
+                raise error(f"{path}: expected a regular file, found {_kind(mode)}")
             with open(handle, "rb", closefd=False) as file:
-                content = file.read(at_most + 1)
+                yield file
         finally:
             os.close(handle)
     except FileNotFoundError:
@@ -339,9 +351,6 @@ def read_bytes(
         if "\0" not in os.fspath(path):
             raise
         raise error(f"{os.fspath(path)!r}: expected a path, found one with a NUL in it") from None
-    if len(content) > at_most:  # it grew, or the file system reports no size
-        raise error(f"{path}: expected at most {at_most:,} bytes, found more")
-    return content
 
 
 def read_text(
@@ -383,20 +392,8 @@ def read_model(
 
 def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
     """blake2b of a file of any size, as 32 hexadecimal digits. Links are refused; errors as for `read_bytes`."""
-    if path.is_symlink():
-        raise error(
-            f"{path}: expected a file made by redpen, found a symbolic link to {os.readlink(path)}; remove it"
-        )
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise error(f"{path}: expected a regular file, found {_kind(mode)}")
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except FileNotFoundError:
-        raise
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    with _open_regular(path, error, follow_links=False) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def parse_json(text: str | bytes, name: str, *, error: type[RedpenError] = RedpenError) -> Any:

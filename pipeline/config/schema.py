@@ -30,7 +30,12 @@ class Section(BaseModel):
 
 
 def first_repeated(names: Sequence[str]) -> str | None:
-    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- fields

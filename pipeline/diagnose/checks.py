@@ -30,7 +30,7 @@ FEW_TOKENS = 100
 #: position: below it, the teacher mostly considers other tokens. Pairs that succeed come to share 97 % and more
 #: (arXiv 2604.13016).
 SAME_TOKENS = 0.5
-#: Agreement on the likeliest candidate, from 0 (as by chance) to 1, below which there is none to speak of.
+#: Agreement on the likeliest candidate, from 0 (chance) to 1; below this the models do not agree.
 CHANCE_AGREEMENT = 0.2
 #: Mean log-prob of the student's tokens in units of a uniform guess's. Weights that know nothing give 1 to 1.2, a
 #: model that is sure of other tokens 1.3 and more.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.rounds.metrics import first_occurrence
-from pipeline.rounds.scored_block import ScoredBlock, scored_blocks
+from pipeline.rounds.scored_block import ScoredBlock, ScoredRound, scored_blocks
 
 #: Tokens that are read; of a larger round evenly spaced blocks.
 TOKENS = 500_000
@@ -136,7 +136,7 @@ def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
         responses.append(_responses(block))
         ratios.append(_log_ratio(block))
         for name in block.teachers:
-            own[name] = own.get(name, 0) + int((block.rollouts.trained == 1).sum())
+            own[name] = own.get(name, 0) + int(block.trained.sum())
             if block.mask(name).any():
                 columns.setdefault(name, []).append(_columns(block, name))
     if not columns:
@@ -147,8 +147,7 @@ def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
         assert isinstance(scored, cs.ScoresManifest)
         tokens = TokenColumns.joined(parts)
         pairs[name] = PairScores(name, round_.manifest, scored, tokens, len(tokens.token) / own[name])
-    scored = np.any([round_.scores(name).committed() for name in teachers], axis=0)
-    n_scored = int((round_.scores(cs.STUDENT).committed() & scored).sum())
+    n_scored = len(ScoredRound(round_, teachers).scored())
     return RoundSample(
         round_, len(responses), n_scored, ResponseColumns.joined(responses), np.concatenate(ratios), pairs
     )
@@ -157,7 +156,7 @@ def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
 def _responses(block: ScoredBlock) -> ResponseColumns:
     rollouts, student = block.rollouts, block.student
     assert student.sampling_logprobs is not None and student.entropy is not None
-    starts, trained = rollouts.response_start, rollouts.trained == 1
+    starts, trained = rollouts.response_start, block.trained
     cut = rollouts.finish_reason == cs.FINISH_LENGTH
     loops = [bool(cut[row]) and ends_in_a_loop(rollouts.response(row)) for row in range(rollouts.n_rows)]
     return ResponseColumns(
@@ -188,7 +187,7 @@ def spread(student: cs.ScoreBlock) -> Float64:
 def _log_ratio(block: ScoredBlock) -> npt.NDArray[np.float32]:
     assert block.student.sampling_logprobs is not None
     log_ratio: npt.NDArray[np.float32] = block.student.sampling_logprobs - block.rollouts.rollout_logprobs
-    return np.asarray(log_ratio[(block.rollouts.trained == 1) & np.isfinite(log_ratio)])
+    return np.asarray(log_ratio[block.trained & np.isfinite(log_ratio)])
 
 
 def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:

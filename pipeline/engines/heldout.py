@@ -18,7 +18,7 @@ from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
-from pipeline.forward.rows import sampling_attention
+from pipeline.forward.rows import attention_of, eval_mode, sampling_attention
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts
@@ -106,16 +106,8 @@ def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> n
 def generating(model: nn.Module) -> Iterator[None]:
     """A model loaded for packed rollouts, or in training, as generation needs it: padded attention, eval mode."""
     base = unwrapped(model)
-    attention = base.config._attn_implementation
-    training = [module for module in model.modules() if module.training]
-    base.set_attn_implementation(sampling_attention(base))
-    model.eval()
-    try:
+    with attention_of(base, sampling_attention(base)), eval_mode(model):
         yield
-    finally:
-        base.set_attn_implementation(attention)
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)

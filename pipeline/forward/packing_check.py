@@ -29,7 +29,15 @@ from pipeline.errors import ModelError
 from pipeline.forward.finite import name_of, not_finite
 from pipeline.forward.head import Head, score_rows, unwrapped
 from pipeline.forward.packing import decoder_body, pack
-from pipeline.forward.rows import LaidOut, RowTokens, is_packed, native_attention, response_hidden
+from pipeline.forward.rows import (
+    LaidOut,
+    RowTokens,
+    attention_of,
+    eval_mode,
+    is_packed,
+    native_attention,
+    response_hidden,
+)
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 # In half precision, in multiples of the model's own noise, and at least so many nats. Rows are transformers' own
@@ -131,13 +139,13 @@ def check_layout(
         """Log-probs of rollout i by transformers' own forward; perhaps beside another row."""
         ids = torch.as_tensor(sequences[i], device=device)
         batch = torch.stack([ids, *[ids.flip(0)] * beside])
-        with _attention(base, attention), _last_hidden(model) as hidden:
+        with attention_of(base, attention), _last_hidden(model) as hidden:
             _without_logits(model, batch)
         return score_rows(hidden[-1][0, starts[i] - 1 : -1], head, ids[starts[i] :]).logprobs
 
     def by_logits(i: int) -> Tensor:
         ids = torch.as_tensor(sequences[i], device=device)
-        with _attention(base, own):
+        with attention_of(base, own):
             logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, starts[i] - 1 : -1]
         return logits.to(head.logits_dtype).log_softmax(1).gather(1, ids[starts[i] :, None])[:, 0]
 
@@ -157,13 +165,8 @@ def check_layout(
     eager = noisy if own == "sdpa" else []
     work += [partial(alone, i, "eager") for i in eager]
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with eval_mode(model):
         found = run(work)
-    finally:
-        for module in training:
-            module.training = True
     ours, *exchanged = found[:3]
     single, found = found[3 : 3 + len(every)], found[3 + len(every) :]
     if not all(bool(logprobs.isfinite().all()) for logprobs in single):
@@ -222,13 +225,3 @@ def _last_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-@contextmanager
-def _attention(base: Any, implementation: str) -> Iterator[None]:
-    before = base.config._attn_implementation
-    base.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)

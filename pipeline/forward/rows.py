@@ -10,7 +10,8 @@ similar length share a forward, which bounds the padding. Both layouts give hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,6 +124,29 @@ def sampling_attention(model: nn.Module) -> str:
     """The same for generation; scores are capped by redpen's attention if it can be used, in blocks of queries."""
     base = unwrapped(model)
     return ATTENTION if _caps_scores(base) and pads_left(base) else native_attention(base)
+
+
+@contextmanager
+def attention_of(base: Any, implementation: str) -> Iterator[None]:
+    """Another attention implementation within the body."""
+    before = base.config._attn_implementation
+    base.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the body; afterwards the modules that were in training mode are in it again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _caps_scores(base: Any) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 import cache_schema as cs
+from pipeline.config.toml import parse_toml
 from pipeline.console import warn
 from pipeline.credentials import masked
 from pipeline.errors import RedpenError
@@ -220,10 +220,7 @@ def _finite(value: Any) -> Any:
 
 def _recipe(path: Path) -> dict[str, Any]:
     """Every setting by its dotted name; those of several teachers by `teacher.NAME.key`."""
-    try:
-        sections = tomllib.loads(read_text(path, follow_links=False))
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, RedpenError) else RedpenError(f"{path}: not valid TOML ({error})") from None
+    sections = parse_toml(read_text(path, follow_links=False), str(path))
     found: dict[str, Any] = {}
     for section, tables in sections.items():
         for table in tables if isinstance(tables, list) else [tables]:

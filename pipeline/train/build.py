@@ -39,14 +39,13 @@ def make_replay(recipe: Recipe, round_: cs.Round, objective: Objective) -> Repla
         train.seed,
         n_held_back(recipe),
     )
-    stop_ids, special_ids = round_.manifest.stop_token_ids, ()
+    student, stop_ids, special_ids = resolve(recipe.student), round_.manifest.stop_token_ids, ()
     if not select.special_tokens:
-        special_ids = tuple(set(resolve(recipe.student).tokenizer.all_special_ids) - set(stop_ids))
+        special_ids = tuple(set(student.tokenizer.all_special_ids) - set(stop_ids))
     taught = objective.teachers.taught if isinstance(objective, DistillationObjective) else {}
     derived: list[Derived] = []
     if recipe.reward.coefficient:
-        tokenizer, checker = resolve(recipe.student).tokenizer, Checker.of(recipe.eval)
-        derived.append(Rewards(round_, tokenizer, checker, recipe.reward).columns)
+        derived.append(Rewards(round_, student.tokenizer, Checker.of(recipe.eval), recipe.reward).columns)
     if train.behaviour_correction:
         derived.append(behaviour)
     selection = Selection(select, stop_ids, special_ids)

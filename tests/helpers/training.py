@@ -51,31 +51,16 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def naive_gradient(trainer: StudentTrainer, batch: Batch, loss: str) -> torch.Tensor:
-    """The objective as its formula stands: each rollout alone, full logits, autograd, one division."""
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    total = torch.zeros(())
-    for rollout in batch.rollouts:
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        logp = logits.log_softmax(1)
-        candidates = torch.from_numpy(rollout.column("student/candidate_ids")).long()
-        teacher = torch.from_numpy(rollout.column("teacher/candidate_logprobs"))
+    """The gradient of `reverse_kl` or `importance_sampling` by their formulas."""
+
+    def loss_of(rollout: Rollout, logp: Tensor) -> Tensor:
         if loss == "reverse_kl":
-            student = logp.gather(1, candidates)
-            inside = torch.zeros_like(logp, dtype=torch.bool).scatter(1, candidates, True)
-            rest = logp.masked_fill(inside, -torch.inf).logsumexp(1)
-            teacher_rest = torch.from_numpy(rollout.column("teacher/rest_logprob"))
-            total = total + (student.exp() * (student - teacher)).sum() + (rest.exp() * (rest - teacher_rest)).sum()
-        else:
-            sampled, old = (
-                logp.gather(1, candidates[:, :1])[:, 0],
-                torch.from_numpy(rollout.column("student/logprobs")),
-            )
-            advantage = -(sampled - torch.from_numpy(rollout.column("teacher/logprobs"))).detach().clamp(-10, 10)
-            total = total - ((sampled - old).exp() * advantage).sum()
-    (total / sum(len(r.weights) for r in batch.rollouts)).backward()
-    return flat_gradient(trainer)
+            return kl(*buckets(rollout, logp))
+        sampled = logp.gather(1, columns(rollout, "student/candidate_ids").long()[:, :1])[:, 0]
+        advantage = -(sampled - columns(rollout, "teacher/logprobs")).detach().clamp(-10, 10)
+        return -((sampled - columns(rollout, "student/logprobs")).exp() * advantage).sum()
+
+    return naive_gradient_of(trainer, batch, loss_of)
 
 
 def naive_gradient_of(trainer: StudentTrainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
