@@ -16,7 +16,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,12 +38,15 @@ from pipeline.forward.finite import name_of, not_finite
 from pipeline.forward.head import Head, logits
 from pipeline.forward.packing import check_token_ids, decoder_body
 from pipeline.forward.rows import pads_left
+from pipeline.models.load import free_bytes
 
 # Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
 # values.
 _FINISHED_SHARE = 0.1
 # The cache of a model that is not padded is tried on the first prompt's tokens, past its window, for some steps.
 _PROBE_WINDOW, _PROBE_TOKENS, _PROBE_STEPS, _PROBE_TOLERANCE = 4096, 32, 8, {torch.float32: 1e-4, torch.float64: 1e-4}
+# An fp32 copy of the head is made if so many times its size is free.
+_ROOM_FOR_HEAD = 4
 # Elements of a float64 [rows, V] temporary while drawing: 256 MiB.
 _DRAW_ELEMENTS = 2**25
 
@@ -96,7 +99,7 @@ class TransformersSampler:
         on_step: Callable[[int, int], None] = lambda rollouts, tokens: None,
     ):
         self._model, self._config = model, model.config
-        self._body, self._head = decoder_body(model), Head.of(model)
+        self._body, self._head = decoder_body(model), _cast_once(Head.of(model))
         self._device = self._head.weight_VD.device
         self._sampling, self._batch_size, self._on_step = sampling, batch_size, on_step
         self._pads_left, self._caches = pads_left(model), True
@@ -256,6 +259,16 @@ class TransformersSampler:
         ]
         token_B, logprob_B = (torch.cat(values) for values in zip(*parts, strict=True))
         return token_B, logprob_B
+
+
+def _cast_once(head: Head) -> Head:
+    """On a CPU, a half-precision head in fp32, if there is room: `logits` would cast all of it at every token."""
+    weight_VD = head.weight_VD.detach()
+    if weight_VD.is_cuda or weight_VD.dtype == head.logits_dtype:
+        return head
+    if free_bytes(weight_VD.device) < _ROOM_FOR_HEAD * weight_VD.numel() * head.logits_dtype.itemsize:
+        return head
+    return replace(head, weight_VD=weight_VD.to(head.logits_dtype))
 
 
 def _of_equal_length(block: PromptBlock, rollouts: Sequence[_Rollout]) -> list[list[_Rollout]]:

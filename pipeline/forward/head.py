@@ -46,7 +46,7 @@ class Head:
     """The last map of a causal language model: `logits = cap(scale * (hidden @ weight.T + bias))`.
 
     Attributes:
-        weight_VD: in the model's own dtype; an fp32 copy of it is never made.
+        weight_VD: in the model's own dtype; scoring and training make no fp32 copy of it.
         bias_V: or None.
         softcap: c in `c * tanh(x / c)` (final logit soft-capping, Gemma 2), or None.
         scale: factor on the logits (`logit_scale` of Cohere, 1 / `logits_scaling` of Granite).

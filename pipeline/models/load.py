@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from pipeline.config import ModelConfig
 from pipeline.console import console, say
 from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
+from pipeline.files import read_text
 from pipeline.forward.finite import set_name
 from pipeline.forward.head import unwrapped
 from pipeline.forward.rows import native_attention, sampling_attention, set_can_pack
@@ -44,6 +45,19 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be had on a device now; on the CPU, file caches that would give way included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = read_text(Path("/proc/meminfo")).splitlines()
+    available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := read_text(limit).strip()).isdigit():
+            available = min(available, int(text))
+    return available
 
 
 def pick_device(cfg: ModelConfig) -> torch.device:

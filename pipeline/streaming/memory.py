@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pipeline.disk import readable
 from pipeline.errors import ConfigError
-from pipeline.files import read_text
+from pipeline.models.load import free_bytes
 
 # Beyond it a wave gains nothing: a card computes so many tokens far longer than its link takes for the weights, a CPU
 # longer than its disk does. It would only hold up finished blocks.
@@ -61,16 +59,3 @@ class WaveBudget:
         more = max(0, min(int(room / waiting), _MOST_WAVE_TOKENS[self._device.type] - tile_tokens))
         self.take(f"a wave of {tile_tokens + more:,}", more * waiting)
         return tile_tokens + more
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be had on a device now; on the CPU, file caches that would give way included."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    lines = read_text(Path("/proc/meminfo")).splitlines()
-    available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := read_text(limit).strip()).isdigit():
-            available = min(available, int(text))
-    return available

@@ -32,12 +32,12 @@ from pipeline.forward.packing_check import check_layout, settle_layout
 from pipeline.forward.rows import forwards, gather_hidden, is_packed, lay_out
 from pipeline.models import load as models
 from pipeline.models.files import check_model_files
-from pipeline.models.load import with_adapter
+from pipeline.models.load import free_bytes, with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
-from pipeline.streaming.memory import WaveBudget, free_bytes
+from pipeline.streaming.memory import WaveBudget
 from pipeline.streaming.weights import SafetensorsCheckpoint, locate
 
 # What activations take is measured on so many tokens, in sequences of at most this length.
