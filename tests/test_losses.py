@@ -3,6 +3,7 @@
 import functools
 import itertools
 from itertools import pairwise
+from typing import get_args
 
 import hypothesis
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.config import TrainConfig
 from pipeline.train import losses
 from pipeline.train.metrics import drift_metrics, drift_sums, merge_drift_sums
 
@@ -87,15 +89,15 @@ def oracle(name: str, student: Tensor, teacher: Tensor, weight: float) -> Tensor
 
 def divergence(name: str, weight: float = 0.3) -> tuple[losses.Divergence, float]:
     """A loss over columns, and its slope where student and teacher agree."""
-    return {
-        "reverse_kl": (losses.reverse_kl, 1.0),
-        "forward_kl": (losses.forward_kl, -1.0),
-        "jsd": (functools.partial(losses.jsd, beta=weight), 0.0),
-        "mixed_kl": (functools.partial(losses.mixed_kl, forward_weight=weight), 1 - 2 * weight),
-    }[name]
+    return losses.DIVERGENCES[name](TrainConfig(jsd_beta=weight, forward_weight=weight))
 
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "mixed_kl")
+DIVERGENCES = tuple(losses.DIVERGENCES)
+
+
+def test_every_loss_of_a_recipe_has_an_implementation() -> None:
+    others = {"importance_sampling", "cross_entropy"}
+    assert {*get_args(TrainConfig.model_fields["loss"].annotation)} == {*DIVERGENCES} | others
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -247,7 +249,7 @@ def test_draws_give_the_divergence_of_the_whole_vocabulary(name: str, stale: boo
         )
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_no_draw_is_negative_or_pulls_where_both_agree(name: str) -> None:
     """The control variate: without it each draw would have a gradient at S = T, and only their mean none."""
     old, student, teacher = distributions(3)[0], distributions(0)[0], distributions(1)[0]

@@ -29,7 +29,7 @@ from helpers.training import (
 )
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
-from pipeline.train import checks, stage
+from pipeline.train import checks, losses, stage
 from pipeline.train.replay import Rollout
 
 Make = Callable[..., Recipe]
@@ -53,6 +53,10 @@ OVER_COLUMNS: dict[str, tuple[list[str], Callable[[Tensor, Tensor], Tensor]]] = 
     "jsd": (["train.jsd_beta=0.2"], jsd),
     "mixed_kl": (["train.forward_weight=0.2"], lambda s, t: 0.2 * kl(t, s) + 0.8 * kl(s, t)),
 }
+
+
+def test_every_divergence_has_a_formula_here() -> None:
+    assert losses.DIVERGENCES.keys() == OVER_COLUMNS.keys() | {"reverse_kl"}  # which test_train.py compares
 
 
 @pytest.mark.parametrize("loss", OVER_COLUMNS)

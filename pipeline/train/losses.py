@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pipeline.config import TrainConfig
 
 #: (student's log-probs [T, C], of its rest [T], the teacher's [T, C], of its rest [T], valid [T, C]) -> loss [T]
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -123,6 +126,15 @@ def mixed_kl(
     return forward_weight * forward_kl(*columns) + (1 - forward_weight) * reverse_kl(*columns)
 
 
+#: Divergences by their name in `train.loss`: the function with its settings, and the slope f'(1) for `over_draws`.
+DIVERGENCES: dict[str, Callable[[TrainConfig], tuple[Divergence, float]]] = {
+    "reverse_kl": lambda train: (reverse_kl, 1.0),
+    "forward_kl": lambda train: (forward_kl, -1.0),
+    "jsd": lambda train: (partial(jsd, beta=train.jsd_beta), 0.0),
+    "mixed_kl": lambda train: (partial(mixed_kl, forward_weight=train.forward_weight), 1 - 2 * train.forward_weight),
+}
+
+
 def over_draws(
     divergence: Divergence,
     slope: float,
@@ -143,7 +155,7 @@ def over_draws(
     "Approximating KL divergence"), `forward_kl` (slope -1) and `jsd` (slope 0).
 
     Args:
-        divergence: one of `reverse_kl`, `forward_kl`, `jsd`, `mixed_kl`, without rest and padding.
+        divergence, slope: of `DIVERGENCES`.
         log_weights_TC: log(n / (m p_old)) of each distinct token that was drawn n times; -inf at other columns. The
             response's own token is a column, but no draw.
     """

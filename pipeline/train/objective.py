@@ -175,7 +175,7 @@ class DistillationObjective:
 
     def _divergence(self, targets: Targets, student_nC: Tensor, rest_n: Tensor) -> Tensor:
         assert targets.teacher_TC is not None and targets.teacher_rest_T is not None
-        divergence, slope = _divergence_and_slope(self.train)
+        divergence, slope = losses.DIVERGENCES[self.train.loss](self.train)
         if targets.log_draws_TC is not None:
             return losses.over_draws(divergence, slope, student_nC, targets.teacher_TC, targets.log_draws_TC)
         return divergence(student_nC, rest_n, targets.teacher_TC, targets.teacher_rest_T, targets.ids_TC >= 0)
@@ -241,17 +241,3 @@ def _policy_gradient(train: TrainConfig, targets: Targets, sampled_n: Tensor, ad
         truncation=train.ratio_truncation,
         ppo_clip=train.ppo_clip,
     )
-
-
-def _divergence_and_slope(train: TrainConfig) -> tuple[losses.Divergence, float]:
-    """The divergence of `train.loss`, and its slope at S = T (see `losses.over_draws`)."""
-    match train.loss:
-        case "forward_kl":
-            return losses.forward_kl, -1.0
-        case "jsd":
-            return functools.partial(losses.jsd, beta=train.jsd_beta), 0.0
-        case "mixed_kl":
-            forward = train.forward_weight
-            return functools.partial(losses.mixed_kl, forward_weight=forward), 1 - 2 * forward
-        case _:
-            return losses.reverse_kl, 1.0

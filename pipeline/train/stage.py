@@ -14,7 +14,7 @@ teacher, all at temperature 1; C the cached candidates (and the teacher's own to
     importance_sampling    mean_t -exp(log p_S(x_t) - log p_old(x_t)) A_t,
                            A_t = -(log p_S(x_t) - log p_T(x_t)), without gradient
 
-`pipeline.train.losses` has the formulas of the others (forward_kl, jsd, mixed_kl), of ratio truncation, the PPO clip
+`pipeline.train.losses` has the formulas of the others, of ratio truncation, the PPO clip
 and behaviour correction, and of what replaces reverse_kl if only the sampled token is scored (k2) or candidates were
 drawn from the student (`over_draws`). T may be a mixture of teachers, or chosen by the prompt's source
 (`pipeline.train.teachers`); `select` decides which tokens count (`pipeline.train.selection`).
