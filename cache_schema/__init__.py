@@ -15,6 +15,7 @@ A Zarr v3 hierarchy, described in `SPEC.md`. Reading, writing and verifying need
 from .arrays import (
     COMMIT_FIELDS,
     FINISH_LENGTH,
+    FINISH_NAMES,
     FINISH_OTHER,
     FINISH_STOP,
     ROLLOUT_ARRAYS,
@@ -44,6 +45,7 @@ from .verify import Finding, block_groups, repair, verify
 __all__ = [
     "COMMIT_FIELDS",
     "FINISH_LENGTH",
+    "FINISH_NAMES",
     "FINISH_OTHER",
     "FINISH_STOP",
     "ROLLOUT_ARRAYS",

@@ -11,6 +11,7 @@ NAN = float("nan")
 
 #: finish_reason codes
 FINISH_STOP, FINISH_LENGTH, FINISH_OTHER = 0, 1, 2
+FINISH_NAMES = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_OTHER: "other"}
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class Round:
     def __init__(self, cache: Cache, index: int, group: zarr.Group, manifest: RoundManifest):
         self.cache, self.index, self.manifest = cache, index, manifest
         self._group = group
-        self._opened: dict[str, BlockGroup] = {}
+        self._opened: dict[str, BlockGroup[ScoresManifest]] = {}
         self.prompts = PromptTable(group, manifest)
         self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None)
 
@@ -234,7 +234,7 @@ class Round:
 
     def has_blocks(self) -> bool:
         """Whether any block of rollouts or scores was written, committed now or not."""
-        groups = [self.rollouts, *(self.scores(name) for name in self.scorer_names())]
+        groups: list[BlockGroup[Any]] = [self.rollouts, *(self.scores(name) for name in self.scorer_names())]
         return any(bool(group.commits()["rows"].any()) for group in groups)
 
     def scorer_names(self) -> list[str]:
@@ -267,7 +267,7 @@ class Round:
     def teacher_names(self) -> list[str]:
         return [name for name in self.scorer_names() if name != STUDENT]
 
-    def scores(self, name: str) -> BlockGroup:
+    def scores(self, name: str) -> BlockGroup[ScoresManifest]:
         """Scores by `name`. Raises `CacheError` if there are none."""
         self._child("scores")
         found = self._scores(name)
@@ -278,7 +278,7 @@ class Round:
             )
         return found
 
-    def _scores(self, name: str) -> BlockGroup | None:
+    def _scores(self, name: str) -> BlockGroup[ScoresManifest] | None:
         group = self._open_group(name)
         if group is None:
             return None
@@ -302,7 +302,7 @@ class Round:
             self._opened[name] = known
         return known
 
-    def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
+    def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup[ScoresManifest]:
         """Continue the scores of `name`, or create them. Without any block, they are created again if they differ.
 
         Raises `ProvenanceError` listing the differing fields.
@@ -311,7 +311,6 @@ class Round:
             raise CacheError(f"scores {name!r}: the student, and no other model, has the name {STUDENT!r}")
         existing = self._scores(name)
         if existing is not None:
-            assert isinstance(existing.manifest, ScoresManifest)
             if existing.manifest.differences(manifest) and not existing.commits()["rows"].any():
                 return self._create_scores(name, manifest)
             _require_same(
@@ -320,7 +319,7 @@ class Round:
             return existing
         return self._create_scores(name, manifest)
 
-    def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup:
+    def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup[ScoresManifest]:
         if self._is_orphaned(name):
             raise CacheError(
                 f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is missing; restore "
@@ -328,7 +327,6 @@ class Round:
             )
         if manifest.role == "teacher" and manifest.candidates:
             student = self.scores(STUDENT).manifest
-            assert isinstance(student, ScoresManifest)
             for field in ("candidates", "candidate_kind"):
                 if getattr(student, field) != getattr(manifest, field):
                     raise ProvenanceError(

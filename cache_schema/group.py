@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from .stores import cancel_requests
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_M = TypeVar("_M", bound=RoundManifest | ScoresManifest, covariant=True)
 
 _COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
 
@@ -43,7 +44,7 @@ def array_digest(value: npt.NDArray[Any]) -> int:
     return digest64(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
-class BlockGroup:
+class BlockGroup(Generic[_M]):
     """The arrays of one group (`rollouts` or `scores/<name>`) of a round, read and written block by block.
 
     Attributes:
@@ -56,10 +57,10 @@ class BlockGroup:
         self,
         group: zarr.Group,
         name: str,
-        manifest: RoundManifest | ScoresManifest,
+        manifest: _M,
         round_manifest: RoundManifest,
-        rollouts: BlockGroup | None,
-        student: BlockGroup | None,
+        rollouts: BlockGroup[RoundManifest] | None,
+        student: BlockGroup[ScoresManifest] | None,
     ):
         self._group = group
         self.name = name

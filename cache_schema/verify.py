@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .blocks import InvalidBlockError, RolloutBlock
 from .cache import Cache, Round
@@ -62,9 +63,9 @@ def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: Non
         yield Finding(index, "round", None, "attributes", "is missing, though there are later rounds")
 
 
-def block_groups(cache: Cache) -> list[BlockGroup]:
+def block_groups(cache: Cache) -> list[BlockGroup[Any]]:
     """Every group of blocks, of all rounds, with readable metadata."""
-    groups: list[BlockGroup] = []
+    groups: list[BlockGroup[Any]] = []
     with contextlib.suppress(CacheError):  # `verify` reports it
         for index in cache.round_entries():
             with contextlib.suppress(CacheError):
@@ -107,7 +108,7 @@ def _reported(found: list[Finding], round_: int | None, group: str, array: str =
 
 def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Finding]:
     found: list[Finding] = []
-    groups: list[BlockGroup] = [round_.rollouts]
+    groups: list[BlockGroup[Any]] = [round_.rollouts]
     with _reported(found, round_.index, "prompts", "bytes"):
         round_.prompts.check()
     names: list[str] = []
@@ -148,7 +149,7 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
     progress(round_.n_blocks * (len(groups) - len(readable)))
 
 
-def _is_stale(group: BlockGroup, block: int) -> bool:
+def _is_stale(group: BlockGroup[Any], block: int) -> bool:
     """Whether the block scores rollouts or candidates that have changed since; False if that is unknown."""
     try:
         return not group.is_committed(block)
@@ -158,8 +159,7 @@ def _is_stale(group: BlockGroup, block: int) -> bool:
         return False
 
 
-def _check_scores(group: BlockGroup, block: int, rollouts: RolloutBlock | None) -> None:
+def _check_scores(group: BlockGroup[ScoresManifest], block: int, rollouts: RolloutBlock | None) -> None:
     scores = group.read_own(block)
     if scores is not None and rollouts is not None:
-        assert isinstance(group.manifest, ScoresManifest)
         scores.validate(group.manifest, rollouts)

@@ -42,6 +42,7 @@ from pipeline.models import load as models
 from pipeline.models.lora import make_trainable, training_mode
 from pipeline.models.resolve import resolve
 from pipeline.teachers.alignment import View, align
+from pipeline.text.detokenize import response_texts
 from pipeline.text.records import check_record
 from pipeline.text.rendering import render_all
 from pipeline.train import in_memory, trainer
@@ -81,9 +82,7 @@ class Rollouts:
     @property
     def texts(self) -> list[str]:
         """Every response without special tokens; those of one prompt are adjacent."""
-        ids = [self.block.response(row) for row in range(len(self))]
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
+        return response_texts(self.block, self.tokenizer)
 
     def __len__(self) -> int:
         return self.block.n_rows
@@ -184,7 +183,6 @@ class Student:
                 f"round {round_.index} of {round_.cache.url} was sampled by a different student, {cached.name}; "
                 f"load that one, or sample a round with {own.name}"
             )
-        assert isinstance(read.manifest, cs.ScoresManifest)
         if read.manifest.candidate_kind != "topk":
             raise ModelError(
                 f'round {round_.index} of {round_.cache.url}: expected candidates of kind "topk", got '

@@ -97,10 +97,10 @@ def _escape(found: re.Match[str]) -> str:
     return _SHORT.get(found[0]) or found[0].encode("unicode_escape", "surrogatepass").decode()
 
 
-def clipped(line: str, *, word: int = 300, most: int = 4000) -> str:
-    """A message without the middle of words longer than `word`, e.g. paths, and of lines longer than `most`."""
-    line = re.sub(rf"\S{{{word + 1},}}", lambda m: f"{m[0][: word // 2]}...{m[0][-word // 2 :]}", line)
-    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+def clipped(line: str) -> str:
+    """A message without the middle of words of more than 300 characters, e.g. paths, and at most 4,000 long."""
+    line = re.sub(r"\S{301,}", lambda word: f"{word[0][:150]}...{word[0][-150:]}", line)
+    return line if len(line) <= 4000 else f"{line[:2000]} ... {line[-2000:]}"
 
 
 def results() -> Console:

@@ -377,19 +377,6 @@ def read_json(
     return value
 
 
-def read_model(
-    path: Path,
-    model: type[_M],
-    *,
-    at_most: int = AT_MOST,
-    error: type[RedpenError] = RedpenError,
-    follow_links: bool = True,
-) -> _M:
-    """Read a JSON object as a pydantic model. Arguments and errors as for `read_bytes`."""
-    found = read_json(path, at_most=at_most, error=error, follow_links=follow_links)
-    return parse_model(found, model, str(path), error=error)
-
-
 def file_digest(path: Path, *, error: type[RedpenError] = RedpenError) -> str:
     """blake2b of a file of any size, as 32 hexadecimal digits. Links are refused; errors as for `read_bytes`."""
     with _open_regular(path, error, follow_links=False) as file:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from pipeline.config import Recipe, load_recipe, load_stored_recipe, recipe_names, recipe_text, schema
+from pipeline.config.checks import require_single_pass
 from pipeline.errors import ConfigError
 
 MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}
@@ -77,7 +78,7 @@ def test_every_setting_says_what_it_means(name: str, field: FieldInfo) -> None:
         ("train.learning_rate=nan", "must be a number > 0 and <= 1, got NaN"),
         ("train.betas=[0.9]", "--set train.betas must be a list of 2 numbers >= 0 and < 1, got too few"),
         ("train.lora_targets=3", '--set train.lora_targets must be "all-linear" or a list of strings, got 3'),
-        ("train.loss=forward", '"jsd" or "mixed_kl" or "cross_entropy", got "forward"'),
+        ("train.loss=forward", '"cross_entropy", got "forward"'),
         ("student.dtype=int8", '"float32", got "int8"'),
         ("student.trust_remote_code=1", "must be true or false, got 1"),
         ("student.model=", "student.model is missing: expected a non-empty string (Hub id, "),

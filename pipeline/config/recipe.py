@@ -161,10 +161,6 @@ class Recipe(Section):
         """One line for each setting that is known to work badly, or that has no effect."""
         return checks.find_warnings(self)
 
-    def check_single_use(self, n_prompts: int) -> None:
-        """See `checks.require_single_pass`."""
-        checks.require_single_pass(self, n_prompts)
-
 
 def _rename(data: dict[str, Any]) -> None:
     for old, new in RENAMED.items():

@@ -143,9 +143,7 @@ def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
         return None
     pairs = {}
     for name, parts in columns.items():
-        scored = round_.scores(name).manifest
-        assert isinstance(scored, cs.ScoresManifest)
-        tokens = TokenColumns.joined(parts)
+        scored, tokens = round_.scores(name).manifest, TokenColumns.joined(parts)
         pairs[name] = PairScores(name, round_.manifest, scored, tokens, len(tokens.token) / own[name])
     n_scored = len(ScoredRound(round_, teachers).scored())
     return RoundSample(

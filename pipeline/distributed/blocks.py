@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import cache_schema as cs
 from pipeline.console import Bar
@@ -49,7 +49,7 @@ class Work(Protocol):
     @property
     def gpus(self) -> int: ...
 
-    def group(self) -> cs.BlockGroup:
+    def group(self) -> cs.BlockGroup[Any]:
         """The cache group that the blocks are committed to."""
 
     def open(self) -> Session:

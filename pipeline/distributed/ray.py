@@ -276,7 +276,7 @@ class RaySession:
         say(f"a worker process has died and is replaced{undone} ({reason})")
         self._start()
 
-    def _take_committed(self, group: cs.BlockGroup, task: _Task) -> None:
+    def _take_committed(self, group: cs.BlockGroup[Any], task: _Task) -> None:
         committed = [block for block in task.blocks if group.is_committed(block)]
         task.blocks = [block for block in task.blocks if block not in committed]
         self._done += committed

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
@@ -21,6 +20,7 @@ from pipeline.forward.head import unwrapped
 from pipeline.forward.rows import attention_of, eval_mode, sampling_attention
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.text.answers import Checker
+from pipeline.text.detokenize import response_texts
 from pipeline.text.prompts import load_prompts
 from pipeline.text.rendering import render_all
 
@@ -80,13 +80,6 @@ def response_setting(recipe: Recipe) -> str:
     """The setting that `max_response_tokens` is from."""
     section = "rollouts" if recipe.eval.max_response_tokens is None else "eval"
     return f"{section}.max_response_tokens"
-
-
-def texts_of(rollouts: cs.RolloutBlock, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The response of every row as text, without special tokens."""
-    ids = [rollouts.response(row) for row in range(rollouts.n_rows)]
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
 
 
 def right_answers(texts: Sequence[str], answers: Sequence[str | None], checker: Checker) -> npt.NDArray[np.bool_]:
@@ -150,7 +143,7 @@ class HeldOutPrompts:
         block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)])
         with generating(model):
             rollouts = TransformersSampler(model, self.sampling, batch_size=self.batch_size).sample_block(block)
-        texts = texts_of(rollouts, self.tokenizer)
+        texts = response_texts(rollouts, self.tokenizer)
         if self.metric == "format":
             return int(legal_responses(texts, len(self.prompts), self.checker).sum())
         return int(right_answers(texts, [answer for _, answer in self.prompts], self.checker).sum())

@@ -265,9 +265,7 @@ def joined(parts: Sequence[cs.ScoreBlock]) -> cs.ScoreBlock:
 # -- checks --------------------------------------------------------------------------------------------------
 
 
-def sample_of(
-    rollouts: cs.RolloutBlock, candidate_ids: Int32 | None, vocab_size: int, key: tuple[int, ...] = ()
-) -> TokenBatch:
+def sample_of(rollouts: cs.RolloutBlock, candidate_ids: Int32, vocab_size: int) -> TokenBatch:
     """A few rollouts of middling length, their responses cut short, for a scorer to be checked on."""
     order = np.argsort(rollouts.response_length, kind="stable")
     middle = max(len(order) // 2 - _CHECKED_ROLLOUTS // 2, 0)
@@ -278,12 +276,9 @@ def sample_of(
         response = rollouts.token_ids[tokens]
         prompts.append((number, rollouts.prompt(row)))
         rows.append(cs.RolloutRow(number, 0, response, rollouts.rollout_logprobs[tokens], cs.FINISH_OTHER))
-        if candidate_ids is not None:
-            given = candidate_ids[tokens]
-            ids.append(np.where(given < vocab_size, given, response[:, None]))
-    return TokenBatch(
-        (cs.RolloutBlock.from_rows(prompts, rows),), np.concatenate(ids) if ids else None, (key,) if key else None
-    )
+        given = candidate_ids[tokens]
+        ids.append(np.where(given < vocab_size, given, response[:, None]))
+    return TokenBatch((cs.RolloutBlock.from_rows(prompts, rows),), np.concatenate(ids))
 
 
 def check_agreement(returned: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str) -> str:

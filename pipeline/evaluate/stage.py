@@ -46,7 +46,6 @@ from pipeline.engines.heldout import (
     max_response_tokens,
     response_setting,
     right_answers,
-    texts_of,
 )
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
@@ -67,6 +66,7 @@ from pipeline.runs.lock import locked, replacing_results
 from pipeline.teachers.alignment import View, view_on
 from pipeline.teachers.spans import SpanView
 from pipeline.text.answers import Checker, Estimate, pass_at, share_right
+from pipeline.text.detokenize import response_texts
 
 Figures = dict[str, Any]
 MakeScorer = Callable[..., Scorer]
@@ -276,7 +276,7 @@ def _grade(
     found: Figures = {}
     answers = [record.get("answer") for record in records]
     with_answer = [i for i, answer in enumerate(answers) if answer is not None]
-    texts = {"greedy": texts_of(done.greedy, tokenizer), "sampled": texts_of(done.sampled, tokenizer)}
+    texts = {"greedy": response_texts(done.greedy, tokenizer), "sampled": response_texts(done.sampled, tokenizer)}
     if with_answer:
         right = {name: right_answers(said, answers, checker)[with_answer] for name, said in texts.items()}
         found |= {name: asdict(share_right(right_PS)) for name, right_PS in right.items()}

@@ -33,7 +33,6 @@ from pipeline.errors import RedpenError
 from pipeline.files import atomic_file
 
 _TEXTS = ("prompt", "answer", "source", "id")
-_FINISH = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -68,7 +67,8 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
             table = exporter.table(block)
             writer.write_table(table, row_group_size=table.num_rows)
             bar.advance()
-    for name, group in (("rollouts", round_.rollouts), *exporter.scorers.items()):
+    groups: dict[str, cs.BlockGroup[Any]] = {"rollouts": round_.rollouts, **exporter.scorers}
+    for name, group in groups.items():
         if n_missing := round_.n_blocks - int(group.committed().sum()):
             left = "left out" if name == "rollouts" else "null"
             warn(f"{name}: {n_missing} of {round_.n_blocks} blocks are not finished, and {left} in the export")
@@ -90,7 +90,6 @@ class BlockExporter:
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
         fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
         for name, group in self.scorers.items():
-            assert isinstance(group.manifest, cs.ScoresManifest)
             sizes = {"candidate": group.manifest.candidates, "topk": group.manifest.topk}
             for spec in group.specs:
                 value = numbers[spec.dtype]
@@ -117,7 +116,7 @@ class BlockExporter:
             "response_token_ids": _lists(bounds, rollouts.token_ids),
             "rollout_logprobs": _lists(bounds, rollouts.rollout_logprobs),
             "trained": _lists(bounds, rollouts.trained),
-            "finish_reason": [_FINISH[code] for code in rollouts.finish_reason.tolist()],
+            "finish_reason": [cs.FINISH_NAMES[code] for code in rollouts.finish_reason.tolist()],
         }
         for field in ("messages", *_TEXTS):
             columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]

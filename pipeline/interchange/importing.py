@@ -26,7 +26,7 @@ import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,9 +43,6 @@ from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds.manifests import imported_round, imported_scores
 from pipeline.text.records import check_record
 from pipeline.text.rendering import render, template_identity, uses_chat
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
@@ -106,7 +103,7 @@ def _write(
     reader: RolloutReader,
     found: FileSurvey,
     round_: cs.Round,
-    scores: cs.BlockGroup | None,
+    scores: cs.BlockGroup[cs.ScoresManifest] | None,
     pending: npt.NDArray[np.bool_],
 ) -> None:
     """Write the pending blocks, each after its last row."""

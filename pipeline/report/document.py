@@ -126,7 +126,7 @@ def rollout_set(round_: cs.Round, request: SetRequest, tokenizer: Decoder) -> Ro
     if not round_.rollouts.committed().any():
         return None
     scan = scan_round(round_, request.check, request.name)
-    names = scan.reader.teachers
+    names, manifests = scan.reader.teachers, {name: group.manifest for name, group in scan.reader.scores.items()}
     token_bytes = TEXT_BYTES * (9 + 6 * len(names) + (4 + 2 * len(names)) * len(request.rereads))
     if request.only is None:
         examples = [scan.sums[n].example[t] for n in names for t in scan.sums[n].most_corrected(MOST_CORRECTED)]
@@ -150,12 +150,10 @@ def rollout_set(round_: cs.Round, request: SetRequest, tokenizer: Decoder) -> Ro
         "teachers": [
             {
                 "name": name,
-                "label": _model_label(_scores_manifest(scan.reader.scores[name]).model),
+                "label": _model_label(manifests[name].model),
                 "logprob": rows.column("teacher", name, "logprob"),
                 "kl": rows.column("teacher", name, "kl", ""),
-                "entropy": rows.column("teacher", name, "entropy")
-                if _scores_manifest(scan.reader.scores[name]).entropy
-                else None,
+                "entropy": rows.column("teacher", name, "entropy") if manifests[name].entropy else None,
             }
             for name in names
         ],
@@ -275,8 +273,8 @@ def provenance(round_: cs.Round) -> list[list[str]]:
     return [[name, mask(str(value))] for name, value in rows if value not in ("", None)]
 
 
-def _scorer(name: str, scores: cs.BlockGroup) -> list[tuple[str, Any]]:
-    made = _scores_manifest(scores)
+def _scorer(name: str, scores: cs.BlockGroup[cs.ScoresManifest]) -> list[tuple[str, Any]]:
+    made = scores.manifest
     candidates = f"{made.candidates} {'sampled' if made.candidate_kind == 'sampled' else 'likeliest'} of the student"
     if made.candidates == 0:
         candidates = "none, only the token itself"
@@ -291,11 +289,6 @@ def _scorer(name: str, scores: cs.BlockGroup) -> list[tuple[str, Any]]:
         (f"{name}: blocks", f"{int(scores.committed().sum()):,} of {scores.n_blocks:,}"),
         (f"{name}: created by", made.created_by),
     ]
-
-
-def _scores_manifest(scores: cs.BlockGroup) -> cs.ScoresManifest:
-    assert isinstance(scores.manifest, cs.ScoresManifest)
-    return scores.manifest
 
 
 def _model(model: cs.ModelIdentity) -> str:

@@ -19,8 +19,6 @@ from pipeline.text.detokenize import Decoder, labels, pieces
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000
 
-FINISH_NAMES = {cs.FINISH_STOP: "stop", cs.FINISH_LENGTH: "length", cs.FINISH_OTHER: "other"}
-
 
 # ----------------------------------------------------------------------------------------------------------- summary
 
@@ -43,10 +41,10 @@ def _round_summary(round_: cs.Round, reverse_kl: bool) -> dict[str, Any]:
     manifest, rollouts = round_.manifest, round_.rollouts
     commits, committed = rollouts.commits(), rollouts.committed()
     rows, tokens = (int(commits[name].sum()) for name in ("rows", "tokens"))
-    finish = {name: 0 for name in FINISH_NAMES.values()}
+    finish = {name: 0 for name in cs.FINISH_NAMES.values()}
     for block in np.flatnonzero(committed):
         reasons = rollouts.read_arrays(int(block), ["finish_reason"])["finish_reason"]
-        for code, name in FINISH_NAMES.items():
+        for code, name in cs.FINISH_NAMES.items():
             finish[name] += int((reasons == code).sum())
     return {
         "index": round_.index,
@@ -70,7 +68,6 @@ def _round_summary(round_: cs.Round, reverse_kl: bool) -> dict[str, Any]:
 def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, Any]:
     scores = round_.scores(name)
     manifest, committed = scores.manifest, scores.committed()
-    assert isinstance(manifest, cs.ScoresManifest)
     found = {
         "name": name,
         "role": manifest.role,
@@ -152,7 +149,7 @@ def rollout(
         "sample_index": sample,
         "answer": line.get("answer"),
         "source": line.get("source"),
-        "finish": FINISH_NAMES[int(rollouts.finish_reason[row])],
+        "finish": cs.FINISH_NAMES[int(rollouts.finish_reason[row])],
         "teacher": name,
         "prompt": "".join(pieces(rollouts.prompt(row).tolist(), tokenizer)),
         "response": "".join(texts),

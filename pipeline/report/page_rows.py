@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.console import progress
-from pipeline.report.inspect import FINISH_NAMES, json_number
+from pipeline.report.inspect import json_number
 from pipeline.report.read import RIGHT, UNKNOWN, RoundScan, clip_kl
 from pipeline.report.runs import Reread
 from pipeline.report.string_table import (
@@ -163,7 +163,7 @@ class PageRows:
             "prompt": self._shortened(clean(self._tokenizer.decode(rollouts.prompt(row).tolist()))),
             "answer": as_text(line.get("answer")),
             "source": as_text(line.get("source")),
-            "finish": FINISH_NAMES[int(rollouts.finish_reason[row])],
+            "finish": cs.FINISH_NAMES[int(rollouts.finish_reason[row])],
             "right": None if right == UNKNOWN else right == RIGHT,
             "start": at.start,
             "length": at.stop - at.start,

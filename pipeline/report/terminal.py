@@ -17,6 +17,7 @@ from rich.text import Text
 
 import cache_schema as cs
 from pipeline.console import escape_control, results, say, show
+from pipeline.disk import readable
 from pipeline.models.identity import DATA
 from pipeline.report import inspect
 from pipeline.report.runs import MEASURES, RunRecord, differing, estimates, interval, learned_from, setting
@@ -68,7 +69,7 @@ def next_command(summary: dict[str, Any]) -> str:
 
 def show_summary(summary: dict[str, Any], out: Console) -> None:
     """Print a summary of `inspect.summary`."""
-    size = f", {_bytes(summary['bytes'])}" if summary["bytes"] is not None else ""
+    size = f", {readable(summary['bytes'])}" if summary["bytes"] is not None else ""
     _print(out, _text(f"{summary['cache']}: redpen cache, format {summary['format_version']}{size}"))
     if not summary["rounds"]:
         out.print("no rounds yet")
@@ -316,11 +317,3 @@ def _complete(blocks: dict[str, int]) -> bool:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024  # type: ignore[assignment]
-    return f"{size:.1f} TiB"

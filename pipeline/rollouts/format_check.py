@@ -18,6 +18,7 @@ from pipeline.console import escape_control, progress, say
 from pipeline.engines.sampling import PromptBlock, Sampler
 from pipeline.errors import RedpenError
 from pipeline.text.answers import Checker
+from pipeline.text.detokenize import response_texts
 
 # Characters of an example that are shown, of its beginning and of its end.
 _SHOWN = (50, 25)
@@ -43,9 +44,7 @@ def check_format(
     with progress("format check", len(first), "responses") as bar:
         sampler = make_sampler(lambda ended, _: bar.advance(ended))
         ((_, rollouts, _),) = sampler.sample([PromptBlock(0, list(enumerate(first)))])
-    texts = tokenizer.batch_decode(
-        [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
-    )
+    texts = response_texts(rollouts, tokenizer)
     illegal = [row for row, text in enumerate(texts) if not checker.is_legal(text)]
     n_legal = len(texts) - len(illegal)
     found = f"{n_legal} of the first {len(texts)} responses are legal by eval.format = {recipe.eval.format!r}"

@@ -181,7 +181,7 @@ class RolloutsWork:
             return 0
         return self.recipe.vllm.tensor_parallel_size if self.recipe.rollouts.engine == "vllm" else 1
 
-    def group(self) -> cs.BlockGroup:
+    def group(self) -> cs.BlockGroup[cs.RoundManifest]:
         return cs.open(self.cache_url).round(self.round_index).rollouts
 
     def open(self) -> RolloutsSession:

@@ -15,7 +15,7 @@ def cache_identity(cache_url: str, round_: cs.Round, teachers: Sequence[str]) ->
     Reading a block checks it against its commit, so equal digests of the commits mean equal data to the end.
     """
     scored = [cs.STUDENT] if cs.STUDENT in round_.scorer_names() else []
-    groups = {
+    groups: dict[str, list[cs.BlockGroup[Any]]] = {
         "rollouts": [round_.rollouts],
         "student": [round_.scores(name) for name in scored],
         "teacher": [round_.scores(name) for name in teachers],

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from pipeline.config import TrackConfig
 from pipeline.console import say, warn
 from pipeline.credentials import masked
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, one_line
 from pipeline.runs.directory import Result, RunDirectory
 
 #: How long to wait for a server of Weights & Biases at the start, and for the upload of the curve at the end.
@@ -91,7 +91,7 @@ class Wandb:
                 say(f"wandb: not logged in; {later}")
             self._run = begin("offline" if lacks_login else None)
         except wandb.errors.Error as error:
-            warn(f"wandb: {_one_line(error)}; {later}")
+            warn(f"wandb: {one_line(error)}; {later}")
             wandb.teardown()  # or the id would be in use
             self._run = begin("offline")
         if not (self._run.offline or self._run.disabled):
@@ -190,9 +190,7 @@ class Recorder:
             yield
         except Exception as error:
             self._trackers.pop(name, None)
-            warn(
-                f"{name} failed ({_one_line(error)}); training continues without it; {self._run.metrics} is complete"
-            )
+            warn(f"{name} failed ({one_line(error)}); training continues without it; {self._run.metrics} is complete")
 
 
 def _named(metrics: dict[str, Any], speed: dict[str, float]) -> dict[str, float]:
@@ -203,7 +201,3 @@ def _named(metrics: dict[str, Any], speed: dict[str, float]) -> dict[str, float]
 def _silence() -> contextlib.AbstractContextManager[Any]:
     """Hide what trackio prints on standard output, which is for results."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:150]

@@ -139,7 +139,6 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     if name not in round_.scorer_names():
         return False
     group = round_.scores(name)
-    assert isinstance(group.manifest, cs.ScoresManifest)
     cached = group.manifest.model
     same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
     same &= (cached.adapter_digest is None) == (cfg.adapter is None)
@@ -290,7 +289,7 @@ class ScoreWork:
             return 0
         return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
 
-    def group(self) -> cs.BlockGroup:
+    def group(self) -> cs.BlockGroup[cs.ScoresManifest]:
         return cs.open(self.cache_url).round(self.round_index).scores(self.name)
 
     def open(self) -> ScoreSession:

@@ -46,6 +46,13 @@ def load_decoder(manifest: cs.RoundManifest) -> Decoder:
     return Verbatim(tokenizer)
 
 
+def response_texts(rollouts: cs.RolloutBlock, tokenizer: Any) -> list[str]:
+    """The response of every row as text, without special tokens."""
+    ids = [rollouts.response(row) for row in range(rollouts.n_rows)]
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
+
+
 def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
     """The text that each token adds. A character of several tokens belongs to the last one; the others are empty."""
     found, start, read = [], 0, 0

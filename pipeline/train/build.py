@@ -22,7 +22,6 @@ def make_objective(recipe: Recipe, round_: cs.Round, teacher_names: Sequence[str
         cross_entropy = recipe.train.loss == "cross_entropy"
         return CrossEntropy() if cross_entropy else PolicyGradient(recipe.train, recipe.reward)
     student = round_.scores(cs.STUDENT).manifest
-    assert isinstance(student, cs.ScoresManifest)
     draws = student.candidates - 1 if student.candidate_kind == "sampled" else 0
     teachers = load_teachers(recipe, round_, teacher_names)
     return DistillationObjective(recipe.train, teachers, round_.manifest.vocab_size, draws, recipe.reward)

@@ -8,6 +8,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.config import Recipe, RewardConfig
+from pipeline.config.checks import require_single_pass
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.identity import IMPORTED
@@ -36,7 +37,7 @@ def check_committed(loss: str, round_: cs.Round, teachers: Sequence[str], cache_
 def check_round(recipe: Recipe, round_: cs.Round) -> None:
     """What the loss needs of how this round was sampled, whatever the recipe now says. Raises `ConfigError`."""
     train, reward = recipe.train, recipe.reward
-    recipe.check_single_use(round_.n_prompts - n_held_back(recipe))
+    require_single_pass(recipe, round_.n_prompts - n_held_back(recipe))
     if train.loss == "importance_sampling":
         check_sampling(recipe, round_, "importance_sampling")
     elif reward.coefficient:
@@ -172,7 +173,6 @@ def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     if recipe.train.loss == "cross_entropy":
         return
     facts, scores = resolve(recipe.student), round_.scores(cs.STUDENT).manifest
-    assert isinstance(scores, cs.ScoresManifest)
     if scores.quantisation != facts.quantisation:
         scored, trained = (
             "unquantised" if method is None else f"in {method}"

@@ -100,7 +100,7 @@ def parameters(cfg: ModelConfig | None) -> int | None:
         return None
 
 
-def _cost(group: cs.BlockGroup, cfg: ModelConfig | None, *, prompts_once: bool) -> Cost:
+def _cost(group: cs.BlockGroup[Any], cfg: ModelConfig | None, *, prompts_once: bool) -> Cost:
     commits = group.commits()
     commits = commits[commits["rows"] > 0]
     rows, prompts = commits["rows"].astype(float), commits["prompts"].astype(float)

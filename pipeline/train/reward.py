@@ -22,6 +22,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.config import RewardConfig
 from pipeline.text.answers import Checker
+from pipeline.text.detokenize import response_texts
 from pipeline.train.replay import Batch
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ class Rewards:
 
     def _values(self, rollouts: cs.RolloutBlock) -> Float32:
         """f4 [rows]"""
-        texts = self.tokenizer.batch_decode(
-            [rollouts.response(row) for row in range(rollouts.n_rows)], skip_special_tokens=True
-        )
+        texts = response_texts(rollouts, self.tokenizer)
         if self.settings.verifier == "format":
             return np.array([self.checker.is_legal(text) for text in texts], np.float32)
         wanted = [self.round_.prompts[int(rollouts.prompt_index[p])].get("answer") for p in rollouts.row_prompt]

@@ -135,8 +135,7 @@ def select_teachers(recipe: Recipe, round_: cs.Round, cache_url: str) -> tuple[s
 def load_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> Teachers:
     """The teachers of `select_teachers`, weighted or routed. Raises `ConfigError` for a prompt without a route."""
     train = recipe.train
-    manifests = {name: round_.scores(name).manifest for name in names}
-    scores = {name: manifest for name, manifest in manifests.items() if isinstance(manifest, cs.ScoresManifest)}
+    scores = {name: round_.scores(name).manifest for name in names}
     if train.route:
         return Teachers(scores, route_P=_route(train, round_, names))
     weights = [train.teacher_weights.get(name, 1.0) for name in names]
