@@ -123,7 +123,7 @@ def test_the_gradient_of_all_weights_is_that_of_the_formula(tied: bool, toy_cach
 
 
 def test_half_precision_weights_are_moved_in_fp32(toy_cache: Path) -> None:
-    """Steps of 1e-5 are far below what bf16 can tell from most weights, but add up."""
+    """Steps of 1e-5 are too small for bf16 to change most weights, but add up."""
     recipe = small_recipe(*FULL, "student.dtype=bfloat16", "train.learning_rate=1e-5", "train.max_grad_norm=1e6")
     trainer, replay = trainer_of(toy_cache, recipe)
     before = {name: weight.clone() for name, weight in trainer.masters.items()}

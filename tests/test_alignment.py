@@ -94,7 +94,7 @@ def test_permuted_and_padded_ids_change_nothing(
 
 
 @pytest.mark.parametrize("new", [SHIFTED, np.arange(N_TOKENS)], ids=["other ids", "the same ids"])
-def test_a_token_that_the_teacher_lacks_is_not_told(
+def test_a_token_that_the_teacher_lacks_has_no_score(
     new: np.ndarray[Any, Any],
     toy_cache: Path,
     scored: Callable[[Recipe], cs.Round],

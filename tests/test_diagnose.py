@@ -147,7 +147,7 @@ def test_a_planted_teacher_is_named_first(
     assert f"({key})" in out and out.index(f"({key})") < out.index("key figures")
 
 
-def test_the_end_that_the_teacher_wants_is_told_where_its_top_k_is_stored(toy_cache: Path, tmp_path: Path) -> None:
+def test_the_teachers_own_stop_token_is_named_if_its_top_k_is_stored(toy_cache: Path, tmp_path: Path) -> None:
     teacher = saved(with_another_end(), tmp_path / "model")
     cache = rescored(toy_cache, tmp_path / "c.zarr", f"teacher.model={teacher}", "score.teacher_topk=4")
     (finding,) = diagnosed(cache)["findings"]
@@ -363,7 +363,7 @@ def healthy(toy_cache: Path) -> RoundSample:
         ("not-own", lambda look: with_responses(look, surprise=look.responses.surprise - 5)),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_responses_is_told(
+def test_problems_of_responses_are_reported(
     key: str, change: Callable[[RoundSample], RoundSample], healthy: RoundSample
 ) -> None:
     assert check_rollouts(healthy) == []
@@ -499,7 +499,7 @@ def test_part_of_a_round_is_looked_at_and_said(
     assert "teacher has scored 5 of 6 blocks" in capsys.readouterr().err
 
 
-def test_scores_without_candidates_are_enough_for_a_verdict(healthy: RoundSample) -> None:
+def test_scores_without_candidates_are_enough_for_a_diagnosis(healthy: RoundSample) -> None:
     """A teacher that scored the sampled token alone, as from an imported file."""
     scored = healthy.pairs["teacher"]
     nothing = np.full(len(scored.tokens.token), np.nan)

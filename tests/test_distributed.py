@@ -139,7 +139,7 @@ def two(cache: Path, out: Path) -> None:
         assert stage.run(small_recipe(*LONG, *CASES[name]), str(cache), out / f"{name}-stopped") == 0
     assert stage.run(small_recipe(f"train.steps={KILLED_STEPS}"), str(cache), out / "long-calm") == 0
     stale = small_recipe("train.stale_ess=0.9999", "train.stop_window=1", "train.learning_rate=0.01")
-    for _ in range(2):  # a verdict is the first rank's to tell: were the others to fail too, torchrun would end it
+    for _ in range(2):  # only rank 0 reports the result: if the others failed too, torchrun would end it
         assert stage.run(stale, str(cache), out / "stale") == (0 if environment.RANK else stopping.EXIT_STALE)
     interrupted(cache, out / "elastic", (), 2)
 

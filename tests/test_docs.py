@@ -205,7 +205,7 @@ def test_quoted_messages_are_in_the_sources() -> None:
     assert not missing
 
 
-def test_walkthrough_tells_of_the_rollout_that_is_sampled(toy_cache: Path) -> None:
+def test_the_walkthrough_shows_the_rollout_that_is_sampled(toy_cache: Path) -> None:
     """Rollout 4 of the toy's default seed, which is the same however many prompts a round has."""
     page = (ROOT / "docs/walkthrough.md").read_text(encoding="utf-8")
     assert load_recipe("toy").rollouts.seed == 0

@@ -78,7 +78,9 @@ def test_diagnose_says_where_teachers_differ(both: Path, capsys: pytest.CaptureF
     assert "second and teacher prefer different tokens at" in said and "train.route" in said
 
 
-def test_teachers_that_agree_are_told_so(toy_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teachers_that_agree_are_reported(
+    toy_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "c.zarr"
     shutil.copytree(toy_cache, path)
     assert pipeline.score.stage.run(small_recipe("teacher.name=again"), str(path), "again") == 0

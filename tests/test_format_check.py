@@ -28,7 +28,7 @@ def test_an_illegal_student_is_refused_before_any_rollout(tmp_path: Path) -> Non
     assert stage.run(small_recipe("prompts.limit=4"), str(tmp_path / "c.zarr")) == 0
 
 
-def test_what_was_cut_is_told(tmp_path: Path) -> None:
+def test_truncated_responses_are_reported(tmp_path: Path) -> None:
     with pytest.raises(RedpenError, match=r"8 were cut at rollouts\.max_response_tokens = 3; not legal"):
         stage.run(small_recipe("prompts.limit=8", "rollouts.max_response_tokens=3"), str(tmp_path / "c.zarr"))
 

@@ -166,7 +166,7 @@ def test_fields_are_found_wherever_they_are(layout: str, tmp_path: Path) -> None
     assert round_.scores("teacher").read(0).logprobs.tolist() == [-1.0, -2.0]
 
 
-def test_what_the_file_does_not_tell_is_not_scored(tmp_path: Path) -> None:
+def test_what_the_file_lacks_is_not_scored(tmp_path: Path) -> None:
     rows = [rollout(), rollout(teacher_log_probs=None), rollout(prompt="2+2=", rollout_logprobs=None)]
     round_ = imported(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "c")
     teacher = round_.scores("teacher").read(0).logprobs
@@ -333,10 +333,10 @@ def test_whole_numbers_are_log_probs_too(tmp_path: Path) -> None:
 
 
 def test_whose_log_probs(tmp_path: Path) -> None:
-    recorded, untold = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
-    jsonl(Path(untold), [rollout(teacher_log_probs=None)])
+    recorded, unscored = jsonl(tmp_path / "t.jsonl", [rollout()]), jsonl(tmp_path / "u.jsonl", [rollout()] * 2)
+    jsonl(Path(unscored), [rollout(teacher_log_probs=None)])
     assert "expected one of teacher, got 'x'" in refused(recorded, tmp_path / "c", teacher="x")
-    assert "got none in any row; leave --teacher out" in refused(untold, tmp_path / "c", teacher="teacher")
+    assert "got none in any row; leave --teacher out" in refused(unscored, tmp_path / "c", teacher="teacher")
     assert "no such file" in refused(str(tmp_path / "nothing"), tmp_path / "c")
     assert "got a directory" in refused(str(tmp_path), tmp_path / "c")
     (tmp_path / "x.parquet").write_text("no Parquet")

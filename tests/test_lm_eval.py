@@ -112,7 +112,7 @@ def test_a_task_whose_responses_do_not_fit_is_refused_first(directory: Path) -> 
         harness.load_tasks(recipe_with(directory, "sums", more=("eval.max_response_tokens=600",)).eval, 512)
 
 
-def test_prompts_that_the_harness_shortens_are_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_that_the_harness_shortens_are_reported(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_with(directory, "sums", more=("eval.max_response_tokens=508", "eval.task_limit=2"))
     model = models.load_model(recipe.student)
     harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval, 512))

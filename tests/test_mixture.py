@@ -38,10 +38,10 @@ def distributions(seed: int) -> Tensor:
     )
 
 
-def recorded(logprobs: Tensor, untold: Tensor | None = None) -> TeacherColumns:
-    """The first C tokens of a teacher, some of them untold and so in its rest."""
+def recorded(logprobs: Tensor, unscored: Tensor | None = None) -> TeacherColumns:
+    """The first C tokens of a teacher, some of them unscored and so in its rest."""
     ids = torch.arange(C).repeat(T, 1)
-    hidden = torch.zeros(T, C, dtype=torch.bool) if untold is None else untold
+    hidden = torch.zeros(T, C, dtype=torch.bool) if unscored is None else unscored
     rest = torch.cat([logprobs[:, :C].masked_fill(~hidden, -torch.inf), logprobs[:, C:]], 1).logsumexp(1)
     return TeacherColumns(ids.masked_fill(hidden, -1), logprobs[:, :C].masked_fill(hidden, torch.nan), rest)
 
@@ -80,14 +80,14 @@ def test_a_mixture_of_one_opinion_is_that_opinion(mixture: str) -> None:
     torch.testing.assert_close(found.rest_T, one.rest_T)
 
 
-def test_a_column_that_one_did_not_tell_is_in_the_rest_of_all() -> None:
+def test_a_column_that_one_did_not_score_is_in_the_rest_of_all() -> None:
     teachers = [distributions(i) for i in range(2)]
-    untold = [torch.rand(T, C, generator=torch.Generator().manual_seed(i)) < 0.4 for i in range(2)]
-    for hidden in untold:
+    unscored = [torch.rand(T, C, generator=torch.Generator().manual_seed(i)) < 0.4 for i in range(2)]
+    for hidden in unscored:
         hidden[:, 0] = False
-    found = mixed([recorded(t, u) for t, u in zip(teachers, untold, strict=True)], [0.25, 0.75], "arithmetic")
+    found = mixed([recorded(t, u) for t, u in zip(teachers, unscored, strict=True)], [0.25, 0.75], "arithmetic")
     expected = 0.25 * teachers[0].exp() + 0.75 * teachers[1].exp()
-    common = ~(untold[0] | untold[1])
+    common = ~(unscored[0] | unscored[1])
     assert torch.equal(found.ids_TC >= 0, common) and not common.all() and common.any()
     torch.testing.assert_close(found.logprobs_TC.exp()[common], expected[:, :C][common])
     rest = expected[:, C:].sum(1) + torch.where(common, 0, expected[:, :C]).sum(1)

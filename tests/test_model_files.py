@@ -329,7 +329,7 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
         one_line(error)
 
 
-def test_an_engine_that_tells_no_numbers_is_refused() -> None:
+def test_an_engine_that_returns_no_numbers_is_refused() -> None:
     from pipeline.engines.prompt_logprobs import EngineLogprobs, Question
 
     with pytest.raises(ModelError, match="not finite"):

@@ -242,7 +242,7 @@ def test_models_load_frozen_in_the_dtype_asked_for() -> None:
         assert model.config._attn_implementation == "redpen_packed"
 
 
-def test_adapters_are_applied_trained_and_told_apart(tmp_path: Path) -> None:
+def test_adapters_are_applied_trained_and_distinguished(tmp_path: Path) -> None:
     plain = ModelConfig(model="toy:student", dtype="float32")
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)

@@ -142,7 +142,7 @@ def test_gradient_of_corrected_importance_sampling_is_that_of_the_formula(
     moved(trainer).gradient(batch)
     found = flat_gradient(trainer)
     assert distance(found, naive_gradient_of(trainer, batch, policy_gradient)) < 1e-5
-    assert max(coefficients) > 0.01, "a correction that the fixture cannot tell"
+    assert max(coefficients) > 0.01, "the fixture would not notice a missing correction"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def edited(path: Path, to: Path, group: str = "", **attributes: object) -> Path:
     return to
 
 
-def test_draws_that_a_teacher_did_not_tell_are_refused(warm_cache: Path, tmp_path: Path, recipe: Make) -> None:
+def test_draws_that_a_teacher_did_not_score_are_refused(warm_cache: Path, tmp_path: Path, recipe: Make) -> None:
     cache = edited(warm_cache, tmp_path / "c.zarr", "scores/teacher", partial=True)
     for loss in ("reverse_kl", "jsd"):
         with pytest.raises(ConfigError, match=rf'"{loss}": the candidates were drawn .* no score by \'teacher\''):

@@ -1,4 +1,4 @@
-"""Teachers that tell less than everything: served ones know their likeliest tokens, imported ones the token alone."""
+"""Teachers with some scores only: served ones score their likeliest tokens, imported ones the token alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def partial_cache(toy_cache: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_not_told_reads_back_as_not_told(partial_cache: Path) -> None:
+def test_missing_scores_read_back_as_missing(partial_cache: Path) -> None:
     cache = cs.open(partial_cache)
     round_ = cache.round()
     assert not list(cs.verify(cache))
@@ -89,7 +89,7 @@ def test_partial_scores_are_checked_too(case: str, partial_cache: Path) -> None:
         record.validate(dataclasses.replace(group.manifest, **changes), round_.rollouts.read(0))
 
 
-def test_the_student_tells_everything() -> None:
+def test_the_student_scores_everything() -> None:
     for change in ({"partial": True}, {"entropy": False}, {"candidates": 0}):
         with pytest.raises(cs.CacheError):
             factory.scores_manifest("student", **change)
@@ -98,7 +98,7 @@ def test_the_student_tells_everything() -> None:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_untold_candidates_count_as_rest(partial_cache: Path) -> None:
+def test_missing_candidates_count_as_rest(partial_cache: Path) -> None:
     round_ = cs.open(partial_cache).round()
     student, scores = round_.scores("student").read(1), round_.scores("partial").read(1)
     found = scores_reverse_kl(student, scores)
@@ -128,7 +128,7 @@ def test_the_rest_of_a_sure_teacher_is_small_and_not_zero() -> None:
     assert rest_of(np.log([[0.25, 0.5]])) == pytest.approx(np.log([0.25]))
 
 
-def test_the_views_show_what_was_told(partial_cache: Path) -> None:
+def test_the_views_show_what_was_scored(partial_cache: Path) -> None:
     cache = cs.open(partial_cache)
     shown = {scores["name"]: scores for scores in inspect.summary(cache)["rounds"][0]["scores"]}
     assert 0 < shown["partial"]["reverse_kl_tokens"] < shown["teacher"]["reverse_kl_tokens"]

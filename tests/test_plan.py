@@ -111,7 +111,7 @@ def test_parameters_of_the_toy_are_those_in_its_files() -> None:
     assert counted == meta_model.Weights.of(model)
 
 
-def test_qwen3_has_the_parameters_that_its_makers_tell(planned: Planned) -> None:
+def test_qwen3_has_the_number_of_parameters_that_its_authors_state(planned: Planned) -> None:
     """8.2 B of which 6.95 B are no embeddings; 32.8 B, 31.2 B. The head multiplies, the input embedding does not."""
     weights = planned(depth="")[1].weights
     assert weights["student"].parameters == 8_190_735_360
@@ -235,7 +235,7 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
     assert total(largest) <= 8 < total(largest + 512)
 
 
-def test_too_small_a_card_is_told_with_what_would_help(planned: Planned) -> None:
+def test_too_small_a_gpu_is_reported_with_what_would_help(planned: Planned) -> None:
     recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)
     found = {need.step: table.advice(need, device, recipe) for need in memory.by_step(recipe, models, device)}
@@ -364,7 +364,7 @@ def test_any_decoder_that_can_be_trained_can_be_planned(
     assert steps["training"] > 0 and any(step.startswith("scoring, teacher") and steps[step] > 0 for step in steps)
 
 
-def test_command_tells_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "toy", "--mean-response-tokens", "15"]) == 0
     shown = capsys.readouterr().out
     for text in (
@@ -377,7 +377,7 @@ def test_command_tells_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown, text
 
 
-def test_command_tells_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "toy", "--json", "--gpu-memory", "8", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"]["student"]["parameters"] == 230_592

@@ -63,31 +63,31 @@ def likeliest(logprobs: np.ndarray, tokens: np.ndarray, n: int) -> EngineLogprob
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n_told=st.integers(1, 30),
+    n_returned=st.integers(1, 30),
     n_candidates=st.integers(1, 12),
     topk=st.integers(0, 6),
     sharpness=st.floats(0.1, 30),
 )
 def test_partial_scores_are_those_of_the_distribution(
-    seed: int, n_told: int, n_candidates: int, topk: int, sharpness: float
+    seed: int, n_returned: int, n_candidates: int, topk: int, sharpness: float
 ) -> None:
     rng, n_tokens, vocab = np.random.default_rng(seed), 9, 30
     expected = log_softmax(rng.normal(size=(n_tokens, vocab)) * sharpness)
     tokens = rng.integers(0, vocab, n_tokens)
     candidates = np.hstack([tokens[:, None], rng.integers(0, vocab, (n_tokens, n_candidates - 1))]).astype(np.int32)
     question = Question(np.concatenate([[0], tokens]).astype(np.int32), 1, candidates)
-    recorded = likeliest(expected, tokens, max(n_told, topk))
+    recorded = likeliest(expected, tokens, max(n_returned, topk))
     scores = partial_scores(question, recorded, topk)
 
     every = np.arange(n_tokens)
     np.testing.assert_allclose(scores.logprobs, expected[every, tokens], rtol=1e-6)
     known = np.zeros((n_tokens, vocab), bool)
     np.put_along_axis(known, recorded.ids, True, 1)
-    is_told = np.take_along_axis(known, candidates, 1)
+    is_returned = np.take_along_axis(known, candidates, 1)
     assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
-    np.testing.assert_array_equal(np.isnan(scores.candidate_logprobs), ~is_told)
+    np.testing.assert_array_equal(np.isnan(scores.candidate_logprobs), ~is_returned)
     np.testing.assert_allclose(
-        scores.candidate_logprobs[is_told], np.take_along_axis(expected, candidates, 1)[is_told], rtol=1e-6
+        scores.candidate_logprobs[is_returned], np.take_along_axis(expected, candidates, 1)[is_returned], rtol=1e-6
     )
 
     def outside(*inside: np.ndarray) -> np.ndarray:
@@ -108,7 +108,7 @@ def test_partial_scores_are_those_of_the_distribution(
         )
 
 
-def test_what_is_told_beyond_the_candidates_makes_a_small_rest_exact() -> None:
+def test_tokens_beyond_the_candidates_make_a_small_rest_exact() -> None:
     logprobs = log_softmax(np.array([[30.0, 8.0, 7.0, 0.0]]))  # candidates hold all but 4e-10
     question = Question(np.array([0, 0], np.int32), 1, np.array([[0]], np.int32))
     scores = partial_scores(question, likeliest(logprobs, np.array([0]), 3))
@@ -120,7 +120,7 @@ def test_what_is_told_beyond_the_candidates_makes_a_small_rest_exact() -> None:
     assert scores.rest_logprob[0] == pytest.approx(np.logaddexp.reduce(logprobs[0, 1:]), abs=0.04)
 
 
-def test_what_is_not_told_is_nan_and_never_0() -> None:
+def test_a_missing_score_is_nan_and_never_0() -> None:
     """A position without an answer, a null log-prob, and a token that the teacher holds to be impossible."""
     tokens = np.array([3, 5, 6, 7, 4], np.int32)
     candidates = np.array([[5, 1], [6, 2], [7, 2], [4, 9]], np.int32)
@@ -512,7 +512,7 @@ def test_a_rollout_as_long_as_the_servers_context_is_found_out_at_once(
         (5, False, 0, 0.4, "returns its 5 likeliest tokens"),
     ],
 )
-def test_the_way_that_tells_most_is_found(
+def test_the_request_that_returns_most_is_chosen(
     toy_cache: Path,
     recipe: Make,
     teacher_server: TeacherServer,

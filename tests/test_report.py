@@ -145,7 +145,7 @@ def test_mean_by_position_and_most_corrected_tokens(cache: cs.Cache) -> None:
         for token in here:
             best = max(token["scored"], key=token["scored"].get)
             if token["scored"][best] < token["rest"]:
-                continue  # a token that it did not tell of may be likelier
+                continue  # a token without a score may be likelier
             by_preference[best] = by_preference.get(best, 0.0) + token["kl"]
         best = max(by_preference, key=lambda wanted: by_preference[wanted], default=None)
         assert row["prefers"] == (None if best is None else Letters().decode([best]))
@@ -155,7 +155,7 @@ def test_bins_widen_with_the_position() -> None:
     assert read.bin_starts(33).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
 
 
-def test_candidates_are_what_the_models_told(cache: cs.Cache) -> None:
+def test_candidates_are_what_the_models_scored(cache: cs.Cache) -> None:
     found, where = collected(cache), {}
     candidates, starts = found["candidates"], tokens_of(found)
     arrays = {name: unpacked(candidates[name], "<u4") for name in ("at", "start", "label")}
@@ -191,7 +191,7 @@ def test_candidates_of_the_worst_tokens_where_room_is_short(cache: cs.Cache) -> 
     assert found["teachers"] == everything["teachers"]
 
 
-def test_untrained_and_untold_tokens_count_nowhere(tmp_path: Path) -> None:
+def test_untrained_and_unscored_tokens_count_nowhere(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=8)
     round_, rng = cache.round(), np.random.default_rng(0)
     recorded: list[float] = []

@@ -306,12 +306,12 @@ def test_marks_and_what_the_teacher_prefers(open_page: Open) -> None:
         "2 (sampled) 50.0% 10.0% 10.0%",
         "x missing missing missing",
     ]
-    untold = shown.locator(".response .t").last
-    untold.hover()
+    unscored = shown.locator(".response .t").last
+    unscored.hover()
     assert texts(shown, ".scores .kl") == ["", "", "", "0.001"]
 
 
-def test_a_teacher_whose_mass_is_elsewhere_prefers_no_told_token(open_page: Open) -> None:
+def test_a_teacher_with_its_mass_elsewhere_prefers_no_scored_token(open_page: Open) -> None:
     """0.3 for "better" and 0.1 for the token leave 0.6, which one token may have; after 0.5 none can be likelier."""
     recorded = make_set([["a", "b"]], {"strict": [[2.0, 2.0]]})
     recorded["candidates"]["teachers"] = [b64([2303, 1204, MISSING, 2303, 693, MISSING], "<u2")]

@@ -210,7 +210,7 @@ def test_a_line_is_where_its_values_are() -> None:
             assert x == pytest.approx(step, abs=0.02) and y == pytest.approx(value, abs=0.0003)
 
 
-def test_a_chart_is_told_in_text_too() -> None:
+def test_a_chart_is_described_in_text_too() -> None:
     label = "<b>&\x1b]0;"
     chart = charts.line_chart("T", {label: [[n, n * n] for n in range(100)]}, x_label="step", y_label="y")
     tree = parsed(chart)

@@ -84,7 +84,7 @@ def test_each_setting_leaves_in_what_it_says(case: str, round_: cs.Round) -> Non
     assert kept(batch) == expected
     assert batch.n_tokens == len(expected)
     everything = replay_of(round_).batch(0)
-    assert (batch.n_tokens < everything.n_tokens) == bool(settings), "a setting that the fixture cannot tell"
+    assert (batch.n_tokens < everything.n_tokens) == bool(settings), "the fixture would not notice this setting"
 
 
 def test_what_follows_the_last_token_that_counts_is_not_read(round_: cs.Round) -> None:

@@ -183,7 +183,7 @@ def test_tokenizers_that_change_a_text_do_not_speak_of_it() -> None:
         span_view(student, spaced, "m", [], [END], 0)
 
 
-def test_it_is_trained_on_and_told(
+def test_spans_are_trained_on_and_reported(
     teacher: Path, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = cs.open(scored).round().scores("other").manifest
@@ -204,7 +204,7 @@ def test_it_is_trained_on_and_told(
     assert "tokenizes text differently from the student, so reverse KL to it is left out" in capsys.readouterr().err
 
 
-def test_the_share_of_tokens_covered_is_told(
+def test_the_fraction_of_tokens_covered_is_reported(
     teacher: Path,
     toy_cache: Path,
     tmp_path: Path,

@@ -74,7 +74,7 @@ def test_a_stop_is_clean_and_says_so_in_one_line(
     assert not list(cs.verify(found)) and not list(tmp_path.glob(".*lock"))
 
 
-def test_a_second_process_is_told_who_holds_the_cache(tmp_path: Path) -> None:
+def test_the_error_names_the_process_that_holds_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "toy.zarr"
     first = start("rollouts", cache)
     try:

@@ -1,4 +1,4 @@
-"""When training ends: what each verdict takes, what it says, and with which exit code."""
+"""When training ends, with which message and which exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def after(*values: tuple[float, float], heldout: dict[str, float] | None = None)
 LOW, HIGH = (0.0015, 0.9), (0.1, 0.9)
 
 
-def test_verdicts(recipe: Make) -> None:
+def test_when_training_ends(recipe: Make) -> None:
     train = recipe("train.stop_reverse_kl=0.002", "train.stop_window=2", "train.stale_ess=0.5").train
     assert stop_result(train, 1, after(LOW)) is None, "one step is not a window"
     assert stop_result(train, 3, after(LOW, HIGH)) is None

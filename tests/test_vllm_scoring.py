@@ -70,7 +70,7 @@ def unscored(toy_cache: Path, tmp_path: Path) -> Path:
     return path
 
 
-def assert_like_resident(cache: Path, resident: Path, *, all_told: bool) -> None:
+def assert_like_resident(cache: Path, resident: Path, *, all_returned: bool) -> None:
     """Every number is there or NaN, and those that are there are the resident teacher's."""
     assert not list(cs.verify(cs.open(cache)))
     read, expected = (cs.open(path).round().scores("teacher") for path in (cache, resident))
@@ -79,7 +79,7 @@ def assert_like_resident(cache: Path, resident: Path, *, all_told: bool) -> None
         assert mine.candidate_logprobs is not None and mine.rest_logprob is not None and mine.entropy is None
         np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=2e-5)
         recorded = np.isfinite(mine.candidate_logprobs)
-        assert recorded.all() if all_told else recorded.mean() > 0.9
+        assert recorded.all() if all_returned else recorded.mean() > 0.9
         np.testing.assert_allclose(mine.candidate_logprobs[recorded], theirs.candidate_logprobs[recorded], atol=2e-5)  # type: ignore[index]
         held = np.exp(theirs.candidate_logprobs).sum(1, where=recorded)  # type: ignore[call-overload]
         np.testing.assert_allclose(np.exp(mine.rest_logprob), 1 - held, atol=2e-6)
@@ -92,7 +92,7 @@ def test_a_teacher_in_vllm_is_checked_verified_and_learnt_from(
     out, err = (process := score(made, unscored, NEWER_RUNNER)).communicate(timeout=200)
     assert process.returncode == 0, err
     assert "vLLM and the forward here agree" in err and "reverse KL" in out
-    assert_like_resident(unscored, toy_cache, all_told=True)
+    assert_like_resident(unscored, toy_cache, all_returned=True)
     scores = cs.open(unscored).round().scores("teacher").read(0)
     assert (np.diff(scores.topk_logprobs, axis=1) <= 0).all()  # type: ignore[arg-type]
     assert train_stage.run(made, str(unscored), str(tmp_path / "run")) == 0
@@ -221,4 +221,4 @@ def test_a_killed_server_costs_one_line_and_the_same_command_goes_on(
     with serving(port, log):
         _, err = (process := score(made, unscored, key)).communicate(timeout=100)
         assert process.returncode == 0, err
-    assert_like_resident(unscored, toy_cache, all_told=False)
+    assert_like_resident(unscored, toy_cache, all_returned=False)

@@ -54,13 +54,13 @@ def tree_digest(path: Path) -> str:
 
 
 def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float = 0.1) -> cs.ScoreBlock:
-    """The same teacher, some of its candidates untold (so in its rest), and some tokens not scored at all."""
+    """The same teacher, some of its candidates unscored (so in its rest), and some tokens not scored at all."""
     assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
-    untold = rng.random(scores.candidate_logprobs.shape) < 0.4
-    untold[:, 0] = False
-    recorded = np.where(untold, np.nan, scores.candidate_logprobs).astype(np.float32)
+    unscored = rng.random(scores.candidate_logprobs.shape) < 0.4
+    unscored[:, 0] = False
+    recorded = np.where(unscored, np.nan, scores.candidate_logprobs).astype(np.float32)
     rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
-        untold, np.exp(scores.candidate_logprobs), 0
+        unscored, np.exp(scores.candidate_logprobs), 0
     ).sum(1)
     missing = rng.random(scores.n_tokens) < unscored
     arrays = {"logprobs": scores.logprobs, "candidate_logprobs": recorded, "rest_logprob": np.log(rest)}
