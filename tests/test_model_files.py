@@ -330,14 +330,14 @@ def test_a_token_that_the_teacher_has_no_row_for_is_named(tiny: Path) -> None:
 
 
 def test_an_engine_that_returns_no_numbers_is_refused() -> None:
-    from pipeline.engines.prompt_logprobs import EngineLogprobs, Question
+    from pipeline.engines.prompt_logprobs import EngineLogprobs, ScoreRequest
 
     with pytest.raises(ModelError, match="not finite"):
-        EngineLogprobs.given(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
-    EngineLogprobs.given(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
+        EngineLogprobs.of_given_ids(np.array([[2, -1]], np.int32), [[np.nan, np.nan]])
+    EngineLogprobs.of_given_ids(np.array([[2, -1]], np.int32), [[-1.0, np.nan]])
     with pytest.raises(ModelError, match="log-prob of token 2"):
-        EngineLogprobs.positions(
-            [None, {"2": {"logprob": float("nan")}}], Question(np.array([1, 2], np.int32), 1, None)
+        EngineLogprobs.from_positions(
+            [None, {"2": {"logprob": float("nan")}}], ScoreRequest(np.array([1, 2], np.int32), 1, None)
         )
 
 

@@ -33,7 +33,7 @@ import pipeline.train.stage as train_stage
 from helpers import preloaded
 from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
-from pipeline.engines.prompt_logprobs import EngineLogprobs, Question, check_agreement, partial_scores
+from pipeline.engines.prompt_logprobs import EngineLogprobs, ScoreRequest, check_agreement, partial_scores
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.engines.served import ServerScorer
 from pipeline.errors import ConfigError, Interrupted, ModelError
@@ -75,7 +75,7 @@ def test_partial_scores_are_those_of_the_distribution(
     expected = log_softmax(rng.normal(size=(n_tokens, vocab)) * sharpness)
     tokens = rng.integers(0, vocab, n_tokens)
     candidates = np.hstack([tokens[:, None], rng.integers(0, vocab, (n_tokens, n_candidates - 1))]).astype(np.int32)
-    question = Question(np.concatenate([[0], tokens]).astype(np.int32), 1, candidates)
+    question = ScoreRequest(np.concatenate([[0], tokens]).astype(np.int32), 1, candidates)
     recorded = likeliest(expected, tokens, max(n_returned, topk))
     scores = partial_scores(question, recorded, topk)
 
@@ -110,7 +110,7 @@ def test_partial_scores_are_those_of_the_distribution(
 
 def test_tokens_beyond_the_candidates_make_a_small_rest_exact() -> None:
     logprobs = log_softmax(np.array([[30.0, 8.0, 7.0, 0.0]]))  # candidates hold all but 4e-10
-    question = Question(np.array([0, 0], np.int32), 1, np.array([[0]], np.int32))
+    question = ScoreRequest(np.array([0, 0], np.int32), 1, np.array([[0]], np.int32))
     scores = partial_scores(question, likeliest(logprobs, np.array([0]), 3))
     assert scores.rest_logprob is not None and np.isfinite(scores.rest_logprob).all()
     assert scores.rest_logprob[0] == pytest.approx(np.log(REST_FLOOR))
@@ -131,8 +131,8 @@ def test_a_missing_score_is_nan_and_never_0() -> None:
         {"7": {"logprob": None}, "2": {"logprob": -0.1}},
         {"4": {"logprob": -9999.0}, "9": {"logprob": 0.0}},
     ]
-    question = Question(tokens, 1, candidates)
-    scores = partial_scores(question, EngineLogprobs.positions(answer, question), topk=1)
+    question = ScoreRequest(tokens, 1, candidates)
+    scores = partial_scores(question, EngineLogprobs.from_positions(answer, question), topk=1)
     nan = np.nan
     np.testing.assert_array_equal(scores.logprobs, np.float32([-0.5, nan, nan, nan]))
     np.testing.assert_array_equal(
@@ -145,10 +145,10 @@ def test_a_missing_score_is_nan_and_never_0() -> None:
 
 
 def test_an_id_that_the_teacher_lacks_is_not_asked_for() -> None:
-    question = Question(np.array([1, 2], np.int32), 1, np.array([[2, 40, 3]], np.int32))
+    question = ScoreRequest(np.array([1, 2], np.int32), 1, np.array([[2, 40, 3]], np.int32))
     ids = question.given_ids(8, vocab_size=30)
     np.testing.assert_array_equal(ids, [[2, -1, 3]])
-    scores = partial_scores(question, EngineLogprobs.given(ids, [[-1.0, -np.inf, -2.0]]))
+    scores = partial_scores(question, EngineLogprobs.of_given_ids(ids, [[-1.0, -np.inf, -2.0]]))
     np.testing.assert_array_equal(scores.candidate_logprobs, np.float32([[-1, np.nan, -2]]))
     np.testing.assert_array_equal(question.given_ids(2, vocab_size=50), [[2, 40]])
 
@@ -167,9 +167,9 @@ TOKENS = np.array([1, 2, 3], np.int32)
     ],
 )
 def test_answers_that_mean_something_else_are_refused(answer: Any, message: str) -> None:
-    question = Question(TOKENS, 1, None)
+    question = ScoreRequest(TOKENS, 1, None)
     with pytest.raises(ModelError, match=message):
-        partial_scores(question, EngineLogprobs.positions(answer, question), topk=2)
+        partial_scores(question, EngineLogprobs.from_positions(answer, question), topk=2)
 
 
 def test_readings_that_are_apart_are_refused() -> None:

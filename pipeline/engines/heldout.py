@@ -1,4 +1,4 @@
-"""Right and legal responses of a model that is in memory: what evaluation reports, and training may watch."""
+"""Right and legal responses of a model in memory, for evaluation and for the held-out metric of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EVALUATION = -1
 
 
 def greedy_sampling(recipe: Recipe, student: ResolvedModel) -> Sampling:
-    """One greedy response a prompt, as `eval` wants them."""
+    """One greedy response a prompt, by the settings of [eval]."""
     return Sampling(
         temperature=0.0,
         top_p=1.0,
@@ -52,7 +52,7 @@ def held_out_prompts(
     """The first `limit` prompts of `eval.path`, for the metric "accuracy" those with an answer, and their token ids.
 
     Args:
-        setting: that the path is from, for messages.
+        setting: the one that the path is from, for messages.
 
     Raises:
         PromptError, ConfigError: they cannot be read, there are none, or one does not fit the student, alone or
@@ -72,12 +72,12 @@ def held_out_prompts(
 
 
 def max_response_tokens(recipe: Recipe) -> int:
-    """Of a response that is evaluated."""
+    """The longest response that is evaluated."""
     return recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
 
 
 def response_setting(recipe: Recipe) -> str:
-    """The setting that `max_response_tokens` is from."""
+    """The setting that determines `max_response_tokens`."""
     section = "rollouts" if recipe.eval.max_response_tokens is None else "eval"
     return f"{section}.max_response_tokens"
 
@@ -91,13 +91,14 @@ def right_answers(texts: Sequence[str], answers: Sequence[str | None], checker: 
 
 
 def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> npt.NDArray[np.bool_]:
-    """[P, S]: whether each response has the form that the recipe wants."""
+    """[P, S]: whether each response is legal."""
     return np.array([checker.is_legal(text) for text in texts]).reshape(n_prompts, -1)
 
 
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
-    """A model loaded for packed rollouts, or in training, as generation needs it: padded attention, eval mode."""
+    """Put a model that is loaded for packed rollouts, or is in training, into the state for generation: padded
+    attention, eval mode."""
     base = unwrapped(model)
     with attention_of(base, sampling_attention(base)), eval_mode(model):
         yield
@@ -105,7 +106,7 @@ def generating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """Prompts of `eval.path` as `(token ids, answer)`, and what counts of a greedy response to them.
+    """Prompts of `eval.path` as `(token ids, answer)`, and the metric of a greedy response to them.
 
     Attributes:
         metric: "accuracy" counts right responses, "format" legal ones.
@@ -120,7 +121,7 @@ class HeldOutPrompts:
 
     @classmethod
     def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
-        """The first `limit` prompts, as `held_out_prompts` has them. Raises `RedpenError`."""
+        """The first `limit` prompts; see `held_out_prompts`. Raises `RedpenError`."""
         student = resolve(recipe.student)
         records, ids = held_out_prompts(recipe, limit, student, metric=metric, setting=setting)
         return cls(
@@ -137,7 +138,7 @@ class HeldOutPrompts:
         return replace(self, prompts=self.prompts[rank::world])
 
     def count(self, model: PreTrainedModel) -> int:
-        """How many of them the model answers as the metric wants when it is greedy."""
+        """The number of greedy responses that are right, or legal."""
         if not self.prompts:
             return 0
         block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)])

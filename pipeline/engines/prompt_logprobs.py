@@ -1,14 +1,14 @@
-"""Scores from what an inference engine returns for a prompt: some tokens' log-probs at every position, never all.
+"""Scores from the prompt log-probs of an inference engine: those of some tokens at every position, never of all.
 
-Engines return the log-prob (fp32, at temperature 1 whatever the request's) of the prompt's own token, of their N
-likeliest tokens and, vLLM's newer runner, of any ids asked for. With p the next-token distribution, W the tokens
-returned at a position and C the student's candidates, that makes a *partial* `ScoreBlock`:
+Engines return the log-prob (fp32, always at temperature 1) of the prompt's own token, of their N likeliest tokens
+and, in vLLM's newer runner, of any requested ids. With p the next-token distribution, W the tokens returned at a
+position and C the student's candidates, this gives a *partial* `ScoreBlock`:
 
-    logprobs = log p(y_t),  candidate_logprobs = log p(v) where v in W,  NaN where the engine returned none,
+    logprobs = log p(y_t),  candidate_logprobs = log p(v) if v in W, else NaN,
     rest_logprob = log( sum_{v in W, not in C} p(v) + max(1 - sum_{v in W} p(v), 0) ), at least log REST_FLOOR
 
-and no entropy. The difference from 1 is rounding below about 1e-6, hence the floor: nothing is 0 because it was not
-returned. `topk_rest_logprob` is likewise outside C and the engine's own likeliest.
+and no entropy. A difference from 1 below about 1e-6 is rounding, hence the floor: no probability is 0 because it was
+not returned. `topk_rest_logprob` is likewise that of the tokens outside C and the engine's own likeliest.
 
 Shapes: T response tokens of a rollout, N tokens returned at a position, K candidates.
 """
@@ -28,14 +28,14 @@ from pipeline.engines.scoring import TokenBatch, sequences
 from pipeline.errors import ModelError
 from pipeline.rounds.metrics import REST_FLOOR, first_occurrence
 
-#: Likeliest tokens asked for where an engine cannot be asked for the candidates themselves; vLLM's own bound.
+#: Likeliest tokens requested from an engine that does not support requests for given ids; vLLM's own limit.
 LIKELIEST = 20
-#: What vLLM's server writes for -inf, which JSON lacks.
+#: vLLM's server writes this for -inf, which JSON lacks.
 _MINUS_INFINITY = -9999.0
 _CHECKED_ROLLOUTS, _CHECKED_TOKENS = 4, 128
-#: Largest mean and single difference, nats, between two sound readings of the same tokens. Measured on the toy
-#: teacher, vLLM against the forward here: 1e-7 and 4e-6 in fp32, 7e-4 and 0.07 in bf16 (0.05 and 0.5 on random
-#: tokens); another model's are 0.1 and more apart.
+#: Largest mean and single difference, nats, between two correct scorings of the same tokens. Measured on the toy
+#: teacher, vLLM against the forward pass here: 1e-7 and 4e-6 in fp32, 7e-4 and 0.07 in bf16 (0.05 and 0.5 on random
+#: tokens). A different model differs by 0.1 and more.
 _BOUNDS = {"float32": (1e-3, 0.05), "other": (0.1, 3.0)}
 
 Float64 = npt.NDArray[np.float64]
@@ -44,8 +44,8 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Question:
-    """One rollout to be read.
+class ScoreRequest:
+    """One rollout to be scored.
 
     Attributes:
         token_ids: i4, prompt and response.
@@ -66,7 +66,7 @@ class Question:
         return 1 if self.candidate_ids is None else self.candidate_ids.shape[1]
 
     def given_ids(self, limit: int, vocab_size: int) -> Int32:
-        """i4 [T, n]: up to `limit` tokens to ask for at each position, the response's first; -1 for ids that a
+        """i4 [T, n]: up to `limit` tokens to request at each position, the response's first; -1 for ids that a
         vocabulary of this size lacks.
         """
         ids = self.response[:, None] if self.candidate_ids is None else self.candidate_ids[:, :limit]
@@ -74,9 +74,9 @@ class Question:
         return np.where(ids < vocab_size, ids, -1).astype(np.int32)
 
 
-def questions(batch: TokenBatch, vocab_size: int, who: str) -> list[Question]:
-    """Every rollout of the batch, in order. Raises `ModelError` where a rollout holds ids that the model lacks."""
-    asked = []
+def score_requests(batch: TokenBatch, vocab_size: int, who: str) -> list[ScoreRequest]:
+    """Every rollout of the batch, in order. Raises `ModelError` if a rollout holds ids that the model lacks."""
+    requests = []
     offset = 0
     for rollouts in batch.blocks:
         for token_ids, start in zip(*sequences(rollouts, range(rollouts.n_rows)), strict=True):
@@ -87,9 +87,9 @@ def questions(batch: TokenBatch, vocab_size: int, who: str) -> list[Question]:
                 )
             end = offset + len(token_ids) - start
             ids = None if batch.candidate_ids is None else batch.candidate_ids[offset:end]
-            asked.append(Question(token_ids, start, ids))
+            requests.append(ScoreRequest(token_ids, start, ids))
             offset = end
-    return asked
+    return requests
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,16 @@ class EngineLogprobs:
     """Tokens that an engine returned at the response's positions, with their log-probs in nats.
 
     Attributes:
-        ids: i8 [T, N]; -1 where there is nothing. The same id may stand twice.
-        logprobs: f8 [T, N]; NaN where unknown.
+        ids: i8 [T, N]; -1 for no token. An id may occur twice.
+        logprobs: f8 [T, N]; NaN if unknown.
     """
 
     ids: Int64
     logprobs: Float64
 
     @classmethod
-    def given(cls, ids: Int32, logprobs: npt.ArrayLike) -> EngineLogprobs:
-        """Log-probs [T, N] of the ids that were asked for."""
+    def of_given_ids(cls, ids: Int32, logprobs: npt.ArrayLike) -> EngineLogprobs:
+        """Log-probs [T, N] of the requested ids."""
         returned = np.asarray(logprobs, np.float64)
         if returned.shape != ids.shape:
             raise ModelError(f"returned log-probs of shape {returned.shape}, asked for {ids.shape}")
@@ -114,30 +114,30 @@ class EngineLogprobs:
         return cls(ids.astype(np.int64), np.where(ids < 0, np.nan, returned))
 
     @classmethod
-    def positions(
+    def from_positions(
         cls,
         returned: Sequence[Mapping[str, Any] | None],
-        question: Question,
+        request: ScoreRequest,
         *,
         vocab_size: int = 2**31,
         at_most: int = 2**16,
     ) -> EngineLogprobs:
         """From the JSON of `prompt_logprobs`: at each position of prompt and response, `{id: {"logprob": x}}`.
 
-        Raises `ModelError` where it speaks of another prompt, whose tokens are not those that were sent, of ids that
-        a vocabulary of this size lacks, of more than `at_most` tokens at a position, or of a log-prob that is NaN.
+        Raises `ModelError` if its tokens are not those that were sent, if it has ids that a vocabulary of this size
+        lacks, more than `at_most` tokens at a position, or a log-prob that is NaN.
         """
-        if len(returned) != len(question.token_ids):
-            raise ModelError(f"returned {len(returned)} positions, {len(question.token_ids)} tokens were sent")
-        rows = [position or {} for position in returned[question.start :]]
+        if len(returned) != len(request.token_ids):
+            raise ModelError(f"returned {len(returned)} positions, {len(request.token_ids)} tokens were sent")
+        rows = [position or {} for position in returned[request.start :]]
         width = max(1, *map(len, rows))
         if width > at_most:
             raise ModelError(f"returned {width} tokens at a position, asked for {at_most} at most")
         ids = np.full((len(rows), width), -1, np.int64)
         logprobs = np.full((len(rows), width), np.nan)
         for row, position in enumerate(rows):
-            if position and str(question.response[row]) not in position:
-                raise misaligned(question.start + row, int(question.response[row]), ", ".join(list(position)[:3]))
+            if position and str(request.response[row]) not in position:
+                raise misaligned(request.start + row, int(request.response[row]), ", ".join(list(position)[:3]))
             for column, (token, entry) in enumerate(position.items()):
                 value = entry.get("logprob", "nothing") if isinstance(entry, Mapping) else "nothing"
                 if not (token.isascii() and token.isdigit() and len(token) < 11 and int(token) < vocab_size):
@@ -153,13 +153,13 @@ class EngineLogprobs:
                     logprobs[row, column] = -np.inf if value <= _MINUS_INFINITY else value
         return cls(ids, logprobs)
 
-    def beside(self, other: EngineLogprobs) -> EngineLogprobs:
-        """Both."""
+    def joined_with(self, other: EngineLogprobs) -> EngineLogprobs:
+        """The tokens of both, at each position."""
         return EngineLogprobs(np.hstack([self.ids, other.ids]), np.hstack([self.logprobs, other.logprobs]))
 
 
 def refuse_nan(logprobs: npt.ArrayLike) -> None:
-    """Refuse log-probs of a model that computes no numbers. Raises `ModelError`."""
+    """Raise `ModelError` if a log-prob is NaN, which means that the model's logits are not finite."""
     if np.isnan(np.asarray(logprobs, np.float64)).any():
         raise ModelError(
             "returned log-probs that are not numbers, since its logits are not finite; most likely its values "
@@ -168,7 +168,7 @@ def refuse_nan(logprobs: npt.ArrayLike) -> None:
 
 
 def misaligned(position: int, sent: int, returned: object) -> ModelError:
-    """The engine read another prompt than it was sent."""
+    """The error for an engine that scored other tokens than it was sent."""
     return ModelError(
         f"returned other tokens than were sent: at position {position} token {sent} was sent, {returned} came back; "
         "something between here and the model rewrites prompts"
@@ -176,16 +176,16 @@ def misaligned(position: int, sent: int, returned: object) -> ModelError:
 
 
 def partial_scores(
-    question: Question, returned: EngineLogprobs, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
+    request: ScoreRequest, returned: EngineLogprobs, topk: int = 0, among: npt.NDArray[np.bool_] | None = None
 ) -> cs.ScoreBlock:
-    """What was returned, as the scores of one rollout; see the module's head.
+    """The returned log-probs as the scores of one rollout; see the module's docstring.
 
     Args:
         topk: also the engine's likeliest tokens; `returned` must hold as many at least.
         among: bool [V], the tokens that those are chosen from.
 
     Raises:
-        ModelError: no probabilities were returned, or too few of them.
+        ModelError: the values are no probabilities, or too few.
     """
     ids, known = returned.ids, first_occurrence(returned.ids) & (returned.ids >= 0) & ~np.isnan(returned.logprobs)
     if (returned.logprobs[known] > LOGPROB_TOLERANCE).any():
@@ -196,14 +196,14 @@ def partial_scores(
         raise ModelError(f"returned probabilities that add up to {total.max():.4g}; they are of no one distribution")
 
     table = _LogprobTable(ids, returned.logprobs, known)
-    arrays: dict[str, npt.NDArray[Any]] = {"logprobs": table.at(question.response[:, None])[:, 0]}
-    # A token that cannot occur has no log-prob to learn from, and without it nothing else is stored of its position.
+    arrays: dict[str, npt.NDArray[Any]] = {"logprobs": table.at(request.response[:, None])[:, 0]}
+    # A token of probability 0 has no log-prob to learn from, and nothing else is stored for its position.
     unscored = ~np.isfinite(arrays["logprobs"])
     left = np.maximum(1 - total, 0)
     outside = known.copy()
-    if question.candidate_ids is not None:
-        arrays["candidate_logprobs"] = table.at(question.candidate_ids)
-        outside &= ~table.among(question.candidate_ids)
+    if request.candidate_ids is not None:
+        arrays["candidate_logprobs"] = table.at(request.candidate_ids)
+        outside &= ~table.among(request.candidate_ids)
         arrays["rest_logprob"] = _log_rest(mass, outside, left)
     if topk:
         wanted = known if among is None else known & among[np.maximum(ids, 0)]
@@ -216,7 +216,7 @@ def partial_scores(
         likeliest = np.take_along_axis(ids, order, 1)
         arrays["topk_logprobs"] = np.take_along_axis(returned.logprobs, order, 1)
         arrays["topk_rest_logprob"] = _log_rest(mass, outside & ~table.among(likeliest), left)
-        # ids must be ids, at positions of which nothing is known too
+        # ids must be valid, also at positions without scores
         arrays["topk_ids"] = np.where((unscored & ~enough)[:, None], np.arange(topk), likeliest).astype(np.int32)
     for name, value in arrays.items():
         if name != "topk_ids":
@@ -243,7 +243,7 @@ class _LogprobTable:
         return np.where(self._keys[place] == keys, self._logprobs[place], np.nan)
 
     def among(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """[T, N]: which returned tokens are among ids [T, M] of their position."""
+        """[T, N]: which returned tokens are among the ids [T, M] of their position."""
         return self._known & np.isin(_keys(self._ids), _keys(ids))
 
 
@@ -266,7 +266,7 @@ def joined(parts: Sequence[cs.ScoreBlock]) -> cs.ScoreBlock:
 
 
 def sample_of(rollouts: cs.RolloutBlock, candidate_ids: Int32, vocab_size: int) -> TokenBatch:
-    """A few rollouts of middling length, their responses cut short, for a scorer to be checked on."""
+    """A few rollouts of medium length, with shortened responses, to check a scorer on."""
     order = np.argsort(rollouts.response_length, kind="stable")
     middle = max(len(order) // 2 - _CHECKED_ROLLOUTS // 2, 0)
     prompts, rows, ids = [], [], []
@@ -282,9 +282,9 @@ def sample_of(rollouts: cs.RolloutBlock, candidate_ids: Int32, vocab_size: int) 
 
 
 def check_agreement(returned: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str) -> str:
-    """How far two readings of the same tokens are apart, in words. Raises `ModelError` past a bound.
+    """The difference between two scorings of the same tokens, as text. Raises `ModelError` past a bound.
 
-    Candidates count by their probability: the log-probs of unlikely ones are apart in any two implementations.
+    Candidates count by their probability: the log-probs of unlikely ones differ between any two implementations.
     """
     apart = np.abs(returned.logprobs.astype(np.float64) - expected.logprobs)
     mean, largest = float(apart.mean()), float(apart.max())
@@ -295,7 +295,7 @@ def check_agreement(returned: cs.ScoreBlock, expected: cs.ScoreBlock, dtype: str
         )
         mean = max(mean, float((np.exp(expected.candidate_logprobs) * between).sum(1).mean()))
     mean_bound, bound = _BOUNDS.get(dtype, _BOUNDS["other"])
-    # a NaN is apart too
+    # a NaN is a difference too
     if not (mean <= mean_bound and largest <= bound):
         raise ModelError(
             f"differ by {mean:.2g} nats a token on average, {largest:.2g} at most, on {len(apart)} tokens; expected "

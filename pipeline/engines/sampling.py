@@ -1,9 +1,8 @@
-"""Stage one, sampling: what every sampler takes and gives. The stage itself is `pipeline.rollouts.stage`.
+"""Stage one, sampling: inputs and outputs of a sampler. The stage itself is `pipeline.rollouts.stage`.
 
-A sampler has one method. It may give blocks back in any order, each as soon as its last rollout has ended:
+A sampler has one method. It may return blocks in any order, each as soon as its last rollout has ended:
 
-    sample(blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, RolloutBlock, float]]    # block, rollouts,
-    seconds
+    sample(blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, RolloutBlock, float]]    # block, rollouts, seconds
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ class PromptBlock:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What decides a rollout, beside the student and the prompt.
+    """What determines a rollout, in addition to the student and the prompt.
 
     Attributes:
         temperature: 0 is greedy: the likeliest token, sampled with probability 1.
         top_p: the smallest set of likeliest tokens that holds this much probability, renormalised.
-        stop_token_ids: a response ends with the first of these; it is kept.
-        max_response_tokens: a response that reaches it is cut there (finish_reason length).
-        seed, round_index: with the prompt's index and the sample's number they fix a rollout's random
-            numbers.
+        stop_token_ids: a response ends with the first of these, which is kept.
+        max_response_tokens: a response is truncated there (finish_reason length).
+        seed, round_index: with the prompt's index and the sample's number, they determine a rollout's random numbers.
     """
 
     temperature: float
@@ -67,15 +65,15 @@ class Sampling:
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
 
     def uniforms(self, prompt_index: int, sample_index: int) -> npt.NDArray[np.float64]:
-        """A number in [0, 1) for every position of one rollout, from Philox keyed by `key`: 53 bits of each
-        raw draw, a stream that numpy guarantees.
+        """A number in [0, 1) for every position of one rollout: 53 bits of each raw draw of Philox, keyed by `key`, a
+        stream that numpy guarantees.
         """
         raw = np.random.Philox(key=self.key(prompt_index, sample_index)).random_raw(self.max_response_tokens)
         return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Sampler(Protocol):
-    """Samples every rollout of the blocks it is given."""
+    """Samples every rollout of blocks of prompts."""
 
     def sample(self, blocks: Iterable[PromptBlock]) -> Iterator[tuple[int, cs.RolloutBlock, float]]: ...
 
@@ -87,12 +85,12 @@ def require_room(
     setting: str,
     whose: str = "the student's",
 ) -> None:
-    """Raise `ConfigError` naming `setting` where the longest prompt with the longest response does not fit a context.
+    """Raise `ConfigError` naming `setting` if the longest prompt with the longest response does not fit a context.
 
     Beyond it a model with rotary positions writes nonsense, and one with learned positions fails.
 
     Args:
-        context: tokens, of a model that samples or scores; None where it does not say.
+        context: tokens, of a model that samples or scores; None if its config does not specify it.
     """
     longest = max(map(len, prompts), default=0)
     if context is not None and longest + max_response_tokens > context:

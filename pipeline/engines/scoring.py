@@ -1,7 +1,7 @@
-"""Stage one, scoring: what every scorer takes and gives. The stage itself is `pipeline.score.stage`.
+"""Stage one, scoring: inputs and outputs of a scorer. The stage itself is `pipeline.score.stage`.
 
-A scorer is a model that reads tokens. The student is the first one: it brings the candidates, at which every
-teacher is read too. Shapes: T response tokens of all rollouts end to end, K candidates.
+A scorer is a model that computes log-probs of given tokens. The student is the first one: it chooses the candidates,
+which every teacher scores too. Shapes: T response tokens of all rollouts end to end, K candidates.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What to find out about every token, beside its log-prob and the entropy.
+    """What to compute for every token, in addition to its log-prob and the entropy.
 
     Attributes:
-        candidates: K alternatives a position, the sampled token included; where a batch brings candidate ids
-            of its own, those are read instead.
+        candidates: K alternatives a position, the sampled token included; if a batch has candidate ids, those are
+            scored instead.
         candidate_kind: "topk" or "sampled" (see `pipeline.forward.head.score_rows`).
-        candidate_vocab: candidates are ids below it: those that the tokenizer knows. None: the whole head.
+        candidate_vocab: candidates are ids below it, those of the tokenizer. None: the whole head.
         sampling_temperature: also the token's log-prob at this temperature.
         topk: also the model's own likeliest tokens, this many.
         topk_among: bool [V], tokens that those are chosen from; None: all.
-        tile_tokens: prompt and response tokens in one forward. It moves the last bits, so it is provenance.
+        tile_tokens: prompt and response tokens in one forward. It affects the last bits, so manifests record it.
         rows_per_chunk: positions whose logits exist at the same time.
     """
 
@@ -46,13 +46,13 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rollouts of one or more blocks, to be read.
+    """Rollouts of one or more blocks, to be scored.
 
     Attributes:
         blocks: the rollouts. A tile of the forward never spans two, so scores do not depend on the batch.
         candidate_ids: i4 [T, K] over all blocks, or None to choose candidates.
         keys: integers that name each block, for drawing candidates.
-        student_logprobs: f4 [T] of the cached student, where a teacher is read.
+        student_logprobs: f4 [T] of the cached student, for a teacher.
     """
 
     blocks: tuple[cs.RolloutBlock, ...]
@@ -65,7 +65,7 @@ class TokenBatch:
         return sum(block.n_tokens for block in self.blocks)
 
     def part(self, values: npt.NDArray[_Scalar], index: int) -> npt.NDArray[_Scalar]:
-        """What of an array [T, ...] over all blocks belongs to block number `index` of the batch."""
+        """The part of an array [T, ...] over all blocks that belongs to block number `index` of the batch."""
         start = sum(block.n_tokens for block in self.blocks[:index])
         return values[start : start + self.blocks[index].n_tokens]
 
@@ -79,7 +79,7 @@ class TokenBatch:
 
 
 class Scorer(Protocol):
-    """Reads tokens, [T] end to end in the order of the batch.
+    """Scores tokens, [T] end to end in the order of the batch.
 
     Attributes:
         batch_tokens: response tokens in a batch that keep the scorer busy. The stage never splits a block.

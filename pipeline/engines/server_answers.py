@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server answers: its JSON as typed models, its errors, and bounded reading of bodies."""
+"""Responses of an OpenAI-compatible server: their JSON as typed models, errors, and bounded reading of bodies."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.errors import ModelError
 
 
-class _Answer(BaseModel):
-    """What a server sends. Fields that redpen does not use may be anything."""
+class _Response(BaseModel):
+    """A response. Fields that redpen does not use may be anything."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class ServedModel(_Answer):
+class ServedModel(_Response):
     id: str = Field(max_length=10_000)
     max_model_len: Annotated[int, Field(ge=1, lt=2**53)] | None = None
 
 
-class ModelList(_Answer):
-    """The answer of /models."""
+class ModelList(_Response):
+    """The response of /models."""
 
     data: list[ServedModel] | None = Field(default=None, fail_fast=True)
 
 
-# A first mistake says enough: of millions there would be millions of messages.
+# Validation stops at the first error: a list of millions could give millions of messages.
 _Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]] | None, Field(fail_fast=True)]
-#: What is returned for each token, `EngineLogprobs.positions` checks.
+#: `EngineLogprobs.from_positions` checks the values.
 _Positions = Annotated[list[dict[str, Any] | None] | None, Field(fail_fast=True)]
 
 
-class Choice(_Answer):
+class Choice(_Response):
     prompt_token_ids: _Ids = None
     prompt_logprobs: _Positions = None
 
 
-class Completion(_Answer):
-    """The answer of /completions and of /inference/v1/generate."""
+class Completion(_Response):
+    """The response of /completions and of /inference/v1/generate."""
 
     choices: list[Choice] | None = Field(default=None, fail_fast=True)
     prompt_token_ids: _Ids = None
@@ -55,18 +55,18 @@ class Completion(_Answer):
 
 
 class Refused(Exception):
-    """The server understood, and will not."""
+    """The server refused a request; repeating it is no use."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
         self.status = status
         allowed = re.search(r"max(?:imum)? allowed:? *(\d+)", text)
-        #: log-probs that it returns at a position, if it says so
+        #: most log-probs at a position, if the message names the limit
         self.allowed = int(allowed[1]) if allowed else None
 
 
 class Failed(Exception):
-    """A request failed for a reason that may pass; the server may have said when."""
+    """A request failed for a reason that may pass; `wait`: seconds to wait, if the server sent a number."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -74,10 +74,10 @@ class Failed(Exception):
 
 
 async def read_bounded(response: httpx2.Response, at_most: int) -> bytes:
-    """A body, decompressed; where it is longer than `at_most`, that much and a byte more."""
+    """A body, decompressed; if it is longer than `at_most`, that much and a byte more."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate", ""):
-        raise Failed(f"it answers in content-encoding {encoding[:40]!r}, gzip was asked for")
+        raise Failed(f"its response has content-encoding {encoding[:40]!r}, gzip was requested")
     decompressor = None if encoding in ("identity", "") else zlib.decompressobj(32 + zlib.MAX_WBITS)
     found = bytearray()
     async for chunk in response.aiter_raw():
@@ -89,7 +89,7 @@ async def read_bounded(response: httpx2.Response, at_most: int) -> bytes:
 
 
 def decode_array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating[Any]]:
-    """Log-probs from a .npy file in base64; its header is read first, so it cannot ask for memory."""
+    """Log-probs from a .npy file in base64; its header is checked before memory is allocated."""
     try:
         content = base64.b64decode(encoded, validate=True)
         file = io.BytesIO(content)
@@ -122,7 +122,7 @@ def first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, obje
 
 
 def retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to be left alone, a minute at most."""
+    """Seconds to wait by the server's Retry-After header, a minute at most."""
     try:
         seconds = float(response.headers["retry-after"])
         return min(max(seconds, 0), 60) if math.isfinite(seconds) else None

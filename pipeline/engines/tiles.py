@@ -1,4 +1,4 @@
-"""The arithmetic that resident and streamed scoring share: which rollouts share a forward, and the head.
+"""The arithmetic of resident and streamed scoring: which rollouts go into one forward pass, and the head.
 
 Shapes: T response tokens of a tile, D hidden, K candidates. Only the decoder between `tiles_of` and
 `score_tile` differs between scorers, so equal tiles give equal bits.
@@ -26,7 +26,7 @@ class Tile:
     """Whole rollouts of one block that go through the model together.
 
     Attributes:
-        candidate_ids: i4 [T, K] to be read, or None to choose.
+        candidate_ids: i4 [T, K] to score, or None to choose them.
         key: integers that name the tile.
     """
 
@@ -57,7 +57,7 @@ def score_tile(
 ) -> dict[str, npt.NDArray[np.generic]]:
     """The arrays of `ScoreBlock` for one tile, from the hidden rows that predict its response tokens.
 
-    Raises `ModelError` where the logits of `model` are not finite.
+    Raises `ModelError` if the logits of `model` are not finite.
     """
     given = tile.candidate_ids
     scores = score_rows(
@@ -76,7 +76,7 @@ def score_tile(
     ).numpy()
     check_scores(scores, model)
     if given is not None:
-        scores["candidate_ids"] = None  # stored once, by whom they come from
+        scores["candidate_ids"] = None  # stored once, with the student's scores
     return {name: value for name, value in scores.items() if value is not None}
 
 

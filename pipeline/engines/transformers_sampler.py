@@ -1,13 +1,13 @@
-"""Sampling with a transformers model, one block at a time: its rollouts depend on nothing but the block.
+"""Sampling with a transformers model, one block at a time: rollouts depend on nothing but their block.
 
 Shapes: B rollouts decoded together, S prompt tokens (padded on the left), V vocabulary.
 
-Every position of every rollout has one uniform number u of its own (`Sampling.uniforms`), and its token is
-the first whose cumulative probability exceeds u. A rollout is therefore a function of its prompt and key; its
-neighbours in the batch only matter in the last bits of the logits. Models that cannot be packed (recurrent or
-convolutional state, ALiBi, sinks) are not padded either: prompts of equal length share a batch. The logits come
-from `pipeline.forward.head`, as those of scoring and training do (fp32 from half-precision weights); what a model's
-generation_config would add to them (top_k, repetition penalties) does not apply.
+Every position of every rollout has its own uniform number u (`Sampling.uniforms`), and its token is the first with a
+cumulative probability above u. A rollout is therefore a function of its prompt and key; its neighbours in the batch
+only affect the last bits of the logits. Models that cannot be packed (recurrent or convolutional state, ALiBi, sinks)
+are not padded either: prompts of equal length form a batch. The logits come from `pipeline.forward.head`, as in
+scoring and training (fp32 from half-precision weights). A model's generation_config (top_k, repetition penalties) is
+ignored.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ from pipeline.forward.packing import check_token_ids, decoder_body
 from pipeline.forward.rows import pads_left
 from pipeline.models.load import free_bytes
 
-# Finished rollouts leave the batch once they are this share of it: leaving copies the batch's keys and
-# values.
-_FINISHED_SHARE = 0.1
-# The cache of a model that is not padded is tried on the first prompt's tokens, past its window, for some steps.
+# Finished rollouts are removed from the batch once they are this fraction of it: removing copies its keys and values.
+_FINISHED_FRACTION = 0.1
+# The KV cache of a model that is not padded is checked on the first prompt's tokens, past its window, for some steps.
 _PROBE_WINDOW, _PROBE_TOKENS, _PROBE_STEPS, _PROBE_TOLERANCE = 4096, 32, 8, {torch.float32: 1e-4, torch.float64: 1e-4}
 # An fp32 copy of the head is made if so many times its size is free.
 _ROOM_FOR_HEAD = 4
@@ -53,9 +52,7 @@ _DRAW_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class _Rollout:
-    """One rollout to sample: its prompt within the block and in the round, and its number among the
-    prompt's.
-    """
+    """One rollout to sample: its prompt within the block and in the round, and its number among the prompt's."""
 
     prompt: int
     prompt_index: int
@@ -63,7 +60,7 @@ class _Rollout:
 
 
 class _Tokens:
-    """In place of a cache: the tokens so far, of which every step runs a whole forward."""
+    """Replaces the KV cache: the tokens so far, over which every step runs a whole forward pass."""
 
     def __init__(self) -> None:
         self._ids: Tensor | None = None
@@ -86,8 +83,8 @@ class TransformersSampler:
     Args:
         model: on its device, loaded with attention="sampling".
         batch_size: rollouts decoded together; rollouts of similar prompt length share a batch.
-        on_step: called between decode steps with the rollouts that ended and the tokens sampled since the
-            last call; what it raises stops the sampling, and the block at hand is not given.
+        on_step: called between decode steps with the rollouts that ended and the tokens sampled since the last call;
+            what it raises stops the sampling, and the current block is lost.
     """
 
     def __init__(
@@ -160,7 +157,7 @@ class TransformersSampler:
             going &= ~ended
             if last or not going.any():
                 break
-            if going.mean() <= 1 - _FINISHED_SHARE:
+            if going.mean() <= 1 - _FINISHED_FRACTION:
                 keep = torch.from_numpy(np.flatnonzero(going)).to(self._device)
                 cache.reorder_cache(keep)
                 token_B, position_B, mask_BS, live = (
@@ -219,7 +216,7 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def _can_continue(self, prompt: npt.NDArray[np.int32]) -> bool:
-        """Whether the model goes on from its cache as it does without: not every architecture's can be copied."""
+        """Whether the model computes the same with its cache as without; not every architecture does."""
         check_token_ids(self._model, int(prompt.min()), int(prompt.max()))
         text = self._config.get_text_config()
         window = max(getattr(text, name, None) or 0 for name in ("sliding_window", "attention_window_size"))
@@ -237,7 +234,7 @@ class TransformersSampler:
                 hidden = self._forward(ids[:, step : step + 1].repeat(2, 1), none, none, cache)[1:]
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a forward raises that has another kind of cache
+        except Exception as error:  # a forward pass with another kind of cache may raise anything
             reason = type(error).__name__
         else:
             apart = (logits(hidden, self._head, logits_BV).log_softmax(1) - whole)[0, whole[0].topk(1).indices]
@@ -280,8 +277,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
     """One token a row from the sampling distribution, by inverting its cumulative distribution in float64.
 
     Returns the ids and their log-probs under that distribution, [B] each. Greedy decoding is a point mass:
-    log-prob 0. A token of probability 0 is never drawn: `right=True` finds the first whose cumulative
-    probability exceeds u. Where a row's logits are not finite its log-prob is NaN, and its token is any.
+    log-prob 0. A token of probability 0 is never drawn: `right=True` finds the first with a cumulative probability
+    above u. If a row's logits are not finite, its log-prob is NaN and its token is arbitrary.
     """
     if sampling.temperature == 0:
         highest_B, token_B = logits_BV.max(1)

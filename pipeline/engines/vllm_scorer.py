@@ -1,9 +1,9 @@
-"""Scoring with vLLM: a teacher read through the log-probs of its prompt.
+"""Scoring with vLLM: a teacher scores rollouts as prompts.
 
-A request is a rollout whole, with one token to generate, which is dropped. vLLM's newer model runner returns the
-log-probs of the candidates themselves (`prompt_logprob_token_ids`), its older one those of its likeliest tokens;
-either way at temperature 1, and without the prefix cache, whose positions would be missing.
-`pipeline.engines.prompt_logprobs` says what becomes of them.
+A request is a whole rollout, with one token to generate, which is dropped. vLLM's newer model runner returns the
+log-probs of the candidates (`prompt_logprob_token_ids`), its older one those of its likeliest tokens, both at
+temperature 1, and without the prefix cache, since cached positions would be missing.
+`pipeline.engines.prompt_logprobs` makes scores of them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.console import say
 from pipeline.engines.prompt_logprobs import (
     LIKELIEST,
     EngineLogprobs,
-    Question,
+    ScoreRequest,
     joined,
     misaligned,
     partial_scores,
-    questions,
     refuse_nan,
+    score_requests,
 )
 from pipeline.engines.scoring import ScoreOptions, TokenBatch, as_batch
 from pipeline.engines.vllm import Engine
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
 _MAX_SEQUENCES = 256
-#: Logits of one step, in numbers: the older runner holds those of a step's prompt tokens in fp32 (half a GiB), and a
-#: few copies, in memory that vLLM does not plan for.
+#: Elements of the logits of one step: the older runner holds those of a step's prompt tokens in fp32 (half a GiB),
+#: with a few copies, in memory that vLLM does not reserve.
 _LOGITS_PER_STEP = 2**27
 
 
@@ -47,10 +47,10 @@ class VllmScorer:
     entropy.
 
     Args:
-        model: starts in vLLM here. `close` stops it.
+        model: is started in vLLM. `close` stops it.
         max_length: tokens of the longest rollout, prompt and response together.
-        on_tile: called between steps of the engine with the response tokens read since the last call; what it raises
-            stops it.
+        on_tile: called between steps of the engine with the response tokens scored since the last call; what it
+            raises stops the scoring.
 
     Raises:
         ConfigError: vLLM is not installed. ModelError: it cannot run the model, or not at this length.
@@ -73,7 +73,7 @@ class VllmScorer:
         if facts.context is not None and max_length >= facts.context:
             raise ModelError(
                 f"{self._who}: its context is {facts.context} tokens, a rollout has {max_length}, and vLLM needs one "
-                'more to read it; set score.placement = "resident" or "streamed"'
+                'more to score it; set score.placement = "resident" or "streamed"'
             )
         self._likeliest = max(options.candidates, options.topk, LIKELIEST)
         self._engine = Engine(
@@ -91,97 +91,97 @@ class VllmScorer:
             )
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM and free its memory."""
         self._engine.close()
 
     def compute_logprobs(self, batch: TokenBatch | cs.RolloutBlock) -> cs.ScoreBlock:
         """Scores of every response token of the batch, [T] end to end.
 
-        Raises `ModelError` for ids the model lacks, and if what vLLM returns is not about these tokens.
+        Raises `ModelError` for ids that the model lacks, and if vLLM returns scores of other tokens.
         """
-        asked = questions(as_batch(batch), self._vocab_size, self._who)
+        requests = score_requests(as_batch(batch), self._vocab_size, self._who)
         returned: dict[int, cs.ScoreBlock] = {}
-        n_read = 0
+        n_scored = 0
         try:
-            for number, question in enumerate(asked):
-                self._engine.add(str(number), question.token_ids.tolist(), self._params(question))
+            for number, request in enumerate(requests):
+                self._engine.add(str(number), request.token_ids.tolist(), self._params(request))
             while self._engine.n_unfinished:
-                self._on_tile(n_read)
-                n_read = 0
+                self._on_tile(n_scored)
+                n_scored = 0
                 for output in self._step():
                     number = int(output.request_id)
-                    returned[number] = self._scores(asked[number], output)
-                    n_read += returned[number].n_tokens
+                    returned[number] = self._scores(requests[number], output)
+                    n_scored += returned[number].n_tokens
         except BaseException:
             with contextlib.suppress(Exception):  # an engine that failed cannot
-                self._engine.abort(str(number) for number in range(len(asked)) if number not in returned)
+                self._engine.abort(str(number) for number in range(len(requests)) if number not in returned)
             raise
-        self._on_tile(n_read)
-        return joined([returned[number] for number in range(len(asked))])
+        self._on_tile(n_scored)
+        return joined([returned[number] for number in range(len(requests))])
 
     def _step(self) -> list[RequestOutput]:
         try:
             return self._engine.step()
         except Exception as error:  # whatever vLLM and its kernels raise
-            self._on_tile(0)  # a signal to stop may have reached vLLM's processes too: then that is the reason
-            hint = "; it may not read prompts through an adapter: merge it, or score" if self._adapted else "; score"
+            self._on_tile(0)  # raises if a stop signal, which vLLM's processes receive too, is the reason
+            hint = "; it may not score prompts with an adapter: merge it, or score" if self._adapted else "; score"
             raise ModelError(
-                f"{self._who}: failed while reading ({one_line(error)}){hint} by placement resident or streamed"
+                f"{self._who}: failed while scoring ({one_line(error)}){hint} by placement resident or streamed"
             ) from error
 
-    def _params(self, question: Question) -> SamplingParams:
+    def _params(self, request: ScoreRequest) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         if self._engine.supports_given_ids:
-            asked_for = {
-                "prompt_logprob_token_ids": question.given_ids(question.n_candidates, self._vocab_size),
-                "prompt_logprob_start": question.start - 1,  # row i of vLLM predicts token i + 1
+            options = {
+                "prompt_logprob_token_ids": request.given_ids(request.n_candidates, self._vocab_size),
+                "prompt_logprob_start": request.start - 1,  # row i of vLLM predicts token i + 1
                 "prompt_logprobs": self._options.topk or None,
             }
         else:
-            asked_for = {"prompt_logprobs": self._likeliest}
+            options = {"prompt_logprobs": self._likeliest}
         return SamplingParams(
             max_tokens=1,
             temperature=0,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **asked_for,
+            **options,
         )
 
-    def _scores(self, question: Question, output: RequestOutput) -> cs.ScoreBlock:
+    def _scores(self, request: ScoreRequest, output: RequestOutput) -> cs.ScoreBlock:
         try:
-            sent = question.token_ids
+            sent = request.token_ids
             if output.prompt_token_ids is None or not np.array_equal(sent, output.prompt_token_ids):
-                raise ModelError("answered for other tokens than were sent")
+                raise ModelError("returned scores of other tokens than were sent")
             returned = None
             if output.prompt_logprobs is not None:
-                returned = _likeliest(output.prompt_logprobs, question)
+                returned = _likeliest(output.prompt_logprobs, request)
             if self._engine.supports_given_ids:
                 if output.prompt_token_id_logprobs is None:
-                    raise ModelError("did not return the log-probs of the ids asked for")
-                ids = question.given_ids(question.n_candidates, self._vocab_size)
-                given = EngineLogprobs.given(ids, output.prompt_token_id_logprobs)
-                returned = given if returned is None else given.beside(returned)
+                    raise ModelError("did not return the log-probs of the requested ids")
+                ids = request.given_ids(request.n_candidates, self._vocab_size)
+                given = EngineLogprobs.of_given_ids(ids, output.prompt_token_id_logprobs)
+                returned = given if returned is None else given.joined_with(returned)
             if returned is None:
                 raise ModelError("returned no log-probs of the prompt")
-            return partial_scores(question, returned, self._options.topk, self._options.topk_among)
+            return partial_scores(request, returned, self._options.topk, self._options.topk_among)
         except ModelError as error:
             raise ModelError(f"{self._who}: {error}") from error
 
 
-def _likeliest(returned: FlatLogprobs, question: Question) -> EngineLogprobs:
-    """From vLLM's lists: nothing of the first token, then of each its own log-prob and those of the likeliest."""
+def _likeliest(returned: FlatLogprobs, request: ScoreRequest) -> EngineLogprobs:
+    """From vLLM's lists: nothing for the first token, then for each token its log-prob and those of the likeliest."""
     n_positions = len(returned.start_indices)
-    if n_positions != len(question.token_ids):
-        raise ModelError(f"returned {n_positions} positions, {len(question.token_ids)} tokens were sent")
-    first = question.start - 1
+    if n_positions != len(request.token_ids):
+        raise ModelError(f"returned {n_positions} positions, {len(request.token_ids)} tokens were sent")
+    first = request.start - 1
     shape = (n_positions - 1, -1)
     ids = np.array(returned.token_ids, np.int64).reshape(shape)[first:]
-    if len(wrong := np.flatnonzero(ids[:, 0] != question.response)):
+    if len(wrong := np.flatnonzero(ids[:, 0] != request.response)):
         row = int(wrong[0])
-        raise misaligned(question.start + row, int(question.response[row]), int(ids[row, 0]))
+        raise misaligned(request.start + row, int(request.response[row]), int(ids[row, 0]))
     logprobs = np.array(returned.logprobs, np.float64).reshape(shape)[first:]
     refuse_nan(logprobs)
     return EngineLogprobs(ids, logprobs)

@@ -1,8 +1,8 @@
 """Charts for the page: lines and bars as SVG text, each with its figures as a table.
 
-Series differ by colour (Okabe and Ito's palette, which the colour-blind can distinguish; on white and on black each of the
-first five has a contrast of about 3:1 or more), and without colour by dashes and markers, or hatches. Nothing but
-presentation attributes and the classes of `STYLE` is used, so a page may forbid inline styles. Text is escaped.
+Series differ by colour (Okabe and Ito's palette, which the colour-blind can distinguish; on white and on black each
+of the first five has a contrast of about 3:1 or more), and without colour by dashes and markers, or hatches. Nothing
+but presentation attributes and the classes of `STYLE` is used, so a page may forbid inline styles. Text is escaped.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from pipeline.text.rendering import render_all
 
 #: Warn from this fraction of responses that reached the length limit.
 MANY_TRUNCATED = 0.05
-# Batches of vLLM in one call: its engine is slow at the end of each call, while it runs empty.
+# Batches of vLLM in one call: its engine is slow at the end of each call, while it empties.
 _BATCHES_PER_CALL = 8
 
 
