@@ -24,7 +24,7 @@ from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate
 from pipeline.teachers import spans
-from pipeline.teachers.spans import Spans, shared_out, span_view
+from pipeline.teachers.spans import Spans, span_view, spread_over_tokens
 from pipeline.toy import asset_path, build
 
 END = build.END_OF_TEXT_ID
@@ -138,7 +138,7 @@ def test_shares_of_a_span_add_up_to_it(data: st.DataObject) -> None:
     scale = data.draw(st.sampled_from([0.1, 1.0, 10.0]))  # of the teacher's: likelier than the student's, or less
     own = (-(rng.random(len(of_student)) ** 4)).astype(np.float32)
     recorded = (-scale * rng.random(len(of_teacher))).astype(np.float32)
-    found = shared_out([Spans(np.zeros(len(recorded), np.int32), of_student, of_teacher)], own, recorded)
+    found = spread_over_tokens([Spans(np.zeros(len(recorded), np.int32), of_student, of_teacher)], own, recorded)
     for span in range(len(lengths)):
         if span == left_out:
             continue

@@ -67,7 +67,7 @@ class EvalCacheWriter:
             manifest,
             template=template_of(recipe, self._teacher, manifest.template),
             candidates=candidates,
-            lacks_tokens=self._view.leaves_out(manifest.tokenizer.vocab_size),
+            lacks_tokens=self._view.lacks_tokens(manifest.tokenizer.vocab_size),
         )
         student_scores = replace(student_scores, sampling_logprobs=student_scores.logprobs)
         for name, scores_manifest, scores in (

@@ -172,7 +172,7 @@ def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel, view: Vi
         teacher,
         sampled,
         template=template_of(recipe, teacher, sampled.template),
-        lacks_tokens=view.leaves_out(sampled.tokenizer.vocab_size),
+        lacks_tokens=view.lacks_tokens(sampled.tokenizer.vocab_size),
         spans=isinstance(view, SpanView),
     )
 

@@ -1,14 +1,14 @@
-"""Teachers whose token ids or prompts differ from the student's: their inputs, and their scores in the student's ids.
+"""Teachers with other token ids or prompts than the student: their inputs, and their scores in the student's ids.
 
-The student's token v is the teacher's token a(v) where both have the same text: a sparse matrix with at most one 1 in
+The student's token v is the teacher's token a(v) if both have the same text: a sparse matrix with at most one 1 in
 each row and column. So log p_T(v | x) = log p_T(a(v) | a(x)), for the sampled token, candidates and the teacher's
-likeliest alike, and the rest stays the rest: nothing is approximated. A token that one of both lacks is in the rest.
+likeliest alike, and the rest stays the rest: nothing is approximated. A token that one of them lacks is in the rest.
 
-This holds if both tokenizers split text in the same way, which `align` checks from their rules: merges
-(BPE), scored pieces (Unigram) or words. Padding, permuted ids and added tokens are such differences.
+This holds if both tokenizers split text in the same way, which `align` checks from their rules: merges (BPE), scored
+pieces (Unigram) or words. Their ids may still differ by padding, permutation and added tokens.
 
-A teacher may also read prompts in its own way (another template, a system message or prefix that the student does not
-see, as in context distillation); the response's tokens are the same.
+A teacher may also have other prompts (another template, or a system message or prefix that the student does not get,
+as in context distillation); the response's tokens are the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Alignment:
     """The teacher's id of each of the student's tokens, and the other way round.
 
     Attributes:
-        to_teacher: i4 [V_student]; -1 where the teacher has no such token.
+        to_teacher: i4 [V_student]; -1 if the teacher has no such token.
         to_student: i4 [V_teacher]; -1 likewise.
     """
 
@@ -56,12 +56,12 @@ class Alignment:
         return found
 
     def is_identity(self, student: PreTrainedTokenizerBase) -> bool:
-        """Whether the teacher has every token that the student's tokenizer knows, with the same id."""
+        """Whether the teacher has every token of the student's tokenizer, with the same id."""
         n_known = max(student.get_vocab().values()) + 1
         return bool((self.to_teacher[:n_known] == np.arange(n_known)).all())
 
     def exchanged(self, student_id: int, teacher_id: int) -> Alignment:
-        """The same but for one token of the student, which is now `teacher_id`; what that was, is what it had."""
+        """The same, but one token of the student is now `teacher_id`; the token that had it gets the old id."""
         ours, theirs = self.to_teacher.copy(), self.to_student.copy()
         before, other = int(ours[student_id]), int(theirs[teacher_id])
         ours[student_id], theirs[teacher_id] = teacher_id, student_id
@@ -74,10 +74,10 @@ class Alignment:
 
 @dataclass(frozen=True)
 class View:
-    """What a teacher reads in place of the student's tokens.
+    """A teacher's input in place of the student's tokens.
 
     Attributes:
-        prompts: its own token ids of every prompt of the round; None: the student's.
+        prompts: its token ids of every prompt of the round; None: the student's.
         alignment: its ids of the student's tokens; None: the same.
         shared: [V_teacher] which of its tokens the student has too; None: all.
     """
@@ -88,16 +88,16 @@ class View:
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """The same scorer, for batches and scores in the student's ids."""
-        return scorer if self.prompts is None and self.alignment is None else _Seeing(scorer, self)
+        return scorer if self.prompts is None and self.alignment is None else _AlignedScorer(scorer, self)
 
-    def leaves_out(self, n_tokens: int) -> bool:
-        """Whether it lacks a token of the student's below this id."""
+    def lacks_tokens(self, n_tokens: int) -> bool:
+        """Whether the teacher lacks a token of the student's below this id."""
         return self.alignment is not None and bool((self.alignment.to_teacher[:n_tokens] < 0).any())
 
     def of(self, batch: TokenBatch) -> TokenBatch:
-        """The batch as the teacher reads it.
+        """The batch in the teacher's ids.
 
-        A candidate that the teacher lacks becomes the sampled token once more, which takes nothing from the rest.
+        A candidate that the teacher lacks becomes the sampled token again, which takes nothing from the rest.
         """
         blocks = tuple(self._block(block) for block in batch.blocks)
         ids = batch.candidate_ids
@@ -147,8 +147,8 @@ class View:
         return theirs
 
 
-class _Seeing:
-    """A scorer behind a view."""
+class _AlignedScorer:
+    """A scorer behind a `View`."""
 
     def __init__(self, scorer: Scorer, view: View):
         self._scorer, self._view = scorer, view
@@ -160,7 +160,7 @@ class _Seeing:
 
 
 def view_of(recipe: Recipe, teacher: ResolvedModel, round_: cs.Round) -> View | SpanView:
-    """What a teacher reads of a round. Raises as `view_on`."""
+    """A teacher's view of a round. Raises as `view_on`."""
     sampled = round_.manifest
     size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
     every = _settings(teacher).renders or recipe.score.alignment == "spans"
@@ -178,7 +178,7 @@ def view_on(
     stop_token_ids: Sequence[int],
     source: str,
 ) -> View | SpanView:
-    """What a teacher reads of responses to these prompts.
+    """A teacher's view of responses to these prompts.
 
     Args:
         records: the prompts.
@@ -193,7 +193,7 @@ def view_on(
     cfg, tokenizer = _settings(teacher), teacher.tokenizer
     same = teacher.tokenizer_identity.digest == tokenizer_digest
     student = tokenizer if same else resolve(recipe.student).tokenizer
-    if recipe.score.alignment == "spans" and not cut_alike(student, tokenizer):
+    if recipe.score.alignment == "spans" and not split_alike(student, tokenizer):
         rendered = _prompts(recipe, teacher, records, source)
         stop = tokenizer.eos_token_id if cfg.stop_token is None else _stop(cfg, tokenizer)
         return span_view(student, tokenizer, cfg.model, rendered, stop_token_ids, stop)
@@ -224,7 +224,7 @@ def _settings(teacher: ResolvedModel) -> TeacherConfig:
 
 
 def _prompts(recipe: Recipe, teacher: ResolvedModel, records: Sequence[dict[str, Any]], source: str) -> list[Int32]:
-    """The prompts as the teacher's own tokenizer and template make them."""
+    """The prompts, rendered by the teacher's tokenizer and template."""
     cfg, context = _settings(teacher), teacher.context
     seen = [with_prefix(record, cfg.prompt_prefix) for record in records]
     longest = context or np.iinfo(np.int32).max
@@ -234,7 +234,7 @@ def _prompts(recipe: Recipe, teacher: ResolvedModel, records: Sequence[dict[str,
 
 
 def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
-    """Tokens of a block's longest rollout, as the teacher reads it."""
+    """Tokens of a block's longest rollout in the teacher's view."""
     if isinstance(view, SpanView):
         (theirs,) = view.of(TokenBatch((round_.rollouts.read(block),))).blocks
         return int((theirs.prompt_length[theirs.row_prompt] + theirs.response_length).max())
@@ -273,7 +273,7 @@ def align(
         ModelError: they do not.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if not cut_alike(student, teacher):
+    if not split_alike(student, teacher):
         differing, more = sum(theirs.get(token) != index for token, index in ours.items()), len(theirs.keys() - ours)
         raise ModelError(
             f"{names[1]}: it tokenizes text differently from {names[0]} (of {len(ours):,} tokens "
@@ -287,11 +287,11 @@ def align(
     return Alignment.of({v: theirs_v for v, theirs_v in pairs.items() if theirs_v < sizes[1]}, *sizes)
 
 
-def cut_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
-    """Whether both cut every text into the same pieces, whatever ids these have.
+def split_alike(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
+    """Whether both split every text into the same tokens, up to their ids.
 
-    Equal pieces with equal ids are taken for one tokenizer; a teacher that has more joins what the student leaves
-    apart. Added tokens (of a chat, of tools) are not pieces: nothing is merged into them.
+    Equal vocabularies with equal ids are taken for one tokenizer; a teacher with more tokens may merge what the
+    student leaves apart. Added tokens (of a chat, of tools) do not count: nothing is merged into them.
     """
     return student is teacher or _pieces(student) == _pieces(teacher) or _rules(student) == _rules(teacher)
 
@@ -302,7 +302,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What decides into which pieces text is cut, ids aside; None, like nothing else, where that is not known."""
+    """What determines how text is split, apart from ids; equal to nothing else if that is not known."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return object()
@@ -312,7 +312,7 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     if kind == "Unigram":
         pieces: Any = sorted(map(tuple, vocab))
     elif kind == "BPE" and not model.get("ignore_merges"):
-        pieces = None  # the merges say all
+        pieces = None  # the merges determine it
     else:
         pieces = sorted(vocab)
     model.pop("unk_id", None)

@@ -1,22 +1,21 @@
-"""A teacher with another tokenizer: it scores the same text, and spans whose ends both tokenizers share are compared.
+"""A teacher with another tokenizer: it scores the same text, and spans between common token boundaries are compared.
 
-Both tokenizers' cuts through a response are positions in its text. Between two positions at which both cut lies a
-span: student tokens a..b and teacher tokens c..d that spell the same. Its log-probs are comparable,
+Token boundaries of both tokenizers are positions in a response's text. Between two common boundaries lies a span:
+student tokens a..b and teacher tokens c..d with the same text. Its log-probs are comparable,
 
     L_S = sum_{a..b} log p_S,    L_T = sum_{c..d} log p_T,
 
-as those of this spelling: a teacher may write the same text in other tokens too, so exp(L_T) is a lower bound on what
-it gives the text. Single tokens within a span are not comparable. Each of its m tokens gets an equal part of the
-span's log-ratio,
+as those of this tokenization: the teacher may tokenize the same text otherwise too, so exp(L_T) is a lower bound of
+its probability of the text. Single tokens within a span are not comparable. Each of the span's m tokens gets an equal
+part of its log-ratio,
 
     log p_T(x_t) := min(0, log p_S(x_t) + c),    c such that they add up to L_T,
 
-with the cached student's log-probs; c = (L_T - L_S) / m wherever that leaves none above 0, and otherwise what a sure
-token cannot take goes to those of which the student was less sure. A span of m tokens then moves each with 1 / m of
-the strength that the policy gradient of the span as one action would have. Spans of more than `LONGEST` student
-tokens say too little of each and are left out (NaN), as are responses that hold special tokens before their end, or
-that the teacher's tokenizer changes (lower case, Unicode normal forms). There are no candidates: training is by
-importance sampling, or k2.
+with the cached student's log-probs; c = (L_T - L_S) / m if that leaves none above 0, and otherwise the excess goes to
+the tokens of which the student was less sure. The policy gradient of each of m tokens is then 1 / m of that of the
+span as one action. Spans of more than `LONGEST` student tokens, which determine too little about each, are left out
+(NaN), as are responses with special tokens before their end, and those that the teacher's tokenizer changes (lower
+case, Unicode normal forms). There are no candidates: training is by importance sampling, or k2.
 
 Shapes: T response tokens of the student's, U of the teacher's.
 """
@@ -61,12 +60,12 @@ class Spans:
 
 @dataclass(frozen=True)
 class SpanView:
-    """What a teacher with another tokenizer reads in place of the student's tokens; see `alignment.View`.
+    """The input of a teacher with another tokenizer; see `alignment.View`.
 
     Attributes:
-        prompts: its own token ids of every prompt of the round.
-        stop_ids: of the student; the teacher's stop_id takes their place at a response's end.
-        shared: None; nothing is asked about single tokens.
+        prompts: the teacher's token ids of every prompt of the round.
+        stop_ids: of the student; the teacher's stop_id replaces them at a response's end.
+        shared: None; single tokens are not scored.
     """
 
     student: PreTrainedTokenizerBase
@@ -78,22 +77,22 @@ class SpanView:
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """The same scorer, for batches and scores in the student's ids."""
-        return _Spelling(scorer, self)
+        return _SpanScorer(scorer, self)
 
-    def leaves_out(self, n_tokens: int) -> bool:
+    def lacks_tokens(self, n_tokens: int) -> bool:
         """A token may be in no span."""
         return True
 
     def of(self, batch: TokenBatch) -> TokenBatch:
-        """The batch as the teacher reads it."""
-        return self.written(batch, [self.spans(block) for block in batch.blocks])
+        """The batch in the teacher's tokens."""
+        return self.in_spans(batch, [self.spans(block) for block in batch.blocks])
 
-    def written(self, batch: TokenBatch, spans: Sequence[Sequence[Spans]]) -> TokenBatch:
-        """The same, where the spans of every block are known."""
+    def in_spans(self, batch: TokenBatch, spans: Sequence[Sequence[Spans]]) -> TokenBatch:
+        """The same, with the known spans of every block."""
         return TokenBatch(tuple(map(self._block, batch.blocks, spans)), keys=batch.keys)
 
     def spans(self, block: cs.RolloutBlock) -> list[Spans]:
-        """Of every response of a block."""
+        """The spans of every response of a block."""
         return [self._spans(block.response(row)) for row in range(block.n_rows)]
 
     def _spans(self, response: Int32) -> Spans:
@@ -103,10 +102,10 @@ class SpanView:
         written = "".join(text)
         encoded = self.teacher(written, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        ours, theirs = _cuts_of_pieces(text), _cuts_of_offsets(offsets)
+        ours, theirs = _ends_of_pieces(text), _ends_of_offsets(offsets)
         special = set(body) & set(self.student.all_special_ids) or set(ids) & set(self.teacher.all_special_ids)
         if special or "\ufffd" in written or Verbatim(self.teacher).decode(ids) != written:
-            ours = {}  # the teacher would read another text
+            ours = {}  # the teacher would score another text
         of_student, of_teacher = np.full(len(response), -1), np.full(len(ids) + ended, -1)
         number, (a, c) = 0, (0, 0)
         for position in sorted(ours.keys() & theirs.keys()):
@@ -134,8 +133,8 @@ class SpanView:
         return cs.RolloutBlock.from_rows([(int(index), self.prompts[index]) for index in block.prompt_index], rows)
 
 
-class _Spelling:
-    """A scorer behind a view of spans."""
+class _SpanScorer:
+    """A scorer behind a `SpanView`."""
 
     def __init__(self, scorer: Scorer, view: SpanView):
         self._scorer, self._view = scorer, view
@@ -145,14 +144,15 @@ class _Spelling:
         batch = as_batch(batch)
         assert batch.student_logprobs is not None
         spans = [self._view.spans(block) for block in batch.blocks]
-        read = self._scorer.compute_logprobs(self._view.written(batch, spans)).logprobs
-        return cs.ScoreBlock(logprobs=shared_out([*itertools.chain(*spans)], batch.student_logprobs, read))
+        teacher_U = self._scorer.compute_logprobs(self._view.in_spans(batch, spans)).logprobs
+        every = [*itertools.chain(*spans)]
+        return cs.ScoreBlock(logprobs=spread_over_tokens(every, batch.student_logprobs, teacher_U))
 
 
-def shared_out(
+def spread_over_tokens(
     spans: Sequence[Spans], student_T: npt.NDArray[np.float32], teacher_U: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """f4 [T]: every span's log-prob by the teacher, on its tokens (see the module); NaN outside of spans.
+    """f4 [T]: every span's log-prob by the teacher, spread over its tokens (see the module); NaN outside of spans.
 
     Args:
         spans: of responses end to end.
@@ -167,16 +167,16 @@ def shared_out(
         if not n:
             found.append(np.full(len(own), np.nan, np.float32))
             continue
-        inside, read = one.of_student >= 0, one.of_teacher >= 0
+        inside, theirs = one.of_student >= 0, one.of_teacher >= 0
         length = np.bincount(one.of_student[inside], minlength=n)
         by_student = np.bincount(one.of_student[inside], own[inside], minlength=n)
-        by_teacher = np.bincount(one.of_teacher[read], scored[read], minlength=n)
+        by_teacher = np.bincount(one.of_teacher[theirs], scored[theirs], minlength=n)
         shift = (by_teacher - by_student) / np.maximum(length, 1)
         above = inside & (own + shift[one.of_student] > 0)
         for span in np.unique(one.of_student[above]):
             shift[span] = _shift(own[one.of_student == span], by_teacher[span])
-        shared = np.minimum(own + shift[one.of_student], 0.0)
-        found.append(np.where(inside, shared, np.nan).astype(np.float32))
+        spread = np.minimum(own + shift[one.of_student], 0.0)
+        found.append(np.where(inside, spread, np.nan).astype(np.float32))
     return np.concatenate(found)
 
 
@@ -184,7 +184,7 @@ def _shift(own_M: npt.NDArray[np.float64], total: float) -> float:
     """The c at which min(0, own + c) adds up to `total`, at most 0."""
     ordered = np.sort(own_M)
     below = np.cumsum(ordered)
-    for n in range(len(ordered), 1, -1):  # so many, the lowest, stay below 0
+    for n in range(len(ordered), 1, -1):  # the n lowest stay below 0
         shift = (total - below[n - 1]) / n
         if ordered[n - 1] + shift <= 0:
             return float(shift)
@@ -199,7 +199,7 @@ def span_view(
     stop_ids: Sequence[int],
     stop_id: int | None,
 ) -> SpanView:
-    """Raises `ModelError` where the teacher's tokenizer cannot say where in the text its tokens are, or no EOS."""
+    """Raises `ModelError` if the teacher's tokenizer has no EOS, or returns no positions of tokens in the text."""
     if not teacher.is_fast:
         raise ModelError(
             f'{name}: score.alignment = "spans" needs a tokenizer that knows where its tokens are in the text (a '
@@ -216,18 +216,18 @@ def span_view(
     return SpanView(student, teacher, prompts, frozenset(stop_ids), stop_id)
 
 
-def _cuts_of_pieces(text: Sequence[str]) -> dict[int, int]:
-    """Number of tokens up to each position at which one ends; a token that only begins a character ends nowhere."""
-    cuts, position = {}, 0
+def _ends_of_pieces(text: Sequence[str]) -> dict[int, int]:
+    """The number of tokens up to each position at which one ends; one that only begins a character has no end."""
+    ends, position = {}, 0
     for number, piece in enumerate(text, 1):
         position += len(piece)
         if piece:
-            cuts[position] = number
-    return cuts
+            ends[position] = number
+    return ends
 
 
-def _cuts_of_offsets(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """The same of (start, end) of each token; several tokens of one character have the same."""
+def _ends_of_offsets(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """The same from (start, end) of each token; several tokens of one character have the same."""
     following = [start for start, _ in offsets[1:]] + [None]
     return {
         end: number
