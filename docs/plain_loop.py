@@ -26,7 +26,7 @@ def problems(name: str) -> list[dict[str, str]]:
 
 
 def accuracy(student: Student, heldout: list[dict[str, str]]) -> float:
-    """Share of sums whose greedy answer, the text after the last `=`, is right."""
+    """The fraction of sums whose greedy answer, the text after the last `=`, is right."""
     texts = student.sample([problem["prompt"] for problem in heldout], GREEDY).texts
     right = [text.rpartition("=")[2] == problem["answer"] for text, problem in zip(texts, heldout, strict=True)]
     return sum(right) / len(right)

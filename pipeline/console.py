@@ -166,12 +166,12 @@ class Bar:
 
     def line(self) -> str:
         """The progress as one plain line."""
-        share = f"{self.done / self.total:.0%}" if self.total else "100%"
+        percent = f"{self.done / self.total:.0%}" if self.total else "100%"
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         eta = f", {_duration(left)} left" if self.done < self.total and left else ""
         note = f", {self.note}" if self.note else ""
         counted, rate = f"{self.done}/{self.total} {self.unit}", speed(self.rate, self.unit)
-        return f"{self.description}: {share}, {counted}, {rate}{eta}{note}"
+        return f"{self.description}: {percent}, {counted}, {rate}{eta}{note}"
 
     def close(self) -> None:
         """Print the final line, if this run did anything."""

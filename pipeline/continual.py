@@ -30,14 +30,14 @@ from pipeline.console import results, say, show, without_suggestions
 from pipeline.distributed.ranks import join_ranks
 from pipeline.engines.heldout import HeldOutPrompts
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.evaluate.table import share
+from pipeline.evaluate.table import percent
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
 from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import DISTILL, GATE, SFT
 from pipeline.runs.trained_student import trained_student
 from pipeline.sft import stage as sft
-from pipeline.text.answers import share_right
+from pipeline.text.answers import fraction_right
 from pipeline.train import ledger
 
 EXIT_GATE = 4
@@ -129,7 +129,7 @@ def _measure(recipe: Recipe, students: dict[str, ModelConfig]) -> Measured:
         for name, prompts in gates.items():
             right = np.zeros((len(prompts.prompts), 1), np.bool_)
             right[: prompts.count(model)] = True
-            found[name][label] = asdict(share_right(right))
+            found[name][label] = asdict(fraction_right(right))
             say(f"{label}: {name} {found[name][label]['value']:.1%} of {len(right)}")
         del model
         models.free_memory()
@@ -169,5 +169,5 @@ def _show(measured: Measured) -> None:
     for label in (BEFORE, TUNED, AFTER):
         table.add_column(label, justify="right")
     for name, by_student in measured.items():
-        table.add_row(name, *map(share, by_student.values()))
+        table.add_row(name, *map(percent, by_student.values()))
     results().print(table)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import EvalConfig
 from pipeline.errors import ConfigError
-from pipeline.text.answers import Checker, as_number, pass_at, share_right
+from pipeline.text.answers import Checker, as_number, fraction_right, pass_at
 from pipeline.text.math_verify import MathJudge, boxed
 
 BOXED = r"\\boxed\{(.*)\}"
@@ -40,17 +40,19 @@ def test_the_answer_is_the_last_match(response: str, pattern: str | None, answer
 
 def test_wilson_intervals() -> None:
     """5 and 0 of 10 as in the tables of Newcombe (1998) to four digits."""
-    half = share_right(np.array([[True]] * 5 + [[False]] * 5))
+    half = fraction_right(np.array([[True]] * 5 + [[False]] * 5))
     assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4)
-    none = share_right(np.zeros((10, 1), bool))
+    none = fraction_right(np.zeros((10, 1), bool))
     assert (none.value, none.low, none.high) == pytest.approx((0, 0, 0.2775), abs=1e-4)
 
 
 def test_samples_of_one_prompt_are_not_independent() -> None:
     once = np.array([[True], [False]] * 50)
-    together = share_right(np.repeat(once, 8, axis=1))
-    assert (together.low, together.high) == pytest.approx((share_right(once).low, share_right(once).high), abs=2e-3)
-    mixed = share_right(np.tile([[True, False] * 4], (100, 1)))
+    together = fraction_right(np.repeat(once, 8, axis=1))
+    assert (together.low, together.high) == pytest.approx(
+        (fraction_right(once).low, fraction_right(once).high), abs=2e-3
+    )
+    mixed = fraction_right(np.tile([[True, False] * 4], (100, 1)))
     assert mixed.high - mixed.low < (together.high - together.low) / 2.5
 
 
@@ -212,7 +214,7 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_one() -> None:
 @pytest.mark.parametrize("right", [False, True])
 def test_pass_at_k_of_all_alike_knows_no_more_than_its_prompts(right: bool) -> None:
     estimate = pass_at(4, np.full((20, 8), right))
-    plain = share_right(np.full((20, 1), right))
+    plain = fraction_right(np.full((20, 1), right))
     assert (estimate.low, estimate.high) == (plain.low, plain.high)
     assert estimate.value == right and estimate.high - estimate.low == pytest.approx(0.161, abs=1e-3)
 
@@ -232,5 +234,5 @@ def test_the_interval_of_pass_at_k_covers(n_prompts: int, a: float, b: float) ->
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 2**32))
 def test_intervals_hold_their_value(n_prompts: int, n_samples: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    estimate = share_right(rng.random((n_prompts, n_samples)) < rng.random())
+    estimate = fraction_right(rng.random((n_prompts, n_samples)) < rng.random())
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1

@@ -503,7 +503,7 @@ def test_scores_without_candidates_are_enough_for_a_diagnosis(healthy: RoundSamp
     """A teacher that scored the sampled token alone, as from an imported file."""
     scored = healthy.pairs["teacher"]
     nothing = np.full(len(scored.tokens.token), np.nan)
-    alone = replace(scored.tokens, share=nothing, agrees=nothing, entropy=nothing)
+    alone = replace(scored.tokens, shared=nothing, agrees=nothing, entropy=nothing)
     pairs = {"teacher": replace(scored, tokens=alone)}
     found = stage.diagnosis(replace(healthy, pairs=pairs))
     assert found["findings"] == [] and found["figures"]["teacher"]["shared"] is None

@@ -56,7 +56,7 @@ def proxy(server: s3_server.Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(s3, "PATIENCE_SECONDS", PATIENCE_SECONDS)
     server.requests.clear()
     yield server
-    server.watch, server.latency_seconds, server.reset_share = lambda request: None, 0.0, 0.0
+    server.watch, server.latency_seconds, server.reset_fraction = lambda request: None, 0.0, 0.0
     if not server.alive:
         server.revive()
 
@@ -137,13 +137,13 @@ def test_a_whole_run_over_a_bad_line_equals_a_local_one(
     """One request in twenty loses its connection, before or after the server did what it was asked."""
     secret = "not-to-be-found-anywhere"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    proxy.reset_share = 0.05
+    proxy.reset_fraction = 0.05
     make_cache(url, small_recipe(*SETTINGS))  # type: ignore[arg-type]
     for where in (url, str(local)):
         run_dir = tmp_path / where.partition(":")[0].strip("/")
         assert cli.main(["train", "toy", "--cache", where, "--run", str(run_dir), *OPTIONS]) == 0
     assert cli.main(["verify", url]) == 0
-    proxy.reset_share = 0.0
+    proxy.reset_fraction = 0.0
     assert_same_rounds(cs.open(url).round(), cs.open(local).round())
     adapters = [path.read_bytes() for path in sorted(tmp_path.rglob("adapter_model.safetensors"))]
     assert len(adapters) >= 2 and len(set(adapters)) == 1

@@ -197,7 +197,7 @@ def test_spans_are_trained_on_and_reported(
         assert all(np.isfinite(json.loads(line)["loss"]) for line in (run / "metrics.jsonl").read_text().splitlines())
     capsys.readouterr()
     assert main(["diagnose", str(scored), "--teacher", "other"]) in (0, 1)
-    assert "share of the student's tokens" not in capsys.readouterr().out  # it scored all of them
+    assert "fraction of the student's tokens" not in capsys.readouterr().out  # it scored all of them
     recipe = tmp_path / "spans.toml"
     recipe.write_text(small_recipe(*spelt(teacher)).to_toml())
     assert evaluate.run("toy:student", recipe=str(recipe), teacher=str(teacher), overrides=("eval.limit=8",)) == 0
@@ -222,7 +222,7 @@ def test_the_fraction_of_tokens_covered_is_reported(
     assert 0.5 < recorded.mean() < 0.95
     assert f"{share} of tokens scored (in spans that both tokenizers share)" in capsys.readouterr().out
     assert main(["diagnose", str(cache), "--teacher", "other"]) in (0, 1)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "share of the student's tokens" in line)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fraction of the student's tokens" in line)
     assert line.split()[-1] == f"{recorded.mean():.0%}"
 
 

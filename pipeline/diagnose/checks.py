@@ -42,14 +42,14 @@ FLAT = 0.7
 OTHER_PROMPT, LOST = 2.0, 1.0
 #: Median log-prob of the student's stop tokens: below 1 in 1,000 the teacher does not stop there.
 NO_STOP = math.log(1e-3)
-#: Share of the tokens that the teacher finds unlikely. Healthy pairs have a few in a thousand.
+#: Fraction of the tokens that the teacher finds unlikely. Healthy pairs have a few in a thousand.
 MANY_UNLIKELY = 0.02
-#: A token that the teacher never writes: seen so often, unlikely so often; worth a finding from this share of the KL.
-NEVER_SEEN, NEVER_SHARE, NEVER_KL = 5, 0.9, 0.05
-#: Share of the tokens with a reverse KL above WIDE from which the models simply want different things.
+#: A token that the teacher never writes: seen so often, unlikely so often; a finding from this fraction of the KL.
+NEVER_SEEN, NEVER_FRACTION, NEVER_KL = 5, 0.9, 0.05
+#: Fraction of the tokens with a reverse KL above WIDE from which the models simply want different things.
 FAR = 0.25
-#: Share of positions at which the teacher leaves the student's candidates; and of the student's own probability that
-#: they should hold.
+#: Fraction of positions at which the teacher prefers tokens outside the student's candidates; and of the student's
+#: probability that these should hold.
 MANY_OUTSIDE, COVERED = 0.02, 0.9
 #: A teacher is less sure than its student from so many times its entropy, and so many nats more.
 LESS_SURE, LESS_SURE_NATS = 2.0, 0.1
@@ -64,7 +64,7 @@ class CheckResult:
         verdict: one sentence.
         evidence: numbers and tokens, a line each.
         remedy: what to set or do.
-        explains: share of what is wrong (of reverse KL, or of rollouts) that it accounts for; orders results of one
+        explains: the fraction of the reverse KL, or of the rollouts, that it accounts for; orders results of one
             severity.
         teacher: its name; None for a check of the rollouts.
     """
@@ -85,7 +85,7 @@ def worst_first(results: Iterable[CheckResult]) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class PairContext:
-    """What the checks of a pair share: the scores, the key figures, and the names of tokens."""
+    """What the checks of a pair use: the scores, the key figures, and the names of tokens."""
 
     pair: PairScores
     figures: Figures
@@ -116,7 +116,7 @@ class PairContext:
             return self.figures.logprob > 0.5 * self.chance_logprob
         return self.figures.shared_median >= SAME_TOKENS * self.figures.student_shared
 
-    def share_of_kl(self, chosen: npt.NDArray[np.bool_]) -> float:
+    def fraction_of_kl(self, chosen: npt.NDArray[np.bool_]) -> float:
         total = float(self.pair.tokens.reverse_kl.sum())
         return float(self.pair.tokens.reverse_kl[chosen].sum()) / total if total > 0 else 0.0
 
@@ -223,7 +223,7 @@ def _other_prompt(context: PairContext) -> CheckResult | None:
         "render prompts as in the teacher's training: prompts.template, prompts.template_args (such as "
         "enable_thinking) and prompts.system; then sample and score a new round. A teacher of the student's family "
         "avoids this",
-        1.0 if figures.reverse_kl >= LOST else context.share_of_kl(first),
+        1.0 if figures.reverse_kl >= LOST else context.fraction_of_kl(first),
     )
 
 
@@ -251,11 +251,11 @@ def _stop(context: PairContext) -> CheckResult | None:
         return None  # nothing special about stopping
     used = sorted({int(token) for token in tokens.token[tokens.stop]})
     own = context.names.own_stop(context.pair)
-    share = context.share_of_kl(tokens.stop)
+    fraction = context.fraction_of_kl(tokens.stop)
     evidence = [
         f"the student ends with {', '.join(map(context.names, used[:3]))}: median log-prob "
         f"{figures.stop_logprob:.1f} for the teacher, {np.median(rest):.2f} for all other tokens",
-        f"{percent(float(tokens.stop.mean()))} of the tokens are these, and {percent(share)} of the reverse KL",
+        f"{percent(float(tokens.stop.mean()))} of the tokens are these, and {percent(fraction)} of the reverse KL",
         f"there the teacher prefers {context.preferred(tokens.stop)}",
     ]
     if own is not None and own not in used:
@@ -267,19 +267,19 @@ def _stop(context: PairContext) -> CheckResult | None:
         evidence,
         "leave the stop token out of the loss with select.eos = false; or give both the same stop token: "
         "rollouts.stop_token_ids, or a teacher of the same kind (base or instruct) as the student",
-        share,
+        fraction,
     )
 
 
 def _never(context: PairContext) -> Iterator[CheckResult]:
-    """Tokens that the teacher would never sample, and a large share of unlikely ones."""
+    """Tokens that the teacher would never sample, and many unlikely ones."""
     tokens = context.pair.tokens
     unlikely = below(tokens, UNLIKELY) & ~tokens.stop
     ids, which = np.unique(tokens.token, return_inverse=True)
     seen, bad = np.bincount(which), np.bincount(which, weights=unlikely)
-    never = (seen >= NEVER_SEEN) & (bad >= NEVER_SHARE * seen)
+    never = (seen >= NEVER_SEEN) & (bad >= NEVER_FRACTION * seen)
     of_never = never[which] & ~tokens.stop
-    if (share := context.share_of_kl(of_never)) >= NEVER_KL:
+    if (fraction := context.fraction_of_kl(of_never)) >= NEVER_KL:
         chosen = [int(ids[i]) for i in np.argsort(-bad * never)[: min(5, int(never.sum()))]]
         special = [token for token in chosen if context.names.is_special(token)]
         yield context.result(
@@ -288,7 +288,7 @@ def _never(context: PairContext) -> Iterator[CheckResult]:
             "The student samples tokens that the teacher never would.",
             [
                 f"{', '.join(map(context.names, chosen))}: {percent(float(of_never.mean()))} of the tokens and "
-                f"{percent(share)} of the reverse KL, nearly always less likely than 1 in "
+                f"{percent(fraction)} of the reverse KL, nearly always less likely than 1 in "
                 f"{math.exp(-UNLIKELY):,.0f} for the teacher",
                 f"in their place the teacher prefers {context.preferred(of_never)}",
             ],
@@ -296,7 +296,7 @@ def _never(context: PairContext) -> Iterator[CheckResult]:
             if special
             else "bring both to the same format first: prompts.system, prompts.template_args, or a little SFT of the "
             "student on the teacher's responses",
-            share,
+            fraction,
         )
         unlikely &= ~of_never
     if float(unlikely.mean()) >= MANY_UNLIKELY:
@@ -308,13 +308,13 @@ def _never(context: PairContext) -> Iterator[CheckResult]:
             "Too many of the student's tokens are next to impossible for the teacher.",
             [
                 f"{percent(float(unlikely.mean()))} of the tokens are less likely than {probability(UNLIKELY)}, with "
-                f"{percent(context.share_of_kl(unlikely))} of the reverse KL; most often {shown}",
+                f"{percent(context.fraction_of_kl(unlikely))} of the reverse KL; most often {shown}",
                 f"there the teacher prefers {context.preferred(unlikely)}",
             ],
             "start with a little SFT of the student on the teacher's responses, or with easier prompts "
             "(off-policy cold start and prompt selection, arXiv 2604.13016); score.teacher_topk = 8 lets the loss "
             "see what the teacher prefers",
-            context.share_of_kl(unlikely),
+            context.fraction_of_kl(unlikely),
         )
 
 
@@ -358,7 +358,7 @@ def _nothing(context: PairContext) -> CheckResult | None:
 
 def _outside(context: PairContext) -> CheckResult | None:
     tokens = context.pair.tokens
-    outside = (tokens.share < SAME_TOKENS * tokens.student_share) & ~tokens.stop  # `_stop` covers these
+    outside = (tokens.shared < SAME_TOKENS * tokens.student_shared) & ~tokens.stop  # `_stop` covers these
     if context.pair.scored.topk or float(outside.mean()) < MANY_OUTSIDE:
         return None
     return context.result(
@@ -367,12 +367,12 @@ def _outside(context: PairContext) -> CheckResult | None:
         "At some positions the token that the teacher prefers is not among the student's candidates, so the loss "
         "cannot see it.",
         [
-            f"at {percent(float(outside.mean()))} of the positions, with {percent(context.share_of_kl(outside))} of "
-            f"the reverse KL, the teacher gives the {context.pair.scored.candidates} candidates less than half of "
+            f"at {percent(float(outside.mean()))} of the positions, with {percent(context.fraction_of_kl(outside))} "
+            f"of the reverse KL, the teacher gives the {context.pair.scored.candidates} candidates less than half of "
             "what the student gives them"
         ],
         "store the teacher's own likeliest: score.teacher_topk = 8, and score again",
-        context.share_of_kl(outside),
+        context.fraction_of_kl(outside),
     )
 
 

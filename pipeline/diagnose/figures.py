@@ -12,7 +12,7 @@ from pipeline.diagnose.read import Bool, Float64, PairScores, TokenColumns
 #: Log-probs below which a token is next to impossible (1 in 22,000), and impossible (1 in 500 million); and how many
 #: nats likelier it must then be for the student, which samples rare tokens too.
 UNLIKELY, IMPOSSIBLE, LIKELIER = -10.0, -20.0, 3.0
-#: The early part of a response; its share of the reverse KL is reported.
+#: The early part of a response; its fraction of the reverse KL is reported.
 EARLY = 0.3
 #: First tokens of a response: what a model says next after the prompt alone.
 FIRST_TOKENS = 3
@@ -25,18 +25,18 @@ class Figures:
     """Means over the scored tokens, nats; None if the scores do not determine them.
 
     Attributes:
-        scored_share: share of the student's own tokens that are scored: the teacher may lack some, for instance
+        scored_share: fraction of the student's own tokens that are scored: the teacher may lack some, for instance
             those in no span that both tokenizers share.
         reverse_kl: and of the FIRST_TOKENS of a response (the stop token aside), of its first, second and last third.
-        wide: share of tokens with a reverse KL above WIDE.
-        early_share: share of all the reverse KL that lies in the first EARLY of the responses' positions.
-        half_in: the smallest share of the tokens that holds half of the reverse KL.
+        wide: fraction of tokens with a reverse KL above WIDE.
+        early_share: fraction of all the reverse KL that lies in the first EARLY of the responses' positions.
+        half_in: the smallest fraction of the tokens that holds half of the reverse KL.
         shared: probability that the teacher gives to the student's candidates together, its mean and its median over
             positions; student_shared: the student's own mean.
-        overlap: share of the student's likeliest candidates that are among as many of the teacher's.
-        agreement: share of positions at which both give the same candidate the highest log-prob.
+        overlap: fraction of the student's likeliest candidates that are among as many of the teacher's.
+        agreement: fraction of positions at which both give the same candidate the highest log-prob.
         stop_logprob: median log-prob of the student's stop tokens under the teacher.
-        unlikely, impossible: share of tokens below UNLIKELY and IMPOSSIBLE for the teacher, and not for the student.
+        unlikely, impossible: fraction of tokens below UNLIKELY, IMPOSSIBLE for the teacher, and not for the student.
     """
 
     tokens: int
@@ -78,9 +78,9 @@ class Figures:
             wide=float((kl > WIDE).mean()),
             early_share=float(kl[place < EARLY].sum()) / total if total > 0 else None,
             half_in=half / len(kl) if total > 0 else None,
-            shared=mean(tokens.share),
-            shared_median=None if np.isnan(tokens.share).all() else float(np.nanmedian(tokens.share)),
-            student_shared=float(tokens.student_share.mean()),
+            shared=mean(tokens.shared),
+            shared_median=None if np.isnan(tokens.shared).all() else float(np.nanmedian(tokens.shared)),
+            student_shared=float(tokens.student_shared.mean()),
             overlap=mean(tokens.overlap),
             agreement=mean(tokens.agrees),
             logprob=float(tokens.logprob.mean()),
@@ -104,15 +104,15 @@ def mean(values: Float64) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def percent(share: float | None) -> str:
-    """A share as text, never rounded to 0 % or 100 %."""
-    if share is None or math.isnan(share):
+def percent(fraction: float | None) -> str:
+    """A fraction as text, never rounded to 0 % or 100 %."""
+    if fraction is None or math.isnan(fraction):
         return "-"
-    if 0 < share < 1e-4:
+    if 0 < fraction < 1e-4:
         return "<0.01%"
-    if 0.9999 < share < 1:
+    if 0.9999 < fraction < 1:
         return ">99.99%"
-    return f"{share:.2%}" if 0 < share < 0.1 or 0.99 < share < 1 else f"{share:.0%}"
+    return f"{fraction:.2%}" if 0 < fraction < 0.1 or 0.99 < fraction < 1 else f"{fraction:.0%}"
 
 
 def probability(logprob: float) -> str:

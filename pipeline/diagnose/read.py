@@ -66,11 +66,11 @@ class TokenColumns(_Table):
     Attributes:
         position, length: of the token in its response, and of the response.
         stop: whether it is the stop token that ended a response.
-        share, student_share: probability that the teacher, and the student, gives to the student's candidates
+        shared, student_shared: probability that the teacher, and the student, gives to the student's candidates
             together; NaN without candidates.
         agrees: 1 if both give the same candidate the highest log-prob, else 0; NaN with fewer than two candidates.
         prefers, prefers_logprob: the teacher's likeliest token as far as known: of the candidates and of its top-k.
-        overlap: share of the student's K candidates that are among the teacher's own K likeliest; NaN without them.
+        overlap: fraction of the student's K candidates among the teacher's own K likeliest; NaN without them.
     """
 
     token: Int64
@@ -82,8 +82,8 @@ class TokenColumns(_Table):
     student_entropy: Float64
     logprob: Float64
     entropy: Float64
-    share: Float64
-    student_share: Float64
+    shared: Float64
+    student_shared: Float64
     agrees: Float64
     prefers: Int64
     prefers_logprob: Float64
@@ -100,7 +100,7 @@ class PairScores:
     """A teacher's scores of a round, and the manifests of both.
 
     Attributes:
-        scored_share: of the student's own tokens, those that the teacher has scored.
+        scored_share: fraction of the student's own tokens that the teacher has scored.
     """
 
     teacher: str
@@ -205,11 +205,11 @@ def _columns(block: ScoredBlock, name: str) -> TokenColumns:
     assert student.candidate_ids is not None and student.candidate_logprobs is not None
     assert student.rest_logprob is not None and student.entropy is not None
     unknown = np.full(n, np.nan)
-    share, agrees, prefers, best = unknown, unknown, student.candidate_ids[:, 0], teacher.logprobs
+    shared, agrees, prefers, best = unknown, unknown, student.candidate_ids[:, 0], teacher.logprobs
     if teacher.candidate_logprobs is not None:
         assert teacher.rest_logprob is not None
         known = np.where(np.isnan(teacher.candidate_logprobs), -np.inf, teacher.candidate_logprobs)
-        share = 1 - np.exp(teacher.rest_logprob.astype(np.float64))
+        shared = 1 - np.exp(teacher.rest_logprob.astype(np.float64))
         theirs, own = known.argmax(axis=1), student.candidate_logprobs.argmax(axis=1)
         prefers, best = _at(student.candidate_ids, theirs), _at(known, theirs)
         if known.shape[1] > 1:
@@ -230,8 +230,8 @@ def _columns(block: ScoredBlock, name: str) -> TokenColumns:
         student_entropy=student.entropy.astype(np.float64),
         logprob=teacher.logprobs.astype(np.float64),
         entropy=unknown if teacher.entropy is None else teacher.entropy.astype(np.float64),
-        share=share,
-        student_share=1 - np.exp(student.rest_logprob.astype(np.float64)),
+        shared=shared,
+        student_shared=1 - np.exp(student.rest_logprob.astype(np.float64)),
         agrees=agrees,
         prefers=prefers.astype(np.int64),
         prefers_logprob=best.astype(np.float64),
@@ -252,7 +252,7 @@ def _ends_by_stop(rollouts: cs.RolloutBlock) -> Bool:
 
 
 def _overlap(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:
-    """[T]: of the student's k likeliest candidates, the share that is among the teacher's k likeliest."""
+    """[T]: of the student's k likeliest candidates, the fraction that is among the teacher's k likeliest."""
     assert student.candidate_ids is not None and student.candidate_logprobs is not None
     if teacher.topk_ids is None or teacher.topk_logprobs is None:
         return np.full(student.n_tokens, np.nan)

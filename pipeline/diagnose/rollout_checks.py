@@ -13,20 +13,20 @@ from pipeline.diagnose.figures import percent
 from pipeline.diagnose.read import LOOP_TURNS, RoundSample
 from pipeline.rounds.metrics import SamplerGap
 
-#: Responses below which nothing is concluded from their shares.
+#: Responses below which nothing is concluded about them.
 FEW_RESPONSES = 10
-#: Share of responses cut at the length limit that is worth knowing, and that does harm.
+#: Fraction of responses cut at the length limit that is worth knowing, and that does harm.
 SOME_CUT, MANY_CUT = 0.05, 0.25
-#: Share of responses that end in a loop, or that are only a stop token.
+#: Fraction of responses that end in a loop, or that are only a stop token.
 LOOPS, EMPTY = 0.02, 0.1
 #: Pairs of equal responses beyond those that the student's own probabilities explain.
 REPEATS = 0.1
 #: Temperatures below which too little of the student's support is sampled (0.3 was measured to make importance
 #: sampling worse than no training; 0.8 is in use).
 COLD = 0.6
-#: Standard deviations, and share of the entropy, by which the sum of log-prob + entropy may miss 0. The sum has heavy
-#: tails (one token of 1 in a million), hence so many.
-NOT_OWN_SIGMA, NOT_OWN_SHARE = 6.0, 0.15
+#: Standard deviations, and fraction of the entropy, by which the sum of log-prob + entropy may miss 0. The sum has
+#: heavy tails (one token of 1 in a million), hence so many.
+NOT_OWN_SIGMA, NOT_OWN_FRACTION = 6.0, 0.15
 
 
 def check_rollouts(sample: RoundSample) -> list[CheckResult]:
@@ -40,8 +40,8 @@ def check_rollouts(sample: RoundSample) -> list[CheckResult]:
     return [result for result in results if result is not None]
 
 
-def distinct_share(sample: RoundSample) -> float:
-    """Share of different responses; those of different prompts count as different."""
+def distinct_fraction(sample: RoundSample) -> float:
+    """The fraction of different responses; those of different prompts count as different."""
     pairs = set(zip(sample.responses.prompt.tolist(), sample.responses.response.tolist(), strict=True))
     return len(pairs) / len(sample.responses.prompt)
 
@@ -185,7 +185,7 @@ def _not_own(sample: RoundSample) -> CheckResult | None:
         return None
     surprise, spread = float(responses.surprise.sum()), float(responses.spread.sum())
     entropy = float(responses.entropy.sum())
-    if abs(surprise) <= max(NOT_OWN_SIGMA * spread**0.5, NOT_OWN_SHARE * entropy):
+    if abs(surprise) <= max(NOT_OWN_SIGMA * spread**0.5, NOT_OWN_FRACTION * entropy):
         return None
     likelier = surprise > 0
     return CheckResult(

@@ -1,4 +1,4 @@
-"""A diagnosis as text on stdout: verdict, results of the checks, key figures, what training would correct.
+"""A diagnosis as text on stdout: a headline, the results of the checks, key figures, what training would correct.
 
 Control characters from models, tokenizers and manifests are escaped.
 """
@@ -17,7 +17,7 @@ from pipeline.diagnose.figures import EARLY, FIRST_TOKENS, percent
 
 #: Longest line, in columns.
 _WIDTH = 110
-#: Share of the reverse KL from which a token is named.
+#: Fraction of the reverse KL from which a token is named.
 _WORTH_NAMING = 0.005
 _SIGNS = {"blocks": ("✗ blocks", "bold red"), "harms": ("! harms", "bold yellow"), "note": ("· note", "bold blue")}
 
@@ -91,13 +91,13 @@ def _nats(value: float | None) -> str:
 _ROWS: Sequence[tuple[str, Callable[[dict[str, Any]], str]]] = (
     ("scored tokens", lambda f: f"{f['tokens']:,}"),
     (
-        "  share of the student's tokens",
+        "  fraction of the student's tokens",
         lambda f: "-" if f["scored_share"] == 1 else percent(f["scored_share"]),
     ),
     ("reverse KL, nats per token", lambda f: _nats(f["reverse_kl"])),
     ("  of the first, second, last third", lambda f: " ".join(_nats(third) for third in f["reverse_kl_thirds"])),
     (f"  of the first {FIRST_TOKENS} tokens", lambda f: _nats(f["reverse_kl_first_tokens"])),
-    (f"  share of it in the first {EARLY:.0%}", lambda f: percent(f["early_share"])),
+    (f"  fraction of it in the first {EARLY:.0%}", lambda f: percent(f["early_share"])),
     ("  half of it lies in", lambda f: f"{percent(f['half_in'])} of the tokens" if f["half_in"] else "-"),
     ("teacher's probability of the student's candidates", lambda f: percent(f["shared"])),
     ("student's own of them", lambda f: "-" if f["shared"] is None else percent(f["student_shared"])),

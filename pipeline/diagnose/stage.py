@@ -6,7 +6,7 @@ are cut, or that are not samples. Everything is measured over the student's own 
 KL as in training (candidates and one rest); `checks.py` and `rollout_checks.py` have the bounds and their reasons.
 Which answers are right is not known here: see `redpen eval`.
 
-Literature that the verdicts rest on: pairs that succeed come to share 97 to 99 % of their probability on a small set
+Literature behind the checks: pairs that succeed come to share 97 to 99 % of their probability on a small set
 of tokens (Li et al., "Rethinking On-Policy Distillation", arXiv 2604.13016); mismatched special tokens are among the
 failures of sampled-token distillation (Fu et al., "Revisiting On-Policy Distillation", arXiv 2603.25562); few tokens
 carry the signal (TIP, arXiv 2604.14084).
@@ -29,7 +29,7 @@ from pipeline.console import warn
 from pipeline.diagnose.checks import check_pair, worst_first
 from pipeline.diagnose.figures import Figures
 from pipeline.diagnose.read import PairScores, RoundSample, read_round
-from pipeline.diagnose.rollout_checks import check_rollouts, distinct_share
+from pipeline.diagnose.rollout_checks import check_rollouts, distinct_fraction
 from pipeline.diagnose.show import show
 from pipeline.diagnose.token_names import TokenNames
 from pipeline.errors import RedpenError
@@ -91,7 +91,7 @@ def diagnosis(sample: RoundSample) -> dict[str, Any]:
         "teachers": {name: pair.scored.model.name for name, pair in sample.pairs.items()},
         "blocks": {"read": sample.blocks, "scored": sample.scored_blocks, "total": round_.n_blocks},
         "responses": len(sample.responses.prompt),
-        "distinct_responses": distinct_share(sample),
+        "distinct_responses": distinct_fraction(sample),
         "mean_response_tokens": float(sample.responses.length.mean()),
         "findings": [asdict(result) for result in results],
         "figures": {name: asdict(values) for name, values in figures.items()},
@@ -101,7 +101,7 @@ def diagnosis(sample: RoundSample) -> dict[str, Any]:
 
 
 def _corrected(pair: PairScores, names: TokenNames) -> list[dict[str, Any]]:
-    """The student's tokens by their share of the reverse KL, with what the teacher most often prefers there."""
+    """The student's tokens by their part of the reverse KL, with what the teacher most often prefers there."""
     tokens = pair.tokens
     ids, which = np.unique(tokens.token, return_inverse=True)
     sums = np.bincount(which, weights=tokens.reverse_kl)
@@ -127,8 +127,8 @@ def _corrected(pair: PairScores, names: TokenNames) -> list[dict[str, Any]]:
 def disagreements(sample: RoundSample, names: TokenNames) -> list[dict[str, Any]]:
     """Every two teachers that scored the same tokens, as plain data.
 
-    `differ` is the share of tokens at which each gives more than half of its probability to a different token; `at`
-    has the student's tokens at which that happens most, with the token that each prefers there.
+    `differ` is the fraction of tokens at which each gives more than half of its probability to a different token;
+    `at` has the student's tokens at which that happens most, with the token that each prefers there.
     """
     found = []
     for (a, first), (b, second) in itertools.combinations(sample.pairs.items(), 2):

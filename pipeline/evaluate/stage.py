@@ -65,7 +65,7 @@ from pipeline.runs.files import EVAL_CACHE, EVAL_FIGURES, REREAD, replacing
 from pipeline.runs.lock import locked, replacing_results
 from pipeline.teachers.alignment import View, view_on
 from pipeline.teachers.spans import SpanView
-from pipeline.text.answers import Checker, Estimate, pass_at, share_right
+from pipeline.text.answers import Checker, Estimate, fraction_right, pass_at
 from pipeline.text.detokenize import response_texts
 
 Figures = dict[str, Any]
@@ -279,11 +279,11 @@ def _grade(
     texts = {"greedy": response_texts(done.greedy, tokenizer), "sampled": response_texts(done.sampled, tokenizer)}
     if with_answer:
         right = {name: right_answers(said, answers, checker)[with_answer] for name, said in texts.items()}
-        found |= {name: asdict(share_right(right_PS)) for name, right_PS in right.items()}
+        found |= {name: asdict(fraction_right(right_PS)) for name, right_PS in right.items()}
         n_samples = right["sampled"].shape[1]
         found["pass_at"] = {str(2**e): asdict(pass_at(2**e, right["sampled"])) for e in range(n_samples.bit_length())}
     if checker.format is not None:
-        found["format"] = asdict(share_right(legal_responses(texts["sampled"], len(records), checker)))
+        found["format"] = asdict(fraction_right(legal_responses(texts["sampled"], len(records), checker)))
     found["response_tokens"] = float(done.sampled.response_length.mean())
     found["truncated"] = float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean())
     return found

@@ -29,9 +29,9 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     table.add_column("" if of is None else escape_control(f"{of['count']:,} prompts of {of['path']}"))
     for label in [*labels, *(["change"] if len(labels) == 2 else [])]:
         table.add_column(label, justify="right")
-    for title, is_share, estimates in _rows(list(figures.values()), about["samples"]):
-        cells = [share(e) if is_share else _nats(e) for e in estimates]
-        table.add_row(title, *cells, *_change(is_share, *(e["value"] for e in estimates)))
+    for title, is_fraction, estimates in _rows(list(figures.values()), about["samples"]):
+        cells = [percent(e) if is_fraction else _nats(e) for e in estimates]
+        table.add_row(title, *cells, *_change(is_fraction, *(e["value"] for e in estimates)))
     for title, scores in _task_rows([figures[label].get("tasks", {}) for label in labels]):
         table.add_row(escape_control(title), *(_score(score) for score in scores), *_difference(scores))
     if out.is_terminal:
@@ -83,8 +83,8 @@ def _difference(scores: list[dict[str, Any]]) -> list[str]:
     return [f"{scores[1]['value'] - scores[0]['value']:+.4f}"] if len(scores) == 2 else []
 
 
-def share(estimate: dict[str, float]) -> str:
-    """A fraction with its interval."""
+def percent(estimate: dict[str, float]) -> str:
+    """A fraction with its interval, in percent."""
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
     return f"{value:.1%} ({low:.1%} to {high:.1%})"
 
@@ -94,11 +94,11 @@ def _nats(estimate: dict[str, Any]) -> str:
     return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.4f} to {high:.4f})"
 
 
-def _change(is_share: bool, *values: float) -> list[str]:
+def _change(is_fraction: bool, *values: float) -> list[str]:
     """The change by training: points of a fraction, percent of a divergence."""
     if len(values) == 1:
         return []
     before, after = values
-    if is_share:
+    if is_fraction:
         return [f"{(after - before) * 100:+.1f} points"]
     return [f"{after / before - 1:+.0%}" if before else ""]

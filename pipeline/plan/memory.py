@@ -123,10 +123,10 @@ def _sampling(recipe: Recipe, models: PlannedModels, device: Device) -> StepMemo
     parts = {"context and libraries": CONTEXT_BYTES, "weights": weights.nbytes}
     together = min(rollouts.batch_size, rollouts.prompts_per_block * rollouts.rollouts_per_prompt)
     if rollouts.engine == "vllm":
-        share = (recipe.vllm.gpu_memory_utilization or 0.9) * device.gib * GIB
+        reserved = (recipe.vllm.gpu_memory_utilization or 0.9) * device.gib * GIB
         together = rollouts.batch_size
         working = meta_model.forward_bytes(model, _PREFILL_TOKENS) + together * _vocabulary(model) * 4
-        room = share - sum(parts.values()) - working
+        room = reserved - sum(parts.values()) - working
         together = min(together, int(room / a_rollout))
         if together < 1:
             return StepMemory("sampling", parts | {"one rollout's cache": a_rollout, "activations": working})

@@ -98,8 +98,8 @@ def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: 
             f"prompts.limit is not set: {train.steps} steps x {train.prompts_per_step} prompts, each used once"
         )
     if rollouts.engine == "vllm":
-        share = recipe.vllm.gpu_memory_utilization or 0.9
-        found.append(f"vLLM reserves {share:.0%} of the GPU in any case, and uses the rest for more KV cache")
+        fraction = recipe.vllm.gpu_memory_utilization or 0.9
+        found.append(f"vLLM reserves {fraction:.0%} of the GPU in any case, and uses the rest for more KV cache")
     for name, cfg in models.configs.items():
         if cfg.quantisation is None and (method := resolve(cfg).quantisation):
             found.append(f"{name}: its checkpoint is quantised ({method}), its weights are counted as {cfg.dtype}")

@@ -14,7 +14,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.credentials import mask
-from pipeline.report.page_rows import PROMPT_SHARE, CandidateArrays, ListedRollout, PageRows
+from pipeline.report.page_rows import PROMPT_FRACTION, CandidateArrays, ListedRollout, PageRows
 from pipeline.report.read import RIGHT, UNKNOWN, AnswerCheck, RoundScan, choose, choose_numbers, scan_round
 from pipeline.report.runs import Reread, RunRecord
 from pipeline.report.string_table import TEXT_BYTES, clean, encode_array
@@ -23,8 +23,8 @@ from pipeline.text.detokenize import Decoder
 
 #: Tokens in the table of the most corrected.
 MOST_CORRECTED = 40
-#: Of a set's bytes: what its tokens may take at most; candidates get what is left.
-TOKEN_SHARE = 0.7
+#: Fraction of a set's bytes for its tokens; candidates get what is left.
+TOKEN_FRACTION = 0.7
 
 
 class StudentArrays(TypedDict):
@@ -130,13 +130,13 @@ def rollout_set(round_: cs.Round, request: SetRequest, tokenizer: Decoder) -> Ro
     token_bytes = TEXT_BYTES * (9 + 6 * len(names) + (4 + 2 * len(names)) * len(request.rereads))
     if request.only is None:
         examples = [scan.sums[n].example[t] for n in names for t in scan.sums[n].most_corrected(MOST_CORRECTED)]
-        most_tokens = int(TOKEN_SHARE * request.page_bytes / token_bytes)
+        most_tokens = int(TOKEN_FRACTION * request.page_bytes / token_bytes)
         choice = choose(scan, request.rollouts, most_tokens, np.array(examples, np.int64))
     else:
         choice = choose_numbers(scan, request.only)
     rows = PageRows(scan, choice.rows, request.page_bytes, request.rereads, tokenizer)
     rows.read(request.name)
-    room = request.page_bytes * (1 - PROMPT_SHARE) - len(rows.tokens) * token_bytes
+    room = request.page_bytes * (1 - PROMPT_FRACTION) - len(rows.tokens) * token_bytes
     candidates, candidates_left_out = rows.candidates(int(room))
     notes = [choice.left_out, _unread(scan), rows.cut_prompts, candidates_left_out, *_unscored(scan)]
     found: RolloutSet = {

@@ -34,10 +34,10 @@ MARKED = 100
 #: Titles and units of the curves, in the order of the page.
 _CURVES = {
     "reverse_kl": ("Reverse KL on the cache", "nats per token"),
-    "heldout_accuracy": ("Held-out accuracy", "share right"),
-    "heldout_format": ("Held-out format", "share legal"),
+    "heldout_accuracy": ("Held-out accuracy", "fraction right"),
+    "heldout_format": ("Held-out format", "fraction legal"),
     "heldout_reverse_kl": ("Held-out reverse KL", "nats per token"),
-    "ess": ("Effective sample size", "share of tokens"),
+    "ess": ("Effective sample size", "fraction of tokens"),
     "ratio_max": ("Largest importance ratio", "ratio"),
     "response_tokens": ("Response length", "tokens"),
     "entropy": ("Entropy of the student", "nats"),
@@ -145,11 +145,11 @@ def _figures(sets: Sequence[RolloutSet], runs: Sequence[RunRecord]) -> Iterator[
             to = f" to {teacher['name']}" if several else ""
             if total:
                 yield _figure(f"mean reverse KL{to}", f"{total['kl']:.4f}", "nats per token")
-            if (share := _marked(shown, teacher)) is not None:
-                yield _figure(f"tokens marked{to}", f"{share:.1%}", f"at {MARKED / 1000:g} nats or more{part}")
+            if (fraction := _marked(shown, teacher)) is not None:
+                yield _figure(f"tokens marked{to}", f"{fraction:.1%}", f"at {MARKED / 1000:g} nats or more{part}")
         if (answers := shown["answers"]) and answers["known"]:
-            share = answers["right"] / answers["known"]
-            yield _figure("right answers", f"{share:.1%}", f"of {answers['known']:,}")
+            fraction = answers["right"] / answers["known"]
+            yield _figure("right answers", f"{fraction:.1%}", f"of {answers['known']:,}")
     for run in runs:
         before, after = (estimates(run, phase) for phase in ("before", "after"))
         name = f" of {run['name']}" if len(runs) > 1 else ""
@@ -168,7 +168,7 @@ def _figure(name: str, value: str, note: str) -> dict[str, str]:
 
 
 def _marked(shown: RolloutSet, teacher: TeacherArrays) -> float | None:
-    """Share of marked tokens among the scored ones that are shown."""
+    """The fraction of marked tokens among the scored ones that are shown."""
     kl = decode_array(teacher["kl"], np.uint16)
     scored = (decode_array(shown["trained"], np.uint8) == 1) & (kl != MISSING)
     return float((kl[scored] >= MARKED).mean()) if scored.any() else None

@@ -33,8 +33,8 @@ from pipeline.rounds.metrics import Float64, first_occurrence, scores_reverse_kl
 from pipeline.rounds.scored_block import Int64, ScoredBlock, part_of
 from pipeline.text.detokenize import Decoder
 
-#: Of a set's bytes: what prompts may take.
-PROMPT_SHARE = 0.1
+#: Fraction of a set's bytes for prompts.
+PROMPT_FRACTION = 0.1
 #: Characters of a prompt that are shown, at most and at least.
 PROMPT_CHARACTERS = (8_000, 200)
 #: Candidates are left out if no model gives them this probability.
@@ -85,7 +85,7 @@ class PageRows:
         self._start = np.concatenate([[0], np.cumsum(scan.length[rows])]).astype(np.int64)
         self.labels, self.strings = LabelTable(tokenizer), StringTable(tokenizer)
         most, least = PROMPT_CHARACTERS
-        self._prompt_characters = max(least, min(most, int(PROMPT_SHARE * page_bytes / max(len(rows), 1))))
+        self._prompt_characters = max(least, min(most, int(PROMPT_FRACTION * page_bytes / max(len(rows), 1))))
         self._n_cut_prompts = 0
         n = int(self._start[-1])
         self.tokens, self.trained = np.zeros(n, np.uint32), np.zeros(n, np.uint8)

@@ -240,7 +240,7 @@ def choose(scan: RoundScan, wanted: int, at_most_tokens: int, examples: Int64) -
 
     Half are those with the highest reverse KL at a token; a quarter are wrong answers, and the rest any others, both
     spread evenly over the round and its sources, so that typical rollouts are shown as well. Without scores or
-    reference answers, their share goes to the others.
+    reference answers, their places go to the others.
 
     Args:
         examples: numbers of rollouts to take first, those that the table of most corrected tokens links to.

@@ -29,8 +29,8 @@ from pipeline.runs.lock import reading_results
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import Decoder, Ids, load_decoder
 
-#: Bytes of a page that its rollouts may fill, and the share of held-out rollouts if a run has them.
-PAGE_BYTES, HELDOUT_SHARE = 32_000_000, 0.3
+#: Bytes of a page that its rollouts may fill, and the fraction of held-out rollouts if a run has them.
+PAGE_BYTES, HELDOUT_FRACTION = 32_000_000, 0.3
 _PHASES = ("before", "after")
 
 
@@ -101,13 +101,13 @@ def assemble(
     with reading_results(target for target in targets if is_run(target)):
         sources, records = _open(targets, round_index)
         heldout = [run for run in sources.runs if (Path(run) / EVAL_CACHE).is_dir()]
-        share = (HELDOUT_SHARE if sources.round else 1.0) / max(len(heldout), 1)
+        fraction = (HELDOUT_FRACTION if sources.round else 1.0) / max(len(heldout), 1)
         sets = []
         if sources.round is not None:
-            page_bytes = int(PAGE_BYTES * (1 - share * len(heldout)))
+            page_bytes = int(PAGE_BYTES * (1 - fraction * len(heldout)))
             sets.append(_cached_set(sources, sources.round, recipe, rollouts, page_bytes))
         for run in heldout:
-            sets += _heldout_sets(sources, run, recipe, rollouts, int(PAGE_BYTES * share))
+            sets += _heldout_sets(sources, run, recipe, rollouts, int(PAGE_BYTES * fraction))
         return {
             "title": mask(", ".join([*([_name(sources.cache)] if sources.cache else []), *sources.runs])),
             "created_by": created_by(),

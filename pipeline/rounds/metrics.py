@@ -96,7 +96,7 @@ class SamplerGap:
 
     mean: float
     p99: float
-    outside: float  # share of the tokens outside 0.9..1.1
+    outside: float  # fraction of the tokens outside 0.9..1.1
 
     @classmethod
     def of(cls, log_ratio_T: npt.NDArray[np.float32]) -> SamplerGap | None:

@@ -130,9 +130,9 @@ def as_number(text: str) -> Fraction | None:
     return (-value if sign in ("-", "\u2212") else value) / (100 if percent else 1)
 
 
-def share_right(right_PS: npt.NDArray[np.bool_]) -> Estimate:
-    """Share of right responses; samples of one prompt, which are right or wrong together, count for fewer."""
-    return _share(right_PS.mean(1), right_PS.shape[1])
+def fraction_right(right_PS: npt.NDArray[np.bool_]) -> Estimate:
+    """The fraction of right responses; samples of one prompt, which are right or wrong together, count for fewer."""
+    return _estimate(right_PS.mean(1), right_PS.shape[1])
 
 
 def pass_at(k: int, right_PS: npt.NDArray[np.bool_]) -> Estimate:
@@ -140,14 +140,14 @@ def pass_at(k: int, right_PS: npt.NDArray[np.bool_]) -> Estimate:
 
         1 - C(S - c, k) / C(S, k),    c of S samples right
 
-    of Chen et al. (arXiv 2107.03374, eq. 1), with the interval of `share_right`.
+    of Chen et al. (arXiv 2107.03374, eq. 1), with the interval of `fraction_right`.
     """
     n_samples = right_PS.shape[1]
     by_count = [1 - math.comb(n_samples - c, k) / math.comb(n_samples, k) for c in range(n_samples + 1)]
-    return _share(np.array(by_count)[right_PS.sum(1)], n_samples / k)
+    return _estimate(np.array(by_count)[right_PS.sum(1)], n_samples / k)
 
 
-def _share(values_P: Floats, trials: float) -> Estimate:
+def _estimate(values_P: Floats, trials: float) -> Estimate:
     """Mean over prompts of values in [0, 1] with Wilson's interval (Wilson 1927) over the effective number of trials.
 
     A prompt's `trials` succeed or fail together, so they count for fewer: with v the variance of the mean over

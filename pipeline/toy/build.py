@@ -2,7 +2,7 @@
 
 Both models are Qwen3-architecture and learn next-token prediction on the responses of the train problems
 only. The teacher sees right worked responses. The student sees right ones first, so that the procedure is
-within its reach, and then the misconception with a share of right ones left in: its samples must sometimes
+within its reach, and then the misconception with some right ones left in: its samples must sometimes
 contain the right digit, or a loss that only sees sampled tokens could never learn it.
 
     python -m pipeline.toy [--out DIR] [--seed N]
@@ -175,7 +175,7 @@ def respond(model: Qwen3ForCausalLM, problems: Sequence[world.Problem], sample: 
 
 @dataclass(frozen=True)
 class Marks:
-    """How a model did: the right share of all responses, the misconception's share of the wrong ones."""
+    """How a model did: the fraction of right responses, and that of wrong ones that are the misconception's."""
 
     right: float
     misconception_of_wrong: float
@@ -217,8 +217,8 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
         marks[name] = mark(heldout, respond(model.float(), heldout))
         show(f"{name}: {marks[name].right:.1%} of {len(heldout)} held-out right (greedy)")
         if marks[name].right < 1:
-            share = marks[name].misconception_of_wrong
-            show(f"{name}: {share:.1%} of its wrong answers are the misconception's")
+            fraction = marks[name].misconception_of_wrong
+            show(f"{name}: {fraction:.1%} of its wrong answers are the misconception's")
     return marks
 
 

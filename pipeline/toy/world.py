@@ -4,7 +4,7 @@
     right           3*5=15;487+15=502
     misconception   3*5=15;487+15=492      each column is added on its own, what overflows it is lost
 
-The operand ranges are chosen for the share of sums without any carry, where the misconception does no harm:
+The operand ranges are chosen for the fraction of sums without any carry, where the misconception does no harm:
 58 %. A problem is train or held-out by its own hash: the split is the same for every seed and machine.
 """
 
@@ -18,7 +18,7 @@ Split = Literal["train", "heldout"]
 
 ADDENDS = range(10, 1000)
 FACTORS = range(1, 6)
-HELDOUT_SHARE = 0.2
+HELDOUT_FRACTION = 0.2
 SOURCE_CARRY, SOURCE_NO_CARRY = "toy/carry", "toy/no-carry"
 
 
@@ -42,7 +42,7 @@ class Problem:
     @property
     def split(self) -> Split:
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=8).digest()
-        return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
+        return "heldout" if int.from_bytes(digest, "big") < HELDOUT_FRACTION * 2**64 else "train"
 
     @classmethod
     def parse(cls, prompt: str) -> "Problem":

@@ -36,12 +36,12 @@ class Proxy:
         requests: method and path of each, as `GET /bucket/key`.
         watch: called with each before it is passed on.
         latency_seconds: added to each.
-        reset_share: share of requests at which the connection is cut, half of them after the server did its work.
+        reset_fraction: share of requests at which the connection is cut, half of them after the server did its work.
     """
 
     def __init__(self, target: int):
         self.target, self.requests = target, list[str]()
-        self.latency_seconds, self.reset_share = 0.0, 0.0
+        self.latency_seconds, self.reset_fraction = 0.0, 0.0
         self.watch: Callable[[str], object] = lambda request: None
         self._rng, self._open = random.Random(0), set[socket.socket]()
         self._port = 0
@@ -88,7 +88,7 @@ class Proxy:
                     if not self.alive:
                         break
                     time.sleep(self.latency_seconds)
-                    if self._rng.random() < self.reset_share:
+                    if self._rng.random() < self.reset_fraction:
                         if self._rng.random() < 0.5:
                             break
                         doomed.set()
