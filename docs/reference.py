@@ -23,21 +23,22 @@ WIDTH = 110
 
 CLI = """# The command line
 
-Written by `make docs` from the commands themselves. What changes numbers is in the [recipe](recipe.md); options say
-where and how much. Results go to stdout, everything else to stderr.
+Written by `make docs` from the commands themselves. Settings that change results are in the [recipe](recipe.md);
+options say where to read and write, and how much. Results go to stdout, everything else to stderr.
 
 | exit code | means |
 |---|---|
 | 0 | done |
-| 1 | the data, the recipe or the machine; one line says what ([messages](operations.md#error-messages)) |
-| 1 | also what `verify` found damaged, and a pair that `diagnose` says cannot work |
+| 1 | an error in one line, about the data, the recipe or the machine ([messages](operations.md#error-messages)) |
+| 1 | also if `verify` finds damage, or `diagnose` finds that a pair cannot work |
 | 2 | usage: an unknown command or option |
 | 3 | `train`: the cache is stale, sample a new round ([when training ends](stage-two.md#when-training-ends)) |
+| 4 | `continual`: a gate does not hold ([gates](continual.md#gates)) |
 | 128 + n | stopped by signal n: 130 Ctrl-C, 143 SIGTERM. The same command continues |
 
 A traceback is a bug of redpen. Under `torchrun` the exit code is torchrun's own, 1 for any failure.
 
-`make` runs the same commands in an environment of its own:
+`make` runs the same commands in its own environment, `.venv`:
 
 | target | does |
 |---|---|
@@ -45,14 +46,14 @@ A traceback is a bug of redpen. Under `torchrun` the exit code is torchrun's own
 
 RECIPE = """# The recipe
 
-Written by `make docs` from the settings themselves. A recipe is a TOML file with one table a section; `[student]`,
-`[teacher]` and `[prompts]` must be there, everything else has a default. Several teachers are several `[[teacher]]`
-tables with names. `redpen recipes` lists the shipped recipes, `redpen recipes show NAME` prints one to start from,
-and `redpen rollouts RECIPE --dry-run` prints a recipe with every setting resolved and explained.
+Written by `make docs` from the settings themselves. A recipe is a TOML file with one table for each section;
+`[student]`, `[teacher]` and `[prompts]` are required, everything else has a default. For several teachers, write
+several `[[teacher]]` tables with names. `redpen recipes` lists the shipped recipes, `redpen recipes show NAME` prints
+one to start from, and `redpen rollouts RECIPE --dry-run` prints a recipe with every setting resolved and explained.
 
-On the command line `--set section.key=value` overrides a setting, any number of times. The value is TOML, or text
-where it is none; an empty value returns the setting to its default; `--set teacher.NAME.key=value` means one of
-several teachers. Unknown settings, values of another type and values out of bounds are refused in one line.
+On the command line `--set section.key=value` overrides a setting; the option can be repeated. The value is TOML; if
+it is not valid TOML, it is taken as text. An empty value restores the default. `--set teacher.NAME.key=value` is for
+one of several teachers. Unknown settings, values of another type and values out of bounds are errors, in one line.
 """
 
 
