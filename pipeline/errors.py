@@ -79,5 +79,10 @@ def user_message(error: Exception) -> str | None:
 
 def one_line(error: object, at_most: int = 200) -> str:
     """A library's exception on one line, its class first, for a message of redpen's."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= at_most else text[: at_most - 3] + "..."
+    return shorten(f"{type(error).__name__}: {error}", at_most)
+
+
+def shorten(text: object, at_most: int = 200) -> str:
+    """A text on one line; what exceeds `at_most` characters becomes "..."."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= at_most else line[: at_most - 3] + "..."

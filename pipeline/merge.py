@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from pipeline.config import ModelConfig, load_stored_recipe
 from pipeline.console import show, warn
 from pipeline.credentials import mask
-from pipeline.errors import ModelError, ModelNotFoundError, RedpenError
+from pipeline.errors import ModelError, ModelNotFoundError, RedpenError, shorten
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
@@ -67,8 +67,9 @@ def run(target: str, output: str, *, base: str | None = None, dtype: str | None 
             models.save_model(merged, partial, source)
             write_atomically(partial / "README.md", mask(_merged_card(base_name(cfg), name, card)))
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise RedpenError(f"--output {output}: cannot be written ({reason}); make room or choose another") from error
+        raise RedpenError(
+            f"--output {output}: cannot be written ({shorten(error)}); make room or choose another"
+        ) from error
     show(f"model: {to}")
     return 0
 
@@ -96,7 +97,7 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
                 layer.to(dtype)
         whole = model.unload()
     except (ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"adapter: cannot be merged ({' '.join(str(error).split())[:200]})") from error
+        raise ModelError(f"adapter: cannot be merged ({shorten(error)})") from error
     for parameter in whole.parameters():
         if parameter.dtype == loaded:  # models keep some parameters in fp32
             parameter.data = parameter.data.to(dtype)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.diagnose.read import Bool, Float64, PairScores, TokenColumns
+from pipeline.diagnose.read import PairScores, TokenColumns
+from pipeline.rounds.metrics import Float64
+from pipeline.rounds.scored_block import Bool
 
 #: Log-probs below which a token is next to impossible (1 in 22,000), and impossible (1 in 500 million); and how many
 #: nats likelier it must then be for the student, which samples rare tokens too.

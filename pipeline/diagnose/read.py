@@ -13,17 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.rounds.metrics import first_occurrence
-from pipeline.rounds.scored_block import ScoredBlock, ScoredRound, scored_blocks
+from pipeline.rounds.metrics import Float64, first_occurrence
+from pipeline.rounds.scored_block import Bool, Int64, ScoredBlock, ScoredRound, scored_blocks
 
 #: Tokens that are read; of a larger round evenly spaced blocks.
 TOKENS = 500_000
 #: A response ends in a loop if its last LOOP_TOKENS or more are LOOP_TURNS or more repeats of the same tokens.
 LOOP_TOKENS, LOOP_TURNS, LOOP_PERIOD = 24, 4, 64
-
-Bool = npt.NDArray[np.bool_]
-Int64 = npt.NDArray[np.int64]
-Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

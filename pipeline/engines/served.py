@@ -51,7 +51,7 @@ from pipeline.engines.server_answers import (
     read_bounded,
     retry_after,
 )
-from pipeline.errors import ConfigError, ModelError, RedpenError
+from pipeline.errors import ConfigError, ModelError, RedpenError, shorten
 from pipeline.files import parse_json, parse_model
 from pipeline.models.resolve import resolve, setting_name
 
@@ -373,5 +373,4 @@ class ServerScorer:
             error = parse_json(text, "answer")
             error = error.get("error", error)
             text = str(error.get("message") or error.get("detail") or text)
-        text = " ".join(text.replace(self._key, "***").split() if self._key else text.split())
-        return text if len(text) <= 200 else text[:197] + "..."
+        return shorten(text.replace(self._key, "***") if self._key else text)

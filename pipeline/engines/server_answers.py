@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, one_line, shorten
 
 
 class _Response(BaseModel):
@@ -99,18 +99,13 @@ def decode_array(encoded: str, shape: tuple[int, ...]) -> npt.NDArray[np.floatin
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"expected floats, found {dtype}")
         if found != shape:
-            raise ModelError(f"returned log-probs of shape {_short(found)}, asked for {shape}")
+            raise ModelError(f"returned log-probs of shape {shorten(found, 100)}, asked for {shape}")
         values = np.frombuffer(content, dtype, offset=file.tell())
         return values.reshape(found, order="F" if is_fortran else "C")
     except ModelError:
         raise
     except Exception as error:  # numpy evaluates the header as Python, which fails in many ways
-        raise ModelError(f"returned log-probs that are no array ({type(error).__name__}: {_short(error)})") from None
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 100 else text[:97] + "..."
+        raise ModelError(f"returned log-probs that are no array ({one_line(error, 120)})") from None
 
 
 def first_difference(sent: list[int], echoed: list[int]) -> tuple[int, int, object]:

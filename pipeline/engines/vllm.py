@@ -27,7 +27,7 @@ import torch
 from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, shorten
 from pipeline.models.files import read_adapter_config
 from pipeline.models.resolve import resolve, setting_name
 
@@ -220,8 +220,7 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
 
 def _reason(error: Exception) -> str:
     """vLLM's reason on one line, and the settings to change if it is memory."""
-    text = " ".join(f"{error}".split()) or type(error).__name__
-    text = text if len(text) <= 400 else text[:397] + "..."
+    text = shorten(error, 400) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "memory" in text.lower():
         text += " (redpen's names: vllm.gpu_memory_utilization, rollouts.max_prompt_tokens + max_response_tokens)"
     return text

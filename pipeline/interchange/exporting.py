@@ -29,7 +29,7 @@ from pyarrow import parquet
 import cache_schema as cs
 from pipeline.console import progress, show, warn
 from pipeline.disk import readable
-from pipeline.errors import RedpenError
+from pipeline.errors import RedpenError, shorten
 from pipeline.files import atomic_file
 
 _TEXTS = ("prompt", "answer", "source", "id")
@@ -132,7 +132,7 @@ class BlockExporter:
             except (pa.ArrowException, OverflowError) as error:  # a prompt record with a field of another type
                 raise cs.CacheError(
                     f"cache {self._round.cache.url} round {self._round.index} block {block}: {field.name}: expected "
-                    f"{field.type}, found something else ({' '.join(str(error).split())[:100]})"
+                    f"{field.type}, found something else ({shorten(error, 100)})"
                 ) from None
         return pa.table(arrays, schema=self.schema)
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from cache_schema.blocks import LOGPROB_TOLERANCE
-from pipeline.errors import RedpenError
+from pipeline.errors import RedpenError, one_line
 from pipeline.text.prompts import json_lines
 from pipeline.text.records import FIELDS
 
@@ -166,8 +166,7 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
     except RedpenError:
         raise
     except Exception as error:  # Arrow's own, and Python's for values that it has no type for, such as a far date
-        text = " ".join(str(error).split())[:200]
-        raise RedpenError(f"{path}: expected a Parquet file: {type(error).__name__}: {text}") from None
+        raise RedpenError(f"{path}: expected a Parquet file: {one_line(error)}") from None
 
 
 def _column(batch: Any, name: str) -> Any:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import RedpenError
+from pipeline.errors import RedpenError, shorten
 from pipeline.files import PARTIAL, atomic_directory, file_digest, parse_model, read_json
 from pipeline.runs.files import digest_of
 
@@ -147,7 +147,7 @@ def load(path: Path) -> Checkpoint:
     try:
         tensors = {group: load_file(_file(path, group)) for group in record.digests}
     except (OSError, ValueError, SafetensorError) as error:
-        raise DamagedCheckpointError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise DamagedCheckpointError(shorten(error) or type(error).__name__) from error
     return Checkpoint(record.step, tensors, record.state)
 
 

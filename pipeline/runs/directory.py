@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from pipeline.config import Recipe, load_stored_recipe
 from pipeline.console import say
-from pipeline.errors import RedpenError
+from pipeline.errors import RedpenError, shorten
 from pipeline.files import PARTIAL, append, sync, write_atomically
 from pipeline.runs.files import (
     ADAPTER,
@@ -127,7 +127,7 @@ class RunDirectory:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            reason = getattr(error, "strerror", None) or shorten(error)
             raise RedpenError(
                 f"run {self.path}: cannot be written ({reason}); make room or choose another --run, then run the "
                 "same command again (the last checkpoint is untouched)"

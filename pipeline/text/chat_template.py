@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import PromptError
+from pipeline.errors import PromptError, shorten
 from pipeline.text.worker import Worker, WorkerEndedError
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str,
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {error}"}
     if "error" in reply:
-        text = " ".join(reply["error"].split())
-        raise PromptError(f"the chat template refuses it: {text if len(text) <= 200 else text[:197] + '...'}")
+        raise PromptError(f"the chat template refuses it: {shorten(reply['error'])}")
     return str(reply["text"])
 
 
