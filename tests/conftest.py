@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored cache of `MANY_BLOCKS`, for reading only."""
     return make_cache(tmp_path_factory.mktemp("undisturbed") / "toy.zarr", load_recipe("toy", MANY_BLOCKS))
+
+
+@pytest.fixture
+def unscored(toy_cache: Path, tmp_path: Path) -> Path:
+    """A copy of the toy cache without the teacher's scores."""
+    path = Path(shutil.copytree(toy_cache, tmp_path / "toy.zarr"))
+    shutil.rmtree(path / "rounds/00000/scores/teacher")
+    return path
 
 
 @pytest.fixture

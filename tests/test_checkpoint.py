@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.caches import flip_a_bit
 from pipeline import files
 from pipeline.runs import checkpoint
 from pipeline.runs.checkpoint import DamagedCheckpointError
@@ -120,12 +121,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 4
-    path.write_bytes(content)
-
-
 def edit(checkpoint: Path, **changes: object) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps(state | changes))
@@ -133,7 +128,7 @@ def edit(checkpoint: Path, **changes: object) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated tensors": lambda c: truncate(c / "optimizer.safetensors"),
-    "a flipped bit": lambda c: flip(c / "adapter.safetensors"),
+    "a flipped bit": lambda c: flip_a_bit(c / "adapter.safetensors"),
     "missing tensors": lambda c: (c / "adapter.safetensors").unlink(),
     "another step's tensors": lambda c: shutil.copy(c.parent / "step-00000001/adapter.safetensors", c),
     "no state": lambda c: (c / "state.json").unlink(),

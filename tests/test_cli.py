@@ -17,6 +17,7 @@ import pytest
 
 import cache_schema as cs
 from helpers import cache_factory as factory
+from helpers.commands import one_line
 from pipeline import cli, console, errors
 from pipeline.environment import ENVIRONMENT
 
@@ -34,12 +35,6 @@ def redpen(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *args], capture_output=True, text=True, env=env, **options
     )
-
-
-def one_line(captured: str) -> str:
-    lines = [line for line in captured.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("redpen: "), captured
-    return lines[0]
 
 
 @pytest.mark.parametrize(

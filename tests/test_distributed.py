@@ -5,7 +5,6 @@ As a script this file is what those processes run: `torchrun tests/test_distribu
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ import cache_schema as cs
 from helpers import preloaded
 from helpers.caches import SMALL, small_recipe
 from helpers.preloaded import processes
+from helpers.training import curve
 from pipeline import environment
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import Ranks, join_ranks
@@ -211,11 +211,6 @@ def test_one_gradient_whatever_the_layout(case: str, size: int, by: dict[int, Pa
     n = len(one["metrics"]) if exact else len(one["metrics"]) // 2  # of the first update
     rtol, atol = (1e-3, 1e-4) if exact else (5e-2, 1e-2)
     torch.testing.assert_close(found["metrics"][:n], one["metrics"][:n], rtol=rtol, atol=atol)
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 @pytest.mark.parametrize("name", RUNS)

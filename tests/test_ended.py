@@ -11,7 +11,7 @@ import pytest
 
 import cache_schema as cs
 from helpers import killing
-from helpers.caches import SMALL, small_recipe
+from helpers.caches import SMALL, flip_a_bit, small_recipe
 from pipeline import distill, merge
 from pipeline.cli import main
 from pipeline.config import ModelConfig
@@ -39,12 +39,6 @@ def finished(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run."""
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def same(run: Path, other: Path) -> bool:
@@ -90,7 +84,7 @@ def test_damage_of_a_finished_run_reaches_nobody(
 ) -> None:
     """train, verify, and whoever uses that file."""
     assert main(["verify", str(run)]) == 0
-    flip(run / name)
+    flip_a_bit(run / name)
     with pytest.raises(DamagedRunError) as error:
         stage.run(small_recipe(*STEPS), str(toy_cache), run)
     assert str(run / name) in str(error.value) and "\n" not in str(error.value)

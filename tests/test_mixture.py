@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import cache_schema as cs
 import pipeline.score.stage
-from helpers.caches import poorer, small_recipe
+from helpers.caches import add_partial_teachers, small_recipe
 from helpers.training import curve, distance, flat_gradient, moved, trainer_of
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
@@ -123,17 +122,7 @@ def two(toy_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(toy_cache, path)
     other = small_recipe("teacher.name=other", "teacher.model=toy:student", "score.teacher_topk=3")
     pipeline.score.stage.run(other, str(path), "other")
-    round_ = cs.open(path, writable=True).round()
-    full = round_.scores("teacher")
-    assert isinstance(full.manifest, cs.ScoresManifest)
-    less = dataclasses.replace(full.manifest, entropy=False, partial=True, engine="server")
-    partial = round_.start_scores("partial", less)
-    alone = round_.start_scores("alone", dataclasses.replace(less, candidates=0, engine="import"))
-    rng = np.random.default_rng(3)
-    for block in range(round_.n_blocks):
-        scores = poorer(full.read(block), rng)
-        partial.write(block, scores)
-        alone.write(block, cs.ScoreBlock(logprobs=scores.logprobs))
+    add_partial_teachers(path, 3)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 
 import cache_schema as cs
 from helpers import cache_factory as factory
-from helpers.caches import poorer
+from helpers.caches import add_partial_teachers
 from helpers.training import flat_gradient, moved, trainer_of
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
@@ -29,17 +29,7 @@ def partial_cache(toy_cache: Path, tmp_path: Path) -> Path:
     """The toy cache with two more teachers: "partial" returns less, "alone" the sampled token only."""
     path = tmp_path / "partial.zarr"
     shutil.copytree(toy_cache, path)
-    round_ = cs.open(path, writable=True).round()
-    full = round_.scores("teacher")
-    assert isinstance(full.manifest, cs.ScoresManifest)
-    less = dataclasses.replace(full.manifest, entropy=False, partial=True, engine="server")
-    partial = round_.start_scores("partial", less)
-    alone = round_.start_scores("alone", dataclasses.replace(less, candidates=0, engine="import"))
-    rng = np.random.default_rng(7)
-    for block in range(round_.n_blocks):
-        scores = poorer(full.read(block), rng)
-        partial.write(block, scores)
-        alone.write(block, cs.ScoreBlock(logprobs=scores.logprobs))
+    add_partial_teachers(path, 7)
     return path
 
 

@@ -337,14 +337,6 @@ def teacher_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherServer]:
         yield served
 
 
-@pytest.fixture
-def unscored(toy_cache: Path, tmp_path: Path) -> Path:
-    """The toy cache, its teacher yet to be asked."""
-    path = Path(shutil.copytree(toy_cache, tmp_path / "toy.zarr"))
-    shutil.rmtree(path / "rounds/00000/scores/teacher")
-    return path
-
-
 def served(recipe: Make, at: TeacherServer | str, *overrides: str) -> Recipe:
     url = at if isinstance(at, str) else at.url
     mine = ["score.placement=server", f"teacher.url={url}", "teacher.served_name=teach", "score.server_retries=3"]

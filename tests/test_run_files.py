@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.caches import flip_a_bit
 from pipeline.errors import RedpenError
 from pipeline.runs import files as run_files
 from pipeline.runs.files import DamagedRunError, Record, Result, check, digests, read_record, replacing, write_record
@@ -28,12 +29,6 @@ def finished(run: Path) -> Path:
     return run
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     run = finished(tmp_path)
     record = read_record(run)
@@ -44,12 +39,12 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     check(run, *NAMES)
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["flipped", "removed"])
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink], ids=["flipped", "removed"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.json", "adapter/weights", "run.json"])
 def test_damage_is_one_line_that_names_the_file(name: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     run = finished(tmp_path)
     damage(run / name)
-    if name == "run.json" and damage is not flip:
+    if name == "run.json" and damage is not flip_a_bit:
         assert read_record(run) is None
         return
     with pytest.raises(DamagedRunError) as error:
@@ -61,7 +56,7 @@ def test_a_run_without_digests_is_read_as_it_is(tmp_path: Path) -> None:
     run = finished(tmp_path)
     recorded = {"cache": {}, "id": "1", "result": {"step": 1, "sentence": "s", "exit_code": 0}}
     (run / "run.json").write_text(json.dumps(recorded))
-    flip(run / "ledger.json")
+    flip_a_bit(run / "ledger.json")
     (run / "eval.json").write_text("{}")
     check(run, *NAMES, "eval.json")
     with replacing(run, "eval.json"):
@@ -99,7 +94,7 @@ def test_what_is_added_is_recorded(tmp_path: Path) -> None:
         with pytest.raises(DamagedRunError):
             check(run, "eval.json")
     check(run, *NAMES, "eval.json", "eval.zarr")
-    flip(run / "eval.zarr/zarr.json")
+    flip_a_bit(run / "eval.zarr/zarr.json")
     with pytest.raises(DamagedRunError, match=r"eval\.zarr"):
         check(run, "eval.zarr")
 
@@ -111,7 +106,7 @@ def test_what_was_not_replaced_is_recorded_as_before(tmp_path: Path) -> None:
         (run / "eval.json").write_text("{}")
         raise OSError("full")
     assert read_record(run) == before
-    flip(run / "ledger.json")
+    flip_a_bit(run / "ledger.json")
     with pytest.raises(OSError, match="full"), replacing(run, "ledger.json"):
         raise OSError("full")
     with pytest.raises(DamagedRunError, match=r"ledger\.json"):  # a failure does not make damage right
@@ -123,13 +118,13 @@ def test_a_cache_is_checked_but_for_what_its_commits_check(toy_cache: Path, tmp_
     shutil.copytree(toy_cache, run / "eval.zarr")
     before = digests(run, ["eval.zarr"])
     chunk = next((run / "eval.zarr/rounds/00000/rollouts/token_ids/c").rglob("*[0-9]"))
-    flip(next(file for file in (chunk, *chunk.rglob("*")) if file.is_file()))
+    flip_a_bit(next(file for file in (chunk, *chunk.rglob("*")) if file.is_file()))
     assert digests(run, ["eval.zarr"]) == before
     for part in ("rollouts/commit/c", "scores/teacher/zarr.json", "rollouts/zarr.json"):
         path = run / "eval.zarr/rounds/00000" / part
         file = path if path.is_file() else next(file for file in path.rglob("*") if file.is_file())
         content = file.read_bytes()
-        flip(file)
+        flip_a_bit(file)
         assert digests(run, ["eval.zarr"]) != before
         file.write_bytes(content)
 

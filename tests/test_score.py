@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.caches import arrays_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
@@ -142,10 +143,6 @@ def test_a_student_that_teaches_itself_has_nothing_to_say(fresh: Path, capsys: p
 # -- what scores depend on -----------------------------------------------------------------------------------
 
 
-def arrays(scores: cs.ScoreBlock) -> dict[str, np.ndarray]:
-    return {name: value for name, value in vars(scores).items() if value is not None}
-
-
 def test_a_block_is_scored_the_same_in_any_batch(sampled: Path) -> None:
     round_ = cs.open(sampled).round()
     blocks = tuple(round_.rollouts.read(block) for block in range(3))
@@ -154,16 +151,16 @@ def test_a_block_is_scored_the_same_in_any_batch(sampled: Path) -> None:
         batch = TokenBatch(blocks, keys=((0, 0), (0, 1), (0, 2)))
         together = batch.split(scorer.compute_logprobs(batch))
         for number, block in enumerate(blocks):
-            alone = arrays(scorer.compute_logprobs(TokenBatch((block,), keys=((0, number),))))
-            for name, value in arrays(together[number]).items():
+            alone = arrays_of(scorer.compute_logprobs(TokenBatch((block,), keys=((0, number),))))
+            for name, value in arrays_of(together[number]).items():
                 np.testing.assert_array_equal(value, alone[name])
 
 
 def test_other_tiles_and_chunks_give_the_same_up_to_rounding(sampled: Path) -> None:
     rollouts, model = cs.open(sampled).round().rollouts.read(0), student_model()
-    reference = arrays(ResidentScorer(model).compute_logprobs(rollouts))
+    reference = arrays_of(ResidentScorer(model).compute_logprobs(rollouts))
     for options in (ScoreOptions(tile_tokens=1), ScoreOptions(tile_tokens=100, rows_per_chunk=7)):
-        for name, value in arrays(ResidentScorer(model, options).compute_logprobs(rollouts)).items():
+        for name, value in arrays_of(ResidentScorer(model, options).compute_logprobs(rollouts)).items():
             if value.dtype.kind == "f":  # candidates of equal probability may change places
                 np.testing.assert_allclose(value, reference[name], atol=1e-5)
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import cache_schema as cs
+from helpers.commands import one_line
 from pipeline import api, cli, console, credentials
 from pipeline.config import Recipe, load_recipe, messages
 from pipeline.errors import ConfigError
@@ -48,12 +49,6 @@ HARMLESS = (
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def one_line(captured: str) -> str:
-    lines = [line for line in captured.splitlines() if not line.startswith("warning: ")]
-    assert len(lines) == 1 and lines[0].startswith("redpen: "), captured
-    return lines[0]
 
 
 # -------------------------------------------------------------------------------------------------------- credentials

@@ -26,6 +26,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.caches import arrays_of
 from helpers.models import FAMILIES, SMALL_CONFIG, random_model
 from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
@@ -93,13 +94,9 @@ def block(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 30, 41, 1, 17, 60, 2)
     return cs.RolloutBlock.from_rows([(0, rng.integers(3, 70, 4))], rows)
 
 
-def arrays(scores: cs.ScoreBlock) -> dict[str, np.ndarray]:
-    return {name: value for name, value in vars(scores).items() if value is not None}
-
-
 def assert_same_bits(scores: cs.ScoreBlock, expected: cs.ScoreBlock) -> None:
-    assert arrays(scores).keys() == arrays(expected).keys()
-    for name, value in arrays(scores).items():
+    assert arrays_of(scores).keys() == arrays_of(expected).keys()
+    for name, value in arrays_of(scores).items():
         np.testing.assert_array_equal(value, getattr(expected, name), err_msg=name)
 
 

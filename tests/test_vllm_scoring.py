@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -60,14 +59,6 @@ def score(made: Recipe, cache: Path, environment: dict[str, str]) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-@pytest.fixture
-def unscored(toy_cache: Path, tmp_path: Path) -> Path:
-    """The toy cache, its teacher yet to be asked."""
-    path = Path(shutil.copytree(toy_cache, tmp_path / "toy.zarr"))
-    shutil.rmtree(path / "rounds/00000/scores/teacher")
-    return path
 
 
 def assert_like_resident(cache: Path, resident: Path, *, all_returned: bool) -> None:

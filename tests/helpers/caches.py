@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import subprocess
@@ -56,11 +57,11 @@ def tree_digest(path: Path) -> str:
 def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float = 0.1) -> cs.ScoreBlock:
     """The same teacher, some of its candidates unscored (so in its rest), and some tokens not scored at all."""
     assert scores.candidate_logprobs is not None and scores.rest_logprob is not None
-    unscored = rng.random(scores.candidate_logprobs.shape) < 0.4
-    unscored[:, 0] = False
-    recorded = np.where(unscored, np.nan, scores.candidate_logprobs).astype(np.float32)
+    left_out = rng.random(scores.candidate_logprobs.shape) < 0.4
+    left_out[:, 0] = False
+    recorded = np.where(left_out, np.nan, scores.candidate_logprobs).astype(np.float32)
     rest = np.exp(scores.rest_logprob.astype(np.float64)) + np.where(
-        unscored, np.exp(scores.candidate_logprobs), 0
+        left_out, np.exp(scores.candidate_logprobs), 0
     ).sum(1)
     missing = rng.random(scores.n_tokens) < unscored
     arrays = {"logprobs": scores.logprobs, "candidate_logprobs": recorded, "rest_logprob": np.log(rest)}
@@ -69,6 +70,30 @@ def poorer(scores: cs.ScoreBlock, rng: np.random.Generator, *, unscored: float =
         value[missing] = np.nan
         arrays[name] = value
     return cs.ScoreBlock(**arrays)
+
+
+def add_partial_teachers(cache: Path, seed: int) -> None:
+    """Add two teachers to a scored cache: "partial" has some scores only, "alone" those of the sampled token."""
+    round_ = cs.open(cache, writable=True).round()
+    full, rng = round_.scores("teacher"), np.random.default_rng(seed)
+    less = dataclasses.replace(full.manifest, entropy=False, partial=True, engine="server")
+    partial = round_.start_scores("partial", less)
+    alone = round_.start_scores("alone", dataclasses.replace(less, candidates=0, engine="import"))
+    for block in range(round_.n_blocks):
+        scores = poorer(full.read(block), rng)
+        partial.write(block, scores)
+        alone.write(block, cs.ScoreBlock(logprobs=scores.logprobs))
+
+
+def arrays_of(scores: cs.ScoreBlock) -> dict[str, np.ndarray]:
+    return {name: value for name, value in vars(scores).items() if value is not None}
+
+
+def flip_a_bit(path: Path) -> None:
+    """Damage a file in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 #: 24 blocks: a kill always finds some done and some to do
