@@ -238,7 +238,7 @@ def progress(description: str, total: int, unit: str = "blocks", done: int = 0) 
             bar.advance(256, note="mean length 18.4")
     """
     bar: Bar
-    if console.file.isatty() and not console.is_dumb_terminal:  # is_terminal would believe FORCE_COLOR
+    if console.file.isatty() and not console.is_dumb_terminal:  # is_terminal would follow FORCE_COLOR
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

@@ -5,9 +5,8 @@
 
 Round r samples the next `prompts.limit` prompts of the file with student r (student 0 is the recipe's) into round r
 of the cache. Student and teachers score them, which measures the reverse KL on *fresh* rollouts; training on them, in
-DIR/rounds/r, makes student r + 1. A round's training ends by the rules of `redpen train`; also if its reverse KL says
-that the round is used up, or the drift gauge (`train.stale_ess`) that the student has moved away from it, the next
-round begins.
+DIR/rounds/r, makes student r + 1. Training on a round ends by the rules of `redpen train`, also when its reverse KL
+no longer falls or the student has drifted too far from the rollouts (`train.stale_ess`); then the next round begins.
 
 The rounds end when the fresh reverse KL is below `distill.stop_reverse_kl`, when a metric has had no new best for
 `distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` if it is set, and its best

@@ -65,7 +65,7 @@ def test_reverse_kl_counts_a_repeated_candidate_once() -> None:
     np.testing.assert_allclose(metrics.reverse_kl(p, rest, q, rest, np.array([[7, 2, 7]])), once)
 
 
-def test_reverse_kl_is_infinite_where_the_teacher_excludes_what_the_student_says() -> None:
+def test_reverse_kl_is_infinite_where_the_teacher_excludes_a_token_of_the_student() -> None:
     half, none = np.log([[0.5]]), np.array([[-np.inf]])
     assert metrics.reverse_kl(half, np.log([0.5]), none, np.log([1.0]))[0] == np.inf
     assert metrics.reverse_kl(none, np.log([1.0]), none, np.log([1.0]))[0] == 0

@@ -302,7 +302,7 @@ def test_prompts_without_a_source_need_the_route_of_all_others(
         stage.run(recipe('train.route={None = "teacher"}'), str(two), tmp_path / "run")
 
 
-def test_a_route_that_nobody_takes_is_said(
+def test_a_route_without_rollouts_is_reported(
     two: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = recipe('train.route={"*" = "teacher", math = "other"}', "train.steps=1")

@@ -378,7 +378,7 @@ def test_a_served_teacher_is_verified_and_learnt_from(
     made = served(recipe, teacher_server, "score.teacher_topk=4", "score.server_requests=3", "train.steps=2")
     assert stage.run(made, str(unscored)) == 0
     out, err = capsys.readouterr()
-    assert "the server and the forward here agree" in err and "returns its 20 likeliest" in err
+    assert "the server and the training forward agree" in err and "returns its 20 likeliest" in err
     assert "reverse KL" in out and "% of candidates" in out and "not scored" not in out
     assert 2 <= teacher_server.most_in_flight <= 3
     assert not list(cs.verify(cs.open(unscored)))
@@ -530,7 +530,7 @@ def test_another_model_behind_the_name_is_refused(
     unscored: Path, recipe: Make, teacher_server: TeacherServer
 ) -> None:
     teacher_server.temperature = 0.2
-    with pytest.raises(ModelError, match=r"the server and the forward here differ by .* nats a token on average"):
+    with pytest.raises(ModelError, match=r"the server and the training forward differ by .* nats a token on average"):
         stage.run(served(recipe, teacher_server), str(unscored))
     assert cs.open(unscored).round().scorer_names() == ["student"]
 

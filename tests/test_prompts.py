@@ -359,7 +359,7 @@ def test_a_setting_without_effect_is_named(
     assert len(found) == (named is not None) and all(named in line and "\n" not in line for line in found)  # type: ignore[operator]
 
 
-def test_a_misspelt_argument_is_said_once_with_the_right_one(
+def test_a_misspelt_argument_is_reported_once_with_the_right_one(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", TURNS + OPENS + "{% if enable_thinking %}<think>{% endif %}")

@@ -142,7 +142,7 @@ def test_an_adapter_goes_on_a_model_in_nf4(tmp_path: Path) -> None:
     )
 
 
-def test_vllm_samples_from_the_unquantised_student_and_that_is_said() -> None:
+def test_vllm_samples_from_the_unquantised_student_with_a_warning() -> None:
     warned, silent = (small_recipe("rollouts.engine=vllm", *nf4).warnings() for nf4 in ([NF4], []))
     assert [line for line in warned if "vLLM samples from the unquantised student" in line] and not set(silent) - set(
         warned

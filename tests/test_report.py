@@ -336,7 +336,7 @@ def test_rollouts_that_repeat_another_say_so(toy_cache: Path) -> None:
     assert len(first) < len(found["rows"])
 
 
-def test_right_and_wrong_as_the_recipe_says(toy_cache: Path) -> None:
+def test_right_and_wrong_by_the_recipe(toy_cache: Path) -> None:
     round_ = cs.open(toy_cache).round()
     compare = read.answer_check(round_.manifest, Checker.of(small_recipe().eval))
     found = rollout_set(round_, SetRequest("r", "cache", 20, 10**6, compare), load_decoder(round_.manifest))
@@ -362,7 +362,7 @@ def make_run(path: Path, cache: Path | None) -> Path:
 
 
 def write_reread(run: Path, round_: cs.Round, numbers: Sequence[int], **changes: str) -> dict[int, Any]:
-    """A reading of some rollouts by a student that has learned, and its scores by rollout."""
+    """Scores of some rollouts by a trained student, by rollout."""
     rng, rollouts = np.random.default_rng(5), round_.rollouts.read(0)
     own = round_.scores("student").read(0)
     scores = factory.score_block(round_.scores("student").manifest, rollouts, rng, own.candidate_ids)

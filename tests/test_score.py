@@ -366,7 +366,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert stage.run(recipe(), str(fresh)) == 0
 
 
-def test_what_cannot_be_scored_is_said(fresh: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_refused(fresh: Path, tmp_path: Path) -> None:
     with pytest.raises(cs.NotACacheError, match="nothing is there; `redpen rollouts"):
         stage.run(recipe(), str(tmp_path / "missing.zarr"))
     stage.run(recipe(), str(fresh))

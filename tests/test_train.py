@@ -363,7 +363,7 @@ def test_a_run_of_another_recipe_is_refused(
     assert named in str(caught.value) and "another --run" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_settings_that_only_say_how_may_change(finished: Path, toy_cache: Path, recipe: Make) -> None:
+def test_operational_settings_may_change(finished: Path, toy_cache: Path, recipe: Make) -> None:
     settings = recipe(
         "train.tokens_per_microbatch=999", "train.checkpoint_every=1", "train.gradient_checkpointing=true"
     )

@@ -82,7 +82,7 @@ def test_a_teacher_in_vllm_is_checked_verified_and_learnt_from(
     made = recipe("score.placement=vllm", "score.teacher_topk=4", "vllm.enforce_eager=true", "train.steps=2")
     out, err = (process := score(made, unscored, NEWER_RUNNER)).communicate(timeout=200)
     assert process.returncode == 0, err
-    assert "vLLM and the forward here agree" in err and "reverse KL" in out
+    assert "vLLM and the training forward agree" in err and "reverse KL" in out
     assert_like_resident(unscored, toy_cache, all_returned=True)
     scores = cs.open(unscored).round().scores("teacher").read(0)
     assert (np.diff(scores.topk_logprobs, axis=1) <= 0).all()  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ np.savez(f"{directory}/scores.npz", **{n: v for n, v in vars(first).items() if v
 
 
 def test_long_soft_capped_prompts_in_pieces_are_read_whole_and_twice_the_same(tmp_path: Path, recipe: Make) -> None:
-    """Against the forward here; rollouts of a prompt share a prefix, which vLLM caches."""
+    """Against the training forward; rollouts of a prompt share a prefix, which vLLM caches."""
     torch.manual_seed(0)
     shape = dict(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=32, sliding_window=64)

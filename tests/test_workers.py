@@ -94,7 +94,7 @@ def test_a_killed_rank_ends_the_job_and_what_follows_finishes_it(undisturbed_cac
     assert_same_cache(cache, undisturbed_cache, ["student", "teacher"])
 
 
-def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+def test_of_several_ranks_one_reports_the_error(tmp_path: Path) -> None:
     settings = ["--set", "train.step=1"]
     command = [sys.executable, *TORCHRUN, "-m", "pipeline", "score", "toy", "--cache", str(tmp_path), *settings]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -32,12 +32,12 @@ FEW_TOKENS = 100
 SAME_TOKENS = 0.5
 #: Agreement on the likeliest candidate, from 0 (chance) to 1; below this the models do not agree.
 CHANCE_AGREEMENT = 0.2
-#: Mean log-prob of the student's tokens in units of a uniform guess's. Weights that know nothing give 1 to 1.2, a
-#: model that is sure of other tokens 1.3 and more.
+#: Mean log-prob of the student's tokens in units of a uniform guess's. Untrained weights give 1 to 1.2, a model that
+#: is sure of other tokens 1.3 and more.
 LESS_THAN_CHANCE = 1.3
 #: Entropy in units of the largest possible from which a model is no better than random.
 FLAT = 0.7
-#: Reverse KL (nats) of the first tokens from which the teacher saw another prompt: two good models that would begin
+#: Reverse KL (nats) of the first tokens from which the teacher had another prompt: two good models that would begin
 #: differently are below 1. And of all tokens, from which the rest is lost too.
 OTHER_PROMPT, LOST = 2.0, 1.0
 #: Median log-prob of the student's stop tokens: below 1 in 1,000 the teacher does not stop there.
@@ -46,7 +46,7 @@ NO_STOP = math.log(1e-3)
 MANY_UNLIKELY = 0.02
 #: A token that the teacher never writes: seen so often, unlikely so often; a finding from this fraction of the KL.
 NEVER_SEEN, NEVER_FRACTION, NEVER_KL = 5, 0.9, 0.05
-#: Fraction of the tokens with a reverse KL above WIDE from which the models simply want different things.
+#: Fraction of the tokens with a reverse KL above WIDE from which the student is simply far from the teacher.
 FAR = 0.25
 #: Fraction of positions at which the teacher prefers tokens outside the student's candidates; and of the student's
 #: probability that these should hold.

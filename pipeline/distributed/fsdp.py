@@ -12,8 +12,8 @@ found at run time, average, and expect loss and decoder within one forward call;
 offers gains nothing for an adapter (87 M parameters in fp32 take a few milliseconds between GPUs). Gradients of
 sharded weights are reduce-scattered by FSDP.
 
-FSDP wants one dtype a group and gathers weights only during a module's forward. Hence the LoRA is left out of its
-groups, and all that a step computes with the student, head included, runs inside the forward of one root module.
+FSDP requires one dtype per group and gathers weights only during a module's forward. Hence the LoRA is left out of
+its groups, and all that a step computes with the student, head included, runs inside the forward of one root module.
 """
 
 from __future__ import annotations

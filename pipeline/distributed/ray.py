@@ -43,7 +43,7 @@ def cluster(n_workers: int | None) -> Iterator[Ranks]:
     """A single rank whose blocks are written by the workers of a cluster.
 
     Raises:
-        ConfigError: Ray is not installed, or no cluster answers at RAY_ADDRESS.
+        ConfigError: Ray is not installed, or no cluster is reachable at RAY_ADDRESS.
     """
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # keeps Ray from printing on stdout
     try:
@@ -304,7 +304,7 @@ def _require_answer(address: str) -> None:
 
 
 def _gpus_each(n_gpus: int, wanted: int, n_workers: int) -> float:
-    """GPUs for one worker: what it wants, or a fraction of one if several workers share it."""
+    """GPUs for one worker: what it needs, or a fraction of one if several workers share it."""
     if not n_gpus or wanted != 1:
         return float(min(n_gpus, wanted))
     return 1 / math.ceil(n_workers / n_gpus)

@@ -106,7 +106,7 @@ def measure(model: PreTrainedModel, student: ResolvedModel, recipe: Recipe, task
                 fewshot_as_multiturn=True,
                 log_samples=False,
             )
-    except (ValueError, AssertionError, ImportError) as error:  # how it says what it will not do
+    except (ValueError, AssertionError, ImportError) as error:  # its errors for unsupported requests
         raise RedpenError(
             f"eval.tasks: lm-evaluation-harness refuses ({one_line(error, 300)}); if a task's own length limit is "
             "too large, set eval.max_response_tokens"

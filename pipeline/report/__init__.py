@@ -1,1 +1,1 @@
-"""Looking at a cache: what is in it, and where the teacher's red pen fell."""
+"""`redpen inspect` and `redpen report`: rollouts and their reverse KL by token, in the terminal and as a page."""

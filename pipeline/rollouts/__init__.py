@@ -1,1 +1,1 @@
-"""Stage one: sampling."""
+"""Stage one, sampling (`redpen rollouts`)."""

@@ -1,6 +1,6 @@
 """The format check: before the first rollout, whether the student gives responses of the wanted form at all.
 
-On-policy distillation corrects what a student says. A student that does not keep to the form gives no answers to
+On-policy distillation corrects what a student writes. A student that does not keep to the form gives no answers to
 correct, which would otherwise show only hours later; a little fine-tuning on the form has to come first.
 """
 

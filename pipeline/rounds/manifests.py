@@ -119,7 +119,7 @@ def scores(
     lacks_tokens: bool = False,
     spans: bool = False,
 ) -> cs.ScoresManifest:
-    """A scorer's reading of a round by `redpen score`.
+    """Manifest of a scorer's scores of a round by `redpen score`.
 
     Args:
         template: how the scorer's prompts became text.
@@ -179,7 +179,7 @@ def evaluated_scores(
     candidates: int,
     lacks_tokens: bool = False,
 ) -> cs.ScoresManifest:
-    """A scorer's reading of the fresh rollouts of an evaluation, by the forward in this process."""
+    """Manifest of a scorer's scores of an evaluation's fresh rollouts, by the forward in this process."""
     is_student = not isinstance(scorer.settings, TeacherConfig)
     return cs.ScoresManifest(
         role="student" if is_student else "teacher",

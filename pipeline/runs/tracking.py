@@ -5,7 +5,7 @@ costs one warning and the rest of that tracker's curve, never the run. A run tha
 curves: steps that a kill took from a tracker are logged from metrics.jsonl, and steps that the tracker already has,
 repeated by a run that was killed after its last checkpoint, are not logged twice.
 
-Weights & Biases keeps its files in RUN/wandb. If nobody is logged in, or its server does not answer within
+Weights & Biases keeps its files in RUN/wandb. If nobody is logged in, or its server does not respond within
 `INIT_SECONDS`, it works offline: nothing is asked at the terminal, and `wandb sync` of RUN/wandb/latest-run uploads
 the whole curve. trackio writes to TRACKIO_DIR, or to what TRACKIO_SPACE_ID or TRACKIO_SERVER_URL name. WANDB_MODE,
 WANDB_ENTITY and the other environment variables of both work as usual.

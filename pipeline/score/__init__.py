@@ -1,1 +1,1 @@
-"""Stage one: scoring."""
+"""Stage one, scoring (`redpen score`)."""

@@ -75,7 +75,7 @@ def open_engine(
         engine, dtype = "vLLM", model.dtype
         vllm = VllmScorer(teacher, recipe.vllm, options, max_length=longest, on_tile=on_tile)
         scorer = stack.enter_context(closing(vllm))
-    found, reference = scorer.compute_logprobs(sample), "the forward here"
+    found, reference = scorer.compute_logprobs(sample), "the training forward"
     if expected is None:
         expected, reference = scorer.compute_logprobs(sample), "a second call of it"
     try:

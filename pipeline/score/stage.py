@@ -6,9 +6,9 @@ At every response position, with p the model's next-token distribution at temper
     rest_logprob = log sum_{v not in C} p(v)
 
 The student comes first, by the forward that training uses and never the sampler's, since samplers differ from
-trainers in the last bits and, under top-p or temperature, in kind. It brings C: the sampled token and its
-likeliest others (or random draws), K in all. It also gives `sampling_logprobs`, the same forward at the
-sampling temperature; its distance to `rollout_logprobs` is the gap between sampler and trainer. Then each
+trainers in the last bits and, under top-p or temperature, in kind. It chooses C: the sampled token and its
+likeliest others (or random draws), K in all. `sampling_logprobs` are from the same forward at the
+sampling temperature; their distance to `rollout_logprobs` is the gap between sampler and trainer. Then each
 teacher scores the same C. One model is in memory at a time, and [T, V] never exists: the head runs over
 `score.rows_per_chunk` response rows at a time.
 

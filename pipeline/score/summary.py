@@ -1,4 +1,4 @@
-"""What a scorer's finished blocks say, in one line."""
+"""One line about a scorer's finished blocks."""
 
 from __future__ import annotations
 

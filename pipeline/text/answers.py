@@ -94,7 +94,7 @@ class Checker:
         return judge().answer(response) if self.match == "math" else response.strip()
 
     def is_right(self, response: str, wanted: str) -> bool:
-        """Whether the response's answer is the one that is wanted."""
+        """Whether the response's answer equals `wanted`, by `match`."""
         finds_itself = self.match == "math" and self.pattern is None
         given, wanted = response.strip() if finds_itself else self.answer(response), wanted.strip()
         if given is None or given == wanted or self.match == "exact":

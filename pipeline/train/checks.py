@@ -35,7 +35,7 @@ def check_committed(loss: str, round_: cs.Round, teachers: Sequence[str], cache_
 
 
 def check_round(recipe: Recipe, round_: cs.Round) -> None:
-    """What the loss needs of how this round was sampled, whatever the recipe now says. Raises `ConfigError`."""
+    """What the loss requires of how this round was sampled. Raises `ConfigError`."""
     train, reward = recipe.train, recipe.reward
     require_single_pass(recipe, round_.n_prompts - n_held_back(recipe))
     if train.loss == "importance_sampling":

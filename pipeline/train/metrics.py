@@ -1,7 +1,7 @@
 """What a step reports: sums over tokens, which add up over micro-batches and ranks, and the means made of them.
 
-Drift compares the student with the one that sampled the cached tokens. It sees tokens only: prefixes that the student
-would no longer reach look unchanged, which is why rounds are refreshed before drift gets large.
+Drift compares the student with the one that sampled the cached tokens. It measures tokens only: prefixes that the
+student would no longer reach look unchanged, which is why rounds are refreshed before drift gets large.
 
 Shapes: T response positions of a micro-batch.
 """

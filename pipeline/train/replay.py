@@ -109,7 +109,7 @@ class Rollout:
     def content(self) -> tuple[object, ...]:
         """Equal for rollouts with equal gradients: the same tokens and weights, and the same bytes in every column.
 
-        The columns are all other inputs of a loss, so a difference in reward or in cached log-probs is seen here.
+        The columns are all other inputs of a loss, so a difference in reward or in cached log-probs is detected here.
         """
         columns = [self.column(name).tobytes() for name in sorted(self.block.columns)]
         return (self.prompt_index, self.token_ids.tobytes(), self.weights.tobytes(), *columns)
