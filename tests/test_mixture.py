@@ -19,7 +19,16 @@ from torch import Tensor
 import cache_schema as cs
 import pipeline.score.stage
 from helpers.caches import add_partial_teachers, small_recipe
-from helpers.training import curve, distance, flat_gradient, moved, trainer_of
+from helpers.training import (
+    curve,
+    distance,
+    flat_gradient,
+    moved,
+    naive_gradient_of,
+    partial_kl,
+    teacher_columns,
+    trainer_of,
+)
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.train import stage
@@ -134,32 +143,6 @@ def carries(cache: Path) -> np.ndarray:
     return found
 
 
-def naive_reverse_kl(trainer, batch, teacher_of: Callable) -> Tensor:
-    """Gradient with each rollout alone and full logits; `teacher_of(rollout)` gives log-probs of candidates, rest."""
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    total, count = torch.zeros(()), 0
-    for rollout in batch.rollouts:
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        logp, candidates = logits.log_softmax(1), torch.from_numpy(rollout.column("student/candidate_ids")).long()
-        teacher, rest_T = teacher_of(rollout)
-        for t in np.flatnonzero(rollout.weights).tolist():
-            recorded = torch.isfinite(teacher[t])
-            own = logp[t][candidates[t][recorded]]
-            rest = logp[t].index_fill(0, candidates[t][recorded], -torch.inf).logsumexp(0)
-            total = total + (own.exp() * (own - teacher[t][recorded])).sum() + rest.exp() * (rest - rest_T[t])
-            count += 1
-    assert count == batch.n_tokens
-    (total / count).backward()
-    return flat_gradient(trainer)
-
-
-def cached(rollout, name: str) -> tuple[Tensor, Tensor]:
-    logprobs, rest = (torch.from_numpy(rollout.column(f"{name}/{a}")) for a in ("candidate_logprobs", "rest_logprob"))
-    return logprobs.double(), rest.double()
-
-
 def test_training_on_a_mixture_is_training_on_the_mixed_teacher(two: Path, recipe: Make) -> None:
     """Over the candidates: the other teacher's own top-k, at which this one was not asked, is left alone."""
     settings = recipe('train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 3, other = 1}")
@@ -170,10 +153,10 @@ def test_training_on_a_mixture_is_training_on_the_mixed_teacher(two: Path, recip
     found = flat_gradient(trainer)
 
     def mean(rollout) -> tuple[Tensor, Tensor]:
-        both = [cached(rollout, name) for name in ("teacher", "other")]
+        both = [teacher_columns(rollout, name) for name in ("teacher", "other")]
         return tuple(torch.log(0.75 * a.exp() + 0.25 * b.exp()) for a, b in zip(*both, strict=True))  # type: ignore
 
-    assert distance(found, naive_reverse_kl(trainer, batch, mean)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, lambda r, logp: partial_kl(r, logp, *mean(r)))) < 1e-5
 
 
 def test_training_on_a_route_is_training_each_prompt_on_its_teacher(two: Path, recipe: Make) -> None:
@@ -185,13 +168,13 @@ def test_training_on_a_route_is_training_each_prompt_on_its_teacher(two: Path, r
     found, is_carry = flat_gradient(trainer), carries(two)
 
     def own(rollout) -> tuple[Tensor, Tensor]:
-        return cached(rollout, "teacher" if is_carry[rollout.prompt_index] else "partial")
+        return teacher_columns(rollout, "teacher" if is_carry[rollout.prompt_index] else "partial")
 
     for rollout in batch.rollouts:
         scored = np.isfinite(rollout.column("partial/logprobs"))
         expected = np.ones(len(scored)) if is_carry[rollout.prompt_index] else scored
         assert rollout.weights.tolist() == expected.tolist()
-    assert distance(found, naive_reverse_kl(trainer, batch, own)) < 1e-5
+    assert distance(found, naive_gradient_of(trainer, batch, lambda r, logp: partial_kl(r, logp, *own(r)))) < 1e-5
 
 
 def test_a_routed_teachers_own_top_k_joins_on_its_prompts(two: Path, recipe: Make) -> None:

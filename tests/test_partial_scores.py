@@ -14,7 +14,16 @@ import torch
 import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.caches import add_partial_teachers
-from helpers.training import flat_gradient, moved, trainer_of
+from helpers.training import (
+    distance,
+    flat_gradient,
+    gradient,
+    moved,
+    naive_gradient_of,
+    partial_kl,
+    teacher_columns,
+    trainer_of,
+)
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.report import inspect
@@ -147,29 +156,16 @@ def test_a_sampler_of_another_distribution_is_seen() -> None:
 
 def test_gradient_of_partial_scores_is_that_of_the_formula(partial_cache: Path, recipe: Make) -> None:
     trainer, replay = trainer_of(partial_cache, recipe(), "partial")
-    moved(trainer)
     batch = replay.batch(1)
-    trainer.gradient(batch)
-    found = flat_gradient(trainer)
-    for parameter in trainer.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    total, count = torch.zeros(()), 0
-    for rollout in batch.rollouts:
-        ids = torch.from_numpy(rollout.token_ids).long()
-        logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        teacher = torch.from_numpy(rollout.column("partial/candidate_logprobs"))
-        for t in np.flatnonzero(np.isfinite(rollout.column("partial/logprobs"))).tolist():
-            recorded = ~teacher[t].isnan()
-            candidates = torch.from_numpy(rollout.column("student/candidate_ids")[t]).long()[recorded]
-            logp = logits[t].log_softmax(0)
-            rest = logp.index_fill(0, candidates, -torch.inf).logsumexp(0)
-            total = total + (logp[candidates].exp() * (logp[candidates] - teacher[t][recorded])).sum()
-            total = total + rest.exp() * (rest - rollout.column("partial/rest_logprob")[t])
-            count += 1
-    assert count == batch.n_tokens < sum(len(rollout.weights) for rollout in batch.rollouts)
-    (total / count).backward()
-    expected = flat_gradient(trainer)
-    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    found = gradient(moved(trainer), batch)
+    scored = [np.isfinite(rollout.column("partial/logprobs")) for rollout in batch.rollouts]
+    for rollout, expected in zip(batch.rollouts, scored, strict=True):
+        assert rollout.weights.tolist() == expected.tolist()
+    assert batch.n_tokens == sum(map(np.count_nonzero, scored)) < sum(map(len, scored))
+    formula = naive_gradient_of(
+        trainer, batch, lambda rollout, logp: partial_kl(rollout, logp, *teacher_columns(rollout, "partial"))
+    )
+    assert distance(found, formula) < 1e-5
 
 
 def test_imported_log_probs_allow_no_divergence_over_candidates(

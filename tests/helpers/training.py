@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def naive_gradient(trainer: StudentTrainer, batch: Batch, loss: str) -> torch.Te
 
 
 def naive_gradient_of(trainer: StudentTrainer, batch: Batch, loss_of: Callable[[Rollout, Tensor], Tensor]) -> Tensor:
-    """Each rollout alone, full log-probs [T, V], autograd, one division; `loss_of` gives the sum over tokens."""
+    """Each rollout alone, full log-probs [T, V], autograd, one division; `loss_of` sums over the trained tokens."""
     for parameter in trainer.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     total = torch.zeros(())
@@ -72,7 +73,7 @@ def naive_gradient_of(trainer: StudentTrainer, batch: Batch, loss_of: Callable[[
         ids = torch.from_numpy(rollout.token_ids).long()
         logits = trainer.model(input_ids=ids[None], use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1]
         total = total + loss_of(rollout, logits.log_softmax(1))
-    (total / sum(len(r.weights) for r in batch.rollouts)).backward()
+    (total / sum(np.count_nonzero(r.weights) for r in batch.rollouts)).backward()
     return flat_gradient(trainer)
 
 
@@ -90,6 +91,22 @@ def buckets(rollout: Rollout, logp: Tensor) -> tuple[Tensor, Tensor]:
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum()
+
+
+def teacher_columns(rollout: Rollout, name: str) -> tuple[Tensor, Tensor]:
+    """A teacher's log-probs of the candidates [T, K], NaN where it has none, and of the rest [T]."""
+    return columns(rollout, f"{name}/candidate_logprobs").double(), columns(rollout, f"{name}/rest_logprob").double()
+
+
+def partial_kl(rollout: Rollout, logp: Tensor, teacher_TK: Tensor, rest_T: Tensor) -> Tensor:
+    """Reverse KL to a teacher that lacks some candidates, which are then in its rest; summed over trained tokens."""
+    ids, total = columns(rollout, "student/candidate_ids").long(), torch.zeros(())
+    for t in np.flatnonzero(rollout.weights).tolist():
+        recorded = teacher_TK[t].isfinite()
+        own = logp[t, ids[t][recorded]]
+        rest = logp[t].index_fill(0, ids[t][recorded], -torch.inf).logsumexp(0)
+        total = total + kl(own, teacher_TK[t][recorded]) + kl(rest, rest_T[t])
+    return total
 
 
 def curve(run: Path) -> list[dict[str, float]]:
