@@ -597,7 +597,7 @@ def test_a_stop_drops_requests_at_once(toy_cache: Path, recipe: Make, teacher_se
             raise Interrupted(signal.SIGTERM)
 
     stopped = scorer_of(served(recipe, teacher_server), on_tile=on_tile)
-    stopped._way = scorer._way
+    stopped._columns = scorer._columns
     with pytest.raises(Interrupted):
         stopped.compute_logprobs(batch)
     assert time.monotonic() - started < 5 and calls == [0, 0, 0]
