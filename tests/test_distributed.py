@@ -76,8 +76,8 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
     for case in cases:
         recipe = small_recipe(*CASES[case])
         round_ = cs.open(cache).round()
-        learnt = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
-        replay = make_replay(recipe, round_, learnt)
+        objective = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
+        replay = make_replay(recipe, round_, objective)
         with weight_sharding(ranks, recipe.student, recipe.train) as sharding:
             other = models.load_model(sharding.load_config(recipe.student))
             model = lora.make_trainable(
@@ -86,7 +86,7 @@ def measure(cache: Path, out: Path, ranks: Ranks, cases: Iterable[str] = CASES) 
             generator = torch.Generator().manual_seed(1)
             for parameter in lora.trainable(model).values():  # with B = 0 half of a LoRA's gradient is 0
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-            trainer = StudentTrainer(model, learnt, recipe.train, sharding)
+            trainer = StudentTrainer(model, objective, recipe.train, sharding)
             for parameter in model.parameters():  # a LoRA stays whole, all else is in shards
                 adapter = recipe.train.method == "lora" and parameter.requires_grad
                 assert isinstance(parameter, DTensor) == (sharding.mesh is not None and not adapter)

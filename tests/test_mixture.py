@@ -217,8 +217,8 @@ def test_a_weight_of_0_leaves_a_teacher_out(two: Path, recipe: Make) -> None:
     settings = recipe('train.teacher=["teacher", "other"]', "train.teacher_weights={teacher = 0, other = 2}")
     round_ = cs.open(two).round()
     assert select_teachers(settings, round_, "c") == ("other",)
-    learnt = make_objective(settings, round_, ("other",))
-    assert not learnt.teachers.mixed and "topk_ids" in learnt.arrays["other"]
+    objective = make_objective(settings, round_, ("other",))
+    assert not objective.teachers.mixed and "topk_ids" in objective.arrays["other"]
     three = recipe(
         'train.teacher=["teacher", "other", "partial"]', "train.teacher_weights={teacher = 1, other = 0, partial = 3}"
     )
