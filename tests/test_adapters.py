@@ -263,7 +263,7 @@ def test_settings_that_transformers_would_not_save_are_kept_as_they_are(toy_cach
         assert settings == (base / "generation_config.json").read_bytes()
 
 
-def test_the_base_may_have_moved(tmp_path: Path) -> None:
+def test_a_base_that_moved_can_be_given(tmp_path: Path) -> None:
     base = small_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     base.rename(tmp_path / "elsewhere")

@@ -108,7 +108,7 @@ def test_fractions_are_read_exactly(value: object, form: str) -> None:
 
 
 @given(st.text(alphabet="0123456789.,/eE%-+ $", max_size=30))
-def test_anything_is_a_number_or_none(text: str) -> None:
+def test_as_number_gives_a_number_or_none(text: str) -> None:
     value = as_number(text)
     if value is not None and text[0].isdigit():
         assert as_number(f"-{text}") == -value and value >= 0
@@ -150,7 +150,7 @@ def test_an_interrupted_question_leaves_no_answer_behind() -> None:
         judge.close()
 
 
-def test_any_thread_may_ask() -> None:
+def test_a_checker_works_from_any_thread() -> None:
     right: list[bool] = []
     checker = Checker("math", BOXED)
     threads = [
@@ -212,7 +212,7 @@ def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_one() -> None:
 
 
 @pytest.mark.parametrize("right", [False, True])
-def test_pass_at_k_of_all_alike_knows_no_more_than_its_prompts(right: bool) -> None:
+def test_pass_at_k_of_equal_samples_has_the_interval_of_its_prompts(right: bool) -> None:
     estimate = pass_at(4, np.full((20, 8), right))
     plain = fraction_right(np.full((20, 1), right))
     assert (estimate.low, estimate.high) == (plain.low, plain.high)

@@ -140,7 +140,7 @@ def nan_in_one(values: Any) -> Any:
         (lambda a: a, "ppo", r"loss_fn: expected \"importance_sampling\" or \"reverse_kl\", got 'ppo'"),
     ],
 )
-def test_a_signal_that_is_none_is_refused(
+def test_an_invalid_signal_is_refused(
     teacher: Teacher, spoil: Callable[[Any], Any], loss_fn: Any, message: str
 ) -> None:
     student = toy_student()
@@ -217,7 +217,7 @@ def test_a_candidate_that_the_teacher_lacks_is_in_its_rest(teacher: Teacher, tmp
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
-def test_a_teacher_that_cuts_text_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_that_tokenizes_text_differently_is_refused(tmp_path: Path) -> None:
     def merge(model: dict[str, Any]) -> None:
         model["vocab"]["12"], model["merges"] = 259, [["1", "2"]]
 

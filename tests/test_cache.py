@@ -802,7 +802,7 @@ def test_a_lock_that_is_not_ours_is_refused(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "name", ["a\0b", "n" * 300, "p/" * 50_000 + "c", "file://host/c", "s3://bucket/" + "n" * 300]
 )
-def test_a_name_that_cannot_be_is_one_short_line(tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_one_short_line(tmp_path: Path, name: str) -> None:
     for do in (cs.open, cs.create):
         with pytest.raises(cs.StorageError) as caught:
             do(name)

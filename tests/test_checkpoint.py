@@ -95,9 +95,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         assert torch.equal(found, tensors(step)["adapter"]["a.lora_A"])
 
 
-def test_what_goes_wrong_in_the_background_comes_out_at_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_background_errors_are_raised_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -157,7 +155,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(damage: Callable[[Pa
         checkpoint.load(newest)
 
 
-def test_a_step_is_its_directorys(tmp_path: Path) -> None:
+def test_a_checkpoints_step_is_that_of_its_directory(tmp_path: Path) -> None:
     """Also where state.json has no digest, as in checkpoints of earlier versions."""
     newest = save(tmp_path, 2)
     edit(newest, digest=None)

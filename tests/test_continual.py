@@ -41,7 +41,7 @@ def test_the_shipped_files_are_the_worlds(tmp_path: Path) -> None:
         assert file.read_bytes() == asset_path(f"company/{file.name}").read_bytes()
 
 
-def test_nothing_that_is_asked_was_taught() -> None:
+def test_no_held_out_question_is_in_the_training_data() -> None:
     world = company.World()
     private, public = ({fact.name for fact in facts} for facts in (world.private, world.public))
     assert len(private) == len(world.private) == 43 and not private & public
@@ -83,7 +83,7 @@ def test_forms(forms: Sequence[str], said: str) -> None:
         ({"rise": 0.3, "fall_since_sft": 0.05}, 0.1, 0.84, "g fell by 6.0 points after fine-tuning, more than 5.0"),
     ],
 )
-def test_what_a_gate_says(gate: dict[str, float], before: float, after: float, fault: str | None) -> None:
+def test_the_fault_of_a_gate(gate: dict[str, float], before: float, after: float, fault: str | None) -> None:
     tuned = {"value": 0.9}
     measured = {continual.BEFORE: {"value": before}, continual.TUNED: tuned, continual.AFTER: {"value": after}}
     assert continual.fault_of(GateConfig(name="g", path="p", **gate), measured) == fault
@@ -169,7 +169,7 @@ def test_with_all_weights_the_result_is_a_model(tmp_path: Path) -> None:
         ('{name = "a", path = "p", fall = 0.1}, {name = "a", path = "q", rise = 0.1}', "two gates named 'a'"),
     ],
 )
-def test_a_gate_that_says_nothing_is_refused_at_once(gate: str, message: str, tmp_path: Path) -> None:
+def test_a_gate_without_conditions_is_refused_at_once(gate: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         recipe = load_recipe("company", [*SHORT, f"continual.gate=[{gate}]"])
         continual.run(recipe, str(tmp_path / "c.zarr"), tmp_path / "run")

@@ -68,7 +68,7 @@ def test_a_round_of_one_student_goes_on_where_the_last_ended(undisturbed: Path) 
     assert counts == [{3.0}, {6.0}]
 
 
-def test_a_round_is_measured_with_its_noise_and_learnt_slower(undisturbed: Path) -> None:
+def test_a_rounds_standard_error_and_learning_rate(undisturbed: Path) -> None:
     """The standard error is that of a ratio of sums by prompt, here as in a textbook's formula."""
     round_ = cs.open(undisturbed / "cache.zarr").round(0)
     sums, counts = np.zeros(12), np.zeros(12)

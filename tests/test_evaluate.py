@@ -408,7 +408,7 @@ def test_a_cache_that_cannot_be_read_again(
     assert said in line
 
 
-def test_figures_elsewhere_leave_the_run_as_it_is(run_dir: Path, tmp_path: Path) -> None:
+def test_figures_written_elsewhere_do_not_change_the_run(run_dir: Path, tmp_path: Path) -> None:
     before = tree_digest(run_dir)
     assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=2"], out=tmp_path / "eval.json") == 0
     assert tree_digest(run_dir) == before

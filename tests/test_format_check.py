@@ -43,7 +43,7 @@ def test_examples_are_escaped_and_short() -> None:
 @pytest.mark.parametrize(
     "settings", [("rollouts.format_check_prompts=0",), ("rollouts.format_check_min=0",), ("eval.format=",)], ids=str
 )
-def test_who_asks_for_none_gets_none(settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_format_check_can_be_switched_off(settings: tuple[str, ...], tmp_path: Path) -> None:
     assert stage.run(small_recipe(*JSON, *settings), str(tmp_path / "c.zarr")) == 0
 
 

@@ -112,7 +112,7 @@ def test_the_best_by_format_is_the_highest(recipe: Make) -> None:
     assert "held-out format 90.0%" in str(stop_result(recipe(*FORMAT, "train.steps=6").train, 6, memory))
 
 
-def test_a_metric_without_what_it_needs(recipe: Make) -> None:
+def test_a_metric_without_its_settings_is_refused(recipe: Make) -> None:
     for settings, missing in ((("eval.path=",), r"eval\.path"), (("eval.format=",), r"eval\.format")):
         with pytest.raises(ConfigError, match=rf'train\.heldout_metric = "format" needs {missing}'):
             recipe(*FORMAT, *settings)

@@ -176,7 +176,7 @@ def test_rollout_without_scores_is_shown_unmarked(cache: cs.Cache) -> None:
     assert "not marked: student or teacher has not scored this block" in shown(found, colour=False)
 
 
-def test_one_thing_is_not_several(tmp_path: Path) -> None:
+def test_one_rollout_is_in_the_singular(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=1, rollouts_per_prompt=1)
     text = shown(inspect.summary(cache), colour=False)
     assert "1 rollout of each of 1 prompt by" in text and "1 of 1 block committed: 1 rollout, " in text
@@ -282,7 +282,7 @@ def test_inspect_shows_each_teacher_and_what_comes_next(tmp_path: Path, capsys: 
     assert "--rollout 0, redpen train RECIPE" in capsys.readouterr().err
 
 
-def test_colours_are_the_environments_to_say(
+def test_colours_follow_the_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     location = str(toy_cache(tmp_path / "c.zarr").path)

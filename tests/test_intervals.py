@@ -52,7 +52,7 @@ def test_many_prompts_give_the_normal_interval() -> None:
     assert found == mean_per_token(totals, tokens), "from a fixed seed"
 
 
-def test_few_prompts_know_little() -> None:
+def test_few_prompts_give_a_wide_interval_or_none() -> None:
     one = mean_per_token(np.array([0.3, 0.0]), np.array([3.0, 0.0]))
     assert one.value == pytest.approx(0.1) and math.isnan(one.low) and math.isnan(one.high)
     two = mean_per_token(np.array([0.1, 0.3]), np.array([1.0, 1.0]))

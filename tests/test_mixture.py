@@ -80,7 +80,7 @@ def test_a_geometric_mixture_has_mass_1_and_the_ratios_of_the_product(weights: l
 
 
 @pytest.mark.parametrize("mixture", ["arithmetic", "geometric"])
-def test_a_mixture_of_one_opinion_is_that_opinion(mixture: str) -> None:
+def test_a_mixture_of_equal_teachers_is_that_teacher(mixture: str) -> None:
     """In particular its reverse KL can reach 0; the weighted log-probs of two that differ have less mass than 1."""
     one = recorded(distributions(0))
     found = mixed([one, one], [0.3, 0.7], mixture)  # type: ignore[arg-type]
@@ -102,11 +102,11 @@ def test_a_column_that_one_did_not_score_is_in_the_rest_of_all() -> None:
     torch.testing.assert_close(found.rest_T.exp(), rest)
 
 
-def test_no_mass_is_no_mass() -> None:
+def test_tokens_without_mass_in_a_mixture() -> None:
     teachers = [distributions(i) for i in range(2)]
     teachers[0][2, 1] = -torch.inf
-    tolds = [recorded(t) for t in teachers]
-    arithmetic, geometric = mixed(tolds, [0.5, 0.5], "arithmetic"), mixed(tolds, [0.5, 0.5], "geometric")
+    columns = [recorded(t) for t in teachers]
+    arithmetic, geometric = mixed(columns, [0.5, 0.5], "arithmetic"), mixed(columns, [0.5, 0.5], "geometric")
     torch.testing.assert_close(arithmetic.logprobs_TC[2, 1], teachers[1][2, 1] + np.log(0.5))
     assert geometric.logprobs_TC[2, 1] == -torch.inf and not geometric.logprobs_TC.isnan().any()
 

@@ -186,7 +186,7 @@ def test_an_index_names_files_beside_it(tiny: Path, weight_map: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 4000, "/" + "x/" * 2000, "toy:" + "x" * 4000, "file://host/x", "a\0b"])
-def test_a_name_that_is_none_is_not_repeated_in_full(name: str) -> None:
+def test_an_invalid_name_is_not_repeated_in_full(name: str) -> None:
     for cfg in (ModelConfig(model=name), ModelConfig(model="toy:student", adapter=name)):
         with pytest.raises(ModelError) as error:
             assert resolve(cfg).directory
@@ -256,7 +256,7 @@ def test_an_architecture_that_cannot_be_packed_takes_rows(family: str, tmp_path:
 @pytest.mark.parametrize(
     "made", [LlamaConfig(**SHAPE), PhimoeConfig(**SHAPE), DeepseekV3Config(**SHAPE, n_routed_experts=8)]
 )
-def test_an_architecture_that_can_be_packed_is(made: PreTrainedConfig, tmp_path: Path) -> None:
+def test_a_packable_architecture_is_packed(made: PreTrainedConfig, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     assert choose_layout(config(tmp_path)).packed
 

@@ -202,7 +202,7 @@ def test_a_geometric_mixture_has_no_draws(warm_cache: Path, tmp_path: Path, reci
     assert stage.run(recipe(*both), str(cache), tmp_path / "arithmetic") == 0
 
 
-def test_behaviour_correction_says_less_of_the_temperature(
+def test_behaviour_correction_silences_the_temperature_warning(
     warm_cache: Path, tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tempered round is what it corrects; greedy decoding and a nucleus are beyond it."""

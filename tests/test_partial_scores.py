@@ -142,7 +142,7 @@ def test_the_views_show_what_was_scored(partial_cache: Path) -> None:
         assert any(token["reverse_kl"] is not None for token in tokens)
 
 
-def test_a_sampler_of_another_distribution_is_seen() -> None:
+def test_a_sampler_of_another_distribution_is_detected() -> None:
     rng = np.random.default_rng(0)
     rounding = SamplerGap.of(rng.normal(0, 0.02, 100_000).astype(np.float32))
     tempered = SamplerGap.of(rng.normal(0.05, 0.2, 100_000).astype(np.float32))

@@ -398,7 +398,7 @@ def test_a_served_teacher_is_verified_and_learnt_from(
 
 
 @pytest.mark.parametrize("mishap", ["reset", "truncated", "half", "hang", 429, 500, 503])
-def test_what_may_pass_is_tried_again(
+def test_transient_errors_are_retried(
     toy_cache: Path, recipe: Make, teacher_server: TeacherServer, mishap: str | int
 ) -> None:
     batch, expected = batch_of(toy_cache)

@@ -278,7 +278,7 @@ def test_held_back_prompts_come_in_order_and_disturb_no_block(round_: cs.Round) 
         np.testing.assert_array_equal(rollout.column("teacher/logprobs"), by_row[row].column("teacher/logprobs"))
 
 
-def test_a_teacher_that_is_for_some_prompts_need_not_know_others(tmp_path: Path) -> None:
+def test_a_routed_teachers_unscored_tokens_count_on_its_prompts_only(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c.zarr", n_prompts=4)
     round_ = cache.round()
     teacher = round_.scores("teacher")

@@ -103,7 +103,7 @@ def cache(tmp_path: Path) -> cs.Cache:
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def test_every_number_is_the_caches(cache: cs.Cache) -> None:
+def test_every_number_comes_from_the_cache(cache: cs.Cache) -> None:
     found, known = collected(cache), every_token(cache)
     assert found["n_total"] == found["n_shown"] == len(found["rows"]) == 30 and found["left_out"] is None
     where, (reader,) = tokens_of(found), found["teachers"]
@@ -247,7 +247,7 @@ def made_up_scan(n: int, length: int = 10) -> read.RoundScan:
     )
 
 
-def test_choice_is_no_rogues_gallery() -> None:
+def test_the_chosen_rollouts_are_not_only_the_worst() -> None:
     found, none = made_up_scan(1000), np.array([], np.int64)
     chosen = read.choose(found, 100, 10**9, none)
     assert len(chosen.rows) == len(set(chosen.rows.tolist())) == 100
@@ -300,7 +300,7 @@ def test_pages_of_unfinished_caches(tmp_path: Path, cache: cs.Cache) -> None:
     assert [text[0] for _, text in unscored["strings"]] == ["<"] * len(unscored["strings"]), "ids without a tokenizer"
 
 
-def test_a_teacher_that_read_before_the_student(tmp_path: Path) -> None:
+def test_a_teacher_scored_before_the_student(tmp_path: Path) -> None:
     cache, records = cs.create(tmp_path / "c.zarr"), factory.prompts(3)
     round_ = cache.start_round(factory.round_manifest(records), records)
     rollouts = factory.rollout_block(round_.manifest, 0, np.random.default_rng(0))

@@ -75,7 +75,7 @@ def test_a_run_without_digests_is_read_as_it_is(tmp_path: Path) -> None:
         "done",
     ],
 )
-def test_a_result_that_is_none_is_one_line(result: object, tmp_path: Path) -> None:
+def test_an_invalid_result_is_one_line(result: object, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"cache": {}, "id": "1", "result": result}))
     with pytest.raises(DamagedRunError, match=r"run\.json: result") as error:
         read_record(tmp_path)

@@ -124,7 +124,7 @@ def test_the_teacher_is_read_at_the_students_candidates(scored: Path) -> None:
     assert scores.candidate_ids is None and scores.sampling_logprobs is None
 
 
-def test_a_student_that_teaches_itself_has_nothing_to_say(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reverse_kl_of_a_student_to_itself_is_0(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage.run(recipe("teacher.model=toy:student"), str(fresh))
     round_ = cs.open(fresh).round()
     for block in range(round_.n_blocks):
@@ -268,7 +268,7 @@ def test_a_finished_cache_does_not_ask_for_its_teacher_again(
         stage.run(recipe(f"teacher.model={teacher}2"), str(fresh))
 
 
-def test_a_teacher_that_does_not_fit_is_found_before_the_student_reads(
+def test_a_missing_teacher_is_reported_before_the_student_is_loaded(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))

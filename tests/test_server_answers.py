@@ -175,7 +175,7 @@ HUGE = b"\x93NUMPY\x01\x00v\x00" + HEADER.ljust(117)
         encoded(np.full((4, 3), 0.5, np.float32)),
     ],
 )
-def test_an_array_that_is_none_is_one_line(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_array_is_one_line(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(monkeypatch, handler)
 
 
@@ -221,7 +221,7 @@ def test_a_drip_ends_with_the_time_for_a_request(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("when", ["nan", "inf", "-5", "x", "1e400"])
-def test_a_server_that_says_when_to_come_back(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retry_after_header_is_bounded(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (server_answers.retry_after(httpx2.Response(429, headers={"retry-after": when})) or 0) <= 60
 
 

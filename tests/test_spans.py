@@ -168,7 +168,7 @@ def test_letters_of_several_bytes_and_text_that_is_none() -> None:
         assert spans(another).of_student.tolist() == [*[-1] * len(another), 0]
 
 
-def test_tokenizers_that_change_a_text_do_not_speak_of_it() -> None:
+def test_text_that_a_tokenizer_changes_is_in_no_span() -> None:
     student = AutoTokenizer.from_pretrained(asset_path("student"))
     lower = merging_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()

@@ -144,7 +144,7 @@ def test_encoded_rows_label_the_response_and_its_end() -> None:
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("teacher", 0.95, 1.0), ("student", 0.50, 0.66)])
-def test_shipped_models_know_what_they_should(name: str, low: float, high: float) -> None:
+def test_shipped_models_have_the_documented_accuracy(name: str, low: float, high: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

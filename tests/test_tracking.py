@@ -165,7 +165,7 @@ def test_a_run_that_continues_continues_its_curves(tmp_path: Path) -> None:
     assert tensorboard_steps(tmp_path / "tensorboard", "train/reverse_kl") == every
 
 
-def test_a_run_that_starts_again_from_nothing_is_another(tmp_path: Path) -> None:
+def test_a_run_that_starts_again_without_a_step_has_a_new_id(tmp_path: Path) -> None:
     ids = []
     for _ in range(2):
         with open_run(tmp_path, small_recipe(), CACHE) as run:
@@ -215,7 +215,7 @@ def test_a_tracker_that_fails_costs_one_line(
 
 
 @pytest.mark.parametrize("key", ["a" * 40, "short"], ids=["no answer", "not a key"])
-def test_wandb_goes_offline_where_it_cannot_be_online(
+def test_wandb_falls_back_to_offline(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", key)

@@ -261,7 +261,7 @@ def test_only_the_student_is_loaded_and_the_cache_untouched(
     assert tree_digest(toy_cache) == before
 
 
-def test_a_run_leaves_what_the_design_says(finished: Path, toy_cache: Path) -> None:
+def test_a_run_leaves_the_documented_files(finished: Path, toy_cache: Path) -> None:
     assert {p.name for p in finished.iterdir()} == {
         ".lock", "recipe.toml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "ledger.json"
     }  # fmt: skip

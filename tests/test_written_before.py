@@ -63,7 +63,7 @@ def test_nothing_is_left_to_do(before: Path, capsys: pytest.CaptureFixture[str])
     assert contents(before) == was
 
 
-def test_its_figures_are_those_of_then(before: Path) -> None:
+def test_its_figures_are_those_recorded(before: Path) -> None:
     def values() -> dict[str, object]:
         """The figures without seconds, and without intervals of reverse KL, which were normal ones then."""
         found = json.loads((before / RUN / "eval.json").read_text())
