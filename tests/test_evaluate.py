@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import cache_schema as cs
 from helpers import killing, preloaded
-from helpers.caches import small_recipe, tree_digest
+from helpers.caches import overwrite_with_zeros, small_recipe, tree_digest
 from pipeline import cli
 from pipeline.config import PromptsConfig, Recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -369,9 +369,7 @@ def test_the_trained_student_reads_the_worst_cached_rollouts(
 
 
 def damage(cache: Path) -> None:
-    for file in (cache / "rounds/00000/scores/teacher/candidate_logprobs/c").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"\0" * 64)
+    overwrite_with_zeros(cache / "rounds/00000/scores/teacher/candidate_logprobs/c")
 
 
 def change(cache: Path) -> None:

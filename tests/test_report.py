@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import cache_schema as cs
 from helpers import cache_factory as factory
-from helpers.caches import make_cache, small_recipe
+from helpers.caches import make_cache, overwrite_with_zeros, small_recipe
 from pipeline import cli
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.report import read, stage
@@ -422,15 +422,9 @@ def test_held_out_sets_belong_together(tmp_path: Path, monkeypatch: pytest.Monke
     numbers = [{row["number"] for row in found["rows"]} for found in (before, after_set)]
     assert numbers[0] == numbers[1] and 3 <= len(numbers[0]) <= 8
     assert "chosen before or after training" in before["left_out"]
-    damage(run / "eval.zarr/rounds/00001/rollouts/token_ids/c")
+    overwrite_with_zeros(run / "eval.zarr/rounds/00001/rollouts/token_ids/c")
     document = stage.assemble([str(run)])
     assert document["sets"] == [] and f"held-out rollouts of {run} are not shown" in document["notes"][-1]
-
-
-def damage(chunks: Path) -> None:
-    for file in chunks.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"\0" * 64)
 
 
 def test_what_cannot_be_written_or_shown_is_refused_first(

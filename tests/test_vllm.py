@@ -22,6 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
+from helpers.caches import wait_for_commits
 from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
 from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
@@ -360,14 +361,6 @@ def start(student: Path) -> Iterator[Start]:
             process.communicate()
 
 
-def wait_for_commits(process: subprocess.Popen[str], cache: Path, count: int) -> None:
-    chunks, deadline = cache / "rounds/00000/rollouts/commit/c", time.monotonic() + 150
-    while not chunks.is_dir() or len(list(chunks.iterdir())) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 class TestCommand:
     pytestmark = needs_vllm
 
@@ -377,7 +370,7 @@ class TestCommand:
         cache, settings = tmp_path / "cache.zarr", ["prompts.limit=300", "rollouts.prompts_per_block=2"]
         rng = random.Random()
         killed = start(cache, *settings)
-        wait_for_commits(killed, cache, rng.randint(1, 20))
+        wait_for_commits(killed, cache / "rounds/00000/rollouts", rng.randint(1, 20))
         killed.kill()
         killed.communicate()
         assert killed.returncode == -signal.SIGKILL and not list(cs.verify(cs.open(cache)))
@@ -386,7 +379,7 @@ class TestCommand:
         kept = {int(block): cs.open(cache).round().rollouts.read(int(block)) for block in np.flatnonzero(before)}
 
         stopped = start(cache, *settings)
-        wait_for_commits(stopped, cache, int(before.sum()) + rng.randint(1, 20))
+        wait_for_commits(stopped, cache / "rounds/00000/rollouts", rng.randint(1, 20))
         stopped.terminate()
         out, err = stopped.communicate(timeout=60)
         last = err.splitlines()[-1]
@@ -431,7 +424,7 @@ class TestCommand:
         """...one of which is killed; what is left takes one process."""
         cache, settings = tmp_path / "cache.zarr", ["prompts.limit=300", "rollouts.prompts_per_block=2"]
         job = start(cache, *settings, ranks=2)
-        wait_for_commits(job, cache, 20)
+        wait_for_commits(job, cache / "rounds/00000/rollouts", 20)
         found = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True, check=True
         )

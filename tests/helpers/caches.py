@@ -96,6 +96,13 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def overwrite_with_zeros(directory: Path) -> None:
+    """Damage every file."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * 64)
+
+
 #: 24 blocks: a kill always finds some done and some to do
 MANY_BLOCKS = [
     "prompts.limit=48",
@@ -112,7 +119,7 @@ def wait_for_commits(process: subprocess.Popen[str] | preloaded.Process, group: 
     def committed() -> int:
         return len(list(chunks.iterdir())) if chunks.is_dir() else 0
 
-    before, deadline = committed(), time.monotonic() + 120
+    before, deadline = committed(), time.monotonic() + 150
     while committed() < before + count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
