@@ -219,7 +219,7 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
     if name != cs.STUDENT:
         have_candidates = round_.scores(cs.STUDENT).committed()
         if n_waiting := int((ready & ~have_candidates).sum()):
-            warn(f"{name}: {n_waiting} blocks wait for the student's scores, which bring the candidates")
+            warn(f"{name}: {n_waiting} blocks wait for the student's scores, which hold the candidates")
         ready &= have_candidates
         if not ready.any():
             raise cs.CacheError(

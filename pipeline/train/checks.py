@@ -134,7 +134,7 @@ def check_sampled_token_only(recipe: Recipe, round_: cs.Round, teachers: Teacher
         check_sampling(recipe, round_, "reverse_kl without candidates")
         found += ", so reverse_kl is differentiated at the sampled token alone (k2)"
     warn(
-        f"{found}; reverse KL is measured over the sampled token and everything else, a low bound; set "
+        f"{found}; reverse KL is measured over the sampled token and everything else, a loose lower bound; set "
         "train.stop_reverse_kl = 0 to train through"
     )
 
