@@ -113,7 +113,7 @@ def opd(work: Path, n_prompts: int, seed: int) -> list[Point]:
 
 
 def more_sft(work: Path, n_prompts: int, seed: int) -> list[Point]:
-    """Four responses of the teacher to each prompt, at temperature 1, learnt for some numbers of steps."""
+    """Four responses of the teacher to each prompt, at temperature 1, trained on for some numbers of steps."""
     recipe = toy_recipe(seed, f"prompts.limit={n_prompts}", "sft.examples_per_step=256", "sft.learning_rate=1e-3")
     teacher = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": "toy:teacher"})})
     name = f"sft-{n_prompts}-{seed}"

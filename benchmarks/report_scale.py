@@ -4,7 +4,7 @@
     python benchmarks/report_scale.py [--rollouts 10000] [--tokens 500] [--work DIR]
 
 The text is Python's own library in a vocabulary of 32,000 tokens made for it; K = 8 candidates with made-up
-log-probs: most tokens are nearly certain, at 2 % the teacher wants something else. Latency is from an input to the
+log-probs: most tokens are nearly certain, at 2 % the teacher prefers another token. Latency is from an input to the
 end of the next frame after it was handled; the highest of each kind counts. Bounds: 40 MB and 100 ms.
 """
 
