@@ -1,43 +1,36 @@
-"""A 32B teacher scored from a capped card, beside the same model resident and under accelerate's CPU offload.
-
-    python benchmarks/streamed_gpu.py [--out DIR]                      # one CUDA device, about 8 minutes
-    python benchmarks/streamed_gpu.py --shape tiny --device cpu        # does it run?
+"""A 32B teacher scored under a cap, and the same model resident or offloaded by accelerate; run by benchmarks/gpu.py.
 
 The model has the shape of Qwen3-32B and random bf16 weights: one layer is made and written 64 times, as safetensors
-shards in host memory (65 GB in /dev/shm; where neither that nor the temporary directory is large enough, fewer layers
-are, which is said). Each way of scoring runs in a process of its own, its share of the card capped by
-torch.cuda.set_per_process_memory_fraction:
+shards in host memory (65 GB in /dev/shm; if neither that nor the temporary directory is large enough, fewer layers
+are written, which the figures show). Each way of scoring runs in a process of its own, whose memory on the device is
+capped by torch.cuda.set_per_process_memory_fraction:
 
     resident      pipeline.engines.resident, not capped
-    streamed      pipeline.streaming.streamed under 24 and 12 GiB, 0.9 of which is score.memory_gib, at several waves
+    streamed      pipeline.streaming.streamed under 24 and 12 GiB, 0.9 of which is score.memory_gib; one tile alone,
+                  then the batch
     accelerate    the resident scorer, layers offloaded to the CPU by from_pretrained(device_map=...), under the cap;
                   it moves the weights once for each tile, so it is given few tokens, and also one long tile
 
-Rollouts of 256 + 768 tokens in tiles of 8,192; tokens/s count prompts. `share` is of the bf16 matmul rate measured in
-the same run, from 2 operations for each weight of the layers and token, 4 for each query, key and channel, and 2 for
-each weight of the head and response token. `peak` is what torch's allocator reserved at most; the cap leaves 0.75 GiB
-for the CUDA context. Log-probs are compared with the resident model's. One JSON line for each figure, then a table;
-both are in --out too.
+The batch is 65,536 tokens, rollouts of 256 + 768 in tiles of 8,192; tokens/s count prompts. A figure's `operations`
+of a token are 2 for each weight of the layers, 4 for each query, key and channel, and 2 for each weight of the head
+and response token. `peak` is what torch's allocator reserved at most; the cap leaves 0.75 GiB for the CUDA context.
+Log-probs of the batch are compared with the resident model's.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 CONTEXT_GIB = 0.75
 
@@ -59,8 +52,7 @@ class Shape:
             tie_word_embeddings=False,
         )
         self.tile, self.prompt, self.response = (256, 16, 48) if tiny else (8192, 256, 768)
-        self.waves = [self.tile * n for n in (1, 2, 4, 8, 16)]
-        self.caps = [0.5, 0.25] if tiny else [24, 12]
+        self.caps = (0.5, 0.25) if tiny else (24, 12)
         self.accelerate_tiles = [(2 * self.tile, self.tile), (4 * self.tile, 4 * self.tile)]
 
     @property
@@ -74,6 +66,14 @@ class Shape:
         return Qwen3Config(
             **self.config, num_hidden_layers=layers, dtype="bfloat16", architectures=["Qwen3ForCausalLM"]
         )
+
+    def fitting_layers(self, directory: Path) -> int:
+        """As many layers as memory or disk at `directory` hold, and the host beside them."""
+        layer, others = self.sizes()
+        status = Path("/proc/meminfo").read_text().splitlines()
+        available = 1024 * int(next(line.split()[1] for line in status if line.startswith("MemAvailable:")))
+        room = min(shutil.disk_usage(directory).free, available - 8 * GIB) - 2 * others - GIB
+        return max(1, min(self.layers, room // (2 * layer)))
 
     def sizes(self) -> tuple[int, int]:
         """Parameters of a layer, and of everything else."""
@@ -108,16 +108,14 @@ class Shape:
         return cs.RolloutBlock.from_rows([(0, prompt)], rows)
 
 
-# -- what runs in processes of its own -----------------------------------------------------------------------
-
-
-def write_model(shape: Shape, directory: Path, layers: int, device: str) -> Iterator[dict[str, Any]]:
+def write(shape: str, device: str, directory: str) -> Iterator[dict[str, Any]]:
     """One layer of random weights, under the names of each layer, and the weights outside."""
     import torch
 
-    directory.mkdir(parents=True)
-    shape.transformers_config(layers).save_pretrained(directory)
-    started = time.perf_counter()
+    model, path, started = Shape(shape), Path(directory), time.perf_counter()
+    layers = model.fitting_layers(path.parent)
+    path.mkdir()
+    model.transformers_config(layers).save_pretrained(path)
 
     def payload(tensors: dict[str, Any]) -> bytes:
         parts = []
@@ -127,7 +125,7 @@ def write_model(shape: Shape, directory: Path, layers: int, device: str) -> Iter
             parts.append(values.cpu().view(torch.uint8).numpy().tobytes())
         return b"".join(parts)
 
-    def write(name: str, tensors: dict[str, Any], data: bytes) -> dict[str, str]:
+    def write_file(name: str, tensors: dict[str, Any], data: bytes) -> dict[str, str]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for key, tensor in tensors.items():
@@ -135,7 +133,7 @@ def write_model(shape: Shape, directory: Path, layers: int, device: str) -> Iter
             header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with (directory / name).open("wb", buffering=0) as file:
+        with (path / name).open("wb", buffering=0) as file:
             for part in (len(text).to_bytes(8, "little"), text, data):
                 view = memoryview(part)
                 while view:
@@ -143,38 +141,44 @@ def write_model(shape: Shape, directory: Path, layers: int, device: str) -> Iter
         return dict.fromkeys(tensors, name)
 
     torch.manual_seed(0)
-    state = shape.state(1)
+    state = model.state(1)
     first = {name: tensor for name, tensor in state.items() if ".layers." in name}
     others = {name: tensor for name, tensor in state.items() if ".layers." not in name}
-    names = write("others.safetensors", others, payload(others))
+    names = write_file("others.safetensors", others, payload(others))
     data = payload(first)
 
     def write_layer(index: int) -> dict[str, str]:
         renamed = {name.replace(".layers.0.", f".layers.{index}."): tensor for name, tensor in first.items()}
-        return write(f"layer-{index:02}.safetensors", renamed, data)
+        return write_file(f"layer-{index:02}.safetensors", renamed, data)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for written in threads.map(write_layer, range(layers)):
             names |= written
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    n_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    yield {"what": "model", "layers": layers, "GB": n_bytes / 1e9, "seconds": time.perf_counter() - started}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    n_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    yield {
+        "what": "weights",
+        "layers": layers,
+        "of": model.layers,
+        "GB": n_bytes / 1e9,
+        "seconds": time.perf_counter() - started,
+    }
 
 
-def matmul_rate(device: str) -> Iterator[dict[str, Any]]:
+def matmul(shape: str, device: str) -> Iterator[dict[str, Any]]:
     """Operations a second of a large bf16 product, the best of several."""
     import torch
 
-    n = 8192 if device == "cuda" else 1024
+    n, times = (8192, 10) if device == "cuda" else (256, 1)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         synchronise(device)
         started = time.perf_counter()
-        for _ in range(10 if device == "cuda" else 1):
+        for _ in range(times):
             a @ b
         synchronise(device)
-        best = min(best, (time.perf_counter() - started) / (10 if device == "cuda" else 1))
+        best = min(best, (time.perf_counter() - started) / times)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     yield {"what": "matmul", "device": name, "torch": torch.__version__, "TFLOPS": 2 * n**3 / best / 1e12}
 
@@ -186,10 +190,19 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def cap_memory(device: str, gib: float | None) -> None:
+    """Let this process have so much of the device, its CUDA context included."""
+    import torch
+
+    if device == "cuda" and gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (gib - CONTEXT_GIB) * GIB / total))
+
+
 def score(
-    form: str, shape: Shape, directory: Path, device: str, cap: float | None, out: Path
+    form: str, shape: str, device: str, directory: str, cap: float | None, out: str
 ) -> Iterator[dict[str, Any]]:
-    """Time one way of scoring; saves the log-probs of the batch that all of them score."""
+    """Time one way of scoring. The resident model's log-probs of the batch are left in `out`, for the others."""
     import torch
 
     from pipeline.config import ModelConfig
@@ -199,206 +212,92 @@ def score(
     from pipeline.models import load as models
     from pipeline.streaming.streamed import StreamedScorer
 
-    if device == "cuda" and cap is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT_GIB) * GIB / total))
-    cfg = ModelConfig(model=str(directory), dtype="bfloat16", device=device)
-    options = ScoreOptions(tile_tokens=shape.tile)
-    started = time.perf_counter()
+    model, kept, started = Shape(shape), Path(out) / "resident.npy", time.perf_counter()
+    cap_memory(device, cap)
+    cfg = ModelConfig(model=directory, dtype="bfloat16", device=device)
+    options = ScoreOptions(tile_tokens=model.tile)
+    operations = model.operations(json.loads((Path(directory) / "config.json").read_text())["num_hidden_layers"])
 
-    def timed(scorer: Any, tokens: int, tile: int = shape.tile, keep: bool = False) -> dict[str, Any]:
-        batch = shape.rollouts(tokens)
+    def loaded(**more: Any) -> dict[str, Any]:
+        return {"what": "load", "form": form, "cap": cap, "seconds": time.perf_counter() - started, **more}
+
+    def timed(scorer: Any, tokens: int, tile: int = model.tile, wave: int | None = None) -> dict[str, Any]:
+        batch = model.rollouts(tokens)
         synchronise(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         scores = scorer.compute_logprobs(batch)
         seconds = time.perf_counter() - begun
-        if keep:
-            np.save(out / f"{form}-{cap or 0:g}.npy", scores.logprobs)
-        on_cuda = device == "cuda"
-        return {
-            "what": form,
-            "cap": cap,
-            "tile": tile,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens/s": tokens / seconds,
-            "peak": torch.cuda.max_memory_reserved() / GIB if on_cuda else None,
-            "allocated": torch.cuda.max_memory_allocated() / GIB if on_cuda else None,
-        }
+        figure = {"what": "scored", "form": form, "cap": cap, "tokens": tokens, "tile": tile, "wave": wave}
+        figure |= {"seconds": seconds, "tokens/s": tokens / seconds, "operations": operations}
+        if device == "cuda":
+            figure["peak"] = torch.cuda.max_memory_reserved() / GIB
+        if tokens == model.tokens and tile == model.tile:
+            if form == "resident":
+                np.save(kept, scores.logprobs)
+            elif kept.exists():
+                difference = np.abs(scores.logprobs - np.load(kept))
+                figure |= {"different": int((difference > 0).sum()), "of": len(difference)}
+                figure["largest difference"] = float(difference.max())
+        return figure
 
     if form == "streamed":
         scorer = StreamedScorer(cfg, options, memory_gib=None if cap is None else 0.9 * cap)
-        longest = scorer.wave_tokens
-        yield {"what": "load", "form": form, "cap": cap, "seconds": time.perf_counter() - started, "wave": longest}
-        timed(scorer, shape.tile)
-        for wave in sorted({*(wave for wave in shape.waves if wave < longest), min(longest, shape.waves[-1])}):
-            scorer.wave_tokens = wave
-            yield timed(scorer, wave // shape.tile * shape.tile) | {"wave": wave}
-        scorer.wave_tokens = longest
-        yield timed(scorer, shape.tokens, keep=True) | {"wave": min(longest, shape.tokens), "batch": True}
+        yield loaded(wave=scorer.wave_tokens)
+        yield timed(scorer, model.tile, wave=model.tile)
+        yield timed(scorer, model.tokens, wave=min(scorer.wave_tokens, model.tokens))
     elif form == "resident":
         resident = ResidentScorer(models.load_model(cfg), options)
-        yield {"what": "load", "form": form, "cap": cap, "seconds": time.perf_counter() - started}
-        timed(resident, shape.tile)
-        yield timed(resident, shape.tokens, keep=True) | {"batch": True}
+        yield loaded()
+        timed(resident, model.tile)
+        yield timed(resident, model.tokens)
     else:
         import accelerate
         from transformers import AutoModelForCausalLM
 
         register_packed_attention()
         parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-        model = AutoModelForCausalLM.from_pretrained(
+        offloaded = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.bfloat16,
             attn_implementation="redpen_packed",
             device_map={**dict.fromkeys(parts, 0 if device == "cuda" else "cpu"), "model.layers": "cpu"},
         ).eval()
-        yield {
-            "what": "load",
-            "form": f"accelerate {accelerate.__version__}",
-            "cap": cap,
-            "seconds": time.perf_counter() - started,
-        }
-        for tokens, tile in shape.accelerate_tiles:
-            yield timed(ResidentScorer(model, ScoreOptions(tile_tokens=tile)), tokens, tile)
+        yield loaded(version=accelerate.__version__)
+        for tokens, tile in model.accelerate_tiles:
+            yield timed(ResidentScorer(offloaded, ScoreOptions(tile_tokens=tile)), tokens, tile)
 
 
-# -- the parent ----------------------------------------------------------------------------------------------
+JOBS = {
+    "matmul": matmul,
+    "write": write,
+    **{form: partial(score, form) for form in ("resident", "streamed", "accelerate")},
+}
 
 
-def fitting_layers(shape: Shape, directory: Path) -> int:
-    """As many layers as memory or disk below `directory` hold, and the host beside them."""
-    layer, others = shape.sizes()
-    free = shutil.disk_usage(directory).free
-    status = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * int(next(line.split()[1] for line in status if line.startswith("MemAvailable:")))
-    room = min(free, available - 8 * GIB) - 2 * others - GIB
-    return max(1, min(shape.layers, room // (2 * layer)))
-
-
-class Runner:
-    """Runs the forms within the time that is left, and keeps what they measured."""
-
-    def __init__(self, options: argparse.Namespace, out: Path):
-        self._options, self._out = options, out
-        self._deadline = time.monotonic() + 60 * options.minutes
-        self.found: list[dict[str, Any]] = []
-
-    def note(self, entry: dict[str, Any]) -> None:
-        self.found.append(entry)
-        line = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in entry.items()})
-        print(line, flush=True)
-        with (self._out / "streamed_gpu.jsonl").open("a") as file:
-            print(line, file=file)
-
-    def run(self, what: str, **arguments: Any) -> None:
-        """One form in its own process; what goes wrong in it, and a lack of time, become a note."""
-        job = {"what": what, "shape": self._options.shape, "device": self._options.device, **arguments}
-        command = [sys.executable, __file__, "--child", json.dumps(job)]
-        left = self._deadline - time.monotonic()
-        cap = arguments.get("cap")
-        if left < 20:
-            self.note({"what": "skipped", "form": what, "cap": cap, "why": "no time left"})
-            return
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-            try:
-                output, _ = process.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, _ = process.communicate()
-            errors.seek(0)
-            said = errors.read()
-        for line in output.splitlines():
-            if line.startswith("{"):
-                self.note(json.loads(line))
-        print(
-            said if process.returncode else "".join(x + "\n" for x in said.splitlines() if "streamed to" in x), end=""
-        )
-        if process.returncode:
-            why = "no time left" if process.returncode < 0 else said.strip().splitlines()[-1]
-            self.note({"what": "failed", "form": what, "cap": cap, "why": why})
-
-
-def table(shape: Shape, layers: int, found: list[dict[str, Any]], out: Path) -> str:
-    """Markdown."""
-    rate = next((entry["TFLOPS"] for entry in found if entry["what"] == "matmul"), float("nan"))
-    resident = next((e["tokens/s"] for e in found if e["what"] == "resident" and "tokens/s" in e), float("nan"))
+def tables(found: list[dict[str, Any]]) -> list[str]:
+    """Markdown of what these jobs found, as lines."""
+    scored = [figure for figure in found if figure.get("what") == "scored"]
+    if not scored:
+        return []
+    rate = next((figure["TFLOPS"] for figure in found if figure.get("what") == "matmul"), float("nan"))
+    batches = [f["tokens/s"] for f in scored if f["form"] == "resident"]
+    resident = batches[0] if batches else float("nan")
     lines = [
-        "| | cap, GiB | tokens | tile | wave | tokens/s | x resident | share of matmul | peak, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "",
+        "| scored by | cap, GiB | tokens | tile | wave | tokens/s | x resident | of matmul | peak, GiB | log-probs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for e in found:
-        if "tokens/s" not in e:
-            continue
-        share = e["tokens/s"] * shape.operations(layers) / rate / 1e12
-        cells = [e["what"], e["cap"] or "-", e["tokens"], e["tile"], e.get("wave", "-"), f"{e['tokens/s']:,.0f}"]
-        cells += [f"{e['tokens/s'] / resident:.3f}", f"{share:.1%}", f"{e['peak']:.2f}" if e["peak"] else "-"]
+    for f in scored:
+        speed, same = f["tokens/s"], ""
+        if "different" in f:
+            same = f"{f['different']:,} of {f['of']:,} differ, by {f['largest difference']:.2g}"
+        cells = [f["form"], f["cap"] or "-", f"{f['tokens']:,}", f"{f['tile']:,}", f["wave"] or "-", f"{speed:,.0f}"]
+        cells += [f"{speed / resident:.3f}", f"{speed * f['operations'] / rate / 1e12:.1%}"]
+        cells += [f"{f['peak']:.2f}" if "peak" in f else "-", same or "-"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [
-        f"\n{e['form']} ({e['cap'] or 'no'} cap): {e['why']}" for e in found if e["what"] in ("skipped", "failed")
-    ]
-    expected = out / "resident-0.npy"
-    for scores in sorted(out.glob("streamed-*.npy")) if expected.exists() else []:
-        difference = np.abs(np.load(scores) - np.load(expected))
-        verdict = f"{(difference > 0).mean():.1%} differ" if difference.any() else "equal bits"
-        lines.append(
-            f"\n{scores.stem} GiB against resident: {len(difference):,} log-probs, largest difference "
-            f"{difference.max():.3g} nats, {verdict}"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("qwen3-32b", "tiny"), default="qwen3-32b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--directory", type=Path, help="where the model is written; default: /dev/shm or temporary")
-    parser.add_argument(
-        "--out", type=Path, default=os.environ.get("OUT"), help="where figures are left; default: $OUT"
-    )
-    parser.add_argument("--minutes", type=float, default=8.5, help="start nothing after, and kill what still runs")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        job = options.child
-        shape, device, directory = Shape(job["shape"]), job["device"], Path(job.get("directory", "."))
-        if job["what"] == "write":
-            results = write_model(shape, directory, job["layers"], device)
-        elif job["what"] == "matmul":
-            results = matmul_rate(device)
-        else:
-            results = score(job["what"], shape, directory, device, job["cap"], Path(job["out"]))
-        for entry in results:
-            print(json.dumps(entry), flush=True)
-        return
-
-    shape = Shape(options.shape)
-    places = [options.directory] if options.directory else [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    layers, place = max(((fitting_layers(shape, place), place) for place in places), key=lambda found: found[0])
-    with tempfile.TemporaryDirectory() as unkept, tempfile.TemporaryDirectory(dir=place) as folder:
-        out = options.out or Path(unkept)
-        out.mkdir(parents=True, exist_ok=True)
-        model = str(Path(folder) / "model")
-        runner = Runner(options, out)
-        if layers < shape.layers:
-            runner.note(
-                {"what": "note", "why": f"{layers} of {shape.layers} layers, all that {options.directory} holds"}
-            )
-        runner.run("matmul")
-        runner.run("write", directory=model, layers=layers)
-        scoring = {"directory": model, "out": str(out)}
-        runner.run("streamed", cap=shape.caps[0], **scoring)
-        runner.run("resident", cap=None, **scoring)
-        runner.run("streamed", cap=shape.caps[1], **scoring)
-        runner.run("accelerate", cap=shape.caps[0], **scoring)
-        text = table(shape, layers, runner.found, out)
-        print(text)
-        (out / "streamed_gpu.md").write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    weights = next((figure for figure in found if figure.get("what") == "weights"), None)
+    if weights:
+        lines.append(f"\n{weights['layers']} of {weights['of']} layers, {weights['GB']:.1f} GB of weights")
+    return lines
