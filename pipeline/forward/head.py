@@ -123,7 +123,7 @@ def logits(hidden_nD: Tensor, head: Head, out_nV: Tensor) -> Tensor:
 def check_ids(ids: Tensor, vocab_size: int, what: str, lowest: int = 0) -> None:
     """Refuse ids for which the head has no row: a vocabulary padded to another size, a cache of other models."""
     if ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
+        low, high = torch.stack(ids.aminmax()).tolist()
         if low < lowest or high >= vocab_size:
             raise ModelError(
                 f"{what}: expected {lowest}..{vocab_size - 1}, since the model's head has {vocab_size} rows, got "

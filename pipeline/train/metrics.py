@@ -78,8 +78,10 @@ def measure(targets: Targets, result: HeadLoss) -> MetricSums:
     totals = torch.stack([result.loss.detach().double(), weights_T.sum(), reverse_kl, gap, entropy])
     if targets.old_T is None:
         return MetricSums(totals, MetricSums.zero(totals.device).drift)
-    every_copy = (v.repeat_interleave(targets.copies_T) for v in (sampled_T, targets.old_T, targets.weights_T))
-    return MetricSums(totals, drift_sums(*every_copy))
+    every_copy = torch.repeat_interleave(targets.copies_T)  # once: the host waits for its length
+    return MetricSums(
+        totals, drift_sums(sampled_T[every_copy], targets.old_T[every_copy], targets.weights_T[every_copy])
+    )
 
 
 def drift_sums(logprobs_T: Tensor, old_logprobs_T: Tensor, weights_T: Tensor) -> Tensor:
