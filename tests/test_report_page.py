@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.browser import chromium
 from pipeline.report import page
 
 MISSING = 65535
@@ -190,18 +189,8 @@ def small_document() -> Any:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    names = (os.environ.get("REDPEN_CHROMIUM", ""), "chromium", "google-chrome")
-    executable = next((found for name in names if name and (found := shutil.which(name))), None)
-    if executable is None:
-        pytest.skip("no Chromium: REDPEN_CHROMIUM names one")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", *quiet]
-        )
-        yield chromium
-        chromium.close()
+    with chromium() as browser:
+        yield browser
 
 
 Open = Callable[..., Any]
