@@ -52,7 +52,7 @@ def choose_layout(model: ModelConfig | ResolvedModel) -> LayoutChoice:
         ModelError: a model that no layout can score, naming it, its architecture and the reason.
     """
     source = resolve(model)
-    key = source.config.to_json_string() + repr(source.settings)
+    key = source.config.to_json_string() + (repr(source.settings) if source.settings.trust_remote_code else "")
     if key not in _known:
         _known[key] = _choose(source)
     return _known[key]
