@@ -21,7 +21,8 @@ from pipeline.errors import ModelError, ModelNotFoundError, RedpenError, shorten
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
-from pipeline.models.files import read_adapter_config
+from pipeline.models.files import read_adapter_config, shortened
+from pipeline.models.lora import shared_weights
 from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
 from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
@@ -88,6 +89,11 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
         raise ModelError(
             "adapter: it changes the embeddings or the head, which are one tensor in this model, so it cannot be "
             "merged into one without changing the other"
+        )
+    if shared := shared_weights(base):
+        raise ModelError(
+            f"adapter: cannot be merged, since layers that share a weight have different adapters "
+            f"({shortened(shared, 1)}); apply it with peft instead"
         )
     try:
         for module in base.modules():

@@ -7,13 +7,22 @@ import os
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pipeline.config import ModelConfig
 from pipeline.console import console, say
@@ -96,7 +105,7 @@ def load_model(
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
     with source.loading_errors():
         with quiet(progress=n_bytes > _QUIET_BYTES and console.is_terminal):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            loaded, report = _auto_class(source.config).from_pretrained(
                 directory,
                 dtype=dtype,
                 quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
@@ -148,14 +157,16 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
         try:
             adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
             # Loaded once more, since only this reports tensors that belong nowhere in the model.
-            loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(directory), device="cpu"))
+            weights = load_peft_weights(str(directory), device="cpu")
+            loaded = set_peft_model_state_dict(adapted, weights)
         except (torch.OutOfMemoryError, RedpenError):
             raise
         except Exception as error:  # whatever peft, safetensors and torch raise
             raise ModelError(
                 f"{label}: cannot be loaded as a PEFT adapter of {base} ({one_line(error)}); train or copy it again"
             ) from error
-    if unexpected := loaded.unexpected_keys:
+    names = Counter(_in_text_model(name) for name in weights)  # of a text model in a wrapper, each is stored twice
+    if unexpected := [name for name in loaded.unexpected_keys if names[_in_text_model(name)] < 2]:
         raise ModelError(
             f"{label}: {len(unexpected)} of its tensors have no place in {base} ({shortened(unexpected)}); choose "
             "the model that it was trained on"
@@ -164,6 +175,20 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
         if "missing adapter keys" in str(warning.message):
             raise ModelError(f"{label}: does not fit {base} ({one_line(warning.message)})")
     return adapted
+
+
+def _in_text_model(name: str) -> str:
+    """A weight's name without the prefix of a vision wrapper; without the adapter's name, which peft adds."""
+    return name.replace(".language_model.", ".").replace(".default.", ".")
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Of transformers, which class loads a model: one that exists in a vision wrapper alone (Mistral 3, Qwen3-VL) is
+    loaded with it, and used as text.
+    """
+    in_wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None)
+    return AutoModelForImageTextToText if in_wrapper and not alone else AutoModelForCausalLM
 
 
 def _can_pack(source: ResolvedModel) -> bool:
@@ -194,7 +219,7 @@ def load_skeleton(
     config, device = source.config, device or pick_device(source.settings)
     with source.loading_errors(), quiet(progress=False):
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = _auto_class(config).from_config(
                 config,
                 dtype=getattr(torch, source.dtype),
                 attn_implementation=attention,

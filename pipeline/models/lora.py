@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.console import warn
@@ -20,7 +28,7 @@ from pipeline.forward.finite import name_of
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
-from pipeline.models._transformers_compat import Conv1D, GradientCheckpointingLayer
+from pipeline.models._transformers_compat import Conv1D, GradientCheckpointingLayer, quiet
 from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
 
@@ -31,9 +39,14 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
     """Require gradients of the weights of a loaded student that `train.method` trains: a LoRA's, or all.
 
     Raises:
-        ModelError: as `add_lora`; or all weights are to be trained, and the student has an adapter or weights that
-            are not floating-point numbers.
+        ModelError: as `add_lora`; its weights are scaled for inference (RWKV); or all weights are to be trained, and
+            the student has an adapter or weights that are not floating-point numbers.
     """
+    if getattr(unwrapped(model).config, "rescale_every", 0):
+        raise ModelError(
+            f"{name_of(model)}: {type(unwrapped(model)).__name__} scales its weights in place for inference, under "
+            "which it cannot be trained; set rescale_every to 0 in its config.json (fp16 alone needs it)"
+        )
     if train.method == "lora":
         adapted: nn.Module = add_lora(model, train)
         return adapted
@@ -84,7 +97,24 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
     assert isinstance(adapted, PeftModel)
     if train.lora_targets == "all-linear":
         _warn_of_experts(adapted)
+    if shared := shared_weights(adapted):
+        warn(
+            f"{name_of(adapted)}: {len(shared)} of its layers share a weight with another one, but not its adapter; "
+            "it can be trained and applied, but not merged"
+        )
     return adapted
+
+
+def shared_weights(adapted: nn.Module) -> list[str]:
+    """Names of adapted layers whose weight an earlier adapted layer has, too (Zamba2's shared blocks)."""
+    seen: set[int] = set()
+    found = []
+    for name, module in adapted.named_modules():
+        if isinstance(module, BaseTunerLayer) and (weight := getattr(module, "weight", None)) is not None:
+            if id(weight) in seen:
+                found.append(name)
+            seen.add(id(weight))
+    return found
 
 
 def _excluded(model: nn.Module) -> str | None:
@@ -98,7 +128,7 @@ def _excluded(model: nn.Module) -> str | None:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and (id(module) not in decoder or _is_router(module) or id(module) in fused)
+        and (id(module) not in decoder or not _is_product(module) or id(module) in fused)
         and module is not head
     ]
     # With layer numbers as wildcards: the pattern is stored with the adapter.
@@ -106,9 +136,22 @@ def _excluded(model: nn.Module) -> str | None:
     return "|".join(patterns) or None
 
 
-def _is_router(module: nn.Module) -> bool:
-    """Whether a linear layer is defined by an architecture, so that it may return more than a product."""
-    return type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+def _is_product(module: nn.Linear | Conv1D) -> bool:
+    """Whether a linear layer returns its product and nothing else, which one that an architecture defines may not:
+    Falcon's does, a router returns a choice of experts.
+    """
+    if not type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return True
+    weight = module.weight
+    ones = weight.new_ones(1, weight.shape[1])
+    try:
+        with torch.no_grad():
+            found, product = module(ones), nn.functional.linear(ones, weight, module.bias)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # whatever a layer raises that takes another input
+        return False
+    if not isinstance(found, Tensor) or found.shape != product.shape:
+        return False
+    return found.is_meta or torch.allclose(found, product, rtol=1e-2, atol=1e-2)
 
 
 def _warn_of_experts(adapted: nn.Module) -> None:
@@ -170,12 +213,46 @@ def save(model: nn.Module, weights: Mapping[str, Tensor], directory: Path, stude
                 config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
             # "auto" would ask the Hub for the base model's vocabulary; no embedding is ever trained here
             model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+            _name_in_wrapper(model, resolve(student).config, partial)
         else:
             assert isinstance(model, PreTrainedModel)
             tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             buffers = {name: value for name, value in model.state_dict().items() if name not in tied}
             models.save_model(model, partial, resolve(student).directory, buffers | dict(weights))
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _name_in_wrapper(model: PeftModel, config: PretrainedConfig, directory: Path) -> None:
+    """Give a saved adapter's weights also the names that they have in the vision wrapper that a text model was taken
+    from, as Qwen3.5 is. vLLM, and transformers' class of the whole, know no others; transformers' text model knows
+    only those without the wrapper's prefix, and peft takes from a file what fits.
+    """
+    text = unwrapped(model)
+    if type(config) is type(text.config) or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return
+    with torch.device("meta"), quiet(progress=False):
+        wrapper = AutoModelForImageTextToText.from_config(config)
+    here, there = _name_in(text, decoder_body(text)), _name_in(wrapper, wrapper.get_decoder())
+    file = directory / "adapter_model.safetensors"
+    prefix = "base_model.model."
+    weights = load_file(file)
+    of_wrapper = {name.replace(f"{prefix}{here}.", f"{prefix}{there}.", 1): weights[name].clone() for name in weights}
+    save_file(weights | of_wrapper, file, metadata={"format": "pt"})
+    settings: Any = model.peft_config[_NAME].to_dict()
+    if not isinstance(settings["target_modules"], str):
+        settings["target_modules"] = sorted(name.removeprefix(f"{here}.") for name in settings["target_modules"])
+    beside = [name for name, _ in wrapper.get_submodule(there.rpartition(".")[0]).named_children()]
+    towers = "|".join(re.escape(name) for name in beside if name != there.rpartition(".")[2])
+    excluded = [pattern for pattern in (settings["exclude_modules"], rf"(.*\.)?({towers})\..*") if pattern]
+    settings["exclude_modules"] = "|".join(excluded)
+    stored = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    stored |= {name: settings[name] for name in ("target_modules", "exclude_modules")}
+    (directory / "adapter_config.json").write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _name_in(model: Any, module: nn.Module) -> str:
+    name: str = next(name for name, found in model.named_modules() if found is module)
+    return name
 
 
 def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
