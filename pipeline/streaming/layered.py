@@ -28,6 +28,7 @@ _RETURNS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden,),
     lambda hidden: (hidden, None),
+    lambda hidden: (hidden, None, None),
 )
 
 
@@ -65,6 +66,10 @@ class LayeredModel:
         if len(lists) != 1:
             raise self.refusal(f"its decoder has {len(lists)} lists of {n_layers} layers, one was expected")
         self.layers: list[nn.Module] = list(lists[0])
+        owners: dict[int, int] = {}
+        for number, layer in enumerate(self.layers):
+            if any(owners.setdefault(id(parameter), number) != number for parameter in layer.parameters()):
+                raise self.refusal("its layers share weights")
         self._embedding = model.get_input_embeddings()
         # Where each name of the state is kept. An adapter wraps modules, and so changes names but not this.
         self._holders = {
@@ -142,10 +147,11 @@ class LayeredModel:
         for returns in _RETURNS:
             try:
                 noted = self._note(forward, returns)
-            except (ModelError, ValueError, TypeError, IndexError, RuntimeError) as error:
-                refusal = refusal or (
-                    error if isinstance(error, ModelError) else self.refusal(f"its decoder fails ({error})")
-                )
+            except ModelError as error:
+                refusal = error
+                continue
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                refusal = refusal or self.refusal(f"its decoder fails ({error})")
                 continue
             self._returns = returns
             return noted
@@ -198,7 +204,10 @@ class LayeredModel:
         def layer(index: int, *args: Any, **kwargs: Any) -> Any:
             return returns(run.hidden if index == len(self.layers) - 1 else _split_hidden(args, kwargs)[0])
 
-        with self._layers_as(layer), _forward_as(self._embedding, lambda *args, **kwargs: run.hidden):
+        embedded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if run.hidden.ndim == 3:  # else it is not what the embedding returns (DeepSeek-V4)
+            embedded = _forward_as(self._embedding, lambda *args, **kwargs: run.hidden)
+        with self._layers_as(layer), embedded:
             return run.forward()
 
     @contextlib.contextmanager

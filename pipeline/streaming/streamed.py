@@ -215,7 +215,11 @@ class StreamedScorer:
         working = 0
         kinds = {tuple((w.shape, w.dtype) for w in layer.weights): index for index, layer in enumerate(layers)}
         for index in kinds.values():
-            before = self._layered.install(layers[index].views(self._stream.slots[0]))
+            views = layers[index].views(self._stream.slots[0])
+            for view in views.values():  # a layer may divide by integers that it stores
+                if not view.is_floating_point():
+                    view.fill_(1)
+            before = self._layered.install(views)
             with PeakBytes() as peak:
                 self._layered.step(index, noted)
             self._layered.install(before)
