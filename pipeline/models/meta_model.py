@@ -9,6 +9,7 @@ the architecture. Only attention is replaced: on CUDA it is a flash kernel, whic
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ _ATTENTION = "redpen_meta"
 LINEAR = (nn.Linear, Conv1D)
 # Names of the number of experts in a layer.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Tokens of the row that a model which is not packed is measured on.
+_ROW_TOKENS = 64
+# Names of what a decoder returns to go on from.
+_CACHES = ("past_key_values", "cache_params", "state")
 # Bytes of a weight in NF4, its scales quantised too: 4 bits, a byte for 64 weights, an fp32 for 256 of those
 # (Dettmers et al., "QLoRA", arXiv 2305.14314).
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -147,38 +152,62 @@ class TrainingBytes:
 
 
 def training_bytes(model: nn.Module, tokens: int) -> TrainingBytes:
-    """Memory of a training step with `tokens` packed tokens, without weights and gradients.
+    """Memory of a training step with `tokens` tokens, without weights and gradients.
 
     Gradient checkpointing, if wanted, has to be switched on before.
     """
     gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
     for parameter, gradient in gradients:
         parameter.grad = gradient
-    with WithoutValues(), PeakBytes() as peak:
-        hidden_SD = _hidden(model, tokens)
-        forward, kept, peak.nbytes = peak.nbytes, peak.alive(), 0
-        torch.autograd.backward(hidden_SD, torch.zeros_like(hidden_SD))
+
+    def measure(tokens: int) -> list[int]:
+        with WithoutValues(), PeakBytes() as peak:
+            hidden_SD = _hidden(model, tokens)
+            forward, kept, peak.nbytes = peak.nbytes, peak.alive(), 0
+            torch.autograd.backward(hidden_SD, torch.zeros_like(hidden_SD))
+        return [forward, kept, peak.nbytes]
+
+    found = TrainingBytes(*_extrapolated(measure, model, tokens))
     for parameter, _ in gradients:
         parameter.grad = None
-    return TrainingBytes(forward, kept, peak.nbytes)
+    return found
 
 
 @torch.no_grad()
 def forward_bytes(model: nn.Module, tokens: int) -> int:
     """Peak bytes of activations in a forward pass over `tokens` tokens without gradients, without the head."""
-    with WithoutValues(), PeakBytes() as peak:
-        _hidden(model, tokens)
-    nbytes: int = peak.nbytes
-    return nbytes
+
+    def measure(tokens: int) -> list[int]:
+        with WithoutValues(), PeakBytes() as peak:
+            _hidden(model, tokens)
+        return [peak.nbytes]
+
+    return _extrapolated(measure, model, tokens)[0]
 
 
 @torch.no_grad()
 def cache_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of the key-value cache (or recurrent state) of a sequence of `tokens` tokens."""
     body: Any = decoder_body(model)
-    with WithoutValues():
-        out = body(input_ids=_ids(tokens), use_cache=True)
-    return bytes_of([vars(layer) for layer in out.past_key_values.layers])
+
+    def measure(tokens: int) -> list[int]:
+        with WithoutValues():
+            out = body(input_ids=_ids(tokens), use_cache=True)
+        cache: Any = next((found for name in _CACHES if (found := getattr(out, name, None)) is not None), None)
+        return [bytes_of([vars(layer) for layer in cache.layers] if hasattr(cache, "layers") else cache)]
+
+    return _extrapolated(measure, model, tokens)[0]
+
+
+def _extrapolated(measure: Callable[[int], list[int]], model: nn.Module, tokens: int) -> list[int]:
+    """What is measured for so many tokens. A model that is not packed may go through them one by one: it is measured
+    on rows of a few, and grows linearly from there.
+    """
+    if unwrapped(model).config._attn_implementation == _ATTENTION or tokens <= _ROW_TOKENS:
+        return measure(tokens)
+    half, whole = measure(_ROW_TOKENS // 2), measure(_ROW_TOKENS)
+    times = (tokens - _ROW_TOKENS) / (_ROW_TOKENS // 2)
+    return [round(b + times * (b - a)) for a, b in zip(half, whole, strict=True)]
 
 
 def _hidden(model: nn.Module, tokens: int) -> Tensor:
