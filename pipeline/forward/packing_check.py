@@ -57,10 +57,15 @@ def _in_turn(forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
     return [forward() for forward in forwards]
 
 
+def longest_checked(device: torch.device | str) -> int:
+    """Tokens of the longest rollout that is checked on a device."""
+    return _LONGEST[torch.device(device).type]
+
+
 def choose_checked(lengths: Sequence[int], device: torch.device | str, count: int = 4) -> list[int]:
     """Rollouts to check: the longest that is not too costly, the shortest, and others alternately from both ends."""
     order = np.argsort(np.asarray(lengths), kind="stable").tolist()
-    fitting = [i for i in order if lengths[i] <= _LONGEST[torch.device(device).type]] or order[:1]
+    fitting = [i for i in order if lengths[i] <= longest_checked(device)] or order[:1]
     ends = [i for pair in zip(reversed(fitting), fitting, strict=True) for i in pair]
     return list(dict.fromkeys(ends))[:count]
 
@@ -77,7 +82,7 @@ def settle_layout(
     """Check a model's layout; if packing is not exact, give it rows instead. Returns what was found, as a sentence.
 
     Raises:
-        ModelError: rows are not exact either.
+        ModelError: rows are not exact either, or the model's forward fails.
     """
     if is_packed(model):
         try:
@@ -89,7 +94,15 @@ def settle_layout(
             text = " ".join(str(error).split())[:200]
             warn(f"{name_of(model)}: rollouts are not packed but padded, one a row ({text})")
         unwrapped(model).set_attn_implementation(native_attention(model))
-    worst = check_layout(model, sequences, response_starts, run=run)
+    try:
+        worst = check_layout(model, sequences, response_starts, run=run)
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a forward raises
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(
+            f"{name_of(model)}: its forward fails ({text}); choose another model, dtype or version of transformers"
+        ) from error
     return f"packing check: not packed; padded rows and single rollouts agree to {worst:.1g} nats"
 
 

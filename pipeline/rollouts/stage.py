@@ -18,7 +18,6 @@ recipe says.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -37,11 +36,12 @@ from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
 from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_room
-from pipeline.errors import ConfigError, ModelNotFoundError
+from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rollouts.format_check import check_format
+from pipeline.rollouts.model_check import Prompts, check_architectures, check_scoring, check_student, check_teachers
 from pipeline.rounds.manifests import sampled_round
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts
@@ -92,7 +92,7 @@ def run(
 def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
     """The round's manifest, its prompt records, and their token ids."""
     settings, student = recipe.rollouts, resolve(recipe.student)
-    _check_architectures(recipe)
+    check_architectures(recipe)
     tokenizer, context = student.tokenizer, student.context
     records = load_prompts(recipe.prompts)
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, context)
@@ -101,24 +101,6 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
     if unknown := [token for token in manifest.stop_token_ids if token >= student.vocab_size]:
         raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")
     return manifest, records, prompts
-
-
-def _check_architectures(recipe: Recipe) -> None:
-    """Refuse models that could not score what is about to be sampled.
-
-    A teacher that is not available yet is checked by `redpen score`.
-    """
-    from pipeline.models.architecture import choose_layout
-
-    choose_layout(recipe.student)
-    if recipe.rollouts.engine == "vllm":
-        from pipeline.streaming.header_check import check_checkpoint
-
-        check_checkpoint(recipe.student)
-    for teacher in recipe.teacher:
-        if recipe.placement(teacher) in ("resident", "streamed"):
-            with contextlib.suppress(ModelNotFoundError):
-                choose_layout(teacher)
 
 
 def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ranks: Ranks) -> None:
@@ -165,15 +147,15 @@ class RolloutsWork:
     """The sampling of a round, for any process that can open the cache and load the student.
 
     Attributes:
-        checks_format: run the format check if the round has no block yet. Of torchrun's ranks only the main process
-            does, while the others wait; on a Ray cluster every worker that starts so early does.
+        checks: check models and format if the round has no block yet. Of torchrun's ranks only the main process does,
+            while the others wait; on a Ray cluster every worker that starts so early does.
     """
 
     recipe: Recipe
     cache_url: str
     round_index: int
     prompts: list[npt.NDArray[np.int32]]
-    checks_format: bool
+    checks: bool
 
     @property
     def gpus(self) -> int:
@@ -198,11 +180,13 @@ class RolloutsSession:
         student, sampling = resolve(recipe.student), Sampling.of(manifest, self._round.index)
         rollouts = _BATCHES_PER_CALL * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        is_checked = work.checks_format and recipe.eval.format is not None and settings.format_check_prompts > 0
-        is_checked &= not self._round.rollouts.committed().any()
-        checker = Checker.of(recipe.eval) if is_checked else None
+        is_checked = work.checks and not self._round.rollouts.committed().any()
+        checks_format = is_checked and recipe.eval.format is not None and settings.format_check_prompts > 0
+        checker = Checker.of(recipe.eval) if checks_format else None
+        if is_checked:
+            check_teachers(recipe, work.prompts)
         with ExitStack() as stack:
-            make_sampler = _load_sampler(recipe, student, stack)
+            make_sampler = _load_sampler(recipe, student, stack, work.prompts if is_checked else None)
             if checker is not None:
                 once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
                 check_format(recipe, checker, once, work.prompts, student.tokenizer)
@@ -221,9 +205,11 @@ class RolloutsSession:
 
 
 def _load_sampler(
-    recipe: Recipe, student: ResolvedModel, stack: ExitStack
+    recipe: Recipe, student: ResolvedModel, stack: ExitStack, checked: Prompts | None
 ) -> Callable[[Sampling, OnProgress], Sampler]:
-    """Load the student; returns what makes samplers of it. An engine is closed with `stack`."""
+    """Load the student, and check it on prompts if there are any; returns what makes samplers of it. An engine is
+    closed with `stack`.
+    """
     settings = recipe.rollouts
     if settings.engine == "vllm":
         from pipeline.engines.vllm import Engine
@@ -231,6 +217,8 @@ def _load_sampler(
 
         longest = settings.max_prompt_tokens + settings.max_response_tokens
         longest = min(longest, student.context or longest)
+        if checked is not None:
+            check_scoring(recipe, checked)
         engine = Engine(recipe.student, recipe.vllm, max_length=longest, max_sequences=settings.batch_size)
         stack.enter_context(engine)
         return lambda sampling, on_step: VllmSampler(
@@ -239,6 +227,8 @@ def _load_sampler(
     from pipeline.engines.transformers_sampler import TransformersSampler
 
     model = models.load_model(student, attention="sampling")
+    if checked is not None:
+        check_student(recipe, model, checked)
     return lambda sampling, on_step: TransformersSampler(
         model, sampling, batch_size=settings.batch_size, on_step=on_step
     )
