@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import os
@@ -12,11 +13,8 @@ from typing import Any
 
 from helpers import preloaded
 
-# What takes long to import, or is imported late; the children have it from their parent.
-_ONCE = (
-    *("pipeline.distill", "pipeline.engines.transformers_sampler", "pipeline.engines.resident"),
-    *("torch._dynamo", "torch.utils.tensorboard"),
-)
+# What is imported late; the children have it from their parent.
+_ONCE = ("pipeline.distill", "pipeline.engines.transformers_sampler", "pipeline.engines.resident")
 
 
 def before_each(
@@ -42,6 +40,7 @@ def _main(writes: Sequence[tuple[str, int]], after: tuple[Callable[..., object],
         importlib.import_module(module)
     from pipeline.cli import main
 
+    gc.freeze()
     for path, n in writes:
         if not (child := os.fork()):
             os.replace, os.rename = (_deadly(move, path, itertools.count(1), n) for move in (os.replace, os.rename))

@@ -8,6 +8,7 @@ test_workers.py also starts a job as users do, by torchrun's own command.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import runpy
@@ -21,7 +22,10 @@ from pathlib import Path
 from unittest import mock
 
 # Nothing of redpen: what it reads when imported, such as its rank, is not the server's.
-_PRELOADED = ["torch.distributed.run", "torch.distributed.fsdp", "transformers.models.qwen3.modeling_qwen3", "peft"]
+_PRELOADED = [
+    *("torch.distributed.run", "torch.distributed.fsdp", "torch.utils.tensorboard", "torch._dynamo"),
+    *("transformers.models.qwen3.modeling_qwen3", "peft", "zarr", "pydantic", "tomlkit", "rich.progress"),
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 
@@ -95,6 +99,7 @@ def processes(pid: int) -> Iterator[tuple[int, str]]:
 def _begin(
     environment: dict[str, str], printed: list[Path], program: Callable[..., None], *arguments: object
 ) -> None:
+    gc.freeze()  # stages look for garbage after each of their models; there is none in what was imported
     os.environ.clear()
     os.environ.update(environment)
     for standard, path in enumerate(printed, start=1):
