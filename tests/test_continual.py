@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +31,23 @@ SHORT = (
     "distill.rounds=1",
     "distill.stop_reverse_kl=0",
 )
-HOLDS = "continual.gate=[{name='formats', path='toy:company/formats', limit=16, fall=1.0}]"
-FAILS = "continual.gate=[{name='formats', path='toy:company/formats', limit=8, rise=1.0}]"
+KNOWLEDGE = "{name='knowledge', path='toy:company/questions', limit=8, rise=0.3, fall_since_sft=0.02}"
+FORMATS = "{name='formats', path='toy:company/formats', limit=8, fall=1.0}"
+FAILS, HOLDS = f"continual.gate=[{KNOWLEDGE}, {FORMATS}]", f"continual.gate=[{FORMATS}]"
+
+
+def command(cache: Path, run: Path, gate: str) -> list[str]:
+    settings = [part for setting in (*SHORT, gate) for part in ("--set", setting)]
+    return ["continual", "company", "--cache", str(cache), "--run", str(run), *settings]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A directory with a `run` whose gate does not hold, of `c.zarr`; and what the command printed."""
+    path = tmp_path_factory.mktemp("failed")
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main(command(path / "c.zarr", path / "run", FAILS)) == continual.EXIT_GATE
+    return path, out.getvalue(), err.getvalue()
 
 
 # -------------------------------------------------------------------------------------------------------------- world
@@ -90,14 +108,12 @@ def test_the_fault_of_a_gate(gate: dict[str, float], before: float, after: float
 
 
 def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    failed: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, run = load_recipe("company", SHORT), tmp_path / "run"
-    gates = [gate.model_copy(update={"limit": 8}) for gate in recipe.continual.gate]
-    recipe = recipe.model_copy(update={"continual": recipe.continual.model_copy(update={"gate": gates})})
-    assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
-    out, err = capsys.readouterr()
-    assert f"{run}: the gate does not hold: knowledge rose by " in out and "next:" not in err
+    recipe, cache, run = load_recipe("company", [*SHORT, FAILS]), str(failed[0] / "c.zarr"), tmp_path / "run"
+    shutil.copytree(failed[0] / "run", run)
+    _, out, err = failed
+    assert f"{failed[0] / 'run'}: the gate does not hold: knowledge rose by " in out and "next:" not in err
     assert "knowledge" in out.splitlines()[-3] and "(" in out.splitlines()[-3]
     recorded = json.loads((run / "gate.json").read_text())
     assert set(recorded) == {"knowledge", "formats"} and list(recorded["formats"]) == [
@@ -105,49 +121,42 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
         "after sft",
         "after distillation",
     ]
-    assert continual.run(recipe, str(tmp_path / "c.zarr"), run) == continual.EXIT_GATE
+    assert continual.run(recipe, cache, run) == continual.EXIT_GATE
     assert capsys.readouterr().out.startswith(f"{run}: the gate does not hold")
     for other in ("sft.steps=5", "rollouts.temperature=0.9", "continual.gate=[{name='a', path='p', fall=0.1}]"):
         with pytest.raises(RedpenError, match=rf"was started with a different .*\[{other.partition('.')[0]}\]"):
-            continual.run(load_recipe("company", [*SHORT, other]), str(tmp_path / "c.zarr"), run)
+            continual.run(load_recipe("company", [*SHORT, FAILS, other]), cache, run)
     with pytest.raises(RedpenError, match=r"different \[sft\]"):
-        continual.run(recipe, str(tmp_path / "c.zarr"), run, [str(tmp_path / "week2.jsonl")])
+        continual.run(recipe, cache, run, [str(tmp_path / "week2.jsonl")])
     ledger = json.loads((run / "ledger.json").read_text())
     assert {"sft", "rollouts", "score teacher", "train"} <= set(ledger)
     assert evaluate.run(str(run), overrides=("eval.limit=8",)) == 0
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
 
 
-def test_the_next_documents_start_where_these_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_next_documents_start_where_these_ended(
+    failed: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """New knowledge and old behaviour in turn; a gate that holds is exit code 0."""
-    settings = ["continual", "company", *(part for setting in (*SHORT, HOLDS) for part in ("--set", setting))]
-    first, second = tmp_path / "week1", tmp_path / "week2"
-    assert main([*settings, "--cache", str(tmp_path / "1.zarr"), "--run", str(first)]) == 0
+    first, second = failed[0] / "run", tmp_path / "week2"
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "Bakodi is run by Zoe."}\n{"text": "Tulapo is in Rome."}\n')
     went_on = ["--data", str(documents), "--set", f"student.adapter={first / 'adapter'}"]
-    assert main([*settings, *went_on, "--cache", str(tmp_path / "2.zarr"), "--run", str(second)]) == 0
+    assert main([*command(tmp_path / "c.zarr", second, HOLDS), *went_on]) == 0
     assert "the gate holds" in capsys.readouterr().out
     before, after = (json.loads((run / "gate.json").read_text())["formats"] for run in (first, second))
     assert before["after distillation"] == after["before"]
-    manifests = [cs.open(tmp_path / f"{number}.zarr").round().scores("teacher").manifest for number in (1, 2)]
+    manifests = [cs.open(path / "c.zarr").round().scores("teacher").manifest for path in (failed[0], tmp_path)]
     assert len({manifest.model.digest for manifest in manifests}) == 1  # type: ignore[union-attr]
     assert all(manifest.model.adapter_digest is None for manifest in manifests), "the weights as they were"  # type: ignore[union-attr]
 
 
-def test_killed_anywhere_it_ends_with_the_same_adapter(tmp_path: Path) -> None:
-    settings = [part for setting in (*SHORT, FAILS) for part in ("--set", setting)]
-
-    def command(name: str) -> list[str]:
-        where = ["--cache", str(tmp_path / f"{name}.zarr"), "--run", str(tmp_path / name)]
-        return ["continual", "company", *where, *settings]
-
+def test_killed_anywhere_it_ends_with_the_same_adapter(failed: tuple[Path, str, str], tmp_path: Path) -> None:
     run = tmp_path / "killed"
     writes = [("/sft/ledger.json", 1), ("/distill/adapter", 1), ("/killed/ledger.json", 1)]
-    killing.before_each(writes, *command("killed"), code=continual.EXIT_GATE)
-    assert main(command("undisturbed")) == continual.EXIT_GATE
+    killing.before_each(writes, *command(tmp_path / "c.zarr", run, FAILS), code=continual.EXIT_GATE)
     for name in ("adapter/adapter_model.safetensors", "gate.json"):
-        assert (run / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert (run / name).read_bytes() == (failed[0] / "run" / name).read_bytes()
 
 
 def test_with_all_weights_the_result_is_a_model(tmp_path: Path) -> None:

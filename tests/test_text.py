@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from helpers import preloaded
+
+
+def print_tokenizer(terminal: str, model: str) -> None:
+    """What is found, with a terminal as standard input."""
+    from pipeline.text.detokenize import local_tokenizer
+
+    os.dup2(os.open(terminal, os.O_RDWR), 0)
+    sys.stdin = open(0)  # noqa: SIM115
+    print("found", local_tokenizer(model, None))
 
 
 def test_code_beside_a_tokenizer_is_neither_run_nor_offered(tmp_path: Path) -> None:
@@ -20,17 +28,12 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_offered(tmp_path: Path) -> N
     auto = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None], "AutoConfig": "evil.Tokenizer"}}
     (model / "tokenizer_config.json").write_text(json.dumps(auto | {"tokenizer_class": "Tokenizer"}))
     (model / "config.json").write_text(json.dumps(auto | {"model_type": "evil"}))
-    code = (
-        f"from pipeline.text.detokenize import local_tokenizer; print('found', local_tokenizer({str(model)!r}, None))"
-    )
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 3)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], stdin=theirs, capture_output=True, text=True, cwd=ROOT, timeout=120
-        )
+        out, err = preloaded.Process(print_tokenizer, os.ttyname(theirs), str(model)).communicate(timeout=120)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert done.stdout == "found None\n", done.stdout + done.stderr
-    assert "[y/N]" not in done.stdout + done.stderr and not ran.exists()
+    assert out == "found None\n", out + err
+    assert "[y/N]" not in out + err and not ran.exists()
