@@ -62,11 +62,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def once(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The harness reads its ten thousand task files once for all tests; `datasets` keeps no copies of ours."""
+    """The harness looks for our tasks alone, not for its own ten thousand; `datasets` keeps no copies of ours."""
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:
-        manager = harness.TaskManager(include_path=str(directory))
+        manager = harness.TaskManager(include_path=str(directory), include_defaults=False)
         patch.setattr(harness, "TaskManager", lambda include_path: manager)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
