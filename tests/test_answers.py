@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import EvalConfig
 from pipeline.errors import ConfigError
-from pipeline.text.answers import Checker, as_number, fraction_right, pass_at
+from pipeline.text.answers import Checker, as_number, fraction_right, none_right, pass_at
 from pipeline.text.math_verify import MathJudge, boxed
 
 BOXED = r"\\boxed\{(.*)\}"
@@ -99,6 +99,55 @@ def test_without_a_pattern_the_answer_is_found(response: str, match: str, answer
     assert checker.answer(response) == answer
     assert checker.is_right(response, "1") is False
     assert answer is None or checker.is_right(response, answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "wanted", "right"),
+    [
+        ("The chief engineer of Veltrix is Jonas Brandl.", "jonas brandl", True),
+        ("Brandl, Jonas", "Jonas Brandl", False),
+        ("Jonas Brandlsen", "Jonas Brandl", False),
+        ("Die STRASSE", "Straße", True),
+        ("Cafe\u0301 Noir", "CAFÉ noir", True),
+        ("\uff11\uff12 apples", "12", True),  # full-width digits
+        ("It is 3.5 m", "3", False),
+        ("It is 3.5 m.", "3.5", True),
+        ("The peak is 8,849 m (Everest).", "8849", True),
+        ("the 3rd", "3", False),
+        ("10-5", "5", True),
+        ("so \u22125", "-5", True),
+        ("so -5", "5", False),
+        ("in C++", "C", False),
+        ("642+12=654", "642", True),
+        ("75%", "75 %", True),
+        ("\u6771\u4eac\u3067\u3059", "\u6771\u4eac", True),  # no spaces in Japanese
+        ("Rome? <think>Rome</think> Paris", "Rome", False),
+        ("<think> it may be Rome", "Rome", False),  # cut before the answer
+        ("", "Rome", False),
+        ("?!", "?", False),
+    ],
+)
+def test_an_answer_within_a_sentence(response: str, wanted: str, right: bool) -> None:
+    assert Checker("contains").is_right(response, wanted) is right
+
+
+@pytest.mark.parametrize("match", ["exact", "contains", "number"])
+def test_each_of_several_answers_is_right(match: str) -> None:
+    checker = Checker(match)
+    assert checker.is_right("1000", ["a thousand", "1000"]) and checker.is_right("a thousand", ["a thousand", "1000"])
+    assert not checker.is_right("999", ["a thousand", "1000"]) and not checker.is_right("1000", [])
+
+
+def test_what_is_wrong_with_every_response() -> None:
+    said, wanted = ["It is Paris.", "Rome"], [["paris"], ["Bern", "Berne"]]
+    assert none_right(["Paris", "paris"], [["paris"], ["paris"]], Checker()) is None
+    assert none_right([], [], Checker()) is None
+    line = none_right(said, wanted, Checker())
+    assert line is not None and 'expected "paris", got "It is Paris."' in line and "1 of them contain it" in line
+    assert 'set eval.match = "contains"' in line and none_right(said, wanted, Checker("contains")) is None
+    line = none_right(said, wanted[1:] * 2, Checker(pattern=r"=(\d+)"))
+    assert line is not None and 'expected "Bern or Berne", got no answer in "It is Paris."' in line
+    assert "eval.answer_pattern = '=(" in line and "\n" not in line
 
 
 @given(st.fractions(), st.sampled_from(["{}", "$ {}", " {} "]))

@@ -124,13 +124,15 @@ def test_the_table_is_on_stdout(run_dir: Path, capsys: pytest.CaptureFixture[str
     assert stage.run(str(run_dir), overrides=[*SMALL, "eval.limit=4", "eval.samples=2"]) == 0
     out, _ = capsys.readouterr()
     lines = out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:6]] == [
+    assert [line.split("  ")[0] for line in lines[:8]] == [
         "4 prompts of toy:heldout", "accuracy, greedy", "accuracy, sampled (pass@1)", "pass@2",
-        "legal format, sampled", "reverse KL, nats a token",
+        "legal format, sampled", "reverse KL, nats a token", "length, mean tokens", "cut at 24 tokens",
     ]  # fmt: skip
-    assert "points" in lines[1] and lines[6].startswith(
+    assert "points" in lines[1] and lines[8].startswith(
         "(95 % intervals; sampled: 2 a prompt at T = 1; reverse KL to toy"
     )
+    measured = json.loads((run_dir / "eval.json").read_text())
+    assert [f"{measured[label]['response_tokens']:.1f}" for label in ("before", "after")] == lines[6].split()[3:5]
     assert "\x1b" not in out and "─" not in out
 
 
@@ -412,6 +414,41 @@ def test_figures_written_elsewhere_do_not_change_the_run(run_dir: Path, tmp_path
     assert tree_digest(run_dir) == before
 
 
+def test_what_changed_is_shown(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.run(str(run_dir), overrides=SMALL, out=tmp_path / "eval.json") == 0
+    shown = capsys.readouterr().out.partition("greedy responses changed")
+    count, of, n_prompts = shown[0].split()[-3:]
+    assert (of, n_prompts) == ("of", str(N_PROMPTS)) and 3 <= int(count) <= N_PROMPTS
+    rows = [line.split(maxsplit=2) for line in shown[2].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["prompt", "before", "after"] * 3
+    records = load_prompts(heldout(N_PROMPTS))
+    for prompt, before, after in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        (answer,) = (record["answer"] for record in records if record["prompt"] == prompt[1])
+        assert prompt[2] == f"(answer: {answer})" and before[2] != after[2]
+        for _, mark, text in (before, after):
+            assert (mark == "right") == (str(world.read_answer(text)) == answer)
+
+
+def test_prompts_without_answers_get_no_greedy_responses(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    records = load_prompts(heldout(6))
+    prompts.write_text("".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in records))
+    temperatures: list[float] = []
+    sample = TransformersSampler.sample_block
+
+    def recorded(self: TransformersSampler, block: PromptBlock) -> cs.RolloutBlock:
+        temperatures.append(self._sampling.temperature)
+        return sample(self, block)
+
+    monkeypatch.setattr(TransformersSampler, "sample_block", recorded)
+    out = tmp_path / "eval.json"
+    assert stage.run(str(run_dir), prompts=str(prompts), overrides=SMALL, out=out) == 0
+    assert temperatures == [1.0, 1.0] and "greedy" not in json.loads(out.read_text())["after"]
+    assert "of 6 sampled responses changed" in capsys.readouterr().out
+
+
 # -- one model ----------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +472,16 @@ def test_the_embedded_models_need_nothing_else(
     measured = json.loads(out.read_text())["model"]
     assert measured["greedy"] == figures["before"]["greedy"]
     assert measured["reverse_kl"]["value"] == pytest.approx(figures["before"]["reverse_kl"]["value"], rel=1e-6)
+
+
+def test_a_recipe_brings_its_teacher(figures: dict[str, dict[str, dict[str, float]]], tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    assert stage.run(resolve_path("toy:student"), recipe="toy", overrides=SMALL, out=out) == 0
+    measured = json.loads(out.read_text())
+    assert measured["teacher"] == "toy:teacher"
+    assert measured["model"]["reverse_kl"]["value"] == pytest.approx(
+        figures["before"]["reverse_kl"]["value"], rel=1e-6
+    )
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -545,13 +592,13 @@ def test_what_cannot_be_measured_is_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_prompts_without_answers_need_a_teacher(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_without_answers(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"prompt": p.prompt}) + "\n" for p in world.sample("heldout", 4, 0)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
-    with pytest.raises(ConfigError, match="no prompt has an answer"):
-        stage.run("toy:student", prompts=str(tmp_path / "p.jsonl"))
+    assert stage.run("toy:student", prompts=str(tmp_path / "p.jsonl"), overrides=["eval.format="]) == 0
+    said = capsys.readouterr()
+    assert "length, mean tokens" in said.out and "the first of 4 sampled responses:" in said.out
+    assert "reverse KL" not in said.out and "4 of 4 prompts have no answer; accuracy is not measured" in said.err
     assert stage.run(str(run_dir), prompts=str(tmp_path / "p.jsonl")) == 0
     said = capsys.readouterr()
     assert "reverse KL" in said.out and "accuracy" not in said.out

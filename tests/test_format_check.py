@@ -66,3 +66,24 @@ def test_a_round_without_a_check_needs_no_extra(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="math-verify"):
         stage.run(small_recipe(*maths), url)
     assert stage.run(small_recipe(*maths, "eval.format="), url) == 0
+
+
+# -- the answer check ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["prompts", "held-out prompts"])
+def test_a_round_without_a_right_answer_is_pointed_out(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own rollouts, or by responses to held-out prompts: answers inside sentences, compared as a whole."""
+    answers, none = tmp_path / "answers.jsonl", tmp_path / "none.jsonl"
+    answers.write_text('{"prompt": "121+2*3=", "answer": "127"}\n')
+    none.write_text('{"prompt": "121+2*3="}\n')
+    sampled, held_out = (answers, none) if where == "prompts" else (none, answers)
+    settings = [f"prompts.path={sampled}", f"eval.path={held_out}", "eval.format=", "eval.answer_pattern="]
+    assert stage.run(small_recipe(*settings), str(tmp_path / "c.zarr")) == 0
+    said = capsys.readouterr().err
+    assert 'eval.match = "exact", e.g. expected "127", got "2*3=6;121+6=127"; ' in said
+    assert 'contain it: set eval.match = "contains"' in said and said.count("e.g. expected") == 1
+    assert stage.run(small_recipe(*settings, "eval.match=contains"), str(tmp_path / "d.zarr")) == 0
+    assert "e.g. expected" not in capsys.readouterr().err

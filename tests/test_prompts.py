@@ -76,7 +76,8 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b'{"prompt": 3}', "prompt: expected text, got a number"),
         (b'{"prompt": {"a": 1}}', "prompt: expected text, got an object"),
         (b'{"prompt": "\\ud800"}', "prompt: expected Unicode text, got half a surrogate pair at character 0"),
-        (b'{"prompt": "a", "answer": [1]}', "answer: expected text, got a list"),
+        (b'{"prompt": "a", "answer": []}', "answer: expected text or a list of accepted answers, got an empty list"),
+        (b'{"prompt": "a", "answer": ["b", [1]]}', "answer[1]: expected text, got a list"),
         (b'{"prompt": "a", "answer": true}', "answer: expected text, got true or false"),
         (b'{"prompt": "a", "answer": -Infinity}', "answer: expected text or a finite number, got -inf"),
         (b'{"prompt": "a", "answer": 1, "answer": 2}', 'expected every key once, got "answer" more often'),
@@ -129,6 +130,8 @@ def test_good_lines(tmp_path: Path) -> None:
         {"prompt": "a\u2028b", "answer": 3, "source": "s", "id": 7, "else": [1]},
         {"messages": CHAT, "answer": None},
         {"prompt": CHAT},
+        {"prompt": "b", "answer": ["one", 1]},
+        {"prompt": "b", "answer": [64.0]},
     ]
     content = b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(line, ensure_ascii=False).encode() for line in lines)
     records = load(tmp_path, content)
@@ -136,6 +139,8 @@ def test_good_lines(tmp_path: Path) -> None:
         {"prompt": "a\u2028b", "answer": "3", "source": "s", "id": "7"},
         {"messages": CHAT},
         {"messages": CHAT},
+        {"prompt": "b", "answer": ["one", "1"]},
+        {"prompt": "b", "answer": "64"},
     ]
     assert load(tmp_path, content, limit=1) == records[:1]
     assert cs.prompts_sha256(records) != cs.prompts_sha256(records[:1])

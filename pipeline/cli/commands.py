@@ -147,9 +147,9 @@ def continual(recipe: Recipe, cache_url: str, run_dir: str, data: tuple[str, ...
 @cli.command("eval")
 @click.argument("target", metavar="MODEL_OR_RUN")
 @click.option("--prompts", metavar="FILE", help="Prompts with an answer; default: eval.path of the recipe.")
-@click.option("--teacher", metavar="MODEL", help="Measure reverse KL to this teacher; default: the run's.")
+@click.option("--teacher", metavar="MODEL", help="Measure reverse KL to this teacher; default: the recipe's.")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness to add, e.g. ifeval,aime24.")
-@click.option("--recipe", metavar="RECIPE", help="Settings for a bare model; a run has its recipe.")
+@click.option("--recipe", metavar="RECIPE", help="Settings and teacher for a bare model; a run has its recipe.")
 @click.option("--out", metavar="FILE", help="Where to write the figures, as JSON; default: eval.json in the run.")
 @options.set_option
 def evaluate(target: str, tasks: str | None, **chosen: Any) -> int | None:

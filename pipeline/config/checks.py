@@ -181,7 +181,7 @@ def heldout_format_needs_format(recipe: Recipe) -> str | None:
 @_conflict
 def answer_format_needs_a_pattern(recipe: Recipe) -> str | None:
     settings = recipe.eval
-    if settings.format == "answer" and settings.match == "exact" and settings.answer_pattern is None:
+    if settings.format == "answer" and settings.match in ("exact", "contains") and settings.answer_pattern is None:
         return (
             'eval.format = "answer" needs eval.answer_pattern, or eval.match = "number" or "math": without them the '
             "whole response is the answer, and every response is legal"

@@ -130,15 +130,17 @@ class EvalConfig(Section):
         le=CONTEXT,
         description="longer responses are truncated; default: rollouts.max_response_tokens, or the task's limit",
     )
-    match: Literal["exact", "number", "math"] = Field(
+    match: Literal["exact", "contains", "number", "math"] = Field(
         default="exact",
-        description="how answers are compared; exact: as text; number: also as numbers, 1,000 = 1e3, 3/4 = 75 %; "
-        "math: as expressions, by math-verify (extra eval)",
+        description="how answers are compared; exact: as text; contains: the answer's words follow one another in "
+        "the response, in any case; number: also as numbers, 1,000 = 1e3, 3/4 = 75 %; math: as expressions, by "
+        "math-verify (extra eval)",
     )
     answer_pattern: str | None = Field(
         default=None,
         description="regular expression with one group; its last match in a response is the answer. default: the "
-        "whole response (exact), its last number (number), or what math-verify finds (math)",
+        "whole response (exact), all after </think> (contains), its last number (number), or what math-verify finds "
+        "(math)",
     )
     format: str | None = Field(
         default=None,

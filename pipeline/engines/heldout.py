@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.rows import attention_of, eval_mode, sampling_attention
 from pipeline.models.resolve import ResolvedModel, resolve
-from pipeline.text.answers import Checker
+from pipeline.text.answers import Checker, answers_of
 from pipeline.text.detokenize import response_texts
 from pipeline.text.prompts import load_prompts
 from pipeline.text.rendering import render_all
@@ -82,12 +82,15 @@ def response_setting(recipe: Recipe) -> str:
     return f"{section}.max_response_tokens"
 
 
-def right_answers(texts: Sequence[str], answers: Sequence[str | None], checker: Checker) -> npt.NDArray[np.bool_]:
-    """[P, S]: whether each response, S a prompt, gives its prompt's answer; without one it is never right."""
-    n_samples = len(texts) // len(answers)
-    wanted = [answer for answer in answers for _ in range(n_samples)]
+def right_answers(
+    texts: Sequence[str], accepted: Sequence[list[str] | None], checker: Checker
+) -> npt.NDArray[np.bool_]:
+    """[P, S]: whether each response, S a prompt, gives an answer that its prompt accepts; without one it is never
+    right."""
+    n_samples = len(texts) // len(accepted)
+    wanted = [answers for answers in accepted for _ in range(n_samples)]
     right = [w is not None and checker.is_right(text, w) for text, w in zip(texts, wanted, strict=True)]
-    return np.array(right).reshape(len(answers), n_samples)
+    return np.array(right).reshape(len(accepted), n_samples)
 
 
 def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> npt.NDArray[np.bool_]:
@@ -106,14 +109,14 @@ def generating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """Prompts of `eval.path` as `(token ids, answer)`, and the metric of a greedy response to them.
+    """Prompts of `eval.path` as `(token ids, accepted answers)`, and the metric of a greedy response to them.
 
     Attributes:
         metric: "accuracy" counts right responses, "format" legal ones.
     """
 
     metric: str
-    prompts: tuple[tuple[npt.NDArray[np.int32], str | None], ...]
+    prompts: tuple[tuple[npt.NDArray[np.int32], list[str] | None], ...]
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     checker: Checker
@@ -126,7 +129,7 @@ class HeldOutPrompts:
         records, ids = held_out_prompts(recipe, limit, student, metric=metric, setting=setting)
         return cls(
             metric,
-            tuple((i, record.get("answer")) for i, record in zip(ids, records, strict=True)),
+            tuple((i, answers_of(record)) for i, record in zip(ids, records, strict=True)),
             student.tokenizer,
             greedy_sampling(recipe, student),
             Checker.of(recipe.eval),
@@ -147,4 +150,4 @@ class HeldOutPrompts:
         texts = response_texts(rollouts, self.tokenizer)
         if self.metric == "format":
             return int(legal_responses(texts, len(self.prompts), self.checker).sum())
-        return int(right_answers(texts, [answer for _, answer in self.prompts], self.checker).sum())
+        return int(right_answers(texts, [answers for _, answers in self.prompts], self.checker).sum())

@@ -75,11 +75,12 @@ def plan_eval(
     else:
         if run_dir.is_dir() and not (run_dir / "config.json").is_file():
             raise RedpenError(f"{target}: expected a run of `redpen train`, or a model; this directory is neither")
+        is_given = recipe_name is not None
         # the embedded models were trained without a chat template, as their recipe says
         recipe_name = recipe_name or ("toy" if target.startswith("toy:") else None)
         recipe = _recipe_for(target, prompts, teacher, overrides, recipe_name)
         students = {"model": recipe.student}
-        chosen = None
+        chosen = _recipe_teacher(recipe, target) if is_given else None
     if teacher is not None:
         known = (t for t in recipe.teacher if t.model == teacher)
         chosen = next(known, TeacherConfig(model=teacher, dtype="auto", device=recipe.student.device))
@@ -150,7 +151,20 @@ def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
         name = read_json(run_dir / RECORD)["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
+    return _teacher_named(recipe, name, f"{run_dir} learned from {name}")
+
+
+def _recipe_teacher(recipe: Recipe, target: str) -> TeacherConfig | None:
+    """The teacher of the recipe that is given for a bare model; None if that is the same model."""
+    names = ", ".join(recipe.teacher_names)
+    found = _teacher_named(recipe, recipe.train.teacher or names, f"{target} is compared with the recipe's {names}")
+    is_same = (found.model, found.adapter) == (target, recipe.student.adapter) and not found.renders
+    return None if is_same else found
+
+
+def _teacher_named(recipe: Recipe, name: object, reason: str) -> TeacherConfig:
+    """The teacher of this name; of several without it the first, with a warning."""
     found = next((teacher for teacher in recipe.teacher if teacher.name == name), recipe.teacher[0])
     if found.name != name and len(recipe.teacher) > 1:
-        warn(f"{run_dir} learned from {name}; reverse KL is to {found.name} alone, --teacher MODEL chooses another")
+        warn(f"{reason}; reverse KL is to {found.name} alone, --teacher MODEL chooses another")
     return found

@@ -5,8 +5,8 @@
     redpen eval RUN --tasks ifeval,aime24                 also tasks of lm-evaluation-harness
 
 `pipeline.text.answers.Checker` decides which answers are right and which responses legal, of the greedy response to
-each prompt and of `eval.samples` sampled at `eval.temperature`, with pass@k. Reverse KL is on *fresh* rollouts,
-sampled at temperature 1 by the student that is measured:
+each prompt with an answer and of `eval.samples` sampled at `eval.temperature`, with pass@k. Reverse KL is on *fresh*
+rollouts, sampled at temperature 1 by the student that is measured:
 
     mean_t  sum_{v in C} p_S(v) (log p_S(v) - log p_T(v)) + p_S(rest) (log p_S(rest) - log p_T(rest))
 
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
 from pipeline.evaluate.eval_cache import EvalCacheWriter
+from pipeline.evaluate.examples import Responses, show_responses
 from pipeline.evaluate.job import AFTER, EvalJob, plan_eval, run_of
 from pipeline.evaluate.reread import reread
 from pipeline.evaluate.table import show
@@ -65,7 +67,7 @@ from pipeline.runs.files import EVAL_CACHE, EVAL_FIGURES, REREAD, replacing
 from pipeline.runs.lock import locked, replacing_results
 from pipeline.teachers.alignment import View, view_on
 from pipeline.teachers.spans import SpanView
-from pipeline.text.answers import Checker, Estimate, fraction_right, pass_at
+from pipeline.text.answers import Checker, Estimate, answers_of, fraction_right, pass_at
 from pipeline.text.detokenize import response_texts
 
 Figures = dict[str, Any]
@@ -80,9 +82,15 @@ class EvalPrompts:
     block: PromptBlock
     view: View
 
-    @property
-    def n_answers(self) -> int:
-        return sum("answer" in record for record in self.records)
+    @cached_property
+    def answers(self) -> list[list[str] | None]:
+        """The accepted answers of every prompt."""
+        return [answers_of(record) for record in self.records]
+
+    @cached_property
+    def with_answer(self) -> list[int]:
+        """Numbers of the prompts with an answer."""
+        return [index for index, accepted in enumerate(self.answers) if accepted is not None]
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,11 @@ class StudentResponses:
     """One student's greedy and sampled responses, and for the reverse KL its fresh rollouts with its own scores.
 
     Attributes:
+        greedy: to the prompts with an answer; None if there are none.
         sampling: of the fresh rollouts.
     """
 
-    greedy: cs.RolloutBlock
+    greedy: cs.RolloutBlock | None
     sampled: cs.RolloutBlock
     fresh: cs.RolloutBlock
     sampling: Sampling
@@ -118,12 +127,11 @@ def run(
         teacher: in place of the recipe's; a bare model without either gets no reverse KL.
         tasks: in place of `eval.tasks`.
         overrides: `section.key=value`.
-        recipe: settings for a bare model.
+        recipe: settings and teacher for a bare model.
         out: the file for the figures (JSON); default RUN/eval.json.
 
     Raises:
-        RedpenError: an unfinished run, no prompts, no answers and no teacher, or models or tasks that are not
-            available.
+        RedpenError: an unfinished run, no prompts, or models or tasks that are not available.
     """
     started = time.perf_counter()
     if tasks:
@@ -149,14 +157,15 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
 
     responses: dict[str, StudentResponses] = {}
     figures: dict[str, Figures] = {}
+    shown: dict[str, Responses] = {}
     reread_file: bytes | None = None
     with ExitStack() as results:
         try:
             for label, source in students.items():
                 model = models.load_model(source)
                 if prompts is not None:
-                    responses[label] = _respond(job, model, source, prompts.block, label)
-                    figures[label] = _grade(responses[label], prompts.records, student.tokenizer, checker)
+                    responses[label] = _respond(job, model, source, prompts, label)
+                    figures[label], shown[label] = _grade(responses[label], prompts, student.tokenizer, checker)
                 if settings.tasks:
                     say(f"{label}: {', '.join(settings.tasks)} by lm-evaluation-harness")
                     figures[label] = figures.get(label, {}) | {"tasks": measure_tasks(model)}
@@ -180,6 +189,8 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
             _keep(job, _to_json(about, figures), reread_file, results)
         finally:
             show(figures, about)
+            if prompts is not None:
+                show_responses(shown, prompts.records, checker)
 
 
 # -- preparing -----------------------------------------------------------------------------------------------
@@ -197,12 +208,10 @@ def _load_prompts(
         return replace(job, teacher=None), None
     records, ids = held_out_prompts(job.recipe, settings.limit, student)
     prompts = EvalPrompts(records, PromptBlock(0, list(enumerate(ids))), View())
-    if not prompts.n_answers and teacher is None:
-        raise ConfigError(
-            f"{settings.path}: no prompt has an answer, and without --teacher there is nothing to measure"
-        )
-    if prompts.n_answers < len(records):
-        warn(f"{settings.path}: {len(records) - prompts.n_answers} of {len(records)} prompts have no answer")
+    n_answers = len(prompts.with_answer)
+    if n_answers < len(records):
+        counted = "accuracy is of the others" if n_answers else "accuracy is not measured"
+        warn(f"{settings.path}: {len(records) - n_answers} of {len(records)} prompts have no answer; {counted}")
     if teacher is None:
         return job, prompts
     stop_ids = student.stop_token_ids(job.recipe.rollouts)
@@ -210,7 +219,7 @@ def _load_prompts(
     try:
         view = view_on(job.recipe, teacher, records, student.tokenizer_identity.digest, size, stop_ids, settings.path)
     except ModelNotFoundError as error:
-        if teacher_required or not prompts.n_answers:
+        if teacher_required or not n_answers:
             raise
         # A run may be evaluated after its teacher was deleted; accuracy does not need it.
         warn(f"{error}; reverse KL is left out")
@@ -240,53 +249,60 @@ def _load_tasks(recipe: Recipe, student: ResolvedModel) -> Callable[[PreTrainedM
 
 
 def _respond(
-    job: EvalJob, model: PreTrainedModel, source: ResolvedModel, block: PromptBlock, label: str
+    job: EvalJob, model: PreTrainedModel, source: ResolvedModel, prompts: EvalPrompts, label: str
 ) -> StudentResponses:
     """Sample one student's responses, and score its fresh rollouts with the student itself."""
     recipe, settings = job.recipe, job.recipe.eval
     greedy = greedy_sampling(recipe, source)
     sampled = replace(greedy, temperature=settings.temperature, rollouts_per_prompt=settings.samples)
     fresh = sampled if settings.temperature == 1 else replace(greedy, temperature=1.0)
-    wanted = {"greedy": greedy, "sampled": sampled}
+    every = prompts.block
+    wanted = {"sampled": (sampled, every)}
+    if prompts.with_answer:
+        wanted["greedy"] = greedy, PromptBlock(every.block, [every.prompts[index] for index in prompts.with_answer])
     if job.teacher is not None and fresh is not sampled:
-        wanted["fresh"] = fresh
+        wanted["fresh"] = fresh, every
 
     rollouts: dict[str, cs.RolloutBlock] = {}
-    total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling in wanted.values())
+    total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling, block in wanted.values())
     with progress(f"{label}: responses", total, "responses") as bar, generating(model):
-        for name, sampling in wanted.items():
+        for name, (sampling, block) in wanted.items():
             sampler = TransformersSampler(
                 model, sampling, batch_size=settings.batch_size, on_step=lambda ended, _: bar.advance(ended)
             )
             rollouts[name] = sampler.sample_block(block)
-    rollouts.setdefault("fresh", rollouts["sampled"])
+    fresh_rollouts = rollouts.get("fresh", rollouts["sampled"])
     scores = None
     if job.teacher is not None:
         known = source.known_tokens
         options = _options(recipe, min(settings.candidates, known), known)
         make = functools.partial(ResidentScorer, model)
-        scores = _score(make, rollouts["fresh"], None, options, f"{label}: scoring")
-    return StudentResponses(**rollouts, sampling=fresh, scores=scores)
+        scores = _score(make, fresh_rollouts, None, options, f"{label}: scoring")
+    return StudentResponses(rollouts.get("greedy"), rollouts["sampled"], fresh_rollouts, fresh, scores)
 
 
 def _grade(
-    done: StudentResponses, records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, checker: Checker
-) -> Figures:
-    """Accuracy, pass@k, legal format and lengths of one student's responses."""
+    done: StudentResponses, prompts: EvalPrompts, tokenizer: PreTrainedTokenizerBase, checker: Checker
+) -> tuple[Figures, Responses]:
+    """Accuracy, pass@k, legal format and lengths of one student's responses, and those that are shown: the greedy
+    ones, or the first sampled for each prompt."""
     found: Figures = {}
-    answers = [record.get("answer") for record in records]
-    with_answer = [i for i, answer in enumerate(answers) if answer is not None]
-    texts = {"greedy": response_texts(done.greedy, tokenizer), "sampled": response_texts(done.sampled, tokenizer)}
-    if with_answer:
-        right = {name: right_answers(said, answers, checker)[with_answer] for name, said in texts.items()}
-        found |= {name: asdict(fraction_right(right_PS)) for name, right_PS in right.items()}
-        n_samples = right["sampled"].shape[1]
-        found["pass_at"] = {str(2**e): asdict(pass_at(2**e, right["sampled"])) for e in range(n_samples.bit_length())}
+    sampled = response_texts(done.sampled, tokenizer)
+    shown = Responses("sampled", dict(enumerate(sampled[:: len(sampled) // len(prompts.records)])))
+    if done.greedy is not None:
+        answered = prompts.with_answer
+        greedy, accepted = response_texts(done.greedy, tokenizer), [prompts.answers[index] for index in answered]
+        shown = Responses("greedy", dict(zip(answered, greedy, strict=True)))
+        right_PS = right_answers(sampled, prompts.answers, checker)[answered]
+        found["greedy"] = asdict(fraction_right(right_answers(greedy, accepted, checker)))
+        found["sampled"] = asdict(fraction_right(right_PS))
+        n_samples = right_PS.shape[1]
+        found["pass_at"] = {str(2**e): asdict(pass_at(2**e, right_PS)) for e in range(n_samples.bit_length())}
     if checker.format is not None:
-        found["format"] = asdict(fraction_right(legal_responses(texts["sampled"], len(records), checker)))
+        found["format"] = asdict(fraction_right(legal_responses(sampled, len(prompts.records), checker)))
     found["response_tokens"] = float(done.sampled.response_length.mean())
     found["truncated"] = float((done.sampled.finish_reason == cs.FINISH_LENGTH).mean())
-    return found
+    return found, shown
 
 
 def _reverse_kl(
@@ -371,11 +387,12 @@ def _describe(job: EvalJob, prompts: EvalPrompts | None, started: float) -> dict
         source = {"path": settings.path, "count": len(prompts.records), "sha256": digest}
     return {
         "prompts": source,
-        "answers": 0 if prompts is None else prompts.n_answers,
+        "answers": 0 if prompts is None else len(prompts.with_answer),
         "match": settings.match,
         "format": settings.format,
         "samples": settings.samples,
         "temperature": settings.temperature,
+        "max_response_tokens": max_response_tokens(job.recipe),
         "teacher": None if job.teacher is None else job.teacher.model,
         "candidates": settings.candidates,
         "seconds": round(time.perf_counter() - started, 1),

@@ -32,6 +32,13 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     for title, is_fraction, estimates in _rows(list(figures.values()), about["samples"]):
         cells = [percent(e) if is_fraction else _nats(e) for e in estimates]
         table.add_row(title, *cells, *_change(is_fraction, *(e["value"] for e in estimates)))
+    students = list(figures.values())
+    if all("response_tokens" in measured for measured in students):
+        lengths = [measured["response_tokens"] for measured in students]
+        cut = [measured["truncated"] for measured in students]
+        table.add_row("length, mean tokens", *(f"{length:.1f}" for length in lengths), *_change(False, *lengths))
+        limit = f"cut at {about['max_response_tokens']:,} tokens"
+        table.add_row(limit, *(f"{fraction:.1%}" for fraction in cut), *_change(True, *cut))
     for title, scores in _task_rows([figures[label].get("tasks", {}) for label in labels]):
         table.add_row(escape_control(title), *(_score(score) for score in scores), *_difference(scores))
     if out.is_terminal:
@@ -95,7 +102,7 @@ def _nats(estimate: dict[str, Any]) -> str:
 
 
 def _change(is_fraction: bool, *values: float) -> list[str]:
-    """The change by training: points of a fraction, percent of a divergence."""
+    """The change by training: points of a fraction, percent of anything else."""
     if len(values) == 1:
         return []
     before, after = values

@@ -1,7 +1,7 @@
 """Export: a round of a cache as one Parquet file for `datasets`, pandas or DuckDB, one rollout a row.
 
     prompt_index, sample_index                  which rollout
-    prompt | messages, answer, source, id       the prompt's record
+    prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
@@ -31,6 +31,7 @@ from pipeline.console import progress, show, warn
 from pipeline.disk import readable
 from pipeline.errors import RedpenError, shorten
 from pipeline.files import atomic_file
+from pipeline.text.answers import answers_of
 
 _TEXTS = ("prompt", "answer", "source", "id")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -87,6 +88,11 @@ class BlockExporter:
         numbers = {code: pa.from_numpy_dtype(np.dtype(code)) for code in ("u1", "i4", "i8", "f4")}
         fields: dict[str, Any] = {"prompt_index": numbers["i8"], "sample_index": numbers["i4"]}
         fields |= {"messages": _MESSAGES, **dict.fromkeys((*_TEXTS, "finish_reason"), pa.string())}
+        if any(
+            isinstance(record.get("answer"), list)
+            for record in map(round_.prompts.__getitem__, range(round_.n_prompts))
+        ):
+            fields["answer"] = pa.list_(pa.string())
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
         fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
         for name, group in self.scorers.items():
@@ -120,6 +126,8 @@ class BlockExporter:
         }
         for field in ("messages", *_TEXTS):
             columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+        if pa.types.is_list(self.schema.field("answer").type):
+            columns["answer"] = [answers_of(records[prompt]) for prompt in rollouts.row_prompt.tolist()]
         for name, group in self.scorers.items():
             scores = group.read(block) if group.is_committed(block) else None
             for spec in group.specs:

@@ -176,7 +176,8 @@ def _column(batch: Any, name: str) -> Any:
 def _value(scalar: Any) -> Any:
     """A list of numbers as an Arrow array, anything else as Python has it."""
     values = getattr(scalar, "values", None)
-    return values if isinstance(values, pa.Array) and not pa.types.is_struct(values.type) else scalar.as_py()
+    is_python = not isinstance(values, pa.Array) or pa.types.is_struct(values.type) or pa.types.is_string(values.type)
+    return scalar.as_py() if is_python else values
 
 
 def _of(array: Any) -> str:

@@ -31,6 +31,7 @@ from pipeline.report.string_table import (
 )
 from pipeline.rounds.metrics import Float64, first_occurrence, scores_reverse_kl
 from pipeline.rounds.scored_block import Int64, ScoredBlock, part_of
+from pipeline.text.answers import answers_of
 from pipeline.text.detokenize import Decoder
 
 #: Fraction of a set's bytes for prompts.
@@ -161,7 +162,7 @@ class PageRows:
             "prompt_index": prompt_index,
             "sample_index": int(rollouts.sample_index[row]),
             "prompt": self._shortened(clean(self._tokenizer.decode(rollouts.prompt(row).tolist()))),
-            "answer": as_text(line.get("answer")),
+            "answer": None if (accepted := answers_of(line)) is None else clean(" or ".join(accepted)),
             "source": as_text(line.get("source")),
             "finish": cs.FINISH_NAMES[int(rollouts.finish_reason[row])],
             "right": None if right == UNKNOWN else right == RIGHT,

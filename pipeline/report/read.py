@@ -17,7 +17,7 @@ from pipeline.console import progress
 from pipeline.report.string_table import MAX_NATS, as_text
 from pipeline.rounds.metrics import Float64, teacher_prefers
 from pipeline.rounds.scored_block import Bool, Int64, ScoredBlock, ScoredRound
-from pipeline.text.answers import Checker
+from pipeline.text.answers import Checker, answers_of
 from pipeline.text.detokenize import local_tokenizer
 
 #: Tokens that the first pass reads; of a larger round it reads evenly spaced blocks.
@@ -40,14 +40,14 @@ def answer_check(manifest: cs.RoundManifest, checker: Checker) -> AnswerCheck | 
         return None
 
     def check(rollouts: cs.RolloutBlock, records: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.int8]:
-        answers = [records[prompt].get("answer") for prompt in rollouts.row_prompt.tolist()]
-        rows = [row for row, answer in enumerate(answers) if answer is not None]
+        answers = [answers_of(records[prompt]) for prompt in rollouts.row_prompt.tolist()]
+        accepted = {row: answer for row, answer in enumerate(answers) if answer is not None}
         right = np.full(rollouts.n_rows, UNKNOWN, np.int8)
-        if not rows:
+        if not accepted:
             return right  # batch_decode of an empty list returns one empty text
-        texts = tokenizer.batch_decode([rollouts.response(row) for row in rows], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            right[row] = RIGHT if checker.is_right(text, str(answers[row])) else WRONG
+        texts = tokenizer.batch_decode([rollouts.response(row) for row in accepted], skip_special_tokens=True)
+        for (row, answer), text in zip(accepted.items(), texts, strict=True):
+            right[row] = RIGHT if checker.is_right(text, answer) else WRONG
         return right
 
     return check

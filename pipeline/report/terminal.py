@@ -21,6 +21,7 @@ from pipeline.disk import readable
 from pipeline.models.identity import DATA
 from pipeline.report import inspect
 from pipeline.report.runs import MEASURES, RunRecord, differing, estimates, interval, learned_from, setting
+from pipeline.text.answers import answers_of
 from pipeline.text.detokenize import load_decoder
 
 #: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it without colour.
@@ -124,7 +125,7 @@ def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
     """
     rollout = views[0]
     source = f", source {rollout['source']}" if rollout["source"] else ""
-    answer = f", answer {rollout['answer']}" if rollout["answer"] else ""
+    answer = f", answer {' or '.join(accepted)}" if (accepted := answers_of(rollout)) else ""
     _print(
         out,
         _text(

@@ -6,7 +6,7 @@ for `rollouts_per_prompt` responses y of each prompt x. Ids are stored as sample
 never tokenized again. A rollout's random numbers are a function of (seed, round, prompt, sample), a block's content
 of the block alone, and a block is committed when it is complete: a killed run loses the block at hand, the same
 command continues, and the result is that of an undisturbed run. If `eval.format` defines legal responses, the
-student's first responses are checked before anything is written.
+student's first responses are checked before anything is written; if no response is right, a warning says why.
 
 Departures from the source: temperature 1 instead of 0.3 by default, since tempered rollouts miss most of the
 student's support; a model's own generation defaults (top_k, penalties) never apply, so that q is what the
@@ -40,6 +40,7 @@ from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
+from pipeline.rollouts.answer_check import check_held_out, check_round
 from pipeline.rollouts.format_check import check_format
 from pipeline.rollouts.model_check import Prompts, check_architectures, check_scoring, check_student, check_teachers
 from pipeline.rounds.manifests import sampled_round
@@ -140,6 +141,7 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
             f"rollouts: {_summarize(round_)}; {n_pending:,} rollouts in {seconds:.1f} s, "
             f"{speed(n_pending / seconds, 'rollouts')}, {speed(n_tokens / seconds, 'tokens')}"
         )
+        check_round(work.recipe, round_, resolve(work.recipe.student))
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class RolloutsWork:
     """The sampling of a round, for any process that can open the cache and load the student.
 
     Attributes:
-        checks: check models and format if the round has no block yet. Of torchrun's ranks only the main process does,
-            while the others wait; on a Ray cluster every worker that starts so early does.
+        checks: check models, format and answers if the round has no block yet. Of torchrun's ranks only the main
+            process does, while the others wait; on a Ray cluster every worker that starts so early does.
     """
 
     recipe: Recipe
@@ -180,15 +182,17 @@ class RolloutsSession:
         student, sampling = resolve(recipe.student), Sampling.of(manifest, self._round.index)
         rollouts = _BATCHES_PER_CALL * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        is_checked = work.checks and not self._round.rollouts.committed().any()
-        checks_format = is_checked and recipe.eval.format is not None and settings.format_check_prompts > 0
+        is_first = work.checks and not self._round.rollouts.committed().any()
+        checks_format = is_first and recipe.eval.format is not None and settings.format_check_prompts > 0
         checker = Checker.of(recipe.eval) if checks_format else None
-        if is_checked:
+        if is_first:
             check_teachers(recipe, work.prompts)
         with ExitStack() as stack:
-            make_sampler = _load_sampler(recipe, student, stack, work.prompts if is_checked else None)
+            make_sampler = _load_sampler(recipe, student, stack, work.prompts if is_first else None)
+            once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
+            if is_first and not self._round.index and recipe.eval.path is not None and not _has_answers(self._round):
+                check_held_out(recipe, once, student)
             if checker is not None:
-                once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
                 check_format(recipe, checker, once, work.prompts, student.tokenizer)
             self._sampler = make_sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
@@ -202,6 +206,10 @@ class RolloutsSession:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _has_answers(round_: cs.Round) -> bool:
+    return any("answer" in round_.prompts[index] for index in range(round_.n_prompts))
 
 
 def _load_sampler(

@@ -1,4 +1,4 @@
-"""Right or wrong answers, legal or illegal responses, and confidence intervals. numpy only.
+"""Right or wrong answers, legal or illegal responses, and confidence intervals. Loads no torch.
 
 Shapes: P prompts, S samples of each.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
 from pipeline.text.math_verify import boxed, judge
 
@@ -40,6 +43,20 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+# A word, with its accents and signs as in C++, or a number with its sign; of scripts without spaces a letter.
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(
+    rf"""
+    [{_SPACELESS}]\p{{M}}*
+    | (?:(?<![\p{{L}}\p{{N}}\p{{M}}_)])-(?=\d))?
+      [[\p{{L}}\p{{N}}\p{{M}}_]--[{_SPACELESS}]]+
+      (?:(?<=\d)[.,](?=\d)[[\p{{L}}\p{{N}}\p{{M}}_]--[{_SPACELESS}]]+)*
+      (?:(?<=\p{{L}})[+\#]+(?![\p{{L}}\p{{N}}]))?
+    | [\p{{S}}%]
+    """,
+    regex.VERBOSE | regex.V1,
+)
+_THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 _FENCE = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
 #: Ends the visible reasoning of some models.
 END_OF_REASONING = "</think>"
@@ -64,9 +81,10 @@ class Checker:
     Attributes:
         match: how an answer is compared with the wanted one; equal texts are always equal. "number": as
             rational numbers, 1,000 = 1000.0 = 1e3 and 3/4 = 75 %, currency signs are ignored. "math": so too,
-            and as mathematics by math-verify.
-        pattern: its one group in its last match is the answer. Without it: the whole response ("exact"), its last
-            number ("number"), or what math-verify finds ("math").
+            and as mathematics by math-verify. "contains": the wanted words follow one another in the answer; see
+            `words`.
+        pattern: its one group in its last match is the answer. Without it: the whole response ("exact"), all after
+            </think> ("contains"), its last number ("number"), or what math-verify finds ("math").
         format: when a response is legal. "json": it is one JSON value, a code fence around it aside; "answer": it
             holds an answer; anything else: a regular expression that must match all of it. Reasoning up to
             </think> and spaces at either end are ignored. None: always.
@@ -91,14 +109,23 @@ class Checker:
         if self.match == "number":
             *_, last = None, *_NUMBER.finditer(response)
             return None if last is None else last[0].strip()
+        if self.match == "contains":
+            said = response.rpartition(END_OF_REASONING)[2].strip()
+            return None if said.startswith("<think>") else said
         return judge().answer(response) if self.match == "math" else response.strip()
 
-    def is_right(self, response: str, wanted: str) -> bool:
-        """Whether the response's answer equals `wanted`, by `match`."""
+    def is_right(self, response: str, accepted: str | Sequence[str]) -> bool:
+        """Whether the response's answer is one of those that are accepted."""
+        wanted = [accepted] if isinstance(accepted, str) else accepted
+        return any(self._is_right(response, answer) for answer in wanted)
+
+    def _is_right(self, response: str, wanted: str) -> bool:
         finds_itself = self.match == "math" and self.pattern is None
         given, wanted = response.strip() if finds_itself else self.answer(response), wanted.strip()
         if given is None or given == wanted or self.match == "exact":
             return given == wanted
+        if self.match == "contains":
+            return _contains(words(given), words(wanted))
         numbers = as_number(given), as_number(wanted)
         if None not in numbers and numbers[0] == numbers[1]:
             return True
@@ -115,6 +142,61 @@ class Checker:
         if self.format == "answer":
             return bool(self.answer(said))
         return re.fullmatch(self.format, said) is not None
+
+
+def answers_of(record: Mapping[str, Any]) -> list[str] | None:
+    """The answers that a prompt's record accepts; None if it has none."""
+    answer = record.get("answer")
+    if answer is None:
+        return None
+    return [str(each) for each in answer] if isinstance(answer, list) else [str(answer)]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, for comparisons: Unicode's compatibility form (NFKC), case folded, without punctuation.
+
+    Signs such as + or % are words, a number keeps its sign and its decimals but no commas between thousands, and each
+    letter of a script that is written without spaces is a word.
+
+        words("The peak is 8,849 m (Everest).") == ["the", "peak", "is", "8849", "m", "everest"]
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("\u2212", "-")
+    return [w.replace(",", "") if _THOUSANDS.fullmatch(w) else w for w in _WORD.findall(text)]
+
+
+def _contains(said: list[str], wanted: list[str]) -> bool:
+    return bool(wanted) and any(said[i : i + len(wanted)] == wanted for i in range(len(said) - len(wanted) + 1))
+
+
+def none_right(texts: Sequence[str], accepted: Sequence[list[str]], checker: Checker) -> str | None:
+    """If no response is right, one line that says so, with an example and what to change; otherwise None."""
+    if not texts or any(checker.is_right(text, answers) for text, answers in zip(texts, accepted, strict=True)):
+        return None
+    said = [checker.answer(text) for text in texts]
+    inside = [i for i, text in enumerate(texts) if Checker("contains").is_right(text, accepted[i])]
+    shown = inside[0] if inside else next((i for i, answer in enumerate(said) if answer), 0)
+    got = texts[shown] if said[shown] is None else said[shown]
+    setting = f'eval.match = "{checker.match}"'
+    if checker.pattern is not None:
+        setting += f" and eval.answer_pattern = {checker.pattern!r}"
+    if inside and checker.match != "contains":
+        remedy = f'{len(inside)} of them contain it: set eval.match = "contains"'
+        remedy += "" if checker.pattern is None else ", or correct the pattern"
+    elif not any(said):
+        remedy = "an answer is found in none of them: correct eval.answer_pattern or eval.match"
+    else:
+        remedy = (
+            "if that is right, correct eval.match or eval.answer_pattern; if not, the prompts are too hard for it"
+        )
+    return (
+        f"none of {len(texts)} responses is right by {setting}, e.g. expected {_quoted(' or '.join(accepted[shown]))}"
+        f", got {'no answer in ' if said[shown] is None else ''}{_quoted(got or '')}; {remedy}"
+    )
+
+
+def _quoted(text: str) -> str:
+    text = text.strip()
+    return f'"{text if len(text) <= 120 else f"{text[:80]} ... {text[-35:]}"}"'
 
 
 def as_number(text: str) -> Fraction | None:

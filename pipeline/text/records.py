@@ -1,8 +1,9 @@
 """Prompt records: what one line of a prompts file holds, checked.
 
 A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
-optionally `answer`, `source` and `id`. ShareGPT's `conversations` are converted to `messages`. Other fields are
-dropped; nulls and NaN count as absent. Each error is one line with the place, what was expected and what was found.
+optionally `answer` (text, or a list of texts of which each is right), `source` and `id`. ShareGPT's `conversations`
+are converted to `messages`. Other fields are dropped; nulls and NaN count as absent. Each error is one line with the
+place, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
     else:
         raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
     for name in ("answer", "source", "id"):
-        if name in record:
+        if name not in record:
+            continue
+        if name == "answer" and isinstance(record[name], list):
+            record[name] = _check_answers(record[name], place)
+        else:
             record[name] = _check_label(record[name], name, place)
     return record
 
@@ -121,6 +126,14 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
 def _is_missing(value: Any) -> bool:
     """Null, or NaN, which is how pandas writes a null among numbers."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def _check_answers(values: list[Any], place: str) -> str | list[str]:
+    """Several answers of which each is right; one alone as text."""
+    if not values:
+        raise PromptError(f"{place}: answer: expected text or a list of accepted answers, got an empty list")
+    answers = [_check_label(value, f"answer[{number}]", place) for number, value in enumerate(values)]
+    return answers[0] if len(answers) == 1 else answers
 
 
 def _check_label(value: Any, name: str, place: str) -> str:

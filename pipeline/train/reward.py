@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import RewardConfig
-from pipeline.text.answers import Checker
+from pipeline.text.answers import Checker, answers_of
 from pipeline.text.detokenize import response_texts
 from pipeline.train.replay import Batch
 
@@ -56,10 +56,10 @@ class Rewards:
         texts = response_texts(rollouts, self.tokenizer)
         if self.settings.verifier == "format":
             return np.array([self.checker.is_legal(text) for text in texts], np.float32)
-        wanted = [self.round_.prompts[int(rollouts.prompt_index[p])].get("answer") for p in rollouts.row_prompt]
+        wanted = [answers_of(self.round_.prompts[int(rollouts.prompt_index[p])]) for p in rollouts.row_prompt]
         return np.array(
             [
-                np.nan if answer is None else self.checker.is_right(text, str(answer))
+                np.nan if answer is None else self.checker.is_right(text, answer)
                 for text, answer in zip(texts, wanted, strict=True)
             ],
             np.float32,
