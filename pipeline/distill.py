@@ -34,10 +34,11 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.config import Recipe, load_stored_recipe
-from pipeline.console import say, show, suggest, without_suggestions
+from pipeline.console import say, show, without_suggestions
 from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
+from pipeline.models.model_card import suggest_uses
 from pipeline.rollouts import stage as rollouts
 from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
@@ -120,7 +121,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
             show(f"{run.path}: {result.sentence}")
             if result.step:
                 show(f"{run.trained.name}: {run.trained}")
-                suggest(f"`redpen eval {run.path}` for scores, `redpen report {run.path}` for a per-token view")
+                suggest_uses(recipe, run)
     return 0
 
 

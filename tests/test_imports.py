@@ -16,7 +16,7 @@ ORDER = (
     *("errors", "credentials", "environment", "console", "files", "disk", "config"),
     *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
     *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
-    *("distill", "continual", "merge", "api", "cli", "__main__"),
+    *("distill", "continual", "merge", "chat", "api", "cli", "__main__"),
 )
 STAGES = {"rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"}
 #: `redpen sft` is training on other data.

@@ -32,6 +32,7 @@ def cli() -> None:
       redpen diagnose toy.zarr                           check whether this pair can work
       redpen train    toy --cache toy.zarr --run runs/a  train the student, without the teacher
       redpen eval     runs/a                             measure the result
+      redpen chat     runs/a                             talk to it, before and after training
       redpen report   runs/a                             write a page with a per-token view
 
     RECIPE is a TOML file or the name of a shipped recipe (`redpen recipes`). Every command can be stopped at any
@@ -162,6 +163,37 @@ def evaluate(target: str, tasks: str | None, **chosen: Any) -> int | None:
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     return stage.run(target, tasks=names, **chosen)
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("prompt")
+@options.set_option
+def sample(run: str, prompt: str, overrides: tuple[str, ...]) -> int:
+    """Print a response to a prompt, of the student before and after training.
+
+    \b
+    redpen sample runs/a "642+3*4=" --set rollouts.temperature=0
+    """
+    from pipeline import chat as workflow
+
+    return workflow.sample(run, prompt, overrides)
+
+
+@cli.command()
+@click.argument("run")
+@options.set_option
+def chat(run: str, overrides: tuple[str, ...]) -> int:
+    """Converse with the student of a run, before and after training.
+
+    Every line is answered by both; each sees its own replies. Prompts and sampling are as in the recipe.
+
+    \b
+    redpen chat runs/a --set rollouts.temperature=0.7
+    """
+    from pipeline import chat as workflow
+
+    return workflow.chat(run, overrides)
 
 
 @cli.command()

@@ -9,10 +9,11 @@ from typing import Any
 
 import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
+from pipeline.console import suggest
 from pipeline.credentials import mask
 from pipeline.models.identity import DATA, created_by
 from pipeline.models.paths import base_name
-from pipeline.runs.directory import Result
+from pipeline.runs.directory import Result, RunDirectory
 
 #: Heading of the part that a merged model's card takes over.
 TRAINING = "## How it was trained"
@@ -52,6 +53,8 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
             "## How to load it",
             "",
             loading,
+            "With the run at hand, `redpen chat RUN` talks to the model before and after training.",
+            "",
             TRAINING,
             "",
             "| | |",
@@ -90,7 +93,7 @@ def load_model(where: str, dtype: str) -> str:
 
 
 def _load_adapter(base: str, recipe: Recipe) -> str:
-    dtype, rank = recipe.student.dtype, recipe.train.lora_rank
+    dtype = recipe.student.dtype
     quantised = ""
     if recipe.student.quantisation == "nf4":
         quantised = (
@@ -107,14 +110,30 @@ def _load_adapter(base: str, recipe: Recipe) -> str:
         'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
     )
-    if rank <= max(_VLLM_RANKS):
-        allowed = min(allowed for allowed in _VLLM_RANKS if allowed >= rank)
-        text += _code(
-            "bash",
-            f"vllm serve {base} --dtype {dtype} --enable-lora --max-lora-rank {allowed} "
-            "--lora-modules trained=THIS_DIRECTORY",
-        )
+    if (command := serve_command(recipe, "THIS_DIRECTORY")) is not None:
+        text += _code("bash", command)
     return text + "As one model without an adapter: `redpen merge THIS_DIRECTORY -o DIR`.\n"
+
+
+def serve_command(recipe: Recipe, trained: str) -> str | None:
+    """The command by which vLLM serves what a run trained; None for an adapter of a rank that it does not support."""
+    dtype, rank = recipe.student.dtype, recipe.train.lora_rank
+    if recipe.train.method != "lora":
+        return f"vllm serve {trained} --dtype {dtype}"
+    allowed = next((allowed for allowed in _VLLM_RANKS if allowed >= rank), None)
+    if allowed is None:
+        return None
+    base = base_name(recipe.student)
+    lora = f"--enable-lora --max-lora-rank {allowed} --lora-modules trained={trained}"
+    return f"vllm serve {base} --dtype {dtype} {lora}"
+
+
+def suggest_uses(recipe: Recipe, run: RunDirectory) -> None:
+    """Print what can be done with a finished run."""
+    suggest(f"`redpen eval {run.path}` for scores, `redpen report {run.path}` for a per-token view")
+    suggest(f"`redpen chat {run.path}` to talk to it, before and after training")
+    if not recipe.student.model.startswith("toy:") and (command := serve_command(recipe, str(run.trained))):
+        suggest(f"`{command}`")
 
 
 def _code(language: str, *lines: str) -> str:

@@ -51,7 +51,7 @@ from typing import Any
 
 import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
-from pipeline.console import progress, say, short, show, suggest, warn
+from pipeline.console import progress, say, short, show, warn
 from pipeline.distributed.fsdp import weight_sharding
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
@@ -59,7 +59,7 @@ from pipeline.errors import Interrupted, RedpenError
 from pipeline.files import write_atomically
 from pipeline.models import load as models
 from pipeline.models import lora
-from pipeline.models.model_card import run_card
+from pipeline.models.model_card import run_card, suggest_uses
 from pipeline.rounds.identity import cache_identity
 from pipeline.runs import checkpoint, tracking
 from pipeline.runs.directory import Result, RunDirectory, open_run
@@ -134,7 +134,7 @@ def run(
                 run.finish(result)
                 show(result.sentence)
                 show(f"{run.trained.name}: {run.trained}")
-                suggest(f"redpen eval {run.path} for scores, redpen report {run.path} for a per-token view")
+                suggest_uses(recipe, run)
         return result.exit_code if ranks.is_main_process else 0
 
 
