@@ -12,8 +12,8 @@ ENGINE ?=
 OUT    ?= gpu-results
 STUDENT ?=
 
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
+	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV   := .venv
 REDPEN := $(VENV)/bin/redpen
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -32,7 +32,7 @@ help: ## this list
 	@echo '  with RECIPE=toy|my.toml  CACHE=DIR  RUN=DIR  ENGINE=transformers|vllm  SET="section.key=value ..."'
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "redpen needs Python 3.11 or 3.12 on PATH (or PYTHON=/path/to/python)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "redpen needs Python 3.11, 3.12 or 3.13 on PATH (or PYTHON=/path/to/python)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -57,7 +57,7 @@ def open_s3(url: str, *, read_only: bool) -> S3Store:
         import obstore.exceptions
         import obstore.store
     except ModuleNotFoundError:
-        raise StorageError(f"cache {url}: s3:// needs obstore; pip install 'redpen[s3]'") from None
+        raise StorageError(f"cache {url}: s3:// needs obstore; `pip install obstore`") from None
     variable = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     endpoint = urlsplit(os.environ[variable] if variable else "https://s3.amazonaws.com")
     if endpoint.scheme not in ("http", "https") or not endpoint.hostname:

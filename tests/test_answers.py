@@ -215,7 +215,7 @@ def test_a_checker_works_from_any_thread() -> None:
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^eval\.match = \"math\" .*pip install 'redpen\[eval\]'$"):
+    with pytest.raises(ConfigError, match=r"^eval\.match = \"math\" .*pip install -e .*\[eval\]'?$"):
         Checker.of(EvalConfig(match="math"))
     assert Checker.of(EvalConfig(match="number")).is_right("2.0", "2")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.commands import one_line
-from pipeline import cli, console, errors
+from pipeline import cli, console, environment, errors
 from pipeline.environment import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
@@ -219,16 +222,48 @@ def test_module_runs_as_the_command() -> None:
     assert run.returncode == 1 and one_line(run.stderr) and run.stdout == ""
 
 
-def test_no_library_reports_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    assert cli.main(["recipes"]) == 0
-    assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0" and os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    for name in ENVIRONMENT:  # set by the command, not by monkeypatch
-        if name != "TOKENIZERS_PARALLELISM":
-            monkeypatch.delenv(name)
+def test_no_library_reports_home_and_waiting_threads_sleep() -> None:
+    """However redpen is entered, and before torch can read its environment; what the user has set stays."""
+    code = f"import sys, pipeline.{{}}, os; print([os.environ.get(name) for name in {[*ENVIRONMENT]!r}])"
+    bare = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    for module in ("cli", "api"):
+        env = bare | {"TOKENIZERS_PARALLELISM": "true"}
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(module)], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        expected = [*(ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "true"}).values()]
+        assert run.stdout.strip() == str(expected), run.stderr
+
+
+def test_an_extra_is_installed_by_the_command_that_works_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(ROOT)
+    assert environment.install_hint("vllm") == f"{sys.executable} -m pip install -e '.[vllm]'"
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    monkeypatch.chdir(tmp_path)
+    assert environment.install_hint("vllm") == shlex.join(["pip", "install", "-e", f"{ROOT}[vllm]"])
+    # of an installed wheel: what the extra requires, since the index has no such distribution
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages/pipeline/environment.py"))
+    lines = [
+        "torch>=2",
+        'lm-eval>=0.4; extra == "eval"',
+        'math-verify>=0.8; extra == "eval"',
+        'vllm<1; extra == "vllm"',
+    ]
+    monkeypatch.setattr(environment, "requires", lambda name: lines if name == "redpen-opd" else None)
+    assert environment.install_hint("eval") == "pip install 'lm-eval>=0.4' 'math-verify>=0.8'"
+
+
+def test_every_extra_that_a_message_names_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        found
+        for file in (ROOT / "pipeline").rglob("*.py")
+        for found in re.findall(r"install_hint\([\"'](\w+)[\"']\)", file.read_text())
+    }
+    assert {"vllm", "eval", "quant", "ray"} <= named <= extras.keys() and {"wandb", "trackio"} <= extras.keys()
 
 
 def test_progress_in_a_log_is_a_few_plain_lines(

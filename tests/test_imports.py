@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Folders and modules of `pipeline`, from what everything uses up to the command. Each may import those before it.
 ORDER = (
-    *("errors", "credentials", "environment", "console", "files", "disk", "config"),
+    *("environment", "errors", "credentials", "console", "files", "disk", "config"),
     *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
     *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
     *("distill", "continual", "merge", "chat", "api", "cli", "__main__"),

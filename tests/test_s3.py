@@ -444,7 +444,7 @@ def test_wrong_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(cs.StorageError, match="not encrypted; use https://, or set AWS_ALLOW_HTTP=true"):
         cs.create("s3://bucket/c.zarr")
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(cs.StorageError, match=r"s3:// needs obstore; pip install 'redpen\[s3\]'"):
+    with pytest.raises(cs.StorageError, match=r"s3:// needs obstore; `pip install obstore`"):
         cs.create("s3://bucket/c.zarr")
 
 

@@ -221,7 +221,7 @@ def test_ray_that_is_missing_or_does_not_answer_is_one_line(tmp_path: Path, monk
         with pytest.raises(ConfigError, match=r"RAY_ADDRESS = '127\.0\.0\.1:1': no such cluster \(.*refused\)"):
             rollouts_stage.run(toy, cache, launcher="ray")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"--launcher ray: Ray is not installed; `pip install 'redpen\[ray\]'`"):
+    with pytest.raises(ConfigError, match=r"--launcher ray: Ray is not installed; `.*pip install -e .*\[ray\]'?`"):
         rollouts_stage.run(toy, cache, launcher="ray")
     assert not Path(cache).exists()
 

@@ -8,7 +8,6 @@ bug.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ from pipeline import credentials
 from pipeline.cli import streams
 from pipeline.cli.commands import cli
 from pipeline.distributed.signals import defer_to_main_process, interruptible
-from pipeline.environment import ENVIRONMENT, RANK
+from pipeline.environment import RANK
 from pipeline.errors import ConfigError, Interrupted, user_message
 
 __all__ = ["cli", "main"]
@@ -26,8 +25,6 @@ __all__ = ["cli", "main"]
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
     with streams.command_streams():
         return _run(list(sys.argv[1:] if args is None else args))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline import __version__
 from pipeline.cli import options
 from pipeline.cli.options import POSITIVE, show_lines
 
@@ -22,7 +23,7 @@ class _InOrder(click.Group):
 
 
 @click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="redpen", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """On-policy distillation in two stages, with a cache on disk between them.
 

@@ -28,7 +28,7 @@ import cache_schema as cs
 from pipeline.console import console, say, warn
 from pipeline.distributed.blocks import OnProgress, Session, Work
 from pipeline.distributed.ranks import Ranks
-from pipeline.environment import ENVIRONMENT
+from pipeline.environment import ENVIRONMENT, install_hint
 from pipeline.errors import ConfigError, RedpenError, user_message
 
 # A block, or the loading of the model, that has killed so many workers would kill them all.
@@ -49,7 +49,7 @@ def cluster(n_workers: int | None) -> Iterator[Ranks]:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--launcher ray: Ray is not installed; `pip install 'redpen[ray]'`") from error
+        raise ConfigError(f"--launcher ray: Ray is not installed; `{install_hint('ray')}`") from error
     address = os.environ.get("RAY_ADDRESS")
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     local = {"num_cpus": max(os.cpu_count() or 1, n_workers or 1), "include_dashboard": False}

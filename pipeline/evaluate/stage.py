@@ -52,6 +52,7 @@ from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.engines.transformers_sampler import TransformersSampler
+from pipeline.environment import install_hint
 from pipeline.errors import ConfigError, ModelError, ModelNotFoundError
 from pipeline.evaluate.eval_cache import EvalCacheWriter
 from pipeline.evaluate.examples import Responses, show_responses
@@ -238,7 +239,7 @@ def _load_tasks(recipe: Recipe, student: ResolvedModel) -> Callable[[PreTrainedM
     if not recipe.eval.tasks:
         return lambda model: {}
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("eval.tasks needs lm-evaluation-harness: pip install 'redpen[eval]'")
+        raise ConfigError(f"eval.tasks needs lm-evaluation-harness: {install_hint('eval')}")
     from pipeline.evaluate import harness
 
     tasks = harness.load_tasks(recipe.eval, student.context)

@@ -12,10 +12,10 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import __version__
 from pipeline.errors import ModelError
 from pipeline.models.files import read_index, read_settings
 
@@ -69,10 +69,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def created_by() -> str:
     """This software and its version, for people who read a cache's attributes."""
-    try:
-        return f"redpen {version('redpen')}"
-    except PackageNotFoundError:
-        return "redpen"
+    return f"redpen {__version__}"
 
 
 def hub_commit(directory: Path) -> str | None:

@@ -26,6 +26,7 @@ from transformers import (
 
 from pipeline.config import ModelConfig
 from pipeline.console import console, say
+from pipeline.environment import install_hint
 from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
 from pipeline.files import read_text
 from pipeline.forward.finite import set_name
@@ -283,7 +284,7 @@ def _nf4(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
     except ImportError as error:
         raise ConfigError(
             f'{setting_name(cfg, "quantisation")} = "nf4": needs bitsandbytes, which cannot be imported '
-            f"({one_line(error)}); install redpen[quant], or leave the setting out"
+            f"({one_line(error)}); {install_hint('quant')}, or leave the setting out"
         ) from error
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

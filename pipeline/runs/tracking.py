@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from pipeline.config import TrackConfig
 from pipeline.console import say, warn
 from pipeline.credentials import masked
+from pipeline.environment import install_hint
 from pipeline.errors import ConfigError, one_line
 from pipeline.runs.directory import Result, RunDirectory
 
@@ -146,7 +147,7 @@ def check_installed(track: TrackConfig) -> None:
     for name in track.trackers:
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # origin None: a directory of that name, such as RUN/wandb
-            raise ConfigError(f"track.trackers: {name} is not installed; `pip install 'redpen[{name}]'`")
+            raise ConfigError(f"track.trackers: {name} is not installed; `{install_hint(name)}`")
 
 
 class Recorder:

@@ -12,10 +12,13 @@ import importlib.util
 import json
 import subprocess
 
+from pipeline.environment import install_hint
 from pipeline.errors import ConfigError
 from pipeline.text.worker import Worker, WorkerEndedError
 
-_EXTRA = "eval.match = \"math\" needs math-verify: pip install 'redpen[eval]'"
+
+def _missing() -> str:
+    return f'eval.match = "math" needs math-verify: {install_hint("eval")}'
 
 
 class MathJudge(Worker):
@@ -31,7 +34,7 @@ class MathJudge(Worker):
     def require(self) -> None:
         """Raise `ConfigError` if math-verify is not installed."""
         if importlib.util.find_spec("math_verify") is None:
-            raise ConfigError(_EXTRA)
+            raise ConfigError(_missing())
 
     def answer(self, response: str) -> str | None:
         """What the response gives as its answer, as math-verify writes it; None if it finds none."""
@@ -54,7 +57,7 @@ class MathJudge(Worker):
         error = json.loads(process.stdout.readline() or '"it ended while it started"')
         if error is not None:
             self.close()
-            raise ConfigError(f"{_EXTRA} ({error})")
+            raise ConfigError(f"{_missing()} ({error})")
         return process
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
+from pipeline.environment import install_hint
 from pipeline.errors import ConfigError, shorten
 
 
@@ -66,7 +67,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], train: TrainConfig) -
         except ImportError as error:
             raise ConfigError(
                 'train.optimizer = "adamw_8bit": needs bitsandbytes, which cannot be imported '
-                f'({shorten(error, 100)}); install redpen[quant], or set it to "adamw"'
+                f'({shorten(error, 100)}); {install_hint("quant")}, or set it to "adamw"'
             ) from error
         make: Any = AdamW8bit
         in_bits: torch.optim.Optimizer = make(
