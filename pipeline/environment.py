@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 #: No telemetry, and no warnings of tokenizers about forks. Waiting OpenMP threads sleep: on a busy machine,
@@ -27,6 +26,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0")) if WORLD_SIZE > 1 else 0
 
 _DISTRIBUTION = "redpen-opd"
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def set_environment() -> None:
@@ -42,17 +42,32 @@ def install_hint(extra: str) -> str:
     """
     in_venv = os.environ.get("VIRTUAL_ENV") == sys.prefix
     command = ["pip"] if in_venv else [sys.executable, "-m", "pip"]
-    root = Path(__file__).resolve().parent.parent
-    if (root / "pyproject.toml").is_file():
-        return shlex.join([*command, "install", "-e", f"{'.' if root == Path.cwd() else root}[{extra}]"])
-    return shlex.join([*command, "install", *requirements(extra)])
+    if (_ROOT / "pyproject.toml").is_file():
+        return shlex.join([*command, "install", "-e", f"{'.' if Path.cwd() == _ROOT else _ROOT}[{extra}]"])
+    return shlex.join([*command, "install", *(needed for name, needed in _requirements() if name == extra)])
 
 
-def requirements(extra: str) -> list[str]:
-    """What an extra of the installed distribution requires, e.g. `wandb>=0.31`. Empty if it is not installed."""
+def extras() -> dict[str, list[str]]:
+    """Names of the distributions that each extra requires; empty without a checkout or an installation."""
+    found: dict[str, list[str]] = {}
+    for extra, requirement in _requirements():
+        found.setdefault(extra, []).append(re.split(r"[^\w.-]", requirement)[0])
+    return found
+
+
+def _requirements() -> list[tuple[str, str]]:
+    """Pairs of extra and requirement, such as ("wandb", "wandb>=0.31")."""
+    project = _ROOT / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        tables = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        return [(extra, requirement) for extra, listed in tables.items() for requirement in listed]
+    from importlib import metadata
+
     try:
-        every = requires(_DISTRIBUTION) or []
-    except PackageNotFoundError:
+        every = metadata.requires(_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
         return []
     marked = (re.fullmatch(r"(.+?)\s*;\s*extra == ['\"](.+)['\"]", line) for line in every)
-    return [found[1] for found in marked if found is not None and found[2] == extra]
+    return [(found[2], found[1]) for found in marked if found is not None]

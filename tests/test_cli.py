@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import re
 import shlex
@@ -245,14 +246,14 @@ def test_an_extra_is_installed_by_the_command_that_works_here(
     monkeypatch.chdir(tmp_path)
     assert environment.install_hint("vllm") == shlex.join(["pip", "install", "-e", f"{ROOT}[vllm]"])
     # of an installed wheel: what the extra requires, since the index has no such distribution
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages/pipeline/environment.py"))
+    monkeypatch.setattr(environment, "_ROOT", tmp_path / "site-packages")
     lines = [
         "torch>=2",
         'lm-eval>=0.4; extra == "eval"',
         'math-verify>=0.8; extra == "eval"',
         'vllm<1; extra == "vllm"',
     ]
-    monkeypatch.setattr(environment, "requires", lambda name: lines if name == "redpen-opd" else None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines if name == "redpen-opd" else None)
     assert environment.install_hint("eval") == "pip install 'lm-eval>=0.4' 'math-verify>=0.8'"
 
 

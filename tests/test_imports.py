@@ -16,7 +16,7 @@ ORDER = (
     *("environment", "errors", "credentials", "console", "files", "disk", "config"),
     *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
     *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
-    *("distill", "continual", "merge", "chat", "api", "cli", "__main__"),
+    *("distill", "continual", "merge", "chat", "doctor", "api", "cli", "__main__"),
 )
 STAGES = {"rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"}
 #: `redpen sft` is training on other data.

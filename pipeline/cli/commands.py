@@ -411,6 +411,22 @@ def export_cache(cache_url: str, output: str, round_index: int | None) -> int:
     return exporting.run(cache_url, output, round_index=round_index)
 
 
+@cli.command()
+@options.json_option
+def doctor(as_json: bool) -> int:
+    """Show what this machine has, and which shipped recipes fit it.
+
+    Python, torch, cards and their memory, disk, packages and extras, whether the Hub answers. Add the output to a bug
+    report.
+
+    \b
+    redpen doctor --json
+    """
+    from pipeline import doctor as examination
+
+    return examination.run(as_json)
+
+
 @cli.group(cls=_InOrder, invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:

@@ -13,7 +13,7 @@ from pipeline.config import Recipe
 from pipeline.console import show
 from pipeline.plan.assumed import Device, Lengths
 
-__all__ = ["Device", "run"]
+__all__ = ["Device", "misfits", "run"]
 
 
 def run(
@@ -41,3 +41,13 @@ def run(
         show(json.dumps(plan | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
     else:
         table.show(recipe, models, device, lengths, needs, costs)
+
+
+def misfits(recipe: Recipe, device: Device) -> list[str]:
+    """A line for each step of the recipe that does not fit the device. Raises as `run`."""
+    from pipeline.plan import memory, table
+
+    needs = memory.by_step(recipe, memory.PlannedModels.of(recipe), device)
+    return [
+        table.advice(need, device, recipe) for need in needs if need.refused or need.total > device.gib * memory.GIB
+    ]
