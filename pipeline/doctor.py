@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pipeline.errors import ModelNotFoundError, RedpenError, one_line
 
 _PACKAGES = ("transformers", "peft", "zarr", "numpy", "safetensors", "huggingface_hub", "datasets")
 _HUB_SECONDS = 3.0
+_PAGES = {"total": "PHYS_PAGES", "free": "AVPHYS_PAGES"}
 #: Extras that are for developers of redpen.
 _OF_DEVELOPERS = {"dev", "bench"}
 
@@ -45,7 +47,7 @@ def examine() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         cards.append({"name": torch.cuda.get_device_name(index), "free": free, "total": total})
-    memory = {name: os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") for name, pages in _MEMORY.items()}
+    memory = _memory()
     hub = _hub(constants.ENDPOINT)
     return {
         "redpen": __version__,
@@ -99,7 +101,13 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [f"{name:{width}}  {text}" for name, text in rows]
 
 
-_MEMORY = {"total": "SC_PHYS_PAGES", "free": "SC_AVPHYS_PAGES"}
+def _memory() -> dict[str, int]:
+    """Of the host; what Linux can give to programs counts as free, although it caches files in it now."""
+    found = {name: os.sysconf(f"SC_{pages}") * os.sysconf("SC_PAGE_SIZE") for name, pages in _PAGES.items()}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        available = re.findall(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        found["free"] = int(available[0]) * 1024
+    return found
 
 
 def _version(name: str) -> str | None:
@@ -135,12 +143,12 @@ def _hub(endpoint: str) -> dict[str, Any]:
 
 
 def _recipes(cards: list[dict[str, Any]], memory: int, *, is_reachable: bool) -> dict[str, dict[str, Any]]:
-    """For each shipped recipe, whether `redpen plan` says that it fits: on one card, or in the host's memory."""
+    """For each shipped recipe, whether `redpen plan` says that it fits: on these cards, or in the host's memory."""
     from pipeline import plan
     from pipeline.models.paths import is_available
 
     n_bytes = min((card["total"] for card in cards), default=memory)
-    device = plan.Device(gib=n_bytes / 2**30)
+    device = plan.Device(gib=n_bytes / 2**30, gpus=max(1, len(cards)))
     found: dict[str, dict[str, Any]] = {}
     for name in recipe_names():
         recipe = load_recipe(name)
