@@ -9,7 +9,8 @@
 
 DIR/adapter (DIR/model with `train.method = "full"`) is the result either way. The next batch of documents starts from
 it: `--set student.adapter=DIR/adapter`, with the same teacher. What is left to do follows from what is on disk, so
-the same command continues after any kill.
+the same command continues after any kill. With another gate or [eval], a finished run measures the gate again and
+trains nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -42,7 +44,9 @@ from pipeline.train import ledger
 
 EXIT_GATE = 4
 #: Sections of the recipe that decide the result, beside those that every run compares.
-_SECTIONS = ("teacher", "prompts", "rollouts", "score", "sft", "distill", "continual")
+_SECTIONS = ("teacher", "prompts", "rollouts", "score", "sft", "distill")
+#: Settings of [eval] that the gate measures by.
+_MEASURED_BY = {"match", "answer_pattern", "format", "max_response_tokens"}
 _ROUNDING = 1e-9
 #: The students that the gate compares.
 BEFORE, TUNED, AFTER = "before", "after sft", "after distillation"
@@ -96,7 +100,14 @@ def _open(
             raise RedpenError(
                 f"run {run.path} was started with a different {', '.join(differing)}; choose another --run"
             )
+        if run.result is not None and _gate_settings(before) != _gate_settings(recipe):
+            say(f"run {run.path}: [eval] or the gate has changed since, so the gate is measured again")
+            return run, None
     return run, run.result
+
+
+def _gate_settings(recipe: Recipe) -> tuple[object, ...]:
+    return recipe.continual, recipe.eval.model_dump(include=_MEASURED_BY)
 
 
 def _finish(run: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
@@ -115,6 +126,7 @@ def _finish(run: RunDirectory, recipe: Recipe, tuned: StudentConfig) -> Result:
     _show(measured)
     faults = [fault for gate in recipe.continual.gate if (fault := fault_of(gate, measured[gate.name])) is not None]
     sentence = f"the gate does not hold: {'; '.join(faults)}" if faults else "the gate holds"
+    sentence += time.strftime(" (measured %Y-%m-%d %H:%M UTC)", time.gmtime())
     result = Result(1, f"{sentence}; the {run.trained.name} is {run.trained}", EXIT_GATE if faults else 0)
     run.finish(result)
     return result
