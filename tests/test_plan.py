@@ -37,7 +37,7 @@ from pipeline.models.load import load_model
 from pipeline.models.lora import make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes
 from pipeline.plan import Device, cost, memory, table
-from pipeline.plan.assumed import Lengths
+from pipeline.plan.assumed import Lengths, n_prompts
 from pipeline.train import stage
 
 # As published on the Hub; the counts that these are known to have are in the tests.
@@ -238,15 +238,18 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
 def test_too_small_a_gpu_is_reported_with_what_would_help(planned: Planned) -> None:
     recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)
-    found = {need.step: table.advice(need, device, recipe) for need in memory.by_step(recipe, models, device)}
+    found = {need.step: table.advice(need, device, recipe, models) for need in memory.by_step(recipe, models, device)}
     assert found["scoring, teacher, streamed"].startswith("scoring, teacher, streamed: fits 6 GiB")
     assert "does not fit 6 GiB" in found["training"] and "up to" in found["training"]
-    found = {need.step: table.advice(need, Device(gib=4), recipe) for need in memory.by_step(recipe, models, device)}
+    found = {
+        need.step: table.advice(need, Device(gib=4), recipe, models)
+        for need in memory.by_step(recipe, models, device)
+    }
     assert 'score.placement = "streamed"' in found["scoring, student"]
     hopeless = memory.training(recipe, models, Device(gib=4))
-    assert hopeless.largest == 0 and "adamw_8bit" in table.advice(hopeless, Device(gib=4), recipe)
+    assert hopeless.largest == 0 and "adamw_8bit" in table.advice(hopeless, Device(gib=4), recipe, models)
     refused = memory.by_step(recipe, models, Device(gib=1))[2]
-    assert refused.refused and "to stream this model" in table.advice(refused, Device(gib=1), recipe)
+    assert refused.refused and "to stream this model" in table.advice(refused, Device(gib=1), recipe, models)
 
 
 def test_fsdp_divides_what_it_shards(planned: Planned) -> None:
@@ -260,6 +263,25 @@ def test_fsdp_divides_what_it_shards(planned: Planned) -> None:
         assert "weights gathered from other ranks" in spread
     parts = memory.training(*planned("train.method=full"), Device()).parts
     assert parts["fp32 copies of the weights"] == parts["optimizer, adamw"] / 2 == 2 * parts["weights"]
+
+
+def test_full_fine_tuning_that_fits_when_sharded(planned: Planned) -> None:
+    recipe, models = planned("train.method=full", depth="")
+    need = memory.training(recipe, models, device := Device(gib=80, gpus=8))
+    said = table.advice(need, device, recipe, models)
+    assert "does not fit 80 GiB" in said and 'with train.parallel = "fsdp" it fits, ' in said and "lora" not in said
+    sharded, _ = planned("train.method=full", "train.parallel=fsdp", depth="")
+    assert f"{memory.training(sharded, models, device).total / memory.GIB:.1f} GiB at most" in said
+    alone = table.advice(need, Device(gib=80), recipe, models)
+    assert "fsdp" not in alone and 'train.method = "lora"' in alone
+
+
+def test_the_shipped_recipe_leaves_room_on_its_card(planned: Planned) -> None:
+    recipe, models = planned(depth="")
+    for need in memory.by_step(recipe, models, Device()):
+        assert need.total <= 22.5 * memory.GIB and "barely" not in table.advice(need, Device(), recipe, models)
+    tight = planned("train.lora_rank=128", depth="")
+    assert "barely fits" in table.advice(memory.training(*tight, Device()), Device(), *tight)
 
 
 # -- cost ----------------------------------------------------------------------------------------------------
@@ -295,6 +317,25 @@ def test_cost_is_what_a_run_then_enters_in_its_ledger(toy_cache: Path, tmp_path:
     assert spent["tokens"] <= foreseen.tokens + 1e-6
     assert foreseen.flops / foreseen.tokens == pytest.approx(spent["flops"] / spent["tokens"])
     assert planned.epochs == 1 and planned.rollouts == 96
+
+
+def test_prompts_that_are_here_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n\n' * 24)
+    for settings, expected in (
+        ([f"prompts.path={file}"], 24),
+        ([f"prompts.path={file}", "prompts.limit=9600"], 24),
+        ([f"prompts.path={file}", "prompts.limit=5"], 5),
+        ([f"prompts.path={file}", "prompts.skip=20"], 4),
+        (["prompts.path=gone.jsonl", "prompts.limit=7"], 7),
+        (["prompts.path=gone.jsonl", "train.steps=6"], 24),
+    ):
+        count, how = n_prompts(load_recipe("toy", ["train.prompts_per_step=4", *_unlimited(settings)]))
+        assert count == expected and ("not here" in how) == ("gone.jsonl" in settings[0])
+
+
+def _unlimited(settings: list[str]) -> list[str]:
+    return settings if any("limit" in setting for setting in settings) else [*settings, "prompts.limit="]
 
 
 def test_cache_bytes_are_those_that_a_cache_holds(toy_cache: Path) -> None:

@@ -47,7 +47,7 @@ def misfits(recipe: Recipe, device: Device) -> list[str]:
     """A line for each step of the recipe that does not fit the device. Raises as `run`."""
     from pipeline.plan import memory, table
 
-    needs = memory.by_step(recipe, memory.PlannedModels.of(recipe), device)
-    return [
-        table.advice(need, device, recipe) for need in needs if need.refused or need.total > device.gib * memory.GIB
-    ]
+    models = memory.PlannedModels.of(recipe)
+    needs = memory.by_step(recipe, models, device)
+    lacking = [need for need in needs if need.refused or need.total > device.gib * memory.GIB]
+    return [table.advice(need, device, recipe, models) for need in lacking]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
+from pipeline.text.prompts import raw_rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,20 @@ class Device:
     utilisation: float = 0.4
     gbps: float = 1008.0
     link_gbps: float = 25.0
+
+
+def n_prompts(recipe: Recipe) -> tuple[int, str]:
+    """How many prompts a round has, and how that is known: by counting a file that is here, by `prompts.limit`, or by
+    what training uses once. Raises `PromptError` if the file cannot be read."""
+    cfg, train = recipe.prompts, recipe.train
+    if cfg.path.startswith("toy:") or Path(cfg.path).is_file():
+        last = None if cfg.limit is None else cfg.skip + cfg.limit
+        counted = max(0, sum(1 for _ in itertools.islice(raw_rows(cfg), last)) - cfg.skip)
+        return max(1, counted), f"{cfg.path} has {counted:,} prompts" + ("" if last is None else " in its limits")
+    if cfg.limit is not None:
+        return cfg.limit, f"prompts.limit is {cfg.limit:,}, and {cfg.path} is not here to be counted"
+    steps = f"{train.steps} steps x {train.prompts_per_step} prompts, each used once"
+    return train.steps * train.prompts_per_step, f"prompts.limit is not set, and {cfg.path} is not here: {steps}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.disk import bytes_per_token
 from pipeline.models import flops, meta_model
-from pipeline.plan.assumed import Device, Lengths
+from pipeline.plan.assumed import Device, Lengths, n_prompts
 from pipeline.plan.memory import PlannedModels, StepMemory
 
 _STEP_SEQUENCES = 1024  # length of the sequence that measures the KV cache per token
@@ -55,7 +55,7 @@ def costs(
     """The cost of a recipe; `needs` has the batch size of sampling and the wave length of streamed scoring."""
     rollouts, train, student = recipe.rollouts, recipe.train, models.weights[cs.STUDENT]
     by_step = {need.step: need for need in needs}
-    prompts = recipe.prompts.limit or train.steps * train.prompts_per_step
+    prompts, _ = n_prompts(recipe)
     samples = prompts * rollouts.rollouts_per_prompt
     flops_per_second = device.gpus * device.tflops * 1e12 * device.utilisation
 

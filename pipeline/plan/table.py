@@ -11,12 +11,12 @@ from pipeline.config import Recipe
 from pipeline.console import escape_control, results
 from pipeline.disk import readable
 from pipeline.models.resolve import resolve
-from pipeline.plan.assumed import Device, Lengths
+from pipeline.plan.assumed import Device, Lengths, n_prompts
 from pipeline.plan.cost import RecipeCost
-from pipeline.plan.memory import GIB, PlannedModels, StepMemory
+from pipeline.plan.memory import GIB, PlannedModels, StepMemory, training
 
-# Above this fraction of the GPU's memory, fragmentation may decide whether it fits.
-_TIGHT = 0.95
+# Below this much left of the GPU's memory, fragmentation or a display may decide whether it fits.
+_SPARE_GIB = 1.5
 
 
 def show(
@@ -39,12 +39,12 @@ def show(
     for table in tables:
         out.print(table)
         out.print()
-    lines = [advice(need, device, recipe) for need in needs]
+    lines = [advice(need, device, recipe, models) for need in needs]
     for line in [*lines, "", "assumed:", *(f"  {line}" for line in assumptions(recipe, models, device, lengths))]:
         out.print(Text(escape_control(line)), soft_wrap=True)
 
 
-def advice(need: StepMemory, device: Device, recipe: Recipe) -> str:
+def advice(need: StepMemory, device: Device, recipe: Recipe, models: PlannedModels) -> str:
     """One sentence on whether a step fits, and which setting to change if it does not."""
     card = f"{device.gib:g} GiB"
     if need.refused:
@@ -54,12 +54,14 @@ def advice(need: StepMemory, device: Device, recipe: Recipe) -> str:
     line = f"{need.step}: {'fits' if fits else 'does not fit'} {card}, {taken:.1f} GiB at most"
     if need.wave:  # sized to the memory
         return f"{line}; waves of {need.wave:,} tokens"
-    if fits and taken > _TIGHT * device.gib:
+    if fits and taken > device.gib - _SPARE_GIB:
         line = f"{need.step}: barely fits {card}, {taken:.1f} GiB at most; fragmentation may decide"
     if need.largest:
         line += f"; train.tokens_per_microbatch up to {need.largest:,} fits"
     elif need.largest == 0:
-        line += "; no train.tokens_per_microbatch that holds the longest rollout fits" + _remedies(recipe)
+        line += "; no train.tokens_per_microbatch that holds the longest rollout fits" + _remedies(
+            recipe, device, models
+        )
     elif not fits and need.step == "sampling":
         line += "; lower rollouts.batch_size"
     elif not fits:
@@ -67,8 +69,14 @@ def advice(need: StepMemory, device: Device, recipe: Recipe) -> str:
     return line
 
 
-def _remedies(recipe: Recipe) -> str:
+def _remedies(recipe: Recipe, device: Device, models: PlannedModels) -> str:
     train = recipe.train
+    if device.gpus > 1 and train.parallel != "fsdp" and recipe.student.quantisation is None:
+        sharded = train.model_copy(update={"parallel": "fsdp", "optimizer": "adamw"})
+        need = training(recipe.model_copy(update={"train": sharded}), models, device)
+        if need.largest and need.total <= device.gib * GIB:
+            also = "" if train.optimizer == "adamw" else ' and train.optimizer = "adamw"'
+            return f'; with train.parallel = "fsdp"{also} it fits, {need.total / GIB:.1f} GiB at most'
     found = [] if train.gradient_checkpointing else ["train.gradient_checkpointing = true"]
     if train.optimizer == "adamw":
         found.append('train.optimizer = "adamw_8bit"')
@@ -81,7 +89,7 @@ def _remedies(recipe: Recipe) -> str:
 
 def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: Lengths) -> list[str]:
     """The assumptions behind the figures, one a line."""
-    rollouts, train = recipe.rollouts, recipe.train
+    rollouts = recipe.rollouts
     longest = "the longest allowed, so all figures are upper bounds" if lengths.bound else "as given"
     found = [
         f"a prompt has {lengths.prompt:,.0f} tokens and a response {lengths.response:,.0f}: {longest}",
@@ -92,11 +100,8 @@ def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: 
         'and the Python overhead of rollouts.engine = "transformers", are left out',
         "FLOPs: 2 for each weight and token; the products of attention scores are left out",
         "cache: before compression",
+        n_prompts(recipe)[1],
     ]
-    if recipe.prompts.limit is None:
-        found.append(
-            f"prompts.limit is not set: {train.steps} steps x {train.prompts_per_step} prompts, each used once"
-        )
     if rollouts.engine == "vllm":
         fraction = recipe.vllm.gpu_memory_utilization or 0.9
         found.append(f"vLLM reserves {fraction:.0%} of the GPU in any case, and uses the rest for more KV cache")
