@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from pipeline import credentials
@@ -152,11 +152,17 @@ class Bar:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.note = done, ""
         self._done_before, self._started = done, time.monotonic()
+        self._fraction: float | None = None
 
-    def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more units; `note` replaces the text beside the bar."""
+    def advance(self, count: int = 1, note: str | None = None, fraction: float | None = None) -> None:
+        """Count `count` more units; `note` replaces the text beside the bar.
+
+        Args:
+            fraction: of this run's work, for the time left, if finished units do not say how much work is done.
+        """
         self.done += count
         self.note = self.note if note is None else note
+        self._fraction = fraction
         self._show()
 
     @property
@@ -164,14 +170,27 @@ class Bar:
         """Units per second in this run."""
         return (self.done - self._done_before) / max(time.monotonic() - self._started, 1e-9)
 
+    @property
+    def left(self) -> str:
+        """The time left, such as "0:35"; empty if it is unknown, or nothing is left."""
+        fraction = self._fraction
+        if fraction is None:
+            fraction = (self.done - self._done_before) / max(self.total - self._done_before, 1)
+        if not fraction or self.done >= self.total:
+            return ""
+        return _duration((time.monotonic() - self._started) * (1 - fraction) / fraction)
+
+    @property
+    def pace(self) -> str:
+        """The rate with its unit; empty before the first unit is done."""
+        return speed(self.rate, self.unit) if self.done > self._done_before else ""
+
     def line(self) -> str:
         """The progress as one plain line."""
         percent = f"{self.done / self.total:.0%}" if self.total else "100%"
-        left = (self.total - self.done) / self.rate if self.rate else 0.0
-        eta = f", {_duration(left)} left" if self.done < self.total and left else ""
-        note = f", {self.note}" if self.note else ""
-        counted, rate = f"{self.done}/{self.total} {self.unit}", speed(self.rate, self.unit)
-        return f"{self.description}: {percent}, {counted}, {rate}{eta}{note}"
+        left = f"{self.left} left" if self.left else ""
+        parts = [percent, f"{self.done}/{self.total} {self.unit}", self.pace, left, self.note]
+        return f"{self.description}: {', '.join(filter(None, parts))}"
 
     def close(self) -> None:
         """Print the final line, if this run did anything."""
@@ -188,11 +207,11 @@ class _LiveBar(Bar):
     def __init__(self, description: str, total: int, unit: str, done: int, live: _Live):
         super().__init__(description, total, unit, done)
         self._live = live
-        self._task = live.add_task(description, total=total, completed=done, rate="", unit=unit)
+        self._task = live.add_task(description, total=total, completed=done, rate="", unit=unit, left="")
 
     def _show(self) -> None:
         self._live.note = escape_control(self.note)
-        self._live.update(self._task, completed=self.done, rate=speed(self.rate, self.unit))
+        self._live.update(self._task, completed=self.done, rate=self.pace, left=self.left)
 
 
 class _Live(Progress):
@@ -244,7 +263,7 @@ def progress(description: str, total: int, unit: str = "blocks", done: int = 0) 
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]} {task.fields[rate]}", markup=False),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
         )
         with _Live(*columns, console=console, transient=True) as live:
             yield (bar := _LiveBar(description, total, unit, done, live))

@@ -23,6 +23,7 @@ import cache_schema as cs
 from helpers import cache_factory as factory
 from helpers.commands import one_line
 from pipeline import cli, console, environment, errors
+from pipeline.engines.sampling import DecodingProgress
 from pipeline.environment import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
@@ -281,6 +282,17 @@ def test_progress_in_a_log_is_a_few_plain_lines(
     assert lines[-1] == "train: 100%, 100/100 steps, 2.0 steps/s, KL 79\\x1b[2J" and len(lines) == 8
     with console.progress("train", total=100, unit="steps", done=100):
         pass
+    with console.progress("rollouts", total=10, unit="rollouts") as bar:
+        shown = DecodingProgress(bar, 10, 100)
+        for _ in range(20):  # none ends before the limit: half of the tokens take as long again
+            now += 1
+            shown(0, 25)
+        assert bar.line() == "rollouts: 0%, 0/10 rollouts, 0:20 left, 25.0 tokens/s"
+        now += 1
+        shown(8, 25)  # most stop early
+        assert bar.line() == "rollouts: 80%, 8/10 rollouts, 0.38 rollouts/s, 0:05 left, 25.0 tokens/s"
+        shown(2, 1)
+    capsys.readouterr()
     with console.progress("short", total=3) as bar:
         now += 0.5
         bar.advance(3)

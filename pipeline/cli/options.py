@@ -10,6 +10,13 @@ import click
 
 Command = Callable[..., Any]
 
+#: Sections whose warnings a command shows, so that stages of one recipe do not repeat them; other commands show all.
+_WARNED_OF = {
+    "rollouts": ("student", "teacher", "prompts", "rollouts", "vllm", "eval"),
+    "score": ("score",),
+    "train": ("train", "reward", "select"),
+}
+
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
@@ -81,8 +88,10 @@ def with_recipe(command: Command) -> Command:
         from pipeline.console import warn
 
         resolved = load_recipe(recipe, overrides)
+        sections = None if dry_run else _WARNED_OF.get(command.__name__)
         for line in resolved.warnings():
-            warn(line)
+            if sections is None or line.partition(".")[0] in sections:
+                warn(line)
         if dry_run:
             return show_lines(resolved.to_toml(explained=True))
         return command(resolved, **options)

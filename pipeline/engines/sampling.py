@@ -8,6 +8,7 @@ A sampler has one method. It may return blocks in any order, each as soon as its
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,31 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
+from pipeline.console import Bar, speed
 from pipeline.errors import ConfigError
+
+
+class DecodingProgress:
+    """Shows the progress of sampling on a bar of rollouts.
+
+    Responses that reach the length limit end together, so rollouts that ended do not say how much is done; decoded
+    tokens do if all responses have full length. The time left is by whichever of both is further.
+
+    Args:
+        n_rollouts: that will be sampled, of at most `longest` tokens each.
+    """
+
+    def __init__(self, bar: Bar, n_rollouts: int, longest: int):
+        self._bar, self._n_rollouts, self._most = bar, n_rollouts, n_rollouts * longest
+        self._ended = self._tokens = 0
+        self._started = time.monotonic()
+
+    def __call__(self, ended: int, tokens: int) -> None:
+        """Count rollouts that ended and tokens that were decoded."""
+        self._ended, self._tokens = self._ended + ended, self._tokens + tokens
+        fraction = max(self._ended / self._n_rollouts, self._tokens / self._most)
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        self._bar.advance(ended, note=speed(rate, "tokens"), fraction=min(fraction, 1.0))
 
 
 @dataclass(frozen=True)

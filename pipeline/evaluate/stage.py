@@ -49,7 +49,7 @@ from pipeline.engines.heldout import (
     right_answers,
 )
 from pipeline.engines.resident import ResidentScorer
-from pipeline.engines.sampling import PromptBlock, Sampling, require_room
+from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampling, require_room
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.environment import install_hint
@@ -267,10 +267,9 @@ def _respond(
     rollouts: dict[str, cs.RolloutBlock] = {}
     total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling, block in wanted.values())
     with progress(f"{label}: responses", total, "responses") as bar, generating(model):
+        shown = DecodingProgress(bar, total, greedy.max_response_tokens)
         for name, (sampling, block) in wanted.items():
-            sampler = TransformersSampler(
-                model, sampling, batch_size=settings.batch_size, on_step=lambda ended, _: bar.advance(ended)
-            )
+            sampler = TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=shown)
             rollouts[name] = sampler.sample_block(block)
     fresh_rollouts = rollouts.get("fresh", rollouts["sampled"])
     scores = None

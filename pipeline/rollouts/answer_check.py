@@ -14,7 +14,7 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import progress, warn
 from pipeline.engines.heldout import held_out_prompts
-from pipeline.engines.sampling import PromptBlock, Sampler
+from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampler
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.models.resolve import ResolvedModel
 from pipeline.text.answers import Checker, answers_of, none_right
@@ -60,7 +60,7 @@ def check_held_out(
     if not accepted:
         return
     with progress("answer check", len(accepted), "responses") as bar:
-        sampler = make_sampler(lambda ended, _: bar.advance(ended))
+        sampler = make_sampler(DecodingProgress(bar, len(accepted), recipe.rollouts.max_response_tokens))
         ((_, rollouts, _),) = sampler.sample([PromptBlock(0, [(index, ids[index]) for index in accepted])])
     _warn(recipe, response_texts(rollouts, student.tokenizer), list(accepted.values()), f"{recipe.eval.path}: ")
 

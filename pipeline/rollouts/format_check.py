@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import escape_control, progress, say
-from pipeline.engines.sampling import PromptBlock, Sampler
+from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampler
 from pipeline.errors import RedpenError
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import response_texts
@@ -42,7 +42,7 @@ def check_format(
     settings = recipe.rollouts
     first = prompts[: settings.format_check_prompts]
     with progress("format check", len(first), "responses") as bar:
-        sampler = make_sampler(lambda ended, _: bar.advance(ended))
+        sampler = make_sampler(DecodingProgress(bar, len(first), settings.max_response_tokens))
         ((_, rollouts, _),) = sampler.sample([PromptBlock(0, list(enumerate(first)))])
     texts = response_texts(rollouts, tokenizer)
     illegal = [row for row, text in enumerate(texts) if not checker.is_legal(text)]

@@ -35,7 +35,7 @@ from pipeline.console import Bar, progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
-from pipeline.engines.sampling import PromptBlock, Sampler, Sampling, require_room
+from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampler, Sampling, require_room
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
@@ -118,12 +118,13 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
     at_most = n_pending * manifest.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
     ranks.broadcast(lambda: require_free(round_.cache.url, at_most, "its rollouts, all at full length,"))
 
-    tokens_sampled, started = 0, time.perf_counter()
+    started = time.perf_counter()
+    shown: list[DecodingProgress] = []
 
     def advance(bar: Bar, rollouts: int, tokens: int) -> None:
-        nonlocal tokens_sampled
-        tokens_sampled += tokens
-        bar.advance(rollouts, note=f"{speed(tokens_sampled / (time.perf_counter() - started), 'tokens')}")
+        if not shown:
+            shown.append(DecodingProgress(bar, mine, manifest.max_response_tokens))
+        shown[0](rollouts, tokens)
 
     run_blocks(
         work,
