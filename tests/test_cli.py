@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
     [
         "bogus",
         "rollouts",
-        "rollouts toy",
-        "train toy --cache c",
+        "rollouts toy --cache=",
+        "train toy --run=",
         "verify",
         "inspect c --rollout x",
         "inspect c --rollout -1",
@@ -113,6 +114,35 @@ def test_dry_run_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) 
         assert load_recipe("resolved.toml") == load_recipe("toy", args[1::2])
         assert "warning: rollouts.temperature = 0.3" in captured.err.replace("\n", " ")
     assert [path.name for path in Path().iterdir()] == ["resolved.toml"]
+
+
+def test_cache_and_run_have_the_names_that_make_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipeline.train.stage
+
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        pipeline.train.stage, "run", lambda recipe, cache, run, round_index: asked.append((cache, run))
+    )
+    assert cli.main(["recipes", "show", "toy"]) == 0
+    for args in (["toy"], ["./sub/my.toml"], ["toy", "--run", "r"], ["toy", "--cache", "c"]):
+        if args[0] != "toy":
+            Path("sub").mkdir()
+            shutil.copy(ROOT / "pipeline/recipes/toy.toml", args[0])
+        assert cli.main(["train", *args]) == 0
+    assert asked == [
+        ("cache/toy.zarr", "runs/toy"),
+        ("cache/my.zarr", "runs/my"),
+        ("cache/toy.zarr", "r"),
+        ("c", "runs/toy"),
+    ]
+
+
+def test_a_run_is_no_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r").mkdir()
+    Path("r/recipe.toml").touch()
+    for command in ("inspect", "diagnose", "export-cache -o x"):
+        assert cli.main([*command.split(), "r"]) == 1
+        assert "r is a run" in one_line(capsys.readouterr().err)
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -417,13 +417,15 @@ def test_datasets_loads_an_export(toy_cache: Path, tmp_path: Path, capsys: pytes
     assert about["scores"].keys() == {"student", "teacher"} and about["round"] == 0
 
 
-def test_several_answers_are_exported_and_imported(tmp_path: Path) -> None:
+def test_several_answers_are_exported_and_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers: list[Any] = [["two", "2"], "3", None]
     rows = [rollout(prompt=f"{i}+1=", answer=answer) for i, answer in enumerate(answers)]
     first = imported(jsonl(tmp_path / "x.jsonl", rows), tmp_path / "c")
     assert exporting.run(str(tmp_path / "c"), str(tmp_path / "x.parquet")) == 0
     assert parquet.read_table(tmp_path / "x.parquet")["answer"].to_pylist() == [["two", "2"], ["3"], None]
+    capsys.readouterr()
     again = imported(str(tmp_path / "x.parquet"), tmp_path / "d")
+    assert "the scores of teacher.teacher are left out" in capsys.readouterr().err
     same_rollouts(again, first)
     assert [again.prompts[i].get("answer") for i in range(3)] == answers
 

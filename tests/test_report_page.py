@@ -202,7 +202,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
     wrong: list[str] = []
     contexts = []
 
-    def show(document: Any, hash_: str = "", size: tuple[int, int] = (1360, 900), **options: Any) -> Any:
+    def show(document: Any, hash_: str = "#set=0", size: tuple[int, int] = (1360, 900), **options: Any) -> Any:
         file = tmp_path / "report.html"
         file.write_text(page.render(document), encoding="utf-8")
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
@@ -394,6 +394,15 @@ def test_keys(open_page: Open) -> None:
     press("Escape")
     press("j")
     assert shown.inner_text("#reading") == "Rollout 1"  # letters are only letters now
+
+
+def test_it_opens_on_the_trained_student(open_page: Open) -> None:
+    """On the set that is new, if the run was evaluated; a link that names no set means the cached rollouts."""
+    assert open_page(small_document(), "").input_value("#set") == "2"
+    assert open_page(small_document(), "#rollout=0").input_value("#set") == "0"
+    document = small_document()
+    document["sets"] = document["sets"][:1]
+    assert open_page(document, "").input_value("#set") == "0"
 
 
 def test_before_and_after_training(open_page: Open) -> None:

@@ -288,6 +288,7 @@ def inspect(cache_url: str, round_index: int | None, rollout: int | None, teache
     """
     from pipeline.report import terminal
 
+    options.refuse_run(cache_url)
     terminal.run(cache_url, round_index, rollout, teacher, as_json)
 
 
@@ -307,6 +308,7 @@ def diagnose(cache_url: str, round_index: int | None, teacher: str | None, as_js
     """
     from pipeline.diagnose import stage
 
+    options.refuse_run(cache_url)
     return stage.run(cache_url, round_index, teacher, as_json)
 
 
@@ -408,6 +410,7 @@ def export_cache(cache_url: str, output: str, round_index: int | None) -> int:
     """
     from pipeline.interchange import exporting
 
+    options.refuse_run(cache_url)
     return exporting.run(cache_url, output, round_index=round_index)
 
 

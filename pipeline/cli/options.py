@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,23 +21,23 @@ _WARNED_OF = {
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
-def _required_unless_dry_run(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    if value is None and not ctx.params.get("dry_run"):
-        raise click.MissingParameter(ctx=ctx, param=param)
-    return value or ""
-
-
 def run_option(contents: str) -> Callable[[Command], Command]:
-    help = f"Directory for {contents}. [required]"
-    return click.option("--run", "run_dir", metavar="DIR", callback=_required_unless_dry_run, help=help)
+    help = f"Directory for {contents}; default: runs/NAME, of the recipe."
+    return click.option("--run", "run_dir", metavar="DIR", callback=_not_empty, help=help)
+
+
+def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "":
+        raise click.BadParameter("expected a directory, got an empty text", ctx, param)
+    return value
 
 
 cache_option = click.option(
     "--cache",
     "cache_url",
     metavar="URL",
-    callback=_required_unless_dry_run,
-    help="The cache: a directory, or s3://BUCKET/NAME. [required]",
+    callback=_not_empty,
+    help="The cache: a directory, or s3://BUCKET/NAME; default: cache/NAME.zarr, of the recipe.",
 )
 cache_argument = click.argument("cache_url", metavar="CACHE")
 round_option = click.option(
@@ -94,11 +95,28 @@ def with_recipe(command: Command) -> Command:
                 warn(line)
         if dry_run:
             return show_lines(resolved.to_toml(explained=True))
+        name = Path(recipe).stem
+        for option, default in (("cache_url", f"cache/{name}.zarr"), ("run_dir", f"runs/{name}")):
+            if option in options and options[option] is None:
+                options[option] = default
         return command(resolved, **options)
 
     dry_run = "Print the resolved recipe, every setting explained, and stop."
     run = click.option("--dry-run", is_flag=True, is_eager=True, help=dry_run)(run)
     return click.argument("recipe", metavar="RECIPE")(set_option(run))
+
+
+def refuse_run(cache_url: str) -> None:
+    """Raise `RedpenError` if a run is given in place of a cache."""
+    from pipeline.errors import RedpenError
+    from pipeline.runs.files import is_run, read_record
+
+    if is_run(cache_url):
+        record = read_record(Path(cache_url))
+        learned = "" if record is None or not record.cache.get("url") else f"; it learned from {record.cache['url']}"
+        raise RedpenError(
+            f"{cache_url} is a run, expected a cache{learned}; `redpen report {cache_url}` shows the run"
+        )
 
 
 def show_lines(text: str) -> None:

@@ -24,8 +24,9 @@ from pipeline.diagnose.token_names import TokenNames
 Severity = Literal["blocks", "harms", "note"]
 _WORST_FIRST: tuple[Severity, ...] = ("blocks", "harms", "note")
 
-#: Scored tokens below which nothing is concluded.
-FEW_TOKENS = 100
+#: Scored tokens below which nothing is concluded, and below which only what blocks a pair is: other findings would
+#: rest on a handful of tokens.
+FEW_TOKENS, ENOUGH_TOKENS = 100, 500
 #: Of the probability that the student gives to its own candidates, what the teacher gives to them at the median
 #: position: below it, the teacher mostly considers other tokens. Pairs that succeed come to share 97 % and more
 #: (arXiv 2604.13016).
@@ -139,6 +140,8 @@ def check_pair(pair: PairScores, figures: Figures, names: TokenNames) -> list[Ch
     fundamental = _other_tokens(context) or _other_prompt(context)
     if fundamental is not None and fundamental.severity == "blocks":
         return [fundamental]
+    if figures.tokens < ENOUGH_TOKENS:
+        return [_few_tokens(context)]
     found = [_stop(context), *_never(context), _far(context), _nothing(context), _outside(context)]
     found += [_few_candidates(context), _less_sure(context)]
     return [finding for finding in (fundamental, *found) if finding is not None]
@@ -235,7 +238,7 @@ def _few_tokens(context: PairContext) -> CheckResult:
         "few-tokens",
         "note",
         "Too few tokens to say whether this pair will work.",
-        [f"{context.figures.tokens:,} tokens are scored; at least {FEW_TOKENS} are needed"],
+        [f"{context.figures.tokens:,} tokens are scored; at least {ENOUGH_TOKENS} are needed"],
         "sample and score more rollouts (prompts.limit, rollouts.rollouts_per_prompt)",
         0.0,
     )

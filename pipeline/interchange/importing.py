@@ -37,7 +37,7 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
-from pipeline.interchange.rows import FileRow, Float32, Int32, read_rows
+from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds.manifests import imported_round, imported_scores
@@ -62,6 +62,8 @@ def run(
     reader = RolloutReader(Path(file), recipe, student, student.stop_token_ids(recipe.rollouts))
     say(f"checking {file}")
     found = reader.survey()
+    if found.left_out:
+        warn(f"{file}: the scores of {', '.join(found.left_out)} are left out; `redpen score` makes them again")
     cfg = _teacher(recipe, teacher, file) if found.n_scored or teacher is not None else None
     if cfg is not None and not found.n_scored:
         raise RedpenError(
@@ -153,6 +155,7 @@ class FileSurvey:
     prompt_of_row: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     n_scored: int = 0  # tokens with a teacher's log-prob
+    left_out: list[str] = field(default_factory=list)  # scorers of an export, whose columns are not read
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class RolloutReader:
         n_rows = n_faults = n_unended = n_certain = 0
         for row in read_rows(self.path):
             n_rows += 1
+            found.left_out = found.left_out or exported_scorers(row.values)
             try:
                 record = check_record(row.values, row.place)
                 given = row.ids("prompt_tokens", n_ids)

@@ -7,7 +7,8 @@ object `metadata`, where Lightning-OPD keeps it. Lists of numbers are never Pyth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ class FileRow:
                 called, f"{length} values, one for each response token", str(len(value)), "score the rollout again"
             )
         return called, value
+
+
+def exported_scorers(names: Iterable[str]) -> list[str]:
+    """The scorers whose arrays are among the columns, as `redpen export-cache` names them."""
+    found = (re.fullmatch(r"(student|teacher\.[\w-]+)\.\w+", name) for name in names)
+    return sorted({each[1] for each in found if each is not None})
 
 
 def read_rows(path: Path) -> Iterator[FileRow]:

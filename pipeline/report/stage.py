@@ -23,6 +23,7 @@ from pipeline.report import inspect, page, runs, terminal
 from pipeline.report.document import Document, RolloutSet, SetRequest, rollout_set
 from pipeline.report.read import answer_check
 from pipeline.report.runs import Reread, RunRecord
+from pipeline.rounds.identity import cache_identity
 from pipeline.rounds.scored_block import Int64
 from pipeline.runs.files import EVAL_CACHE, RECIPE, check, is_run
 from pipeline.runs.lock import reading_results
@@ -137,6 +138,7 @@ def _open(targets: Sequence[str], round_index: int | None) -> tuple[_Sources, li
         for sentence in run["notes"]:
             sources.note(f"{run['name']}: {sentence}", on_stderr=False)
     if caches:
+        _require_related(sources, records, caches[0])
         learned = [run["cache"].get("round") for run in records if _same(run["cache"].get("url"), caches[0])]
         index = next((round_ for round_ in learned if round_ is not None), None)
     else:
@@ -154,6 +156,22 @@ def _open(targets: Sequence[str], round_index: int | None) -> tuple[_Sources, li
             if not round_.rollouts.committed().any():
                 sources.note(f"cache {sources.cache.url}, round {round_.index}: no rollouts have been sampled yet")
     return sources, records
+
+
+def _require_related(sources: _Sources, records: Sequence[RunRecord], url: str) -> None:
+    """Raise `ConfigError` if no run learned from the cache that is given, by its place or its rollouts' digests."""
+    assert sources.cache is not None
+    rounds = [sources.cache.round(index) for index in sources.cache.round_indices()]
+    digests = {cache_identity(url, round_, ())["rollouts digest"] for round_ in rounds}
+    if records and not any(
+        _same(run["cache"].get("url"), url) or run["cache"].get("rollouts digest", None) in {None, *digests}
+        for run in records
+    ):
+        name, cache = records[0]["name"], records[0]["cache"]
+        raise ConfigError(
+            f"report: {name} learned from {runs.learned_from(cache)}, and not from {url}; leave the cache out, or "
+            "make a page of each"
+        )
 
 
 def _same(url: str | None, target: str) -> bool:

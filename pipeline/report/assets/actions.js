@@ -220,6 +220,8 @@ if (sets.length) {
   $("workspace").hidden = false;
   now.current = null;
   const linked = readAddress() && state.rollout !== "";
+  const trained = sets.find((set) => set.raw.phase === "after");
+  if (location.hash.length < 2 && trained) state.set = String(trained.index); // what is new, unless a link says more
   derive();
   if (!state.rollout && !narrow.matches) state.rollout = String(now.set.rows[0].number);
   listen();
