@@ -18,6 +18,10 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.errors import ModelError
 from pipeline.evaluate import stage as evaluate
+from pipeline.models import model_card
+from pipeline.models.identity import own_prompt
+from pipeline.report import document, inspect
+from pipeline.runs.directory import Result
 from pipeline.score import stage
 from pipeline.toy import asset_path
 
@@ -178,7 +182,8 @@ def test_a_teacher_reads_prompts_in_its_own_way(
         own = ("teacher.prompt_prefix=11+2*2=2*2=4;11+4=15;",)
     else:
         own = ("teacher.template=chat", "teacher.system=add with care")
-    round_ = scored(recipe("teacher.name=own", *own))
+    own_recipe = recipe("teacher.name=own", *own)
+    round_ = scored(own_recipe)
     tokenizer = AutoTokenizer.from_pretrained(asset_path("teacher"))
     block, recorded = round_.rollouts.read(0), round_.scores("own").read(0)
     for row in (0, 5, block.n_rows - 1):
@@ -193,6 +198,14 @@ def test_a_teacher_reads_prompts_in_its_own_way(
         np.testing.assert_allclose(recorded.logprobs[block.response_slice(row)], expected, atol=2e-5)
     template = round_.scores("own").manifest.template  # type: ignore[union-attr]
     assert template.get("prefix", template.get("system")), template
+    # and `inspect`, the page and the card say so
+    read = 'before every prompt "11+2*2=' if kind == "prefix" else 'its chat template, system message "add with care"'
+    (summary,) = inspect.summary(round_.cache)["rounds"]
+    assert {score["name"]: score["read"] for score in summary["scores"]}["own"].startswith(read)
+    assert dict(map(tuple, document.provenance(round_)))["own: read"].startswith(read)
+    card = model_card.run_card(own_recipe, round_, ("own",), Result(1, "done", 0))
+    assert f", which read {read}" in card and "with a prompt of its own" in card
+    assert own_prompt(round_, "teacher") is None
 
 
 def test_the_students_eos_is_read_as_the_teachers_own(

@@ -149,6 +149,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "company",
+        "context-distillation",
         "qwen3-8b-from-32b",
         "qwen3-8b-source",
         "toy",

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cache_schema as cs
 from pipeline import __version__
 from pipeline.errors import ModelError
 from pipeline.models.files import read_index, read_settings
@@ -125,3 +126,31 @@ def _sha256(file: Path) -> str:
 def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def own_prompt(round_: cs.Round, teacher: str) -> str | None:
+    """How a teacher read the prompts, e.g. `system message "Be brief."`; None if it read what the student did."""
+    scores = round_.scores(teacher).manifest
+    assert isinstance(scores, cs.ScoresManifest)
+    theirs, ours = scores.template, round_.manifest.template
+    if not theirs or theirs == ours:
+        return None
+    found = []
+    if theirs.get("kind") == "none" and ours.get("kind") != "none":
+        found.append("plain text, without the chat template")
+    elif ours.get("kind") == "none" and theirs.get("kind") == "chat":
+        found.append("its chat template")
+    elif theirs.get("sha256") != ours.get("sha256"):
+        found.append("another chat template")
+    if theirs.get("system") != ours.get("system"):
+        system = theirs.get("system")
+        found.append("no system message" if system is None else f"system message {_quoted(system)}")
+    if theirs.get("prefix") is not None:
+        found.append(f"before every prompt {_quoted(theirs['prefix'])}")
+    if theirs.get("args", {}) != ours.get("args", {}):
+        found.append(f"template arguments {json.dumps(theirs.get('args'), ensure_ascii=False)}")
+    return ", ".join(found) or None
+
+
+def _quoted(text: object) -> str:
+    return json.dumps(str(text), ensure_ascii=False)

@@ -11,7 +11,7 @@ import cache_schema as cs
 from pipeline.config import Recipe, TrainConfig
 from pipeline.console import suggest
 from pipeline.credentials import mask
-from pipeline.models.identity import DATA, created_by
+from pipeline.models.identity import DATA, created_by, own_prompt
 from pipeline.models.paths import base_name
 from pipeline.runs.directory import Result, RunDirectory
 
@@ -147,7 +147,9 @@ def _facts(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result: 
         scores = round_.scores(name).manifest
         assert isinstance(scores, cs.ScoresManifest)
         method = f" ({scores.quantisation})" if scores.quantisation else ""
-        facts["teacher" if len(teachers) == 1 else f"teacher {name}"] = f"{_identity(scores.model)}{method}"
+        read = own_prompt(round_, name)
+        other = "" if read is None else f", which read {read}".replace("|", "\\|")  # a cell of a table
+        facts["teacher" if len(teachers) == 1 else f"teacher {name}"] = f"{_identity(scores.model)}{method}{other}"
     rollouts = (
         f"{round_.n_prompts:,} prompts x {sampled.rollouts_per_prompt} of round {round_.index}, sampled at "
         f"temperature {sampled.temperature:g}, top-p {sampled.top_p:g}"
@@ -176,7 +178,9 @@ def _trained(train: TrainConfig) -> str:
 
 def _names(round_: cs.Round, teachers: tuple[str, ...]) -> str:
     manifests = [round_.scores(name).manifest for name in teachers]
-    return ", ".join(Path(scores.model.name).name for scores in manifests if isinstance(scores, cs.ScoresManifest))
+    names = [Path(scores.model.name).name for scores in manifests if isinstance(scores, cs.ScoresManifest)]
+    own = ["" if own_prompt(round_, name) is None else " with a prompt of its own" for name in teachers]
+    return ", ".join(name + suffix for name, suffix in zip(names, own, strict=True))
 
 
 def _identity(model: cs.ModelIdentity) -> str:

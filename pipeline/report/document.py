@@ -14,6 +14,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.credentials import mask
+from pipeline.models.identity import own_prompt
 from pipeline.report.page_rows import PROMPT_FRACTION, CandidateArrays, ListedRollout, PageRows
 from pipeline.report.read import RIGHT, UNKNOWN, AnswerCheck, RoundScan, choose, choose_numbers, scan_round
 from pipeline.report.runs import Reread, RunRecord
@@ -270,6 +271,8 @@ def provenance(round_: cs.Round) -> list[list[str]]:
     ]
     for name in round_.scorer_names():
         rows += _scorer(name, round_.scores(name))
+        if name != cs.STUDENT:
+            rows.append((f"{name}: read", own_prompt(round_, name)))
     return [[name, mask(str(value))] for name, value in rows if value not in ("", None)]
 
 

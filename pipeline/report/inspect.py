@@ -12,6 +12,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.errors import RedpenError
+from pipeline.models.identity import own_prompt
 from pipeline.rounds.metrics import first_occurrence
 from pipeline.rounds.scored_block import ScoredRound, part_of, scored_blocks
 from pipeline.text.detokenize import Decoder, labels, pieces
@@ -77,6 +78,7 @@ def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, 
         "candidates": manifest.candidates,
         "candidate_kind": manifest.candidate_kind,
         "topk": manifest.topk,
+        "read": own_prompt(round_, name) if manifest.role == "teacher" else None,
         "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
     }
     return found | _mean_reverse_kl(round_, name) if reverse_kl and manifest.role == "teacher" else found

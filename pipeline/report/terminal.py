@@ -93,6 +93,9 @@ def show_summary(summary: dict[str, Any], out: Console) -> None:
             _print(out, _text(line))
         if round_["scores"]:
             out.print(_scores_table(round_["scores"]))
+        for score in round_["scores"]:
+            if score["read"] is not None:
+                _print(out, _text(f"  {score['name']} read other prompts than the student: {score['read']}"))
 
 
 def _scores_table(scores: Sequence[dict[str, Any]]) -> Table:
