@@ -61,8 +61,8 @@ def redpen(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("inspect full --rollout 3 --teacher x", "--teacher: expected one of teacher in round 0, got 'x'"),
         (
             "recipes show to",
-            "recipe to: expected one of company, context-distillation, qwen3-8b-from-32b, qwen3-8b-source, toy, toy-ensemble, toy-grpo; "
-            "did you mean toy",
+            "recipe to: expected one of company, context-distillation, qwen3-8b-from-32b, qwen3-8b-source, "
+            "toy, toy-ensemble, toy-grpo; did you mean toy",
         ),
     ],
 )
