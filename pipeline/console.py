@@ -166,9 +166,14 @@ class Bar:
         self._show()
 
     @property
+    def seconds(self) -> float:
+        """Since the bar was shown."""
+        return max(time.monotonic() - self._started, 1e-9)
+
+    @property
     def rate(self) -> float:
         """Units per second in this run."""
-        return (self.done - self._done_before) / max(time.monotonic() - self._started, 1e-9)
+        return (self.done - self._done_before) / self.seconds
 
     @property
     def left(self) -> str:
@@ -178,7 +183,7 @@ class Bar:
             fraction = (self.done - self._done_before) / max(self.total - self._done_before, 1)
         if not fraction or self.done >= self.total:
             return ""
-        return _duration((time.monotonic() - self._started) * (1 - fraction) / fraction)
+        return _duration(self.seconds * (1 - fraction) / fraction)
 
     @property
     def pace(self) -> str:

@@ -31,7 +31,7 @@ def run(as_json: bool = False) -> int:
     """Print what was found; returns the exit code 0."""
     found = examine()
     if as_json:
-        show(json.dumps(found, indent=1))
+        show(json.dumps(found))
     else:
         for line in lines(found):
             show(line)

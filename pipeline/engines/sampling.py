@@ -8,7 +8,6 @@ A sampler has one method. It may return blocks in any order, each as soon as its
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,14 +33,13 @@ class DecodingProgress:
     def __init__(self, bar: Bar, n_rollouts: int, longest: int):
         self._bar, self._n_rollouts, self._most = bar, n_rollouts, n_rollouts * longest
         self._ended = self._tokens = 0
-        self._started = time.monotonic()
 
     def __call__(self, ended: int, tokens: int) -> None:
         """Count rollouts that ended and tokens that were decoded."""
         self._ended, self._tokens = self._ended + ended, self._tokens + tokens
         fraction = max(self._ended / self._n_rollouts, self._tokens / self._most)
-        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._bar.advance(ended, note=speed(rate, "tokens"), fraction=min(fraction, 1.0))
+        note = speed(self._tokens / self._bar.seconds, "tokens")
+        self._bar.advance(ended, note=note, fraction=min(fraction, 1.0))
 
 
 @dataclass(frozen=True)
