@@ -128,7 +128,7 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     lines = (run / "distill/metrics.jsonl").read_bytes()
     easier = [
         gate.model_copy(update={"at_least": 0.0, "rise": None, "fall": None, "fall_since_sft": None})
-        for gate in gates
+        for gate in recipe.continual.gate
     ]
     changed = recipe.model_copy(
         update={
@@ -136,18 +136,18 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
             "eval": recipe.eval.model_copy(update={"match": "contains"}),
         }
     )
-    assert continual.run(changed, str(tmp_path / "c.zarr"), run) == 0
+    assert continual.run(changed, cache, run) == 0
     said = capsys.readouterr()
     assert "the gate is measured again" in said.err and f"{run}: the gate holds (measured 20" in said.out
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == trained
     assert (run / "distill/metrics.jsonl").read_bytes() == lines
-    assert continual.run(changed, str(tmp_path / "c.zarr"), run) == 0
+    assert continual.run(changed, cache, run) == 0
     said = capsys.readouterr()
     assert "measured again" not in said.err and said.out.startswith(f"{run}: the gate holds (measured 20")
     with pytest.raises(RedpenError, match=r"continual\.gate\.a\.path"):  # an unusable one changes nothing
         unusable = load_recipe("company", [*SHORT, "continual.gate=[{name='a', path='p', fall=0.1}]"])
-        continual.run(unusable, str(tmp_path / "c.zarr"), run)
-    assert continual.run(changed, str(tmp_path / "c.zarr"), run) == 0
+        continual.run(unusable, cache, run)
+    assert continual.run(changed, cache, run) == 0
     for other in ("sft.steps=5", "rollouts.temperature=0.9"):
         with pytest.raises(RedpenError, match=rf"was started with a different .*\[{other.partition('.')[0]}\]"):
             continual.run(load_recipe("company", [*SHORT, FAILS, other]), cache, run)
