@@ -131,8 +131,8 @@ def serve_command(recipe: Recipe, trained: str) -> str | None:
 def suggest_uses(recipe: Recipe, run: RunDirectory) -> None:
     """Print what can be done with a finished run."""
     suggest(
-        f"`redpen eval {run.path}` for scores, `redpen chat {run.path}` to talk to it, `redpen report {run.path}` for "
-        "a per-token view"
+        f"`redpen eval {run.path}` for scores, `redpen chat {run.path}` to talk to it, "
+        f"`redpen report {run.path}` for a per-token view"
     )
     if not recipe.student.model.startswith("toy:") and (command := serve_command(recipe, str(run.trained))):
         suggest(f"`{command}`")
