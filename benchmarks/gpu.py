@@ -195,7 +195,8 @@ class Results:
 def summary(found: list[Figure], about: str) -> str:
     """Markdown."""
     ended = [figure for figure in found if "ended" in figure]
-    lines = [about, "", "| step | seconds | |", "|---|---|---|"]
+    devices = [f"{f['device']}, torch {f['torch']}, {f['TFLOPS']:,.3g} TFLOPS" for f in found if "TFLOPS" in f]
+    lines = [about, *devices, "", "| step | seconds | |", "|---|---|---|"]
     lines += [f"| {f['step']} | {f['seconds']:.0f} | {f['ended']} |" for f in ended]
     for figure in ended:
         if "tail" in figure:
