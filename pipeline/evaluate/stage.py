@@ -177,7 +177,7 @@ def _measure(job: EvalJob, started: float, *, teacher_required: bool) -> None:
             if prompts is not None and job.teacher is not None:
                 assert teacher is not None
                 for label, estimate in _reverse_kl(job, teacher, students, responses, prompts, results).items():
-                    # one prompt has no interval, and JSON no NaN
+                    # few prompts have no interval, and JSON no NaN
                     figures[label]["reverse_kl"] = {
                         end: None if np.isnan(bound) else bound for end, bound in asdict(estimate).items()
                     }

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline import console
 from pipeline.console import escape_control, results
 
-#: The bounds are None for the reverse KL of a single prompt, which has no interval.
+#: The bounds are None for the reverse KL of too few prompts to give an interval.
 Estimates = list[dict[str, Any]]
 
 
@@ -56,6 +56,8 @@ def show(figures: dict[str, dict[str, Any]], about: dict[str, Any]) -> None:
     teacher = about["teacher"] or ""
     measured = any("reverse_kl" in of_student for of_student in figures.values())
     fresh = f"; reverse KL to {teacher} on fresh rollouts at T = 1" if measured else ""
+    if any(of_student.get("reverse_kl", {}).get("low", 0) is None for of_student in figures.values()):
+        fresh += ", of too few prompts for an interval"
     console.show(f"(95 % intervals; sampled: {samples}{fresh})")
 
 

@@ -332,7 +332,7 @@ def interval(measure: str, estimate: Mapping[str, Any]) -> str:
         error = "" if estimate["stderr"] is None else f" \u00b1 {estimate['stderr']:.4f}"
         return f"{estimate['value']:.4f}{error}"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    known = low is not None and high is not None  # one prompt has no interval
+    known = low is not None and high is not None  # few prompts have no interval
     if measure == "reverse_kl":
         return f"{value:.4f}" + (f" ({low:.3f} to {high:.3f})" if known else "")
     return f"{value:.1%}" + (f" ({100 * low:.1f} to {100 * high:.1f})" if known else "")
