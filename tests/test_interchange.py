@@ -272,6 +272,10 @@ BAD = {
     "mask": (rollout(loss_mask=[0, 1, 2]), "loss_mask: expected a list of 0 and 1"),
     "finish": (rollout(finish_reason=7), "finish_reason: expected stop, length or other text, got int"),
     "empty prompt": (rollout(prompt=" "), "prompt: expected text, got an empty one"),
+    "huge prompt": (
+        rollout(prompt="1" * 40_000),
+        "prompt: expected at most 16 tokens, got at least 40000; remove it",
+    ),
     "no prompt": (rollout(prompt=None), "expected prompt or messages, got"),
     "answered": (rollout(prompt=[{"role": "assistant", "content": "2"}]), "ends before the student's turn"),
 }

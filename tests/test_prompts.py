@@ -438,6 +438,32 @@ def test_what_cannot_fit_is_not_tokenised(tokenizer: Any, monkeypatch: pytest.Mo
         assert "p.jsonl: prompt 1:" in str(error.value)
 
 
+def of_words(kind: str) -> Any:
+    """A tokenizer that may write a word of any length as one unknown token."""
+    vocab = ["[UNK]", *"abcdefghijklmnopqrstuvwxyz", "the", "cat"]
+    model = {
+        "WordPiece": lambda: tokenizers.models.WordPiece(
+            {token: n for n, token in enumerate(vocab)}, unk_token="[UNK]", max_input_chars_per_word=10**9
+        ),
+        "WordLevel": lambda: tokenizers.models.WordLevel({token: n for n, token in enumerate(vocab)}, "[UNK]"),
+        "Unigram": lambda: tokenizers.models.Unigram([(token, -1.0) for token in vocab], unk_id=0),
+        "BPE": lambda: tokenizers.models.BPE({token: n for n, token in enumerate(vocab)}, [], unk_token="[UNK]"),
+    }[kind]()
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="z")
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "Unigram", "BPE"])
+def test_what_cannot_fit_is_not_tokenised_by_any_tokenizer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = of_words(kind)
+    assert len(render({"prompt": "the " * 10_000}, tokenizer, config("p.jsonl"), at_most=1000)) >= 10_000
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: pytest.fail("tokenised"))
+    for text in ("catthe" * 50_000, "\u732b" * 300_000, " " * 300_000 + "the"):
+        with pytest.raises(PromptError, match=r"p\.jsonl: prompt 1:.*rollouts\.max_prompt_tokens"):
+            render_all([{"prompt": text}], tokenizer, config("p.jsonl"), 1000)
+
+
 def byte_pairs(strips: bool) -> Any:
     """A byte-level tokenizer with merges, NFC and, if asked, an added token that takes the white space beside it."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -470,7 +496,7 @@ def test_no_text_has_fewer_tokens_than_the_least(strips: bool, monkeypatch: pyte
         text = "".join(rng.choices(parts, k=rng.randint(1, 40)))
         assert least_tokens(text, tokenizer) <= len(tokenizer(text)["input_ids"])
     assert least_tokens("the cat " * 1000, tokenizer) > 500
-    assert least_tokens(" " * 1000, tokenizer) == (0 if strips else 15)
+    assert least_tokens(" " * 1000, tokenizer) == (1000 // 256 if strips else 15)
 
 
 # ------------------------------------------------------------------------------------------------------ what people bring  # noqa: E501

@@ -71,8 +71,9 @@ class TokenNames:
         n = min(RENDERED_PROMPTS, block.n_prompts)
         other = 0
         for prompt in range(n):
+            record = self._round.prompts[int(block.prompt_index[prompt])]
             try:
-                ids = render(self._round.prompts[int(block.prompt_index[prompt])], tokenizer, cfg)
+                ids = render(record, tokenizer, cfg, self._round.manifest.max_prompt_tokens)
             except PromptError:
                 ids = []
             ours = student.convert_ids_to_tokens(block.prompt_ids(prompt).tolist())

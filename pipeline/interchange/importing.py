@@ -42,7 +42,7 @@ from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds.manifests import imported_round, imported_scores
 from pipeline.text.records import check_record
-from pipeline.text.rendering import render, template_identity, uses_chat
+from pipeline.text.rendering import TooLongError, check_length, render, template_identity, uses_chat
 
 
 def run(
@@ -183,8 +183,8 @@ class RolloutReader:
                 line = cs.encode_prompts([record])[0]
                 key = (line, prompt_index, rendered, given if given is None else given.tobytes())
                 if key not in numbers:
-                    numbers[key] = len(numbers)
                     rendering, ids = self._prompt(row, record, rendered, given)
+                    numbers[key] = len(numbers)
                     found.records.append(record)
                     found.prompts.append(ids)
                     found.renderings.add(rendering)
@@ -248,11 +248,22 @@ class RolloutReader:
 
     def _prompt(self, row: FileRow, record: dict[str, Any], rendered: bool, given: Int32 | None) -> tuple[str, Int32]:
         """What made the prompt's ids ("ids", "text" or "recipe"), and the ids."""
-        cfg, tokenizer = self.recipe.prompts, self.student.tokenizer
         if given is not None:
             return "ids", given
+        try:
+            return self._rendered(row, record, rendered)
+        except TooLongError as error:
+            raise RedpenError(
+                f"{row.place}: prompt: {error}; remove it, or set rollouts.max_prompt_tokens higher"
+            ) from None
+        except PromptError as error:
+            raise RedpenError(f"{row.place}: {error}") from None
+
+    def _rendered(self, row: FileRow, record: dict[str, Any], rendered: bool) -> tuple[str, Int32]:
+        cfg, tokenizer, limit = self.recipe.prompts, self.student.tokenizer, self.recipe.rollouts.max_prompt_tokens
         text_ids: list[int] = []
         if "prompt" in record:
+            check_length(record["prompt"], tokenizer, limit)
             text_ids = tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
         if rendered and text_ids:
             return "text", np.asarray(text_ids, np.int32)
@@ -264,10 +275,7 @@ class RolloutReader:
                 f"text that holds {tokenizer.decode([min(special)])}, so it went through one",
                 'set prompts.template to "none"',
             )
-        try:
-            return "recipe", np.asarray(render(record, tokenizer, cfg), np.int32)
-        except PromptError as error:
-            raise RedpenError(f"{row.place}: {error}") from None
+        return "recipe", np.asarray(render(record, tokenizer, cfg, limit), np.int32)
 
     def _check_lengths(self, found: FileSurvey) -> None:
         """Refuse rollouts beyond the recipe's limits or the student's context."""

@@ -69,7 +69,7 @@ def render_chat(
         raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
     chat = with_system(messages, cfg.system)
     text = chat_text(chat, tokenizer, cfg.template_args, reply_follows=reply_follows)
-    _check_length(text, tokenizer, at_most)
+    check_length(text, tokenizer, at_most)
     try:
         # the template writes every special token itself, a BOS included
         return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -174,7 +174,7 @@ def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None
 
     Raises `TooLongError` if it certainly has more than `at_most`.
     """
-    _check_length(text, tokenizer, at_most)
+    check_length(text, tokenizer, at_most)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -190,6 +190,7 @@ def _no_template(cfg: PromptsConfig) -> str:
     return 'got prompts.template = "none"' if cfg.template == "none" else "the tokenizer has none"
 
 
-def _check_length(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None) -> None:
+def check_length(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None) -> None:
+    """Raise `TooLongError` if the text cannot have as few as `at_most` tokens."""
     if at_most is not None and len(text) > at_most and (least := least_tokens(text, tokenizer)) > at_most:
         raise TooLongError(least, at_most)

@@ -1,8 +1,10 @@
-"""A lower bound of the tokens of a text, without tokenizing it.
+"""The fewest tokens that a text can have, without tokenizing it.
 
 Let L(b) be the length of the longest token with the byte b. In a token of l bytes every L(b) is l or more, so the sum
 of 1 / L(b) over its bytes is at most 1, and the sum over a whole text at most the number of its tokens. This holds
-if a tokenizer covers every byte (byte-level BPE, or byte fallback) and drops none; for others there is no bound.
+if a tokenizer covers every byte (byte-level BPE, or byte fallback) and drops none. Others have no bound: a long word
+may be one unknown token (WordPiece, Unigram). So that tokenizing is bounded all the same, every text counts for a
+token each 256 characters at least.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 #: A text with fewer characters is tokenized right away.
 _CHEAP = 2**15
+_MAX_CHARACTERS = 256  # a token; the longest of common vocabularies are runs of 128 spaces
 _KEEPING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace"}
 _SPLITTING = {"ByteLevel", "Split", "Digits", "Metaspace", "Punctuation"}
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -31,19 +34,20 @@ _LETTERS = dict(zip(_VISIBLE, map(chr, _VISIBLE), strict=True)) | {
 
 
 def least_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A lower bound of the tokens of `text`; 0 if it is short or nothing is known."""
+    """A lower bound of the tokens of `text`; 0 if it is short."""
     if len(text) <= _CHEAP:
         return 0
+    least = len(text) // _MAX_CHARACTERS
     lengths = _lengths(tokenizer)
     if lengths is None:
-        return 0
+        return least
     if lengths.strips:
         text = "".join(text.split())
     backend: Any = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
     counts = np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=256)
-    return int(np.floor(counts @ (1 / lengths.longest)))
+    return max(least, int(np.floor(counts @ (1 / lengths.longest))))
 
 
 @dataclass(frozen=True)
