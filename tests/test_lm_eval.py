@@ -11,10 +11,11 @@ import pytest
 
 from helpers.caches import small_recipe
 from pipeline.config import Recipe
-from pipeline.errors import ConfigError, RedpenError
+from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.evaluate import harness, stage
 from pipeline.models import load as models
 from pipeline.models.resolve import resolve
+from pipeline.text import chat_template
 from pipeline.text.prompts import load_prompts
 
 N = 12
@@ -153,6 +154,51 @@ def test_the_chat_template_is_applied_where_the_recipe_does(
     plain, chat = prompts
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": plain}]
     assert chat == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1= "}]
+TEMPLATES = {
+    "plain": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}",
+    "stripping": "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}",
+    "without a system": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</>{% endfor %}",
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(directory: Path) -> harness._Student:
+    recipe = recipe_with(directory)
+    return harness._Student(models.load_model(recipe.student), resolve(recipe.student).tokenizer, recipe)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("begun", [None, "2 ", "2"])
+def test_chats_are_the_harness_s_text(
+    evaluated: harness._Student,
+    template: str,
+    begun: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        evaluated.tokenizer, "chat_template", TEMPLATES[template] + "{{ '>' * add_generation_prompt }}"
+    )
+    monkeypatch.setattr(evaluated, "_warned", False)
+    chat = CHAT if begun is None else [*CHAT, {"role": "assistant", "content": begun}]
+    expected = harness.HFLM.apply_chat_template(evaluated, chat, add_generation_prompt=begun is None)
+    assert evaluated.apply_chat_template(chat, add_generation_prompt=begun is None) == expected
+    assert ("refuses system messages" in capsys.readouterr().err) == (template == "without a system")
+
+
+def test_a_template_without_end_ends(evaluated: harness._Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "renderer", lambda: renderer)
+    monkeypatch.setattr(evaluated.tokenizer, "chat_template", "{{ '%0999999999d' % 1 }}")
+    renderer = chat_template.Renderer(0.5)
+    try:
+        with pytest.raises(PromptError, match="the chat template"):
+            evaluated.apply_chat_template(CHAT)
+    finally:
+        renderer.close()
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from pipeline.config import EvalConfig, Recipe
 from pipeline.config.messages import did_you_mean
 from pipeline.console import console, warn
 from pipeline.engines.heldout import generating
-from pipeline.errors import ConfigError, RedpenError, one_line
+from pipeline.errors import ConfigError, PromptError, RedpenError, one_line
 from pipeline.forward.head import unwrapped
 from pipeline.models.resolve import ResolvedModel
 from pipeline.text.answers import END_OF_REASONING
+from pipeline.text.chat_template import chat_text
 from pipeline.text.rendering import uses_chat
 
 #: `value` and `stderr` (None if the harness gives none) by task and metric.
@@ -36,6 +37,8 @@ Scores = dict[str, dict[str, dict[str, float | None]]]
 
 # With which the harness draws examples; its own default.
 _FEWSHOT_SEED = 1234
+# Marks the end of the given beginning of a reply, after which a template may go on.
+_REPLY_END = "END_OF_THE_GIVEN_REPLY"
 
 
 def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, Any]:
@@ -106,6 +109,8 @@ def measure(model: PreTrainedModel, student: ResolvedModel, recipe: Recipe, task
                 fewshot_as_multiturn=True,
                 log_samples=False,
             )
+    except RedpenError:
+        raise
     except (ValueError, AssertionError, ImportError) as error:  # its errors for unsupported requests
         raise RedpenError(
             f"eval.tasks: lm-evaluation-harness refuses ({one_line(error, 300)}); if a task's own length limit is "
@@ -132,12 +137,43 @@ class _Student(HFLM):  # type: ignore[misc]  # lm_eval has no types
             chat_template_args=recipe.prompts.template_args,
         )
         self.n_cut = 0
+        self._template_args = recipe.prompts.template_args
+        self._warned = False
         self._longest = recipe.eval.max_response_tokens or recipe.rollouts.max_response_tokens
 
     @property
     def max_gen_toks(self) -> int:
         """Of a task without a limit."""
         return int(min(self._longest, self.max_length // 2))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text, rendered with the limits of `pipeline.text.chat_template`, which the harness's has not.
+
+        Raises `PromptError` if the template refuses the chat; system messages alone are left out with a warning, as
+        the harness does without one.
+        """
+        try:
+            return self._chat_text(chat_history, reply_follows=add_generation_prompt)
+        except PromptError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            text = self._chat_text(rest, reply_follows=add_generation_prompt)
+        if not self._warned:
+            warn("eval.tasks: the chat template refuses system messages, so they are left out of the tasks' prompts")
+            self._warned = True
+        return text
+
+    def _chat_text(self, chat: list[dict[str, str]], *, reply_follows: bool) -> str:
+        """`reply_follows` is false if the last message is the beginning of the reply, after which the text ends."""
+        if reply_follows:
+            return chat_text(chat, self.tokenizer, self._template_args, reply_follows=True)
+        marked = [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + _REPLY_END + " "}]
+        whole = chat_text(marked, self.tokenizer, self._template_args, reply_follows=False)
+        text, found, after = whole.rpartition(_REPLY_END)
+        if not found:
+            raise PromptError("the chat template leaves out the beginning of the reply that a task gives")
+        return text if after.startswith(" ") else text.rstrip()  # a template that strips messages, as transformers
 
     def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
         """The harness's, counting prompts whose beginning it cuts off: it only logs that."""
