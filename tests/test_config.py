@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import time
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -404,3 +406,14 @@ def test_comments_make_no_difference(tmp_path: Path) -> None:
     path.write_text(f"# mine\n{load_recipe('toy').to_toml()}")
     assert load_recipe(str(path)) == load_recipe("toy")
     assert load_recipe(str(path)).model_copy(update={}).to_toml().startswith("# mine\n")
+
+
+def test_many_tables_are_written_in_time(tmp_path: Path) -> None:
+    """Comments are looked up: to search them for each setting took minutes for some thousand teachers."""
+    path, toy = tmp_path / "r.toml", re.sub(r"\[teacher\](.*\n)+?\n", "", recipe_text("toy"))
+    teachers = "".join(f'[[teacher]] # {n}\nname = "t{n}"\nmodel = "toy:teacher"\n' for n in range(1500))
+    path.write_text(toy.replace("[prompts]", teachers + "\n[prompts]"))
+    recipe, started = load_recipe(str(path)), time.process_time()
+    written = recipe.to_toml()
+    assert time.process_time() - started < 5
+    assert written.count("[[teacher]]") == 1500 and "# 1499" in written

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 import unicodedata
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pydantic.fields import FieldInfo
@@ -166,8 +167,9 @@ class _Writer:
         self._explained = explained
         names = (name.split(".") for name in known_settings(root))
         fields = (field for keys in names if (field := find_setting(root, keys)) is not None)
+        self._explanation_of = {id(field): _explanation(field) for field in fields}
         #: An explained recipe may have become the user's own; its explanations are not theirs.
-        self._explanations = tuple(_explanation(field) for field in fields)
+        self._explanations = tuple(self._explanation_of.values())
 
     def add_tables(self, keys: Keys, section: type[Section], tables: list[Raw]) -> None:
         for number, table in enumerate(tables):
@@ -190,9 +192,8 @@ class _Writer:
         else:
             entry = f"{keys[-1]} = {self.source.written(keys, value) or toml_value(value)}"
         if self._explained or value is not None:
-            within = [found for found in self.source.comments if found[: len(keys)] == keys]
-            self.lines += [line for found in within for line in self.comments(found)]
-            self.lines.append(f"{entry:35} {_explanation(field)}" if self._explained else entry)
+            self.lines += [line for found in self.source.within.get(keys, ()) for line in self.comments(found)]
+            self.lines.append(f"{entry:35} {self._explanation_of[id(field)]}" if self._explained else entry)
 
     def comments(self, keys: Keys) -> list[str]:
         lines = self.source.comments.get(keys, [])
@@ -209,10 +210,13 @@ class _Source:
 
     Attributes:
         comments: the lines above and beside each table and setting; those that end the text belong to ().
+        within: the keys of `comments` that begin with some keys, these included.
     """
 
     def __init__(self, text: str):
         self.comments: dict[Keys, list[str]] = {}
+        self.within: dict[Keys, list[Keys]] = {}
+        self._n_tables: Counter[Keys] = Counter()
         self._items: dict[Keys, tomlkit.items.Item] = {}
         self._above: list[str] = []
         if text:
@@ -240,8 +244,8 @@ class _Source:
             elif isinstance(item, AoT):
                 keys = (*outer, key.key)
                 for table in item.body:
-                    number = sum(found[:-1] == keys and isinstance(found[-1], int) for found in self.comments)
-                    self._walk_table((*keys, number), table)
+                    self._walk_table((*keys, self._n_tables[keys]), table)
+                    self._n_tables[keys] += 1
             elif isinstance(item, Table):
                 self._walk_table((*outer, key.key), item)
             elif key is not None:
@@ -255,7 +259,11 @@ class _Source:
 
     def _add(self, keys: Keys, beside: str = "") -> None:
         lines = [mask(line) for line in (*self._above, beside) if line]
-        self.comments.setdefault(keys, []).extend(lines)
+        if keys not in self.comments:
+            self.comments[keys] = []
+            for n in range(1, len(keys) + 1):
+                self.within.setdefault(keys[:n], []).append(keys)
+        self.comments[keys].extend(lines)
         self._above.clear()
 
 
