@@ -77,6 +77,11 @@ def stdout(directory: Path, out: str) -> Any:
     return re.sub(r"[\d.,]+ ?([KMG]i?B|B|s|[a-z]+/s)\b", "#", out)
 
 
+def settings(directory: Path, out: str) -> Any:
+    """A recipe as it was printed, without its comments."""
+    return _plain(out)
+
+
 def contents(path: str, only: str = "") -> Callable[[Path, str], Any]:
     """Digests of everything a cache holds, or of one group of it, without who wrote it and when."""
 
@@ -220,7 +225,7 @@ SFT = command(
 )
 IMPORT = command("import rows.jsonl my.toml --cache new.zarr", result=contents("new.zarr"))
 IMPORT_PARQUET = command("import rows.parquet my.toml --cache new.zarr", result=contents("new.zarr"))
-DRY_RUN = command("rollouts my.toml --dry-run")
+DRY_RUN = command("rollouts my.toml --dry-run", result=settings)
 
 
 # Commands of which it is known what they do undisturbed; the others are right whatever they print.
@@ -303,7 +308,7 @@ def in_child(directory: Path, commands: Sequence[Sequence[str]], result: Callabl
             with contextlib.suppress(BaseException):
                 sys.stderr.flush()
             os._exit(code)
-    hung, idle_since, cpu_then = "", started, -1.0
+    hung, idle_since, cpu_then, group_then = "", started, -1.0, 0.0
     while True:
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
@@ -313,6 +318,8 @@ def in_child(directory: Path, commands: Sequence[Sequence[str]], result: Callabl
             meanwhile(pid)
         if (cpu := _cpu_seconds(pid)) > cpu_then + 0.05:
             cpu_then, idle_since = cpu, now
+        elif now - idle_since > IDLE_SECONDS and (group := _group_cpu_seconds(pid)) > group_then + 0.05:
+            group_then, idle_since = group, now  # a process that it has started is at work
         if now - idle_since > IDLE_SECONDS or now - started > WALL_SECONDS:
             hung = f"nothing done for {now - idle_since:.0f} s" if now - idle_since > IDLE_SECONDS else "40 s"
             with contextlib.suppress(ProcessLookupError):
@@ -380,6 +387,15 @@ def _cpu_seconds(pid: int) -> float:
     except (OSError, IndexError):
         return 0.0
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _group_cpu_seconds(pid: int) -> float:
+    """Of the processes of a group."""
+    total = 0.0
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            total += _cpu_seconds(int(path.name)) if os.getpgid(int(path.name)) == pid else 0.0
+    return total
 
 
 @contextlib.contextmanager
