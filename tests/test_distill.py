@@ -231,6 +231,7 @@ def test_a_round_that_the_student_has_left_makes_room_for_the_next(tmp_path: Pat
         *ROUNDS,
         "train.steps=20",
         "train.stale_ess=0.99999",
+        "train.stop_window=2",
         "train.stop_reverse_kl=0",
         "distill.carry=adapter",
     )

@@ -37,7 +37,7 @@ from pipeline.train.teachers import select_teachers
 from pipeline.train.trainer import StudentTrainer
 
 STEPS = 4
-KILLED_STEPS = 24
+KILLED_STEPS = 40
 LONG = (f"train.steps={STEPS}", "train.schedule=cosine")
 
 #: layouts of the same gradient: settings that must not change it

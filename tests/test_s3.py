@@ -96,13 +96,12 @@ def run(*args: str) -> preloaded.Process:
 # ------------------------------------------------------------------------------------------------------- what is kept
 
 
-@pytest.mark.parametrize(("seed", "n_prompts", "topk"), [(0, 1, 0), (1, 6, 3)])
-def test_round_trip(url: str, seed: int, n_prompts: int, topk: int) -> None:
-    factory.filled(url, n_prompts=n_prompts, seed=seed, topk=topk)
-    here = factory.filled(MemoryStore(), n_prompts=n_prompts, seed=seed, topk=topk)
+def test_round_trip(url: str) -> None:
+    factory.filled(url, n_prompts=6, topk=3)
+    here = factory.filled(MemoryStore(), n_prompts=6, topk=3)
     there = cs.open(url)
     assert_same_rounds(there.round(), here.round())
-    assert [there.round().prompts[i] for i in range(n_prompts)] == factory.prompts(n_prompts)
+    assert [there.round().prompts[i] for i in range(6)] == factory.prompts(6)
     assert list(cs.verify(there)) == []
     assert cs.open(url + "/").url == url + "/" and there.path is None
 
