@@ -246,7 +246,7 @@ class TransformersSampler:
             return float(((other - whole).abs() * whole.exp()).sum(1).mean())
 
         try:
-            cache, none, swapped = DynamicCache(config=self._config), torch.empty(0), torch.tensor([1, 0])
+            cache, none, swapped = DynamicCache(config=self._config), torch.empty(0), torch.tensor([1, 0, 1])
             both = torch.cat([ids.flip(1), ids])
             self._forward(both[:, :split], none, none, cache)
             cache.reorder_cache(swapped.to(self._device))

@@ -232,7 +232,9 @@ def _name_in_wrapper(model: PeftModel, config: PretrainedConfig, directory: Path
         return
     with torch.device("meta"), quiet(progress=False):
         wrapper = AutoModelForImageTextToText.from_config(config)
-    here, there = _name_in(text, decoder_body(text)), _name_in(wrapper, wrapper.get_decoder())
+    body = decoder_body(text)
+    here = next(name for name, module in text.named_modules() if module is body)
+    there = next(name for name, module in wrapper.named_modules() if type(module) is type(body))
     file = directory / "adapter_model.safetensors"
     prefix = "base_model.model."
     weights = load_file(file)
@@ -241,18 +243,13 @@ def _name_in_wrapper(model: PeftModel, config: PretrainedConfig, directory: Path
     settings: Any = model.peft_config[_NAME].to_dict()
     if not isinstance(settings["target_modules"], str):
         settings["target_modules"] = sorted(name.removeprefix(f"{here}.") for name in settings["target_modules"])
-    beside = [name for name, _ in wrapper.get_submodule(there.rpartition(".")[0]).named_children()]
-    towers = "|".join(re.escape(name) for name in beside if name != there.rpartition(".")[2])
-    excluded = [pattern for pattern in (settings["exclude_modules"], rf"(.*\.)?({towers})\..*") if pattern]
-    settings["exclude_modules"] = "|".join(excluded)
+    outside = {name for part in (wrapper, wrapper.base_model) for name, _ in part.named_children()}
+    towers = "|".join(re.escape(name) for name in sorted(outside - {*there.split("."), "lm_head"}))
+    excluded = (settings["exclude_modules"] or "").replace(re.escape(f"{here}."), r"(.*\.)?")
+    settings["exclude_modules"] = "|".join(filter(None, [excluded, rf"(.*\.)?({towers})\..*"]))
     stored = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     stored |= {name: settings[name] for name in ("target_modules", "exclude_modules")}
     (directory / "adapter_config.json").write_text(json.dumps(stored, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _name_in(model: Any, module: nn.Module) -> str:
-    name: str = next(name for name, found in model.named_modules() if found is module)
-    return name
 
 
 def _continued(model: PeftModel, train: TrainConfig) -> PeftModel:
