@@ -231,7 +231,7 @@ def packed_attention(
     if pack_plan is None:
         pack_plan = _plan_from(cu_seqlens, position_ids if attention_mask is None and len(query) == 1 else None)
     if pack_plan is None:
-        return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, settings).transpose(1, 2).contiguous(), None
     for watcher in _watchers:
         watcher()
     if attention_mask is not None:
@@ -250,7 +250,7 @@ def packed_attention(
         q, k, v = (x.view(batch.count, -1, *x.shape[1:]).transpose(1, 2) for x in inputs)
         outputs.append(_attend(q, k, v, None, settings).transpose(1, 2).flatten(0, 1))
     if pack_plan.order is None:
-        return outputs[0][None], None
+        return outputs[0][None].contiguous(), None  # some architectures take a view of it
     return torch.cat(outputs).index_select(0, pack_plan.order)[None], None
 
 

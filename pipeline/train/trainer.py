@@ -62,7 +62,10 @@ class StudentTrainer:
         self.sharding, self.ranks = sharding, sharding.ranks
         Head.of(model)  # raises for an unsupported head before the first forward pass
         if train.gradient_checkpointing:
-            unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            try:
+                unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            except ValueError as error:
+                raise ModelError(f"train.gradient_checkpointing = true: {error} Set it to false") from error
         self.within = sharding.parallelize(model)
         self.parameters = trainable(model)
         self.masters = master_weights(self.parameters)
