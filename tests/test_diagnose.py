@@ -328,7 +328,7 @@ def test_bounds_do_not_depend_on_the_size_of_the_vocabulary(tmp_path: Path) -> N
             ],
             "prompts": {"path": str(prompts)},
             "rollouts": {"stop_token_ids": list(range(1, vocabulary, 16)), "max_response_tokens": 64}
-            | {"rollouts_per_prompt": 2},
+            | {"rollouts_per_prompt": 6},
             "score": {"candidates": 16, "rows_per_chunk": 128},
         }
     )
