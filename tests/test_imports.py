@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Folders and modules of `pipeline`, from what everything uses up to the command. Each may import those before it.
 ORDER = (
-    *("environment", "errors", "credentials", "console", "files", "disk", "config"),
+    *("environment", "errors", "credentials", "console", "files", "disk", "config", "quantised"),
     *("forward", "runs", "toy", "models", "text", "rounds", "distributed", "engines", "teachers", "streaming"),
     *("rollouts", "score", "train", "evaluate", "diagnose", "report", "plan", "interchange", "sft"),
     *("distill", "continual", "merge", "chat", "doctor", "api", "cli", "__main__"),

@@ -26,11 +26,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import cache_schema as cs
 import pipeline.train.stage as train_stage
 from helpers import preloaded
+from helpers.models import random_adapter
 from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.engines import served as server
 from pipeline.engines.prompt_logprobs import EngineLogprobs, ScoreRequest, check_agreement, partial_scores
@@ -532,6 +534,20 @@ def test_another_model_behind_the_name_is_refused(
     teacher_server.temperature = 0.2
     with pytest.raises(ModelError, match=r"the server and the training forward differ by .* nats a token on average"):
         stage.run(served(recipe, teacher_server), str(unscored))
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+def test_a_served_adapter_without_effect_is_refused(
+    unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer
+) -> None:
+    """The server runs the teacher without it. Its effect is too small for the comparison of log-probs in bf16."""
+    adapter = random_adapter(asset_path("teacher"), tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weakened = {name: tensor * 0.02 if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(weakened, adapter / "adapter_model.safetensors", {"format": "pt"})
+    made = served(recipe, teacher_server, f"teacher.adapter={adapter}")
+    with pytest.raises(ModelError, match=r"teacher\.adapter = .*the server shows -?\d% of the effect"):
+        stage.run(made, str(unscored))
     assert cs.open(unscored).round().scorer_names() == ["student"]
 
 

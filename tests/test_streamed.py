@@ -333,7 +333,10 @@ def test_the_wave_follows_from_the_memory(saved: Callable[..., Path], capsys: py
     waves = [StreamedScorer(cfg, OPTIONS, memory_gib=gib).wave_tokens for gib in (0.0635, 0.0640, 0.0650, 8)]
     assert 60 <= waves[0] < waves[1] < waves[2] < waves[3] == 16_384
     said = capsys.readouterr().err
-    assert "3 layers of 36.0 KiB through 2 slots, waves of up to 16,384 tokens, at most 6" in said
+    assert (
+        "3 layers of 36.0 KiB through 2 slots, waves of up to 16,384 tokens, each with 90.9 KiB of weights, at"
+        in said
+    )
     assert "of 8.0 GiB expected in use" in said
 
 
@@ -395,7 +398,7 @@ def truncated(model: Path) -> None:
             r"have no place in the model \(model\.layers\.1\.mlp\.extra\.weight\)",
         ),
         (with_another("model.layers.0.self_attn.q_proj.weight", 3, 5), r"expected \(32, 32\), got \(3, 5\)"),
-        (quantised, r"student\.model = .*: cannot be streamed, its weights are quantised \(gptq\); use"),
+        (quantised, r"qwen3: its config.json says that it is quantised, but none of its weights are"),
         (truncated, r"model\.safetensors: cannot be read: no whole safetensors file; download or copy"),
     ],
 )

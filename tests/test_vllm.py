@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import cache_schema as cs
@@ -278,6 +279,7 @@ class TestStart:
 
     @pytest.mark.parametrize("rank", [4, 20])
     def test_an_adapter_takes_part(self, rank: int, student: Path, tmp_path: Path) -> None:
+        from pipeline.engines.adapter_check import AdapterEffect
         from pipeline.engines.vllm import Engine
 
         torch.manual_seed(2)
@@ -286,7 +288,10 @@ class TestStart:
         config = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, init_lora_weights=False)
         get_peft_model(base, config).save_pretrained(tmp_path)
         adapted = recipe(student, f"student.adapter={tmp_path}")
+        effect = AdapterEffect.of(adapted.student, [ids for _, ids in prompt_block().prompts])
+        assert effect is not None
         with Engine(adapted.student, adapted.vllm, max_length=32, max_sequences=64) as engine:
+            effect.check(engine, "it")
             (rollouts,) = sample(engine, sampling(), prompt_block())
         scored = [
             ResidentScorer(models.load_model(cfg), ScoreOptions(sampling_temperature=1.0)).compute_logprobs(rollouts)
@@ -295,6 +300,27 @@ class TestStart:
         expected, unadapted = (scores.sampling_logprobs for scores in scored)
         np.testing.assert_allclose(rollouts.rollout_logprobs, expected, atol=TOLERANCE)
         assert np.abs(rollouts.rollout_logprobs - unadapted).mean() > 0.1
+
+    def test_an_adapter_that_vllm_does_not_know_is_refused(self, student: Path, tmp_path: Path) -> None:
+        """Its layers are called otherwise, as those of a wrapper are; vLLM starts without a word."""
+        from pipeline.engines.adapter_check import AdapterEffect
+        from pipeline.engines.vllm import Engine
+
+        torch.manual_seed(2)
+        base = Qwen3ForCausalLM.from_pretrained(student, dtype=torch.float32)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(base, config).save_pretrained(tmp_path)
+        adapted = recipe(student, f"student.adapter={tmp_path}")
+        effect = AdapterEffect.of(adapted.student, [ids for _, ids in prompt_block().prompts])
+        assert effect is not None
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        renamed = {name.replace("model.layers.", "language_model.layers."): t for name, t in tensors.items()}
+        save_file(renamed, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        with (
+            Engine(adapted.student, adapted.vllm, max_length=32, max_sequences=8) as engine,
+            pytest.raises(ModelError, match="X: in vLLM it has no effect"),
+        ):
+            effect.check(engine, "X: in vLLM it")
 
     @pytest.mark.parametrize(
         ("overrides", "message"),

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.config import ModelConfig, VllmConfig
@@ -43,6 +45,8 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or several engines on a machine are bound to the same cores
 }
 _MEMORY_FRACTION = {"cpu": 0.2, "cuda": 0.9}
+# Tokens whose log-probs `next_logprobs` returns at least; vLLM's default bound.
+_LIKELIEST = 20
 
 
 class Engine:
@@ -139,9 +143,28 @@ class Engine:
         """Requests that are running or waiting."""
         return int(self._engine.get_num_unfinished_requests())
 
-    def add(self, name: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request; `name` is its output's `request_id`."""
-        self._engine.add_request(name, {"prompt_token_ids": prompt_token_ids}, params, lora_request=self._lora)
+    def add(
+        self, name: str, prompt_token_ids: Sequence[int], params: SamplingParams, *, adapted: bool = True
+    ) -> None:
+        """Queue a request; `name` is its output's `request_id`. `adapted`: through the adapter, if any."""
+        lora = self._lora if adapted else None
+        self._engine.add_request(name, {"prompt_token_ids": prompt_token_ids}, params, lora_request=lora)
+
+    def next_logprobs(
+        self, prompts: Sequence[npt.NDArray[np.int32]], *, adapted: bool = True
+    ) -> list[dict[int, float]]:
+        """Of the most likely tokens after each prompt, with or without the adapter."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, seed=0, logprobs=_LIKELIEST, detokenize=False)
+        for number, prompt in enumerate(prompts):
+            self.add(str(number), prompt.tolist(), params, adapted=adapted)
+        found: dict[int, dict[int, float]] = {}
+        while self.n_unfinished:
+            for output in self.step():
+                (position,) = output.outputs[0].logprobs
+                found[int(output.request_id)] = {token: entry.logprob for token, entry in position.items()}
+        return [found[number] for number in range(len(prompts))]
 
     def step(self) -> list[RequestOutput]:
         """Run one forward pass and return the outputs that are due by each request's `output_kind`."""

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",
+    "check_quantiser",
     "dot_natural_key",
     "get_model_conversion_mapping",
     "initialize_on_meta",
@@ -56,6 +58,13 @@ def quiet(*, progress: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+
+
+def check_quantiser(settings: Any) -> None:
+    """Raise whatever transformers' quantiser does if it cannot load such a checkpoint here."""
+    if not AutoHfQuantizer.supports_quant_method(settings if isinstance(settings, dict) else settings.to_dict()):
+        raise ValueError("transformers does not know this method")
+    AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(device_map=None)
 
 
 def save_weights(model: PreTrainedModel, directory: Path, state: dict[str, Tensor] | None) -> None:

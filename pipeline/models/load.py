@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from pipeline.models.files import (
 )
 from pipeline.models.identity import weight_files
 from pipeline.models.paths import COMPANIONS
+from pipeline.models.quantised import lazy_state
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 
 Attention = Literal["scoring", "sampling"]
@@ -84,8 +86,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model on its device, in eval mode, with its adapter (if any) applied but not merged.
 
-    With `quantisation = "nf4"` its linear layers, except the head, are in 4 bits with doubly quantised block
-    constants (Dettmers et al., "QLoRA", arXiv 2305.14314); they compute in `dtype`, which all other weights have.
+    A quantised checkpoint is dequantised (`pipeline.quantised`), or loaded by transformers' own quantiser if its
+    format is not known here. With `quantisation = "nf4"` linear layers, except the head, are in 4 bits with doubly
+    quantised block constants (Dettmers et al., "QLoRA", arXiv 2305.14314); they compute in `dtype`, which all other
+    weights have.
 
     Args:
         attention: "scoring": redpen's packed attention if the architecture can be packed
@@ -104,19 +108,25 @@ def load_model(
     check_model_files(directory)
     dtype = getattr(torch, source.dtype)
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
-    with source.loading_errors():
+    with source.loading_errors(), ExitStack() as stack:
+        load: Any = _auto_class(source.config).from_pretrained
+        where: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
+        where["trust_remote_code"] = cfg.trust_remote_code
+        if source.formats:
+            load = type(load_skeleton(source, torch.device("meta"))).from_pretrained  # an auto class wants a path
+            where = {"pretrained_model_name_or_path": None, "config": source.dense_config}
+            where["state_dict"] = lazy_state(source, device, stack)
         with quiet(progress=n_bytes > _QUIET_BYTES and console.is_terminal):
-            loaded, report = _auto_class(source.config).from_pretrained(
-                directory,
+            loaded, report = load(
+                **where,
                 dtype=dtype,
                 quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
                 attn_implementation="redpen_packed" if packed else None,
                 use_safetensors=True,
-                trust_remote_code=cfg.trust_remote_code,
-                local_files_only=True,
                 device_map={"": device} if device.type == "cuda" else None,
                 output_loading_info=True,
             )
+        loaded.name_or_path = loaded.config.name_or_path = str(directory)
         for module in loaded.modules():
             # On some CPUs bitsandbytes' Linear4bit would, once in eval mode, repack its weight for a kernel that
             # computes in bf16 whatever the dtype, and has no gradient.
@@ -136,6 +146,8 @@ def load_model(
     set_name(loaded, source.setting("model"))
     adapter = f" with adapter {cfg.adapter}" if cfg.adapter else ""
     quantised = f"{cfg.quantisation} and " if cfg.quantisation else ""
+    if source.formats:
+        quantised = f"{source.quantisation}, dequantised to "
     say(
         f"{setting_name(cfg, 'model').rpartition('.')[0]}: {cfg.model}{adapter}, {_count(loaded.num_parameters())} "
         f"parameters in {quantised}{source.dtype} on {device.type}, loaded in {time.perf_counter() - started:.1f} s"
@@ -217,7 +229,7 @@ def load_skeleton(
     source = resolve(model)
     if attention == "scoring":
         attention = "redpen_packed" if _can_pack(source) else None
-    config, device = source.config, device or pick_device(source.settings)
+    config, device = source.dense_config, device or pick_device(source.settings)
     with source.loading_errors(), quiet(progress=False):
         with torch.device("meta"):
             skeleton = _auto_class(config).from_config(

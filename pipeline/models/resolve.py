@@ -9,11 +9,12 @@ Each is read when it is first asked for, and then kept: downloading, tokenizers 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -24,6 +25,7 @@ from pipeline.errors import ModelError, RedpenError, one_line
 from pipeline.models.files import check_tokenizer_files, read_config, read_generation_config
 from pipeline.models.identity import adapter_digest, hub_commit, model_digest, served_digest, tokenizer_digest
 from pipeline.models.paths import find_directory, resolve_path
+from pipeline.quantised.formats import Format, formats_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -95,6 +97,11 @@ class ResolvedModel:
         if (directory / "adapter_config.json").is_file():
             adapter = setting_name(cfg, "adapter")
             remedy = f"this is a PEFT adapter: set {adapter} to it and {name} to its base model"
+        if gguf := next(iter(sorted(directory.glob("*.gguf"))), None):
+            remedy = (
+                f"GGUF is not read: convert it with AutoModelForCausalLM.from_pretrained(DIR, "
+                f"gguf_file={gguf.name!r}).save_pretrained(OUT), and its tokenizer in the same way"
+            )
         raise ModelError(f"{self.setting('model')}: no config.json in {directory}; {remedy}")
 
     # -- configuration -----------------------------------------------------------------------------------------
@@ -151,6 +158,33 @@ class ResolvedModel:
     def quantisation(self) -> str | None:
         """ "nf4" if the model is quantised while loading, or the method of a quantised checkpoint, e.g. "gptq"."""
         return _quantisation(self.config) or self.settings.quantisation
+
+    @property
+    def scored_quantisation(self) -> str | None:
+        """The same of the model in this process: "gptq, dequantised" if its weights are dequantised on loading."""
+        return f"{self.quantisation}, dequantised" if self.formats else self.quantisation
+
+    @cached_property
+    def formats(self) -> list[Format]:
+        """Of a checkpoint whose quantised weights are dequantised here, resident or streamed; [] of any other."""
+        try:
+            return self.require_formats()
+        except ModelError:
+            return []
+
+    def require_formats(self) -> list[Format]:
+        """The same. Raises `ModelError` with the reason for a quantised checkpoint that has none."""
+        settings = _quantisation_settings(self.config)
+        return formats_of(settings) if settings else []
+
+    @property
+    def dense_config(self) -> PretrainedConfig:
+        """The configuration of the model once its weights are dequantised; a copy."""
+        config = copy.deepcopy(self.config)
+        for part in (config, config.get_text_config()):
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config
+        return config
 
     @property
     def architectures(self) -> list[str]:
@@ -258,7 +292,12 @@ class ResolvedModel:
 
 def _quantisation(config: PretrainedConfig) -> str | None:
     """The method by which a checkpoint is quantised; None if it is not."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None and not isinstance(found, dict):
-        found = found.to_dict()
-    return str(found.get("quant_method", "unknown")) if found else None
+    settings = _quantisation_settings(config)
+    return str(settings.get("quant_method", "unknown")) if settings else None
+
+
+def _quantisation_settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    """`quantization_config` of a model, or of the text model inside it."""
+    parts = (config, config.get_text_config())
+    found: Any = next((q for part in parts if (q := getattr(part, "quantization_config", None))), None)
+    return found.to_dict() if found is not None and not isinstance(found, dict) else found

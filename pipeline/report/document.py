@@ -283,7 +283,7 @@ def _scorer(name: str, scores: cs.BlockGroup[cs.ScoresManifest]) -> list[tuple[s
         candidates = "none, only the token itself"
     if made.topk:
         candidates += f", and the teacher's own {made.topk} likeliest"
-    quantised = f", quantised to {made.quantisation}" if made.quantisation else ""
+    quantised = f", quantised ({made.quantisation})" if made.quantisation else ""
     return [
         (f"{name}: model", _model(made.model)),
         (f"{name}: scored by", f"{made.engine} in {made.dtype}{quantised}"),

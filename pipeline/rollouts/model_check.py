@@ -47,7 +47,9 @@ def check_architectures(recipe: Recipe) -> None:
     Reads configurations alone. A teacher that is not available yet is checked by `redpen score`. Raises `ModelError`.
     """
     from pipeline.models.architecture import choose_layout
+    from pipeline.models.quantised import check_placement
 
+    check_placement(resolve(recipe.student), recipe.placement(recipe.student))
     choose_layout(recipe.student)
     make_trainable(models.load_skeleton(recipe.student, torch.device("meta")), recipe.train)
     if recipe.rollouts.engine == "vllm":
@@ -56,6 +58,7 @@ def check_architectures(recipe: Recipe) -> None:
         check_checkpoint(recipe.student)
     for teacher in _teachers_here(recipe):
         with contextlib.suppress(ModelNotFoundError):
+            check_placement(resolve(teacher), recipe.placement(teacher))
             choose_layout(teacher)
 
 

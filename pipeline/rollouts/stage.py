@@ -194,7 +194,7 @@ class RolloutsSession:
         if is_first:
             check_teachers(recipe, work.prompts)
         with ExitStack() as stack:
-            make_sampler = _load_sampler(recipe, student, stack, work.prompts if is_first else None)
+            make_sampler = _load_sampler(recipe, student, stack, work.prompts, is_first)
             once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
             if is_first and not self._round.index and recipe.eval.path is not None and not _has_answers(self._round):
                 check_held_out(recipe, once, student)
@@ -219,30 +219,36 @@ def _has_answers(round_: cs.Round) -> bool:
 
 
 def _load_sampler(
-    recipe: Recipe, student: ResolvedModel, stack: ExitStack, checked: Prompts | None
+    recipe: Recipe, student: ResolvedModel, stack: ExitStack, prompts: Prompts, is_first: bool
 ) -> Callable[[Sampling, OnProgress], Sampler]:
-    """Load the student, and check it on prompts if there are any; returns what makes samplers of it. An engine is
-    closed with `stack`.
+    """Load the student, and check it if the round is new; returns what makes samplers of it. An engine is closed with
+    `stack`.
+
+    Raises `ModelError` for an adapter that vLLM does not apply as training does.
     """
     settings = recipe.rollouts
     if settings.engine == "vllm":
+        from pipeline.engines.adapter_check import AdapterEffect
         from pipeline.engines.vllm import Engine
         from pipeline.engines.vllm_sampler import VllmSampler
 
         longest = settings.max_prompt_tokens + settings.max_response_tokens
         longest = min(longest, student.context or longest)
-        if checked is not None:
-            check_scoring(recipe, checked)
+        if is_first:
+            check_scoring(recipe, prompts)
+        effect = AdapterEffect.of(recipe.student, prompts)  # before vLLM takes the memory
         engine = Engine(recipe.student, recipe.vllm, max_length=longest, max_sequences=settings.batch_size)
         stack.enter_context(engine)
+        if effect is not None:
+            effect.check(engine, f"{student.setting('adapter')}: in vLLM it")
         return lambda sampling, on_step: VllmSampler(
             engine, sampling, batch_size=settings.batch_size, on_step=on_step
         )
     from pipeline.engines.transformers_sampler import TransformersSampler
 
     model = models.load_model(student, attention="sampling")
-    if checked is not None:
-        check_student(recipe, model, checked)
+    if is_first:
+        check_student(recipe, model, prompts)
     return lambda sampling, on_step: TransformersSampler(
         model, sampling, batch_size=settings.batch_size, on_step=on_step
     )

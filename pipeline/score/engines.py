@@ -1,8 +1,9 @@
 """Teachers that an inference engine scores, vLLM in this process or a server: started, and checked before they write.
 
 An engine is another implementation of the model: another attention, another head, perhaps another checkpoint under
-the same name. So the forward in this process scores a few rollouts first, and the engine must agree with it. If the
-weights are not on this machine, the engine must at least agree with itself.
+the same name. So the forward in this process scores a few rollouts first, and the engine must agree with it; with an
+adapter, also in what the adapter changes. If the weights are not on this machine, the engine must at least agree with
+itself.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import torch
 import cache_schema as cs
 from pipeline.config import Recipe, TeacherConfig
 from pipeline.console import say, warn
+from pipeline.engines.adapter_check import check_effect
 from pipeline.engines.prompt_logprobs import check_agreement, sample_of
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch
 from pipeline.errors import ModelError
 from pipeline.models import load as models
 from pipeline.models.paths import is_available
-from pipeline.models.resolve import ResolvedModel
+from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.teachers.alignment import View, longest_of
 
 
@@ -50,9 +52,13 @@ def open_engine(
     assert first.candidate_ids is not None
     sample = sample_of(first.blocks[0], first.candidate_ids, model.vocab_size)
     expected: cs.ScoreBlock | None = None
+    unadapted: cs.ScoreBlock | None = None
     try:
         if placement == "vllm" or is_available(teacher):
             expected = _score_here(recipe, model, sample)
+            if teacher.adapter is not None:
+                models.free_memory()
+                unadapted = _score_here(recipe, resolve(teacher.model_copy(update={"adapter": None})), sample)
         else:
             warn(f"{teacher.name}: its weights are not on this machine, so the server cannot be checked against them")
     except (ModelError, torch.OutOfMemoryError) as error:
@@ -78,6 +84,9 @@ def open_engine(
     found, reference = scorer.compute_logprobs(sample), "the training forward"
     if expected is None:
         expected, reference = scorer.compute_logprobs(sample), "a second call of it"
+    if unadapted is not None and expected is not None:
+        who = f"{model.setting('adapter')}: {engine}"
+        check_effect(found.logprobs, expected.logprobs, unadapted.logprobs, who)
     try:
         say(f"{teacher.name}: {engine} and {reference} agree {check_agreement(found, expected, dtype)}")
     except ModelError as error:
@@ -91,7 +100,7 @@ def open_engine(
 def _score_here(recipe: Recipe, model: ResolvedModel, sample: TokenBatch) -> cs.ScoreBlock:
     """The sample's scores by the training forward, streamed on a GPU, so that the model fits on any."""
     options = ScoreOptions(tile_tokens=recipe.score.tile_tokens, rows_per_chunk=recipe.score.rows_per_chunk)
-    if models.pick_device(model.settings).type == "cuda" and model.quantisation is None:
+    if models.pick_device(model.settings).type == "cuda" and (model.formats or model.quantisation is None):
         from pipeline.streaming.streamed import StreamedScorer
 
         scorer = StreamedScorer(model, options, memory_gib=recipe.score.memory_gib)

@@ -7,15 +7,18 @@ the slot, and events keep apart who writes and who reads:
     copy stream      waits for `free` (the slot's last user is done with it), copies, records `ready`
     compute stream   waits for `ready`, computes, records `free`
 
-so that nothing is allocated for a layer, and the host never waits for the device but for a pinned buffer.
+so that nothing is allocated for a layer, and the host never waits for the device but for a pinned buffer. Quantised
+weights travel as they are stored; the compute stream dequantises those of one layer at a time, into a buffer that all
+layers share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError
-from pipeline.streaming.weights import Conversion, Places, SafetensorsCheckpoint, Stored, Weight
+from pipeline.streaming.weights import Conversion, Places, SafetensorsCheckpoint, Stored, Weight, parts_of
 
 SLOTS = 2
 _cuda: Any = torch.cuda  # its streams and events have no types
@@ -38,25 +41,42 @@ _STAGED_CHUNKS_PER_READER = 2
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are on the device together, and where in their slot each of them begins, in bytes."""
+    """Weights that are on the device together.
+
+    Attributes:
+        offsets: where in their slot each begins, in bytes; by name, of quantised ones those of their parts.
+        nbytes: of the slot.
+        dequantised: where each quantised weight begins, once dequantised, in a buffer of `dequantised_nbytes`.
+    """
 
     weights: tuple[Weight, ...]
     conversions: tuple[Conversion, ...]
     offsets: dict[str, int]
     nbytes: int
+    dequantised: dict[str, int]
+    dequantised_nbytes: int
 
     @classmethod
     def of(cls, weights: Sequence[Weight], conversions: Sequence[Conversion], device: torch.device) -> Group:
         """Raises `ModelError` for a conversion that makes other weights as well."""
         offsets: dict[str, int] = {}
-        end = 0
+        dequantised: dict[str, int] = {}
+        end = buffer_end = 0
         for weight in weights:
-            offsets[weight.name] = _aligned(end) + _phase(weight, device)
-            end = offsets[weight.name] + weight.nbytes
+            if not weight.is_quantised:
+                offsets[weight.name] = _aligned(end) + _phase(weight, device)
+                end = offsets[weight.name] + weight.nbytes
+                continue
+            dequantised[weight.name] = _aligned(buffer_end)
+            buffer_end = dequantised[weight.name] + weight.nbytes
+            for part in _parts(weight):
+                offsets[part.name] = _aligned(end)
+                end = offsets[part.name] + part.nbytes
+        names = {weight.name for weight in weights}
         for conversion in conversions:
-            if outside := set(conversion.names) - offsets.keys():
-                raise ModelError(f"{conversion.sources[0][1].name} is part of {min(offsets)} and of {min(outside)}")
-        return cls(tuple(weights), tuple(conversions), offsets, _aligned(end))
+            if outside := set(conversion.names) - names:
+                raise ModelError(f"{conversion.sources[0][1].name} is part of {min(names)} and of {min(outside)}")
+        return cls(tuple(weights), tuple(conversions), offsets, _aligned(end), dequantised, _aligned(buffer_end))
 
     @classmethod
     def partition(
@@ -80,15 +100,41 @@ class Group:
     @property
     def stored(self) -> list[Stored]:
         """What is read for them."""
-        plain = [piece for weight in self.weights for piece in weight.pieces]
-        return plain + [source for conversion in self.conversions for _, source in conversion.sources]
+        direct = [part for weight in self.weights for part in _parts(weight)]
+        converted = [piece for conversion in self.conversions for _, piece in conversion.sources]
+        return direct + [part for piece in converted for part in parts_of(piece).values()]
 
     def views(self, slot: Tensor) -> dict[str, Tensor]:
-        """The weights in a slot (u1 [nbytes])."""
-        return {
-            weight.name: slot[self.offsets[weight.name] :][: weight.nbytes].view(weight.dtype).view(weight.shape)
-            for weight in self.weights
-        }
+        """The weights, or parts of quantised ones, in a slot (u1 [nbytes])."""
+        held = [part for w in self.weights for part in (_parts(w) if w.is_quantised else [w])]
+        return {one.name: _view(slot, self.offsets[one.name], one) for one in held}
+
+    def dequantise(self, views: Mapping[str, Tensor], buffer: Tensor) -> dict[str, Tensor]:
+        """The weights of views of a slot; quantised ones are written into a buffer (u1 [dequantised_nbytes])."""
+        found = {}
+        for weight in self.weights:
+            if not weight.is_quantised:
+                found[weight.name] = views[weight.name]
+                continue
+            out = found[weight.name] = _view(buffer, self.dequantised[weight.name], weight)
+            start = 0
+            for piece in weight.pieces:
+                own = out.view(-1)[start : start + math.prod(piece.shape)].view(piece.shape)
+                start += own.numel()
+                parts = {role: views[part.name] for role, part in parts_of(piece).items()}
+                if isinstance(piece, Stored):
+                    own.copy_(parts["values"])
+                else:
+                    piece.dequantise(parts, own)
+        return found
+
+
+def _parts(weight: Weight) -> list[Stored]:
+    return [part for piece in weight.pieces for part in parts_of(piece).values()]
+
+
+def _view(memory: Tensor, offset: int, held: Weight | Stored) -> Tensor:
+    return memory[offset : offset + held.nbytes].view(held.dtype).view(held.shape)
 
 
 def _aligned(position: int) -> int:
@@ -100,12 +146,14 @@ def _mapped(weight: Weight, device: torch.device) -> bool:
     if device.type != "cpu" or len(weight.pieces) != 1:
         return False
     piece = weight.pieces[0]
+    if not isinstance(piece, Stored):
+        return False
     return piece.dtype == weight.dtype and piece.offset % weight.dtype.itemsize == 0
 
 
 def _phase(weight: Weight, device: torch.device) -> int:
     """How far from alignment transformers would have the weight: the last bits of products depend on that."""
-    return weight.pieces[0].offset % _ALIGNMENT if _mapped(weight, device) else 0
+    return _parts(weight)[0].offset % _ALIGNMENT if _mapped(weight, device) else 0
 
 
 def empty_slot(nbytes: int, device: torch.device) -> Tensor:
@@ -130,14 +178,19 @@ class Transfer:
                 self._staging.put((chunk, _cuda.Event(blocking=True)))
 
     def load(self, group: Group, slot: Tensor) -> dict[str, Tensor]:
-        """Fill a slot; on CUDA the copies may still be under way in `stream`. Raises `ModelError`."""
+        """Fill a slot, and return its views; on CUDA the copies may still be under way in `stream`. Raises
+        `ModelError`.
+        """
         views = group.views(slot)
         chunks: list[Future[None]] = []
         for weight in group.weights:
             start = 0
-            for piece in weight.pieces:
-                values = piece.nbytes // piece.dtype.itemsize
-                chunks += self._submit(piece, views[weight.name].view(-1)[start : start + values])
+            for part in _parts(weight):
+                if weight.is_quantised:
+                    chunks += self._submit(part, views[part.name].view(-1))
+                    continue
+                values = part.nbytes // part.dtype.itemsize
+                chunks += self._submit(part, views[weight.name].view(-1)[start : start + values])
                 start += values
         try:
             for conversion in group.conversions:
@@ -154,13 +207,13 @@ class Transfer:
     def place(self, group: Group) -> dict[str, Tensor]:
         """Weights in memory of their own, ready for use; mapped if they are large and can be. Raises `ModelError`."""
         if group.nbytes >= _MAPPED_BYTES and all(_mapped(weight, self.device) for weight in group.weights):
-            return {weight.name: self.checkpoint.mapped(weight.pieces[0]) for weight in group.weights}
+            return {weight.name: self.checkpoint.mapped(_parts(weight)[0]) for weight in group.weights}
         slot = empty_slot(group.nbytes, self.device)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        placed = self.load(group, slot)
+        views = self.load(group, slot)
         self.finish()
-        return placed
+        return group.dequantise(views, empty_slot(group.dequantised_nbytes, self.device))
 
     def finish(self) -> None:
         """Wait for copies that are under way."""
@@ -210,6 +263,7 @@ class LayerStream:
         self._transfer, self._layers, self._uncached = transfer, layers, uncached
         nbytes = max(layer.nbytes for layer in layers)
         self.slots = [empty_slot(nbytes, transfer.device) for _ in range(SLOTS)]
+        self.buffer = empty_slot(max(layer.dequantised_nbytes for layer in layers), transfer.device)
         on_cuda = transfer.stream is not None
         self._ready, self._free = ([_cuda.Event() for _ in self.slots if on_cuda] for _ in range(2))
 
@@ -237,11 +291,11 @@ class LayerStream:
         self, order: list[int], coming: deque[Future[dict[str, Tensor]]], loader: ThreadPoolExecutor
     ) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
         for step, layer in enumerate(order):
-            slot, weights = step % SLOTS, coming.popleft().result()
+            slot, views = step % SLOTS, coming.popleft().result()
             if self._ready:
                 self._ready[slot].wait()
             try:
-                yield layer, weights
+                yield layer, self._layers[layer].dequantise(views, self.buffer)
             finally:
                 if self._free:
                     self._free[slot].record()

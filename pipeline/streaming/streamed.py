@@ -34,6 +34,7 @@ from pipeline.models import load as models
 from pipeline.models.files import check_model_files
 from pipeline.models.load import free_bytes, with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
+from pipeline.models.quantised import check_placement
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS, Group, LayerStream, Transfer
@@ -69,10 +70,11 @@ class StreamedScorer:
     Attributes:
         wave_tokens: prompt and response tokens that may go through the layers together.
         batch_tokens: the same; a batch with so many response tokens fills its waves.
+        layer_bytes: of all layers as they are stored, which every wave brings to the device.
 
     Raises:
-        ModelError: weights that are missing, quantised or of an unknown layout; a decoder that does more than call
-            its layers.
+        ModelError: weights that are missing or of an unknown layout; quantised in a way that is not known; a decoder
+            that does more than call its layers.
         ConfigError: memory too small for one tile.
     """
 
@@ -88,26 +90,33 @@ class StreamedScorer:
         self._options, self._on_tile, cfg = options, on_tile, source.settings
         self._device = models.pick_device(cfg)
         self._memory = WaveBudget(self._device, memory_gib)
-        if method := source.quantisation:
+        if method := source.settings.quantisation:
             raise ModelError(
-                f"{source.setting('model')}: cannot be streamed, its weights are quantised "
-                f'({method}); use score.placement = "resident" or "vllm"'
+                f"{source.setting('model')}: cannot be streamed and quantised to {method} while loading; use "
+                'score.placement = "resident"'
             )
+        check_placement(source, "streamed")
         check_model_files(source.directory)
         skeleton = models.load_skeleton(source)
         self._layered = LayeredModel(skeleton)
-        transfer = Transfer(SafetensorsCheckpoint(source.directory), self._device)
+        transfer = Transfer(SafetensorsCheckpoint(source.directory, source.formats), self._device)
+        transfer.checkpoint.check_groups()
         layers = self._load_others(skeleton, transfer)
         slot_bytes = max(layer.nbytes for layer in layers)
+        self.layer_bytes = sum(stored.nbytes for layer in layers for stored in layer.stored)
         self._memory.take(f"{SLOTS} layers", SLOTS * slot_bytes)
+        if buffer_bytes := max(layer.dequantised_nbytes for layer in layers):
+            self._memory.take("a layer, dequantised", buffer_bytes)
         self._stream = LayerStream(transfer, layers, _beyond_file_cache(layers))
         self._model = self._with_adapter(skeleton, layers)
         self._head = Head.of(self._model)
         self.batch_tokens = self.wave_tokens = self._memory.take_wave(options.tile_tokens, *self._measure(layers))
+        in_bits = f" in {source.quantisation}, dequantised to {source.dtype}," if source.formats else ""
         say(
             f"{setting_name(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
-            f"{len(layers)} layers of {readable(slot_bytes)} through {SLOTS} slots, waves of up to "
-            f"{self.wave_tokens:,} tokens, at most {readable(sum(self._memory.taken.values()))} of "
+            f"{len(layers)} layers of {readable(slot_bytes)}{in_bits} through {SLOTS} slots, waves of up to "
+            f"{self.wave_tokens:,} tokens, each with {readable(self.layer_bytes)} of weights, "
+            f"at most {readable(sum(self._memory.taken.values()))} of "
             f"{readable(self._memory.budget)} expected in use"
         )
 
@@ -179,7 +188,7 @@ class StreamedScorer:
                 self._layered.embed_on_host(self._device)
                 self._layered.install(Transfer(checkpoint, torch.device("cpu")).place(group))
             else:
-                self._memory.take("weights outside the layers", group.nbytes)
+                self._memory.take("weights outside the layers", group.nbytes + group.dequantised_nbytes)
                 self._layered.install(transfer.place(group))
         skeleton.tie_weights(missing_keys=set(places.missing), recompute_mapping=False)
         return [layers[index] for index in range(len(self._layered.layers))]
@@ -212,18 +221,21 @@ class StreamedScorer:
         tokens = lay_out(self._model, probes, [1] * len(lengths), self._device, one_forward=True)
         noted = self._layered.note(forwards(self._model, tokens)[0])
         n_tokens = n_tokens if is_packed(self._model) else int(n_tokens / _ROWS_PADDING)
-        working = 0
+        working = most = 0
         kinds = {tuple((w.shape, w.dtype) for w in layer.weights): index for index, layer in enumerate(layers)}
         for index in kinds.values():
-            views = layers[index].views(self._stream.slots[0])
-            for view in views.values():  # a layer may divide by integers that it stores
-                if not view.is_floating_point():
-                    view.fill_(1)
-            before = self._layered.install(views)
+            with PeakBytes() as dequantising:
+                weights = layers[index].dequantise(layers[index].views(self._stream.slots[0]), self._stream.buffer)
+            for weight in weights.values():  # a layer may divide by integers that it stores
+                if not weight.is_floating_point():
+                    weight.fill_(1)
+            before = self._layered.install(weights)
             with PeakBytes() as peak:
                 self._layered.step(index, noted)
             self._layered.install(before)
-            working = max(working, peak.nbytes)
+            working, most = max(working, peak.nbytes), max(most, dequantising.nbytes)
+        if most:
+            self._memory.take("dequantising", most)
         rows = min(self._options.rows_per_chunk, self._options.tile_tokens)
         logits = rows * self._head.vocab_size * self._head.logits_dtype.itemsize
         return bytes_of([noted.hidden, noted.calls]) / n_tokens, working / n_tokens, 2.0 * logits

@@ -4,7 +4,8 @@ A checkpoint may name and cut its tensors otherwise than the model does: files o
 expert by itself, their modules all experts in one tensor. transformers knows how to convert each layout. Its mapping
 is applied to names and shapes first, so whatever is missing, left over or of another shape is known before a byte is
 read. A conversion that only lays tensors end to end, as merging experts does, costs nothing: they are read to where
-they belong.
+they belong. Weights of quantised checkpoints are found by the names that they have in unquantised ones, and are
+dequantised on the way (`pipeline.quantised`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import operator
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,21 +38,9 @@ from pipeline.models._transformers_compat import (
     rename_source_key,
 )
 from pipeline.models.identity import weight_files
+from pipeline.quantised.codecs import STORED_TYPES, Quantised
+from pipeline.quantised.formats import Format, find
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _HEADER_LIMIT = 100_000_000  # safetensors' own
 
 
@@ -70,17 +59,30 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+#: What a weight, or a part of it, is made of.
+Piece = Stored | Quantised[Stored]
+
+
+def parts_of(piece: Piece) -> dict[str, Stored]:
+    """The stored tensors of a piece, by their role in it."""
+    return piece.parts if isinstance(piece, Quantised) else {"values": piece}
+
+
 class SafetensorsCheckpoint:
     """The safetensors files of a model, open for reading from any thread.
 
+    Args:
+        formats: of its quantised weights.
+
     Attributes:
         stored: its tensors by name.
+        pieces: the same, with its quantised weights in place of their parts.
 
     Raises:
-        ModelError: a file cannot be read, or is no safetensors file.
+        ModelError: a file cannot be read, or is no safetensors file; a quantised weight is incomplete.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, formats: Sequence[Format] = ()):
         self.directory = directory
         self._paths = weight_files(directory)
         self._files: list[int] = []
@@ -93,6 +95,7 @@ class SafetensorsCheckpoint:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 reason = error.strerror if isinstance(error, OSError) else "no whole safetensors file"
                 raise ModelError(f"{path}: cannot be read: {reason}; download or copy the model again") from None
+        self.pieces: Mapping[str, Piece] = find(self.stored, formats, str(directory)) if formats else self.stored
 
     def read_into(self, stored: Stored, start: int, out: Tensor) -> None:
         """Fill `out` (u1, on the CPU) with bytes of a tensor from its byte `start` on. Raises `ModelError`."""
@@ -106,8 +109,21 @@ class SafetensorsCheckpoint:
         except OSError as error:
             raise ModelError(f"{self._paths[stored.file]}: {stored.name} cannot be read: {error.strerror}") from None
 
-    def read(self, stored: Stored) -> Tensor:
-        """A tensor, on the CPU. Raises `ModelError`."""
+    def read(self, piece: Piece) -> Tensor:
+        """A tensor, on the CPU; in fp32 if it is dequantised. Raises `ModelError`."""
+        if isinstance(piece, Stored):
+            return self._read(piece)
+        weight = torch.empty(piece.shape)
+        piece.dequantise({role: self._read(part) for role, part in piece.parts.items()}, weight)
+        return weight
+
+    def check_groups(self) -> None:
+        """Refuse quantised weights with groups out of bounds. Reads those alone. Raises `ModelError`."""
+        for piece in self.pieces.values():
+            if isinstance(piece, Quantised) and "groups" in piece.parts:
+                piece.check_groups(self._read(piece.parts["groups"]), str(self.directory))
+
+    def _read(self, stored: Stored) -> Tensor:
         out = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_into(stored, 0, out.view(-1).view(torch.uint8))
         return out
@@ -142,7 +158,7 @@ def _header(file: int, number: int) -> dict[str, Stored]:
         start, end = map(operator.index, entry["data_offsets"])
         if any(not isinstance(size, int) or size < 0 for size in entry["shape"]):
             raise ValueError(f"{name} has no shape")
-        stored = Stored(name, number, 8 + length + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored = Stored(name, number, 8 + length + start, STORED_TYPES[entry["dtype"]], tuple(entry["shape"]))
         if stored.nbytes != end - start or not 0 <= start <= end <= os.fstat(file).st_size - 8 - length:
             raise ValueError(f"{name} is outside the file")
         found[name] = stored
@@ -161,7 +177,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Stored, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def is_quantised(self) -> bool:
+        return any(isinstance(piece, Quantised) for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:
@@ -180,13 +200,13 @@ class Conversion:
     """
 
     converter: WeightConverter
-    sources: tuple[tuple[str, Stored], ...]
+    sources: tuple[tuple[str, Piece], ...]
     target: str
     dtype: torch.dtype
     model: PreTrainedModel
     names: tuple[str, ...] = ()
 
-    def run(self, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
+    def run(self, read: Callable[[Piece], Tensor]) -> dict[str, Tensor]:
         """The weights, by name."""
         converter = copy.deepcopy(self.converter)
         for pattern, stored in self.sources:
@@ -196,11 +216,11 @@ class Conversion:
 
     def shapes(self) -> dict[str, Tensor]:
         """The weights on the meta device."""
-        return self.run(lambda stored: torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        return self.run(lambda piece: torch.empty(piece.shape, dtype=self.dtype, device="meta"))
 
-    def pieces(self) -> tuple[Stored, ...]:
+    def pieces(self) -> tuple[Piece, ...]:
         """The sources in an order in which, end to end, they are the weight; none if they are not."""
-        columns: dict[str, list[Stored]] = {}
+        columns: dict[str, list[Piece]] = {}
         for pattern, stored in self.sources:
             columns.setdefault(pattern, []).append(stored)
         operations = [(type(op), getattr(op, "dim", None)) for op in self.converter.operations]
@@ -248,9 +268,9 @@ def locate(model: PreTrainedModel, checkpoint: SafetensorsCheckpoint) -> Places:
     dtypes = _dtypes(model, state)
     prefix = model.base_model_prefix
     weights: dict[str, Weight] = {}
-    converted: dict[str, list[tuple[str, Stored]]] = {}
+    converted: dict[str, list[tuple[str, Piece]]] = {}
     unexpected: set[str] = set()
-    for name, stored in sorted(checkpoint.stored.items(), key=lambda item: dot_natural_key(item[0])):
+    for name, stored in sorted(checkpoint.pieces.items(), key=lambda item: dot_natural_key(item[0])):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)

@@ -173,10 +173,10 @@ def check_student(recipe: Recipe, round_: cs.Round, cache_url: str) -> None:
     if recipe.train.loss == "cross_entropy":
         return
     facts, scores = resolve(recipe.student), round_.scores(cs.STUDENT).manifest
-    if scores.quantisation != facts.quantisation:
+    if scores.quantisation != facts.scored_quantisation:
         scored, trained = (
             "unquantised" if method is None else f"in {method}"
-            for method in (scores.quantisation, facts.quantisation)
+            for method in (scores.quantisation, facts.scored_quantisation)
         )
         raise ModelError(
             f"student.quantisation: the student was scored {scored} and would be trained {trained}, which is a "

@@ -1,0 +1,1 @@
+"""Quantised checkpoints: which tensors make a weight, and how it is dequantised."""
