@@ -73,8 +73,11 @@ def timed(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"hidden": 256, "layers": 4, "rollouts": 48, "rounds": 3, "tile-tokens": 8192}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rollouts", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tile-tokens", type=int, default=8192)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
