@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from pipeline.config import Recipe, load_stored_recipe
-from pipeline.console import escape_control, say, show, warn
+from pipeline.console import say, show, show_part, warn
 from pipeline.errors import Interrupted, PromptError, RedpenError
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
@@ -165,8 +165,7 @@ class _Terminal(TextStreamer):  # type: ignore[misc]  # transformers has no type
     """Prints a response as it comes, control characters except line breaks as escapes."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        sys.stdout.write("\n".join(escape_control(line) for line in text.split("\n")) + ("\n" if stream_end else ""))
-        sys.stdout.flush()
+        show_part(text + ("\n" if stream_end else ""))
 
 
 def _read_line() -> str | None:

@@ -114,6 +114,12 @@ def show(line: str) -> None:
     print(escape_control(line), flush=True)
 
 
+def show_part(text: str) -> None:
+    """Write a part of a streamed result on stdout; its line breaks stay."""
+    sys.stdout.write("\n".join(map(escape_control, text.split("\n"))))
+    sys.stdout.flush()
+
+
 def say(line: str) -> None:
     """Print one line of information on stderr."""
     console.print(Text(escape_control(clipped(line))))

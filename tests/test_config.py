@@ -44,7 +44,7 @@ def test_shipped_recipes_are_what_they_are_named_for() -> None:
     toy, ours, source = (load_recipe(name) for name in ("toy", "qwen3-8b-from-32b", "qwen3-8b-source"))
     assert toy.student.model == "toy:student" and toy.prompts.limit == 512 and not toy.warnings()
     train = ours.train
-    assert (train.lora_rank, train.learning_rate, train.steps, train.prompts_per_step) == (128, 1e-4, 150, 64)
+    assert (train.lora_rank, train.learning_rate, train.steps, train.prompts_per_step) == (64, 1e-4, 150, 64)
     assert ours.rollouts.temperature == 1 and ours.rollouts.rollouts_per_prompt == 4 and not ours.warnings()
     assert (source.rollouts.temperature, source.train.learning_rate) == (0.3, 5e-7)
     assert source.train.loss == "importance_sampling"
@@ -162,7 +162,7 @@ def test_bad_recipe_is_one_line(data: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("toi", None, "recipe toi: no such file; expected a TOML file or one of company, "
+        ("toi", None, "recipe toi: no such file; expected a TOML file or one of company, context-distillation, "
                       "qwen3-8b-from-32b, qwen3-8b-source, toy, toy-ensemble, toy-grpo; did you mean toy?"),
         ("my.toml", b"a = ", "my.toml: not valid TOML: "),
         ("my.toml", b"a = '\xff'", "my.toml: expected UTF-8 text, found byte 0xff at 5"),

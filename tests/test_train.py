@@ -249,9 +249,9 @@ def test_only_the_student_is_loaded_and_the_cache_untouched(
     opened: list[str] = []
     real = transformers.AutoModelForCausalLM.from_pretrained
 
-    def record(path: object, *args: object, **kwargs: object) -> object:
-        opened.append(str(path))
-        return real(path, *args, **kwargs)
+    def record(**kwargs: object) -> object:
+        opened.append(str(kwargs["pretrained_model_name_or_path"]))
+        return real(**kwargs)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
     before = tree_digest(toy_cache)

@@ -141,7 +141,7 @@ def test_a_ray_run_outlives_its_workers(undisturbed_cache: Path, tmp_path: Path)
     assert [line.split(":")[0] for line in out.splitlines()] == ["rollouts"]
     assert err.count("next: redpen score") == 1
     assert len(re.findall("a worker process has died and is replaced", err)) == 1
-    expected = re.compile(r"(student|format check|rollouts|next|a worker process)\b")
+    expected = re.compile(r"(student|teacher|format check|rollouts|next|a worker process)\b")
     assert all(expected.match(line) for line in err.splitlines()), err
     assert_same_cache(cache, undisturbed_cache, ["rollouts"])
 
