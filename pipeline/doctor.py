@@ -19,6 +19,7 @@ from pipeline.console import say, show
 from pipeline.disk import readable
 from pipeline.environment import extras, install_hint
 from pipeline.errors import ModelNotFoundError, RedpenError, one_line
+from pipeline.files import read_text
 
 _PACKAGES = ("transformers", "peft", "zarr", "numpy", "safetensors", "huggingface_hub", "datasets")
 _HUB_SECONDS = 3.0
@@ -105,7 +106,7 @@ def _memory() -> dict[str, int]:
     """Of the host; what Linux can give to programs counts as free, although it caches files in it now."""
     found = {name: os.sysconf(f"SC_{pages}") * os.sysconf("SC_PAGE_SIZE") for name, pages in _PAGES.items()}
     with contextlib.suppress(OSError, ValueError, IndexError):
-        available = re.findall(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        available = re.findall(r"^MemAvailable:\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE)
         found["free"] = int(available[0]) * 1024
     return found
 

@@ -284,6 +284,7 @@ ELSEWHERE = {
     "continual.py": "copies into a directory that replaces another",
     "distill.py": "copies into a directory that replaces another, and removes an adapter",
     "engines/vllm.py": "silences a standard stream",
+    "environment.py": "reads the checkout's own pyproject.toml",
     "files.py": "is that module",
     "interchange/importing.py": "streams a table",
     "models/_transformers_compat.py": "removes a generated file from a directory that it fills",

@@ -98,7 +98,8 @@ def test_right_and_legal_are_those_of_eval(recipe: Make) -> None:
     """`eval.match` and `eval.format` decide what is counted: here every answer, as a number, is out by a zero."""
     prompts = HeldOutPrompts.load(recipe(), "accuracy", 6)
     model = models.load_model(recipe().student)
-    exact, n_right = replace(prompts, prompts=tuple((ids, f"0{answer}") for ids, answer in prompts.prompts)), 0
+    zeros = tuple((ids, [f"0{answer}" for answer in answers]) for ids, answers in prompts.prompts)
+    exact, n_right = replace(prompts, prompts=zeros), 0
     for match in ("exact", "number"):
         n_right = replace(exact, checker=Checker(match, exact.checker.pattern)).count(model)
         assert (n_right > 0) == (match == "number")
