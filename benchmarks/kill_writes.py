@@ -87,9 +87,12 @@ def in_child(args: list[str], where: Path, dies_before: int | None = None, *, ca
             return moved
 
         os.replace, os.rename = counted(os.replace), counted(os.rename)
-        code = redpen(args)
-        counter.write_text(str(count))
-        os._exit(code)
+        code = 70
+        try:
+            code = redpen(args)
+            counter.write_text(str(count))
+        finally:
+            os._exit(code)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), int(counter.read_text()) if counter.exists() else 0
 
@@ -125,8 +128,12 @@ def left(where: Path) -> dict[str, Any]:
     """
     answer = where.parent / f"{where.name}.left"
     if not (child := os.fork()):
-        answer.write_text(json.dumps(_read(where)))
-        os._exit(0)
+        code = 1
+        try:
+            answer.write_text(json.dumps(_read(where)))
+            code = 0
+        finally:
+            os._exit(code)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(f"what is left in {where} cannot be read")
     found: dict[str, Any] = json.loads(answer.read_text())

@@ -145,10 +145,20 @@ def write_output(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
-def check_output(path: Path) -> None:
-    """Raise now what `write_output` would raise later."""
-    if not _is_of_the_system(path):
-        refuse_link(path)
+def check_output(path: Path, replaces: bytes = b"", what: str = "") -> None:
+    """Raise now what `write_output` would raise later, or if it would replace something else.
+
+    Args:
+        replaces: how `what`, the only files that may be replaced, begin.
+    """
+    if _is_of_the_system(path):
+        return
+    refuse_link(path)
+    if replaces and path.is_file():
+        with open(path, "rb") as file:
+            found = file.read(len(replaces))
+        if found and found != replaces:
+            raise RedpenError(f"{path}: exists and is not {what}; choose another file, or remove it first")
 
 
 def _is_of_the_system(path: Path) -> bool:

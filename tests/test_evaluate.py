@@ -553,6 +553,12 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], str | Path], dict[str, object], 
     "an empty name": (lambda run, _: run, {"prompts": ""}, ConfigError, "--prompts: expected a file"),
     "an empty place": (lambda run, _: run, {"out": ""}, ConfigError, "--out: expected a file"),
     "a directory for the figures": (lambda run, _: run, {"out": "."}, ConfigError, "--out .: expected a file"),
+    "figures over something else": (
+        lambda run, _: run,
+        {"out": Path(__file__)},
+        RedpenError,
+        "test_evaluate.py: exists and is not the figures of an evaluation",
+    ),
     "tasks said twice": (
         lambda run, _: run,
         {"tasks": ["a"], "overrides": ["eval.tasks=['b']"]},

@@ -66,6 +66,7 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b"\xff\xfe", "prompts.jsonl:1: expected UTF-8, got byte 0xff in column 1"),
         (b"[" * 100_000, "prompts.jsonl:1: expected one JSON object"),
         (b'{"id": ' + b"9" * 5000 + b"}", "prompts.jsonl:1: expected one JSON object"),
+        (b'{"id": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "got JSON that is nested too deeply"),
         (b"{}", "prompts.jsonl:1: expected prompt or messages, got fields none"),
         (b'{"prompt": null}', "expected prompt or messages, got fields prompt"),
         (b'{"promt": "a"}', "got fields promt; is promt your prompt?"),

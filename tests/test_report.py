@@ -471,6 +471,11 @@ def test_command(tmp_path: Path, cache: cs.Cache, capsys: pytest.CaptureFixture[
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c.zarr", "page.html"]
     assert cli.main(["report", runs[0], "-o", str(tmp_path / "no" / "page.html")]) == 1
     assert "there is no directory" in capsys.readouterr().err
+    for kept in (tmp_path / "a" / "run.json", tmp_path / "c.zarr" / "zarr.json"):
+        before = kept.read_bytes()
+        assert cli.main(["report", runs[0], "-o", str(kept)]) == 1
+        assert f"{kept}: exists and is not a page" in capsys.readouterr().err and kept.read_bytes() == before
+    assert cli.main(["report", runs[0], "-o", str(page), "--rollouts", "5"]) == 0, "a page is replaced by the next"
 
 
 # ---------------------------------------------------------------------------------------------------------------- toy

@@ -10,11 +10,13 @@ from pathlib import Path
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe, load_stored_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.files import read_json, refuse_link
+from pipeline.files import check_output, read_json, refuse_link
 from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD
 from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
+#: How a file of figures begins.
+FIGURES_BEGIN = b'{\n "prompts":'
 _WANTED = {
     "--prompts": "a file of prompts",
     "--teacher": "a model's path or Hub id",
@@ -95,7 +97,7 @@ def plan_eval(
     run = run_of(target, out)
     written = run / EVAL_FIGURES if run else Path(out) if out is not None else None
     if written is not None:
-        _check_writable(written, out)
+        _check_writable(written, out, is_own=run is not None)
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"path": path})})
     return EvalJob(recipe, students, chosen, written, run)
 
@@ -118,14 +120,21 @@ def _check_overrides(overrides: Sequence[str], prompts: str | None, is_run: bool
             raise ConfigError(f"--set {key}: the run has been trained, so the setting would change nothing")
 
 
-def _check_writable(path: Path, out: str | os.PathLike[str] | None) -> None:
-    """Raise `RedpenError` if the figures could not be written, hours before they are."""
+def _check_writable(path: Path, out: str | os.PathLike[str] | None, *, is_own: bool) -> None:
+    """Raise `RedpenError`, hours before they are written, if the figures cannot be, or would replace something else.
+
+    Args:
+        is_own: the file is the run's own, which may be replaced whatever it holds.
+    """
     name, directory = f"--out {out}" if out is not None else str(path), path.parent
     if not directory.is_dir():
         raise ConfigError(f"{name}: there is no directory {directory}")
     if path.is_dir():
         raise ConfigError(f"{name}: expected a file such as {path / EVAL_FIGURES}, found a directory")
-    refuse_link(path)
+    if is_own:
+        refuse_link(path)
+    else:
+        check_output(path, FIGURES_BEGIN, "the figures of an evaluation")
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"{name}: {directory} cannot be written; choose another file with --out")
 

@@ -25,6 +25,8 @@ from pipeline.report.runs import MEASURES, RunRecord, estimates, interval, setti
 from pipeline.report.string_table import MISSING, decode_array
 
 ASSETS = Path(__file__).parent / "assets"
+#: How a page begins.
+BEGINS = b"<!doctype html>"
 #: Parts of the one script, which share a scope.
 SCRIPTS = ("tools.js", "data.js", "state.js", "list.js", "reader.js", "details.js", "actions.js")
 

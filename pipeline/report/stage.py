@@ -76,7 +76,7 @@ def run(
         raise ConfigError(f"-o {output}: expected a file such as {path / 'report.html'}, got a directory")
     if not path.parent.is_dir():
         raise ConfigError(f"-o {output}: there is no directory {path.parent}; create it, or choose another file")
-    check_output(path)
+    check_output(path, page.BEGINS, "a page of redpen")
     try:
         where = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
     except FileNotFoundError:  # the working directory itself is gone

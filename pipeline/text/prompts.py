@@ -120,7 +120,11 @@ def _parse(line: bytes, place: str) -> Any:
             f"{place}: expected one JSON object on each line, got {_show(line.decode().strip())} "
             f"({error.msg}, column {error.colno})"
         ) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
+    except RecursionError:
+        raise PromptError(
+            f"{place}: expected one JSON object on each line, got JSON that is nested too deeply"
+        ) from None
+    except ValueError as error:  # an integer of thousands of digits
         raise PromptError(f"{place}: expected one JSON object on each line, got JSON that {error}") from None
 
 
