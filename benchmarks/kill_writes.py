@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -78,7 +79,7 @@ def in_child(args: list[str], where: Path, dies_before: int | None = None, *, ca
             def moved(source: Any, target: Any, **kwargs: Any) -> Any:
                 nonlocal count
                 path = os.path.relpath(os.fspath(target), where)
-                if not path.startswith("..") and (caches or ".zarr/" not in path):
+                if not path.startswith("..") and (caches or not re.search(r"\.(zarr|partial)/", path)):
                     count += 1
                     if count == dies_before:
                         os.kill(os.getpid(), signal.SIGKILL)
