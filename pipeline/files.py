@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -38,6 +39,7 @@ PARTIAL = ".partial"
 #: Default size limit, in bytes, of files with settings, metadata or results.
 AT_MOST = 2**26
 _SHOWN = 200
+_PIPE_TRIES = 60
 _RANDOM_BYTES = 8
 _REPLACED = ".replaced"
 
@@ -136,20 +138,32 @@ def remove(path: Path) -> None:
 def write_output(path: Path, content: bytes) -> None:
     """Write to a path that the user chose: replace a file atomically, write into a pipe or device.
 
-    Raises `RedpenError` if `path` is a symbolic link, except in /dev and /proc (e.g. /dev/stdout).
+    Raises `RedpenError` at a symbolic link, except in /dev and /proc (e.g. /dev/stdout), or a pipe without a reader.
     """
     check_output(path)
-    if path.exists() and (_is_of_the_system(path) or not path.is_file()):
+    if path.is_fifo() and not _is_of_the_system(path):
+        with open(_open_pipe(path), "wb") as pipe:
+            pipe.write(content)
+    elif path.exists() and (_is_of_the_system(path) or not path.is_file()):
         path.write_bytes(content)
     else:
         write_atomically(path, content)
 
 
-def check_output(path: Path, replaces: bytes = b"", what: str = "") -> None:
-    """Raise now what `write_output` would raise later, or if it would replace something else.
+def _open_pipe(path: Path) -> int:
+    """A descriptor to write into a pipe that a process reads; an ordinary open would wait for ever."""
+    for _ in range(_PIPE_TRIES):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.set_blocking(handle, True)
+            return handle
+        time.sleep(0.05)
+    raise RedpenError(f"{path}: a pipe that no process reads; start its reader first, or choose another file")
 
-    Args:
-        replaces: how `what`, the only files that may be replaced, begin.
+
+def check_output(path: Path, replaces: bytes = b"", what: str = "") -> None:
+    """Raise now what `write_output` would raise later, or if it would replace a file that does not begin with
+    `replaces`, as every `what` does.
     """
     if _is_of_the_system(path):
         return

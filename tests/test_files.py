@@ -197,7 +197,7 @@ def test_lines_are_added_to_regular_files_only(tmp_path: Path) -> None:
             files.open_lock(tmp_path / name)
 
 
-def test_output_goes_into_a_pipe(tmp_path: Path) -> None:
+def test_output_goes_into_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: list[bytes] = []
     reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
@@ -206,6 +206,9 @@ def test_output_goes_into_a_pipe(tmp_path: Path) -> None:
     reader.join()
     files.write_output(Path("/dev/null"), b"page")
     assert found == [b"page"] and (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    monkeypatch.setattr(files, "_PIPE_TRIES", 2)
+    with pytest.raises(RedpenError, match="pipe that no process reads"):
+        files.write_output(tmp_path / "pipe", b"page")
 
 
 def test_long_names_have_temporary_ones(tmp_path: Path) -> None:
