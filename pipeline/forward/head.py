@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 
-# Config fields by which architectures multiply (1) or divide (-1) their logits: Cohere, Falcon-H1, Granite.
-_LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+# Config fields by which architectures multiply (1) or divide (-1) their logits: Cohere, Falcon-H1, Granite, Inkling.
+_LOGIT_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1, "logits_mup_width_multiplier": -1}
 # Columns that elementwise work takes at a time, where it needs a temporary: [n, 16384] instead of another [n, V].
 _COLUMN_BLOCK = 16384
 # Rows whose cumulative distribution is held (in fp64) while candidates are drawn.

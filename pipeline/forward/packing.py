@@ -164,7 +164,7 @@ def decoder_body(model: nn.Module) -> nn.Module:
         raise ModelError("adapter: expected one of weights (LoRA), got prompt learning, which cannot be packed")
     base = unwrapped(model)
     body: Any = base.get_decoder()
-    if body is base:
+    if body in (base, base.get_output_embeddings()):  # the latter is what ModernBERT's decoder calls so
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         modules = {child: set(child.modules()) for child in base.children()}
         apart = [child for child, within in modules.items() if embedding in within - {child} and head not in within]

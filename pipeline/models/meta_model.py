@@ -19,6 +19,7 @@ from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 
 from pipeline.config import ModelConfig
+from pipeline.errors import ModelError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.forward.rows import is_packed
@@ -222,7 +223,10 @@ def _ids(tokens: int) -> Tensor:
 
 def checkpoint_gradients(model: nn.Module) -> None:
     """Recompute each layer's activations in backward, as training does."""
-    unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"train.gradient_checkpointing = true: {error} Set it to false") from error
 
 
 def _attention(

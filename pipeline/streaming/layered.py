@@ -187,6 +187,8 @@ class LayeredModel:
         self._attend_by(run.attention)
         try:
             hidden = self.layers[index](run.hidden, *args, **kwargs)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise self.refusal(f"its layers do not run one at a time ({error})") from error
         finally:
             self._attend_by(attention)
         if isinstance(hidden, tuple):

@@ -179,6 +179,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Falcon": ("falcon", {}),
     "Falcon, ALiBi": ("falcon", {"alibi": True}),
     "Doge": ("doge", {}),
+    "AFMoE": ("afmoe", {}),
+    "A.X-K2": ("axk2", {}),
+    "Cohere 2 MoE": ("cohere2_moe", {}),
+    "Ernie 4.5 MoE": ("ernie4_5_moe", {}),
+    "EXAONE MoE": ("exaone_moe", {}),
+    "Gemma": ("gemma", {}),
+    "GLM": ("glm", {}),
+    "GPT-BigCode": ("gpt_bigcode", {}),
+    "Granite MoE": ("granitemoe", {}),
+    "Granite, sliding window": ("granite_swa", {}),
+    "Helium": ("helium", {}),
+    "Hy 3": ("hy_v3", {}),
+    "HyperCLOVA X": ("hyperclovax", {}),
+    "Jais 2": ("jais2", {}),
 }
 
 # Rollouts of a cache: prompt and response of so many tokens, of which the response begins there.
