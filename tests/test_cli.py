@@ -257,12 +257,22 @@ def test_module_runs_as_the_command() -> None:
 
 def test_no_library_reports_home_and_waiting_threads_sleep() -> None:
     """However redpen is entered, and before torch can read its environment; what the user has set stays."""
-    code = f"import sys, pipeline.{{}}, os; print([os.environ.get(name) for name in {[*ENVIRONMENT]!r}])"
+    code = f"""
+import os, sys
+def show():
+    print([os.environ.get(name) for name in {[*ENVIRONMENT]!r}], flush=True)
+    os._exit(0)
+class Torch:
+    def find_spec(self, name, path=None, target=None):
+        return show() if name == "torch" else None
+sys.meta_path.insert(0, Torch())
+import pipeline.MODULE
+show()"""
     bare = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     for module in ("cli", "api"):
         env = bare | {"TOKENIZERS_PARALLELISM": "true"}
         run = subprocess.run(
-            [sys.executable, "-c", code.format(module)], cwd=ROOT, env=env, capture_output=True, text=True
+            [sys.executable, "-c", code.replace("MODULE", module)], cwd=ROOT, env=env, capture_output=True, text=True
         )
         expected = [*(ENVIRONMENT | {"TOKENIZERS_PARALLELISM": "true"}).values()]
         assert run.stdout.strip() == str(expected), run.stderr
