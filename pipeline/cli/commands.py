@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -234,42 +233,15 @@ def verify(target: str, repair: bool) -> int:
     \b
     redpen verify toy.zarr --repair
     """
+    from pipeline.rounds import verify as cache
+    from pipeline.runs import verify as run
     from pipeline.runs.files import is_run
 
     if not is_run(target):
-        return _verify_cache(target, repair)
+        return cache.run(target, repair)
     if repair:
         raise click.UsageError(f"--repair needs a cache, and {target} is a run; `redpen verify {target}` checks it")
-    from pipeline.runs import verify
-
-    return verify.run(target)
-
-
-def _verify_cache(url: str, repair: bool) -> int:
-    import cache_schema as cs
-    from pipeline.console import progress
-
-    cache = cs.open(url, writable=repair)
-    with cache.lock("redpen verify --repair") if repair else contextlib.nullcontext():
-        groups = cs.block_groups(cache)
-        total = sum(group.n_blocks for group in groups)
-        with progress("verify", total) as bar:
-            findings = list(cs.verify(cache, progress=bar.advance))
-        for finding in findings:
-            show_lines(str(finding))
-        repaired = cs.repair(cache, findings) if repair else 0
-    if not findings:
-        committed = sum(int(group.committed().sum()) for group in groups)
-        show_lines(f"{url}: {committed} of {total} blocks are committed, no errors found")
-        return 0
-    beyond = sum(finding.block is None for finding in findings)
-    if not repair:
-        show_lines(f"findings: {len(findings)}; `redpen verify {url} --repair` invalidates the bad blocks")
-        return 1
-    show_lines(f"invalidated blocks: {repaired}; run the same stages again to rewrite them")
-    if beyond:
-        show_lines(f"beyond repair: {beyond} of the findings; restore the cache from a copy, or make a new one")
-    return 1 if beyond else 0
+    return run.run(target)
 
 
 @cli.command()

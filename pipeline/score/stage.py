@@ -27,7 +27,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -121,17 +122,12 @@ def _plan_scorer(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) 
         # A cache is used long after its teacher was deleted; that must not download it again.
         show(f"{name}: {summarize(round_, name)}; nothing to do ({cfg.model} is not on this machine)")
         return None
-    scorer = resolve(cfg)
-    view = View() if name == cs.STUDENT else view_of(recipe, scorer, round_)
-    if name == cs.STUDENT:
-        manifest = _student_manifest(recipe, round_, scorer)
-    else:
-        manifest = _manifest(recipe, round_, scorer, view)
-    if manifest.engine == "vllm" and not (has_scores and round_.scores(name).committed().all()):
+    work = ScoreWork(recipe, round_.cache.url, round_.index, name)
+    if work.manifest.engine == "vllm" and not (has_scores and round_.scores(name).committed().all()):
         from pipeline.engines.vllm import import_vllm
 
         import_vllm()  # better missing now than after the student has scored everything
-    return ScoreWork(recipe, round_.cache.url, round_.index, name, manifest, (scorer, view))
+    return work
 
 
 def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
@@ -239,7 +235,7 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
 
 def _check_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
     """Refuse a model that was not made for rollouts as long as these: its scores would be wrong without a sign."""
-    sampled, cfg, (model, view) = round_.manifest, work.cfg, work.resolved(round_)
+    sampled, cfg, (model, view) = round_.manifest, work.cfg, work.resolved
     context, renders = model.context, isinstance(cfg, TeacherConfig) and cfg.renders
     if context is None or (not renders and sampled.max_prompt_tokens + sampled.max_response_tokens <= context):
         return
@@ -260,21 +256,28 @@ class ScoreWork:
     cache_url: str
     round_index: int
     name: str
-    manifest: cs.ScoresManifest
-    _resolved: tuple[ResolvedModel, View | SpanView] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what each process looks up for itself."""
-        return self.__dict__ | {"_resolved": None}
+        """Without the model, which each process looks up for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "resolved"}
 
-    def resolved(self, round_: cs.Round) -> tuple[ResolvedModel, View | SpanView]:
-        """The scorer's model, and how its tokens relate to the student's; looked up once in a process."""
-        if self._resolved is None:
-            model = resolve(self.cfg)
-            view = View() if self.name == cs.STUDENT else view_of(self.recipe, model, round_)
-            object.__setattr__(self, "_resolved", (model, view))
-        assert self._resolved is not None
-        return self._resolved
+    @cached_property
+    def resolved(self) -> tuple[ResolvedModel, View | SpanView]:
+        """The scorer's model, and how its tokens relate to the student's."""
+        model = resolve(self.cfg)
+        return model, View() if self.name == cs.STUDENT else view_of(self.recipe, model, self._round)
+
+    @cached_property
+    def manifest(self) -> cs.ScoresManifest:
+        """What the scores will be."""
+        model, view = self.resolved
+        if self.name == cs.STUDENT:
+            return _student_manifest(self.recipe, self._round, model)
+        return _manifest(self.recipe, self._round, model, view)
+
+    @property
+    def _round(self) -> cs.Round:
+        return cs.open(self.cache_url).round(self.round_index)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -290,7 +293,7 @@ class ScoreWork:
         return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
 
     def group(self) -> cs.BlockGroup[cs.ScoresManifest]:
-        return cs.open(self.cache_url).round(self.round_index).scores(self.name)
+        return self._round.scores(self.name)
 
     def open(self) -> ScoreSession:
         return ScoreSession(self)
@@ -334,7 +337,7 @@ class ScoreSession:
 
 def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], None], stack: ExitStack) -> Scorer:
     """Load the scorer and check it on a few rollouts; an engine is closed with `stack`."""
-    recipe, manifest, (scorer, view) = work.recipe, work.manifest, work.resolved(round_)
+    recipe, manifest, (scorer, view) = work.recipe, work.manifest, work.resolved
     placement = recipe.placement(work.cfg)
     options = ScoreOptions(
         candidates=max(manifest.candidates, 1),
