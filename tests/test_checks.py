@@ -34,6 +34,10 @@ CONFLICTS: dict[str, list[tuple[list[str], str]]] = {
         (["train.advantage=cached"], "train.advantage"),
         (["train.ppo_clip=0.2"], "train.ppo_clip"),
     ],
+    "clips_need_a_divergence": [
+        (["train.loss=importance_sampling", f"train.{name}=0.05"], f"train.{name} = 0.05")
+        for name in ("entry_clip", "token_clip")
+    ],
     "warmup_fits_in_training": [(["train.steps=9", "train.warmup_steps=10"], "train.warmup_steps = 10")],
     "fsdp_excludes_low_bits": [
         (["train.parallel=fsdp", "train.optimizer=adamw_8bit"], "adamw_8bit"),

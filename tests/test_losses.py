@@ -95,6 +95,41 @@ def divergence(name: str, weight: float = 0.3) -> tuple[losses.Divergence, float
 DIVERGENCES = tuple(losses.DIVERGENCES)
 
 
+def contributions(name: str, student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """What every token adds to a divergence, in float64."""
+    p, q = student.exp(), teacher.exp()
+    m = weight * q + (1 - weight) * p
+    return {
+        "reverse_kl": p * (p / q).log(),
+        "forward_kl": q * (q / p).log(),
+        "jsd": weight * q * (q / m).log() + (1 - weight) * p * (p / m).log(),
+        "mixed_kl": weight * q * (q / p).log() + (1 - weight) * p * (p / q).log(),
+    }[name]
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("clip", [0.02, 0.1])
+def test_entry_clip_bounds_each_contribution_and_stops_its_gradient(name: str, clip: float) -> None:
+    scores, teacher = distributions(0).requires_grad_(), distributions(1)
+    buckets = [torch.cat([part[0], part[1][:, None]], 1) for part in (split(scores, C), split(teacher, C))]
+    terms = contributions(name, *buckets, 0.3)
+    assert (terms > clip).any() and (terms < clip).any()
+    kept = torch.where(terms < clip, terms, 0.0).sum(1)
+    expected = kept + clip * (terms >= clip).sum(1)
+    loss = divergence(name)[0](*split(scores, C), *split(teacher, C), entry_clip=clip)
+    torch.testing.assert_close(loss, expected)
+    (found,) = torch.autograd.grad(loss.sum(), scores, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(kept.sum(), scores)[0])
+
+
+def test_bounds_hide_no_infinity_and_no_nan() -> None:
+    values = torch.tensor([-1.0, 2.0, torch.inf, torch.nan], requires_grad=True)
+    bounded = losses.at_most(values, 1.0)
+    torch.testing.assert_close(bounded, torch.tensor([-1.0, 1.0, torch.inf, torch.nan]), equal_nan=True)
+    assert losses.at_most(values, None) is values
+    assert torch.autograd.grad(bounded[:2].sum(), values)[0].tolist() == [1, 0, 0, 0]
+
+
 def test_every_loss_of_a_recipe_has_an_implementation() -> None:
     others = {"importance_sampling", "cross_entropy"}
     assert {*get_args(TrainConfig.model_fields["loss"].annotation)} == {*DIVERGENCES} | others

@@ -161,6 +161,24 @@ def test_micro_batches_do_not_change_the_gradient(settings: list[str], warm_cach
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-4, abs=1e-6)
 
 
+def test_gradient_with_clips_is_that_of_the_formula(toy_cache: Path, recipe: Make) -> None:
+    settings = recipe("train.loss=forward_kl", "train.entry_clip=0.02", "train.token_clip=0.03")
+    trainer, replay = trainer_of(toy_cache, settings)
+    batch, clipped = replay.batch(0), []
+
+    def forward(rollout: Rollout, logp: Tensor) -> Tensor:
+        student, teacher = buckets(rollout, logp)
+        terms = teacher.exp() * (teacher - student)
+        tokens = terms.clamp(max=0.02).sum(1)
+        clipped.append(((terms > 0.02).any(1).sum(), (tokens > 0.03).sum()))
+        return tokens.clamp(max=0.03).sum()
+
+    moved(trainer).gradient(batch)
+    # what is left of a clipped sum is small beside the terms that are rounded
+    assert distance(flat_gradient(trainer), naive_gradient_of(trainer, batch, forward)) < 1e-4
+    assert all(sum(counts) > 0 for counts in zip(*clipped, strict=True))
+
+
 def test_every_divergence_learns(toy_cache: Path, tmp_path: Path, recipe: Make) -> None:
     """By the measure that is the same for all."""
     settings = ["train.steps=8", "train.learning_rate=3e-3", "train.prompts_per_step=12", "train.lora_rank=16"]
@@ -190,6 +208,12 @@ def test_draws_that_a_teacher_did_not_score_are_refused(warm_cache: Path, tmp_pa
             stage.run(recipe(f"train.loss={loss}"), str(cache), tmp_path / loss)
     sampled = recipe("train.loss=importance_sampling", "train.steps=1", "train.behaviour_correction=true")
     assert stage.run(sampled, str(cache), tmp_path / "is") == 0
+
+
+def test_clips_of_draws_are_refused(warm_cache: Path, tmp_path: Path, recipe: Make) -> None:
+    for name in ("entry_clip", "token_clip"):
+        with pytest.raises(ConfigError, match=rf"train\.{name} = 0\.1 needs .* drawn candidates"):
+            stage.run(recipe(f"train.{name}=0.1"), str(warm_cache), tmp_path / name)
 
 
 def test_a_geometric_mixture_has_no_draws(warm_cache: Path, tmp_path: Path, recipe: Make) -> None:

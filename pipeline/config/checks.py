@@ -125,6 +125,19 @@ def importance_sampling_settings_need_it(recipe: Recipe) -> str | None:
 
 
 @_conflict
+def clips_need_a_divergence(recipe: Recipe) -> str | None:
+    train = recipe.train
+    for name in ("entry_clip", "token_clip"):
+        value = getattr(train, name)
+        if value is not None and train.loss in ("importance_sampling", "cross_entropy"):
+            return (
+                f"train.{name} = {value:g} bounds reverse_kl, forward_kl, jsd and mixed_kl; train.loss = "
+                f'"{train.loss}" does not use it (importance_sampling has train.advantage_clip)'
+            )
+    return None
+
+
+@_conflict
 def warmup_fits_in_training(recipe: Recipe) -> str | None:
     if recipe.train.warmup_steps > recipe.train.steps:
         return (

@@ -29,6 +29,20 @@ class TrainConfig(Section):
     forward_weight: float = Field(
         default=0.5, ge=0, le=1, description="mixed_kl: weight of forward KL; reverse KL has 1 minus it"
     )
+    entry_clip: float | None = Field(
+        default=None,
+        gt=0,
+        le=LARGE,
+        description="reverse_kl, forward_kl, jsd, mixed_kl: upper bound on what one candidate adds to a token's "
+        "loss, in nats; above it there is no gradient; default: none",
+    )
+    token_clip: float | None = Field(
+        default=None,
+        gt=0,
+        le=LARGE,
+        description="reverse_kl, forward_kl, jsd, mixed_kl: upper bound on a token's loss, in nats; above it there "
+        "is no gradient; default: none",
+    )
     advantage: Literal["current", "cached"] = Field(
         default="current",
         description="importance_sampling: advantage of the current student, or the cached one (one pass only)",

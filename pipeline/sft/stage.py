@@ -83,7 +83,7 @@ def _train_recipe(recipe: Recipe) -> Recipe:
             f"train.warmup_steps = {recipe.train.warmup_steps} is more than sft.steps = {sft.steps}, so "
             "sft.learning_rate would never be reached; lower it, or raise sft.steps"
         )
-    other_losses = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
+    other_losses = ("entry_clip", "token_clip", "advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
     settings["train"] |= {name: getattr(TrainConfig(), name) for name in other_losses}
     settings["train"] |= {
         "loss": "cross_entropy",

@@ -118,6 +118,8 @@ def check_teachers(recipe: Recipe, round_: cs.Round, names: Sequence[str]) -> No
         check_sampled_token_only(recipe, round_, objective.teachers)
     elif objective.draws and recipe.train.loss != "importance_sampling":
         check_draws(recipe.train.loss, objective.teachers)
+    if objective.teachers.only_sampled or objective.draws:
+        check_unclipped(recipe, "no candidates" if objective.teachers.only_sampled else "drawn candidates")
 
 
 def check_sampled_token_only(recipe: Recipe, round_: cs.Round, teachers: Teachers) -> None:
@@ -137,6 +139,16 @@ def check_sampled_token_only(recipe: Recipe, round_: cs.Round, teachers: Teacher
         f"{found}; reverse KL is measured over the sampled token and everything else, a loose lower bound; set "
         "train.stop_reverse_kl = 0 to train through"
     )
+
+
+def check_unclipped(recipe: Recipe, found: str) -> None:
+    """The clips bound terms of a divergence over fixed candidates; a clipped estimate of one is something else."""
+    for name in ("entry_clip", "token_clip"):
+        if (value := getattr(recipe.train, name)) is not None:
+            raise ConfigError(
+                f"train.{name} = {value:g} needs scores of the student's likeliest tokens, and this round has "
+                f'{found}; leave it out, or score with score.candidate_kind = "topk"'
+            )
 
 
 def check_draws(loss: str, teachers: Teachers) -> None:

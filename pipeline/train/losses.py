@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,20 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 
-#: (student's log-probs [T, C], of its rest [T], the teacher's [T, C], of its rest [T], valid [T, C]) -> loss [T]
-Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+class Divergence(Protocol):
+    """A function as `reverse_kl`."""
+
+    def __call__(
+        self,
+        student_logprobs_TC: Tensor,
+        student_rest_T: Tensor,
+        teacher_logprobs_TC: Tensor,
+        teacher_rest_T: Tensor,
+        valid_TC: Tensor | None = None,
+        *,
+        entry_clip: float | None = None,
+    ) -> Tensor: ...
 
 
 def reverse_kl(
@@ -32,6 +45,8 @@ def reverse_kl(
     teacher_logprobs_TC: Tensor,
     teacher_rest_T: Tensor,
     valid_TC: Tensor | None = None,
+    *,
+    entry_clip: float | None = None,
 ) -> Tensor:
     """KL(S || T) over a candidate set C and one bucket for everything else, at each position.
 
@@ -45,6 +60,8 @@ def reverse_kl(
         student_logprobs_TC, teacher_logprobs_TC: log-probs of the same, distinct token ids.
         student_rest_T, teacher_rest_T: log-prob of everything outside C; -inf if C covers V.
         valid_TC: False at padding columns; their values are ignored.
+        entry_clip: a term of the sum counts as at most this and has no gradient above it, as in OPSD
+            (arXiv:2601.18734): no divergence any more, but single entries cannot dominate.
 
     A token without student mass adds 0. If the teacher gives none (-inf) and the student does, the divergence is
     infinite and so is the result, never hidden behind a floor; two softmax heads over one vocabulary cannot cause
@@ -53,7 +70,7 @@ def reverse_kl(
     student, teacher, ignored = _buckets(
         student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
     )
-    return _kl_terms(student, teacher, ignored).sum(1)
+    return _sum(_kl_terms(student, teacher, ignored), entry_clip)
 
 
 def forward_kl(
@@ -62,6 +79,8 @@ def forward_kl(
     teacher_logprobs_TC: Tensor,
     teacher_rest_T: Tensor,
     valid_TC: Tensor | None = None,
+    *,
+    entry_clip: float | None = None,
 ) -> Tensor:
     """KL(T || S) over C and the rest; arguments, bound and infinities as in `reverse_kl`, with S and T exchanged.
 
@@ -73,7 +92,7 @@ def forward_kl(
     student, teacher, ignored = _buckets(
         student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
     )
-    return _kl_terms(teacher, student, ignored).sum(1)
+    return _sum(_kl_terms(teacher, student, ignored), entry_clip)
 
 
 def jsd(
@@ -84,6 +103,7 @@ def jsd(
     valid_TC: Tensor | None = None,
     *,
     beta: float,
+    entry_clip: float | None = None,
 ) -> Tensor:
     """The generalised Jensen-Shannon divergence of GKD (arXiv:2306.13649) over C and the rest.
 
@@ -101,7 +121,7 @@ def jsd(
     student, teacher = student.masked_fill(ignored, 0.0), teacher.masked_fill(ignored, 0.0)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     terms = beta * _kl_terms(teacher, mixture, ignored) + (1 - beta) * _kl_terms(student, mixture, ignored)
-    return terms.sum(1)
+    return _sum(terms, entry_clip)
 
 
 def mixed_kl(
@@ -112,18 +132,22 @@ def mixed_kl(
     valid_TC: Tensor | None = None,
     *,
     forward_weight: float,
+    entry_clip: float | None = None,
 ) -> Tensor:
     """forward_weight KL(T || S) + (1 - forward_weight) KL(S || T) over C and the rest.
 
     At 1/2 half of Jeffreys' symmetric divergence. Arguments as in `reverse_kl`.
     """
-    columns = student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    student, teacher, ignored = _buckets(
+        student_logprobs_TC, student_rest_T, teacher_logprobs_TC, teacher_rest_T, valid_TC
+    )
     # A term of weight 0 is left out: times an infinity it would be NaN.
-    if forward_weight == 0:
-        return reverse_kl(*columns)
-    if forward_weight == 1:
-        return forward_kl(*columns)
-    return forward_weight * forward_kl(*columns) + (1 - forward_weight) * reverse_kl(*columns)
+    terms = torch.zeros_like(student)
+    if forward_weight > 0:
+        terms = terms + forward_weight * _kl_terms(teacher, student, ignored)
+    if forward_weight < 1:
+        terms = terms + (1 - forward_weight) * _kl_terms(student, teacher, ignored)
+    return _sum(terms, entry_clip)
 
 
 #: Divergences by their name in `train.loss`: the function with its settings, and the slope f'(1) for `over_draws`.
@@ -264,6 +288,17 @@ def _kl_terms(p: Tensor, q: Tensor, ignored: Tensor) -> Tensor:
     # Masked before the arithmetic as well: 0 * inf in the branch not taken would still be a NaN gradient.
     p, q = p.masked_fill(ignored, 0.0), q.masked_fill(ignored, 0.0)
     return (p.exp() * (p - q)).masked_fill(ignored, 0.0)
+
+
+def at_most(values: Tensor, bound: float | None) -> Tensor:
+    """Values above the bound are the bound, without gradient. An infinite one stays: it ends training."""
+    if bound is None:
+        return values
+    return torch.where(values.detach() == torch.inf, values, values.clamp(max=bound))
+
+
+def _sum(terms_TC: Tensor, entry_clip: float | None) -> Tensor:
+    return at_most(terms_TC, entry_clip).sum(1)
 
 
 def _clipped(log_ratio_T: Tensor, advantage_T: Tensor, epsilon: float) -> Tensor:

@@ -178,7 +178,8 @@ class DistillationObjective:
         divergence, slope = losses.DIVERGENCES[self.train.loss](self.train)
         if targets.log_draws_TC is not None:
             return losses.over_draws(divergence, slope, student_nC, targets.teacher_TC, targets.log_draws_TC)
-        return divergence(student_nC, rest_n, targets.teacher_TC, targets.teacher_rest_T, targets.ids_TC >= 0)
+        columns = student_nC, rest_n, targets.teacher_TC, targets.teacher_rest_T, targets.ids_TC >= 0
+        return losses.at_most(divergence(*columns, entry_clip=self.train.entry_clip), self.train.token_clip)
 
 
 Objective = DistillationObjective | PolicyGradient | CrossEntropy
