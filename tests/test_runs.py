@@ -82,6 +82,27 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
         "flops": 7e9,
     }
     assert ["cache", "c.zarr, round 0"] in run["card"] and ["student", "toy:student"] in run["card"]
+    assert ["teacher", "toy:teacher"] in run["card"]
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        ({"teacher": "far"}, "far (large-model)"),
+        ({"teacher": "far, hub"}, "far (large-model), hub (org/name)"),
+        ({"teacher": ["hub"]}, "hub (org/name)"),  # of `redpen distill`
+        ({"teacher": None}, "far (large-model), hub (org/name)"),
+        ({"teacher": ""}, None),  # rewards alone
+    ],
+)
+def test_the_card_names_the_teachers_learned_from(cache: dict[str, Any], expected: str | None, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    sections = {"far": "/models/large-model/", "hub": "org/name"}
+    tables = "".join(f'[[teacher]]\nname = "{name}"\nmodel = "{model}"\n' for name, model in sections.items())
+    (path / "recipe.toml").write_text('[student]\nmodel = "/models/small"\n' + tables)
+    (path / "run.json").write_text(json.dumps({"cache": {"url": "c.zarr", "round": 0} | cache, "result": None}))
+    card = dict(runs.read_run(path)["card"])
+    assert card["student"] == "small" and card.get("teacher") == expected
 
 
 def test_an_unfinished_run_is_read_as_far_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from pipeline.credentials import mask
 from pipeline.models.identity import own_prompt
 from pipeline.report.page_rows import PROMPT_FRACTION, CandidateArrays, ListedRollout, PageRows
 from pipeline.report.read import RIGHT, UNKNOWN, AnswerCheck, RoundScan, choose, choose_numbers, scan_round
-from pipeline.report.runs import Reread, RunRecord
+from pipeline.report.runs import Reread, RunRecord, model_title
 from pipeline.report.string_table import TEXT_BYTES, clean, encode_array
 from pipeline.rounds.scored_block import Int64
 from pipeline.text.detokenize import Decoder
@@ -301,7 +301,8 @@ def _model(model: cs.ModelIdentity) -> str:
 
 
 def _model_label(model: cs.ModelIdentity) -> str:
-    return mask(f"{model.name} + adapter" if model.adapter_digest else model.name)
+    title = model_title(model.name)
+    return mask(f"{title} + adapter" if model.adapter_digest else title)
 
 
 def _settings(values: dict[str, Any]) -> str:

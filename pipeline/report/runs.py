@@ -292,11 +292,11 @@ def learned_from(cache: Mapping[str, Any]) -> str:
 
 def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]]:
     """What a run is, in a few pairs of text."""
-    teachers = [f"{value}" for key, value in recipe.items() if key.startswith("teacher.") and key.endswith(".model")]
     weights = f"LoRA of rank {recipe.get('train.lora_rank')}" if recipe.get("train.method") == "lora" else "all"
+    student = recipe.get("student.model")
     card = {
-        "student": recipe.get("student.model"),
-        "teacher": ", ".join(teachers),
+        "student": student and model_title(str(student)),
+        "teacher": ", ".join(_teachers(recipe, cache)),
         "cache": learned_from(cache) if "url" in cache else None,
         "loss": recipe.get("train.loss"),
         "trained weights": weights if "train.method" in recipe else None,
@@ -304,6 +304,24 @@ def _card(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[list[str]
         "prompts per step": recipe.get("train.prompts_per_step"),
     }
     return [[name, str(value)] for name, value in card.items() if value]
+
+
+def _teachers(recipe: Mapping[str, Any], cache: Mapping[str, Any]) -> list[str]:
+    """The teachers that a run learned from, of all that its recipe may have; with their names if it has several."""
+    models = {}
+    for key, value in recipe.items():
+        if key.startswith("teacher.") and key.endswith(".model"):
+            single = key == "teacher.model"
+            name = recipe.get("teacher.name", "teacher") if single else key.split(".", 1)[1].removesuffix(".model")
+            models[str(name)] = model_title(str(value))
+    chosen = cache.get("teacher")
+    names = list(models) if chosen is None else chosen if isinstance(chosen, list) else str(chosen).split(", ")
+    return [models[name] if len(models) == 1 else f"{name} ({models[name]})" for name in names if name in models]
+
+
+def model_title(model: str) -> str:
+    """A model's name for titles: of a directory the last part of its path, anything else unchanged."""
+    return Path(model).name or model if model.startswith(("/", "~", ".")) else model
 
 
 def estimates(run: RunRecord, phase: str) -> dict[str, Any]:
