@@ -281,9 +281,11 @@ class BlockGroup(Generic[_M]):
         self._store(spec.name, block, slot)
         return array_digest(value)
 
-    def record_digest(self, record: RolloutBlock) -> int:
-        """The `digest` that a commit of this record has."""
-        fields = record.counts() | {
+    def record_digest(self, record: RolloutBlock | ScoreBlock, rollouts: RolloutBlock | None = None) -> int:
+        """The `digest` that a commit of this record has; of scores with the `rollouts` that were scored."""
+        counted = record if isinstance(record, RolloutBlock) else rollouts
+        assert counted is not None
+        fields = counted.counts() | {
             f"digest.{spec.name}": array_digest(getattr(record, spec.name)) for spec in self.specs
         }
         return self._block_digest(fields)

@@ -19,11 +19,12 @@ from pyarrow import parquet
 
 import cache_schema as cs
 from helpers import cache_factory as factory
-from helpers.caches import SMALL, tree_digest
+from helpers.caches import SMALL, add_partial_teachers, tree_digest
 from pipeline import cli
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
+from pipeline.models.identity import IMPORTED
 from pipeline.models.resolve import resolve
 
 #: The student's ids that the made-up rollouts use, and the one that ends them.
@@ -429,8 +430,9 @@ def test_several_answers_are_exported_and_imported(tmp_path: Path, capsys: pytes
     assert parquet.read_table(tmp_path / "x.parquet")["answer"].to_pylist() == [["two", "2"], ["3"], None]
     capsys.readouterr()
     again = imported(str(tmp_path / "x.parquet"), tmp_path / "d")
-    assert "the scores of teacher.teacher are left out" in capsys.readouterr().err
     same_rollouts(again, first)
+    assert again.scores("teacher").manifest == first.scores("teacher").manifest
+    assert "warning" not in capsys.readouterr().err
     assert [again.prompts[i].get("answer") for i in range(3)] == answers
 
 
@@ -468,6 +470,88 @@ def test_an_export_replaces_nothing_by_less(tmp_path: Path) -> None:
     cs.create(tmp_path / "empty").start_round(factory.round_manifest(records), records)
     with pytest.raises(cs.CacheError, match="no block of rollouts is finished, nothing to export"):
         exporting.run(str(tmp_path / "empty"), str(file))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[cs.Round, Path]:
+    """A round with every array that there is, chats and texts among its prompts, and its export."""
+    directory, student = tmp_path_factory.mktemp("exported"), resolve(toy().student)
+    identity = {"student": student.identity, "tokenizer": student.tokenizer_identity}
+    cache = factory.filled(directory / "a", **identity)
+    add_partial_teachers(directory / "a", 3)
+    round_, rng = cache.round(), np.random.default_rng(4)
+    own = round_.start_scores("own", factory.scores_manifest("teacher", topk=3))
+    for block in range(round_.n_blocks):
+        candidate_ids = round_.scores("student").read(block).candidate_ids
+        own.write(block, factory.score_block(own.manifest, round_.rollouts.read(block), rng, candidate_ids))
+    round_.scores("alone").uncommit(1)
+    assert exporting.run(str(directory / "a"), str(directory / "x.parquet")) == 0
+    return round_, directory / "x.parquet"
+
+
+def test_an_export_is_restored_whole(
+    exported: tuple[cs.Round, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every array of every scorer, which blocks there are, and all manifests; a second import changes nothing."""
+    first, file = exported
+    again = imported(str(file), tmp_path / "b")
+    assert not capsys.readouterr().err.count("warning")
+    assert again.manifest == first.manifest and again.scorer_names() == first.scorer_names()
+    assert set(first.scorer_names()) == {"student", "teacher", "partial", "alone", "own"}
+    groups = [(first.rollouts, again.rollouts)]
+    groups += [(first.scores(name), again.scores(name)) for name in first.scorer_names()]  # type: ignore[misc]
+    for ours, theirs in groups:
+        assert ours.manifest == theirs.manifest
+        assert ours.committed().tolist() == theirs.committed().tolist()
+        for block in np.flatnonzero(ours.committed()).tolist():
+            for a, b in zip(astuple(ours.read(block)), astuple(theirs.read(block)), strict=True):
+                assert (a is None and b is None) or a.tobytes() == b.tobytes()
+    assert [again.prompts[i] for i in range(again.n_prompts)] == [first.prompts[i] for i in range(first.n_prompts)]
+    before = tree_digest(tmp_path / "b")
+    assert importing.run(str(file), toy(), str(tmp_path / "b")) == 0
+    assert tree_digest(tmp_path / "b") == before and "nothing to do" in capsys.readouterr().out
+
+
+def _with(table: pa.Table, column: str, values: list[Any]) -> pa.Table:
+    number = table.schema.get_field_index(column)
+    return table.set_column(number, table.schema.field(column), pa.array(values, table.schema.field(column).type))
+
+
+def _lists(table: pa.Table, column: str, change: Callable[[list[Any]], list[Any]]) -> pa.Table:
+    return _with(table, column, [change(values) for values in table[column].to_pylist()])
+
+
+CHANGED: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "a score": (lambda t: _lists(t, "student.entropy", lambda e: [1.0] * len(e)), "student were changed"),
+    "a mask": (lambda t: _lists(t, "trained", lambda e: [*e[:-1], 0]), "rollouts"),
+    "an answer": (lambda t: _with(t, "answer", ["x"] * t.num_rows), "its prompts were changed"),
+    "rows": (lambda t: t.slice(1), "rollouts"),
+    "a prompt's rows": (lambda t: t.slice(12), "its rows were changed"),
+    "a column": (lambda t: t.drop_columns(["teacher.own.topk_ids"]), "its columns were changed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_export_is_imported_without_scores(
+    name: str, exported: tuple[cs.Round, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, reason = CHANGED[name]
+    table = change(parquet.read_table(exported[1]))
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=12)
+    again = imported(str(tmp_path / "x.parquet"), tmp_path / "b", "rollouts.stop_token_ids=[7]")
+    assert again.scorer_names() == [] and again.manifest.engine == IMPORTED
+    err = " ".join(capsys.readouterr().err.split())
+    assert "the scores of student, teacher.alone, teacher.own, teacher.partial, teacher.teacher are left out" in err
+    assert reason in err
+
+
+def test_an_export_of_another_student_is_imported_without_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory.filled(tmp_path / "a")
+    assert exporting.run(str(tmp_path / "a"), str(tmp_path / "x.parquet")) == 0
+    assert imported(str(tmp_path / "x.parquet"), tmp_path / "b").scorer_names() == []
+    assert "it was sampled by a different student (student.digest" in " ".join(capsys.readouterr().err.split())
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -95,7 +95,9 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
         ({"teacher": ""}, None),  # rewards alone
     ],
 )
-def test_the_card_names_the_teachers_learned_from(cache: dict[str, Any], expected: str | None, tmp_path: Path) -> None:
+def test_the_card_names_the_teachers_learned_from(
+    cache: dict[str, Any], expected: str | None, tmp_path: Path
+) -> None:
     path = make_run(tmp_path / "a")
     sections = {"far": "/models/large-model/", "hub": "org/name"}
     tables = "".join(f'[[teacher]]\nname = "{name}"\nmodel = "{model}"\n' for name, model in sections.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -326,6 +327,26 @@ def test_progress_adds_up_and_may_stop_the_work(saved: Callable[..., Path]) -> N
             scorer.compute_logprobs(block())
         stop_after = 0
         assert_same_bits(scorer.compute_logprobs(block()), expected)
+
+
+def test_a_resident_scorer_reports_within_a_tile(saved: Callable[..., Path]) -> None:
+    reported: list[int] = []
+    cfg, options = config(saved("qwen3")), dataclasses.replace(OPTIONS, tile_tokens=10**6)
+    model = models.load_model(cfg)
+    expected = ResidentScorer(model, options).compute_logprobs(block())
+    scores = ResidentScorer(model, options, on_tile=reported.append).compute_logprobs(block())
+    layers = model.config.num_hidden_layers
+    assert len(reported) == layers + 2, "a tile: its beginning, its layers, its end"
+    assert sum(reported) == block().n_tokens and min(reported[1:]) > 0
+    assert_same_bits(scores, expected)
+
+    def stop(tokens: int) -> None:
+        if tokens:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ResidentScorer(model, options, on_tile=stop).compute_logprobs(block())
+    assert_same_bits(ResidentScorer(model, options).compute_logprobs(block()), expected)
 
 
 def test_the_wave_follows_from_the_memory(saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -358,7 +358,8 @@ def import_(recipe: Recipe, file: str, cache_url: str, **chosen: Any) -> int | N
 
     FILE is Parquet or JSONL, one rollout a row: prompt or messages, response_tokens (ids), and optionally
     rollout_logprobs, teacher_log_probs, loss_mask, finish_reason; files of Lightning-OPD need no conversion. RECIPE
-    names the student that sampled them. Columns that FILE lacks remain to be scored.
+    names the student that sampled them. Columns that FILE lacks remain to be scored. A file of `redpen export-cache`
+    is restored whole, scores included.
 
     \b
     redpen import rollouts.parquet my.toml --cache my.zarr

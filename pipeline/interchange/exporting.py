@@ -8,9 +8,9 @@
                                                 there are K values a token
 
 Unknown and unscored values are null; so is the whole list if a scorer has not scored the block. NAMEs are
-those of the cache (cache_schema/SPEC.md); the manifests of round and scorers are JSON under `redpen` in the schema's
-metadata. One block is in memory at a time and makes one row group; the file appears when it is complete. `redpen
-import` reads the rollouts back.
+those of the cache (cache_schema/SPEC.md); the manifests of round and scorers, and digests of their blocks, are JSON
+under `redpen` in the schema's metadata. One block is in memory at a time and makes one row group; the file appears
+when it is complete. `redpen import` restores round and scores from it (`pipeline.interchange.restoring`).
 
     redpen export-cache CACHE -o DIR_OR_FILE
 """
@@ -31,6 +31,7 @@ from pipeline.console import progress, show, warn
 from pipeline.disk import readable
 from pipeline.errors import RedpenError, shorten
 from pipeline.files import atomic_file
+from pipeline.interchange.rows import column_name
 from pipeline.text.answers import answers_of
 
 _TEXTS = ("prompt", "answer", "source", "id")
@@ -101,11 +102,12 @@ class BlockExporter:
                 value = numbers[spec.dtype]
                 for dim in spec.dims[1:]:
                     value = pa.list_(value, sizes[dim])
-                fields[_column(name, spec)] = pa.list_(value)
+                fields[column_name(name, spec)] = pa.list_(value)
         about = {
             "round": round_.index,
             "manifest": round_.manifest.to_json(),
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
+            "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
 
@@ -132,7 +134,7 @@ class BlockExporter:
             scores = group.read(block) if group.is_committed(block) else None
             for spec in group.specs:
                 value = None if scores is None else _lists(bounds, getattr(scores, spec.name))
-                columns[_column(name, spec)] = [None] * rollouts.n_rows if value is None else value
+                columns[column_name(name, spec)] = [None] * rollouts.n_rows if value is None else value
         arrays = []
         for field in self.schema:
             try:
@@ -145,8 +147,12 @@ class BlockExporter:
         return pa.table(arrays, schema=self.schema)
 
 
-def _column(scorer: str, spec: cs.ArraySpec) -> str:
-    return f"{scorer if scorer == cs.STUDENT else f'teacher.{scorer}'}.{spec.name}"
+def _digests(group: cs.BlockGroup[Any]) -> list[str]:
+    """Of every block's content, in hexadecimal digits; 0 if it is not finished."""
+    return [
+        f"{digest if done else 0:x}"
+        for digest, done in zip(group.commits()["digest"].tolist(), group.committed(), strict=True)
+    ]
 
 
 def _lists(bounds: npt.NDArray[Any], values: npt.NDArray[Any]) -> Any:

@@ -17,6 +17,8 @@ it, so that nothing is written if a row is wrong; the second writes each block a
 prompt may be anywhere, but those of incomplete blocks are held in memory, 13 bytes a token: one block if the rows of
 each prompt follow one another, the whole file at worst.
 
+An unchanged export of `redpen export-cache` is restored instead (`pipeline.interchange.restoring`), scores included.
+
     redpen import FILE RECIPE --cache CACHE
 """
 
@@ -37,6 +39,7 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
+from pipeline.interchange.restoring import ChangedError, Export, restore
 from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
@@ -59,11 +62,18 @@ def run(
         CacheError: the cache holds another round, is locked, or its disk is too small.
     """
     student = resolve(recipe.student)
+    why_not = ""
+    if teacher is None and (export := Export.of(Path(file))) is not None:
+        try:
+            return restore(export, export.check(student), cache_url, round_index)
+        except ChangedError as changed:
+            why_not = f": {changed}, so it is imported like any other file"
     reader = RolloutReader(Path(file), recipe, student, student.stop_token_ids(recipe.rollouts))
     say(f"checking {file}")
     found = reader.survey()
     if found.left_out:
-        warn(f"{file}: the scores of {', '.join(found.left_out)} are left out; `redpen score` makes them again")
+        names = ", ".join(found.left_out)
+        warn(f"{file}: the scores of {names} are left out; `redpen score` makes them again{why_not}")
     cfg = _teacher(recipe, teacher, file) if found.n_scored or teacher is not None else None
     if cfg is not None and not found.n_scored:
         raise RedpenError(

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
+import cache_schema as cs
 from cache_schema.blocks import LOGPROB_TOLERANCE
 from pipeline.errors import RedpenError, one_line
 from pipeline.text.prompts import json_lines
@@ -127,6 +128,11 @@ class FileRow:
                 called, f"{length} values, one for each response token", str(len(value)), "score the rollout again"
             )
         return called, value
+
+
+def column_name(scorer: str, spec: cs.ArraySpec) -> str:
+    """The column of a scorer's array in an export."""
+    return f"{scorer if scorer == cs.STUDENT else f'teacher.{scorer}'}.{spec.name}"
 
 
 def exported_scorers(names: Iterable[str]) -> list[str]:
