@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import email
+import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pipeline
 from pipeline import environment
@@ -71,3 +74,45 @@ def test_every_extra_is_one_of_the_wheel(wheel: Path, monkeypatch: pytest.Monkey
         words = shlex.split(environment.install_hint(extra))
         named = words[words.index("install") + 1 :]
         assert [Requirement(word) for word in named] == [Requirement(each) for each in requirements]
+
+
+@pytest.mark.network
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("extras", [[e for e in PROJECT["optional-dependencies"] if e != "vllm"], ["vllm"]])
+def test_what_the_wheel_requires_can_be_resolved(wheel: Path, extras: list[str], tmp_path: Path) -> None:
+    """As in a fresh environment; of most packages pip reads the metadata alone. vLLM, which pins torch, alone."""
+    options = ["install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(tmp_path / "report.json")]
+    try:
+        pip("download", "--quiet", "--no-deps", "--retries", "0", "--dest", str(tmp_path), "click")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the package index cannot be reached: {error.stderr.strip()[-200:]}")
+    pip(*options, f"{wheel}[{','.join(extras)}]")
+    found = json.loads((tmp_path / "report.json").read_text())["install"]
+    names = {canonicalize_name(package["metadata"]["name"]) for package in found}
+    wanted = [*PROJECT["dependencies"], *(r for extra in extras for r in PROJECT["optional-dependencies"][extra])]
+    assert {"redpen-opd", *(canonicalize_name(Requirement(line).name) for line in wanted)} <= names
+
+
+def test_it_is_installed_from_git(tmp_path: Path) -> None:
+    """The README's line, with this checkout for URL. Nothing that is named installs the other project on PyPI."""
+    (line,) = re.findall(r"^(pip install git\+URL\b)", (ROOT / "README.md").read_text(), re.M)
+    if subprocess.run(["git", "-C", str(ROOT), "rev-parse"], capture_output=True).returncode:
+        pytest.skip("not a git checkout")
+    words = shlex.split(line.replace("URL", f"file://{ROOT}"))[2:]
+    options = ["--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation"]
+    report = tmp_path / "report.json"
+    pip("install", *options, "--report", str(report), *words)
+    (package,) = json.loads(report.read_text())["install"]
+    assert package["metadata"]["name"] == "redpen-opd"
+
+
+def test_no_line_installs_the_other_project() -> None:
+    """`redpen` on PyPI is somebody else's."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "pipeline").rglob("*.py")]
+    wrong = [
+        f"{page.name}: {line.strip()}"
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install [^|`]*(?<![\w./-])redpen(?![\w-])", line) and "another project" not in line
+    ]
+    assert wrong == []
