@@ -108,6 +108,51 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     return Experiment(model, cache, run, folder / "merged", folder / "page.html")
 
 
+#: Its rollout has exactly 200 tokens: nothing stops it.
+CHAT = """Explain this function \N{SNAKE} and improve it:
+
+```python
+def total(items):
+    return sum(x for x in items if x % 2 == 0)
+```
+"""
+LONG = """
+[student]
+model = "{model}"
+dtype = "float32"
+
+[teacher]
+model = "{model}"
+dtype = "float32"
+system = "{system}"
+
+[prompts]
+path = "{prompts}"
+template = "chat"
+
+[rollouts]
+rollouts_per_prompt = 1
+max_prompt_tokens = 128
+max_response_tokens = 200
+stop_token_ids = [49151]
+"""
+
+
+@pytest.fixture(scope="module")
+def long_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a cache with one long chat."""
+    model = real_model.find()
+    if model is None:
+        pytest.skip(f"no {real_model.PACKAGE}: `python -m helpers.real_model` in tests/ makes it")
+    folder = tmp_path_factory.mktemp("long")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": CHAT}) + "\n")
+    (folder / "recipe.toml").write_text(LONG.format(model=model, system=SYSTEM, prompts=folder / "prompts.jsonl"))
+    for command in (["rollouts", folder / "recipe.toml", "--cache"], ["score", folder / "recipe.toml", "--cache"]):
+        assert cli.main([*map(str, command), str(folder / "c.zarr")]) == 0
+    assert cli.main(["report", str(folder / "c.zarr"), "-o", str(folder / "page.html")]) == 0
+    return folder / "page.html"
+
+
 def reverse_kl(experiment: Experiment, teacher: str) -> np.ndarray:
     """Nats of every cached token, over candidates and rest, by its formula."""
     round_ = cs.open(experiment.cache).round()
@@ -167,6 +212,33 @@ def test_the_merged_model_answers_otherwise(experiment: Experiment) -> None:
     before, after = answer(experiment.model), answer(experiment.merged)
     print(before, "->", after)
     assert before and after and before != after
+
+
+@dataclass(frozen=True)
+class Shown:
+    size: tuple[int, int]
+    is_phone: bool
+
+
+@pytest.mark.parametrize("shown", [Shown((1360, 900), False), Shown((390, 844), True)], ids=["desktop", "phone"])
+def test_the_page_shows_chats_of_200_tokens(long_chat: Path, shown: Shown) -> None:
+    """Newlines, code and an emoji in the prompt, a long response: nothing is lost or lies beside the page."""
+    with browser.chromium() as chromium:
+        width, height = shown.size
+        context = chromium.new_context(
+            viewport={"width": width, "height": height}, has_touch=shown.is_phone, is_mobile=shown.is_phone
+        )
+        page, wrong = context.new_page(), []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(f"{long_chat.as_uri()}#rollout=0")
+        overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        prompt, response = page.locator("#reader .prompt").inner_text(), page.locator("#reader .response")
+        assert all(line.strip() in prompt for line in CHAT.splitlines() if line)
+        assert response.locator(".t").count() == 200 and "\n" in response.inner_text()
+        about = page.locator(".summary").inner_text()
+        assert wrong == [] and overflow <= 0
+        model = real_model.find()
+        assert model is not None and model.name in about and str(model) not in about
 
 
 def test_the_page_opens(experiment: Experiment) -> None:
