@@ -36,6 +36,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing redpen and its requirements into $(VENV): some minutes, 5 GB if torch comes with CUDA"
 	$(PIP) install --quiet -c constraints.txt -e .
 	@touch $@
 

@@ -19,4 +19,5 @@ def asset_names() -> list[str]:
     return [
         *("student", "teacher", "prompts/train.jsonl", "prompts/heldout.jsonl"),
         *("company", *(f"company/{name}.jsonl" for name in company)),
+        *("prompts/questions.jsonl", "prompts/questions-heldout.jsonl"),  # everyday ones, for a real chat model
     ]
