@@ -91,7 +91,7 @@ def _files(base: Base, *below: str, ends: str | tuple[str, ...] = "") -> list[st
 
 # What no digest of a cache covers: another value of the kind is as good as the true one.
 _DECLARED = {"student", "tokenizer", "template", "temperature", "top_p", "seed", "engine", "dtype", "created_by",
-             "sampler_settings", "stop_token_ids", "model", "scored_at"}  # fmt: skip
+             "sampler_settings", "stop_token_ids", "model", "scored_at", "tile_tokens", "quantisation", "partial"}  # fmt: skip
 
 
 def metadata(rng: random.Random, base: Base) -> Try:
@@ -106,7 +106,8 @@ def metadata(rng: random.Random, base: Base) -> Try:
     if rng.random() < 0.05:
         return Try(wanted, lambda here: (here / path).unlink(), f"{path}: gone", must_refuse=wanted == VERIFY)
     is_ours = damage.path[:2] == ("attributes", "redpen") and len(damage.path) > 2
-    valid = is_ours and damage.path[2] in _DECLARED and ((damage.same_type and _modest(damage)) or damage.old is None)
+    declared = _DECLARED | ({"vocab_size"} if "scores/teacher" in path else set())
+    valid = is_ours and damage.path[2] in declared and ((damage.same_type and _modest(damage)) or damage.old is None)
     valid = valid or (is_ours and damage.path[2] in ("template", "sampler_settings") and damage.kind == "key")
     valid = valid or (is_ours and damage.what.endswith("given twice") and isinstance(damage.old, str))
     must = wanted == VERIFY and is_ours and damage.kind in ("value", "near", "key") and not valid

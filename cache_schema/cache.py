@@ -289,6 +289,12 @@ class Round:
                 f"{where}: attribute redpen.role: expected {'student' if name == STUDENT else 'teacher'}, "
                 f"found {manifest.role}"
             )
+        for field, expected in self._implied(manifest).items():
+            if (found := getattr(manifest, field)) != expected:
+                raise CacheError(
+                    f"{where}: attribute redpen.{field}: expected {shown(expected)} for a {manifest.role} of this "
+                    f"round, found {shown(found)}"
+                )
         student = self.scores(STUDENT) if manifest.role == "teacher" and manifest.candidates else None
         for field in ("candidates", "candidate_kind") if student is not None else ():
             expected, found = getattr(student.manifest, field), getattr(manifest, field)  # type: ignore[union-attr]
@@ -301,6 +307,13 @@ class Round:
             known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
             self._opened[name] = known
         return known
+
+    def _implied(self, manifest: ScoresManifest) -> dict[str, Any]:
+        """Fields of a scores manifest that can have only one value in this round; greedy decoding counts as 1."""
+        if manifest.role == "teacher":
+            return {"sampling_temperature": None}
+        temperature = self.manifest.temperature or 1.0
+        return {"sampling_temperature": temperature, "vocab_size": self.manifest.vocab_size, "topk": 0}
 
     def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup[ScoresManifest]:
         """Continue the scores of `name`, or create them. Without any block, they are created again if they differ.

@@ -601,6 +601,12 @@ WRONG = {
         "attributes.redpen.candidates": [5, 10**9, -1],
         "attributes.redpen.role": ["student", "x"],
         "attributes.redpen.candidate_kind": ["sampled"],
+        "attributes.redpen.sampling_temperature": [1.0],
+    },
+    "rounds/00000/scores/student": {
+        "attributes.redpen.sampling_temperature": [1.5, None],
+        "attributes.redpen.vocab_size": [10**6],
+        "attributes.redpen.topk": [1],
     },
     "rounds/00000/prompts/bytes": {"shape": [[10**15], [1]], "codecs": [[{"name": "crc32c"}]]},
 }
