@@ -13,9 +13,9 @@ The toy pipeline is run once, small. Each try copies what it left, damages one t
     other      control characters or a secret shown or stored, a file outside or of a finished run changed, no line or
                several for an error
 
-Prints a line for every fault, how to repeat it included, and a table; exits with 1 if there is any fault. With --part
-I/N the tries of number I - 1, I - 1 + N, ... of each family: the tables of the N parts add up to that of all. Commands
-run in forks of this process, which has imported everything: a try takes half a second.
+Prints a line for every fault, how to repeat it included, and a table; exits with 1 if there is any fault. --part
+I/N is every N-th try of each family, from the I-th: the tables of all N parts add up. Commands run in forks of this
+process, which has imported everything: a try takes half a second.
 """
 
 from __future__ import annotations
@@ -92,11 +92,8 @@ def main() -> int:
         base = Base(root)
         for name in names:
             family, weight = FAMILIES[name]
-            numbers = (
-                [arguments.only]
-                if arguments.only is not None
-                else range(max(round(share * weight), 1))[arguments.part]
-            )
+            every = range(max(round(share * weight), 1))
+            numbers = every[arguments.part] if arguments.only is None else [arguments.only]
             for n in numbers:
                 wanted = family(random.Random(f"{arguments.seed} {name} {n}"), base)
                 outcome, why = one(base, name, n, wanted, arguments.keep, verbose=arguments.only is not None)
