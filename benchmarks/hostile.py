@@ -1,6 +1,6 @@
 """Damage everything that redpen reads from outside, run its commands on it, and see what they make of it.
 
-    python benchmarks/hostile.py [--tries 2000] [--seed 0] [--family NAME ...] [--only N] [--keep DIR]
+    python benchmarks/hostile.py [--tries 2000] [--seed 0] [--part 1/1] [--family NAME ...] [--only N] [--keep DIR]
 
 The toy pipeline is run once, small. Each try copies what it left, damages one thing, runs a command, and is one of:
 
@@ -13,8 +13,9 @@ The toy pipeline is run once, small. Each try copies what it left, damages one t
     other      control characters or a secret shown or stored, a file outside or of a finished run changed, no line or
                several for an error
 
-Prints a line for every fault, how to repeat it included, and a table; exits with 1 if there is any fault. Commands
-run in forks of this process, which has imported everything: a try takes half a second.
+Prints a line for every fault, how to repeat it included, and a table; exits with 1 if there is any fault. --part
+I/N is every N-th try of each family, from the I-th: the tables of all N parts add up. Commands run in forks of this
+process, which has imported everything: a try takes half a second.
 """
 
 from __future__ import annotations
@@ -61,10 +62,21 @@ def preload() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def part(text: str) -> slice:
+    """`I/N` as the slice of every N-th, from the I-th."""
+    first, number = map(int, text.split("/"))
+    if not 1 <= first <= number:
+        raise ValueError(text)
+    return slice(first - 1, None, number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tries", type=int, default=2000, help="in all, shared out among the families")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--part", type=part, default=slice(0, None, 1), metavar="I/N", help="every N-th try, from the I-th"
+    )
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="only this one; repeatable")
     parser.add_argument("--only", type=int, metavar="N", help="only try N of a family")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the directories of faults here")
@@ -80,7 +92,8 @@ def main() -> int:
         base = Base(root)
         for name in names:
             family, weight = FAMILIES[name]
-            numbers = [arguments.only] if arguments.only is not None else range(max(round(share * weight), 1))
+            every = range(max(round(share * weight), 1))
+            numbers = every[arguments.part] if arguments.only is None else [arguments.only]
             for n in numbers:
                 wanted = family(random.Random(f"{arguments.seed} {name} {n}"), base)
                 outcome, why = one(base, name, n, wanted, arguments.keep, verbose=arguments.only is not None)

@@ -17,7 +17,7 @@ from . import layout, locks
 from .errors import CacheError, FormatVersionError, NotACacheError, ProvenanceError, shown, storage_errors
 from .group import BlockGroup
 from .manifest import Header, RoundManifest, ScoresManifest, parse
-from .nodes import damaged, is_orphaned, open_complete_group, open_group
+from .nodes import damaged, open_complete_group, open_group
 from .prompts import PromptTable, prompts_sha256, write_prompts
 from .s3 import S3Store
 from .stores import entries, holds_blocks, is_empty, open_store
@@ -102,15 +102,6 @@ class Cache:
         """Numbers of everything below `rounds`, ascending, whether or not it is a complete round."""
         return [int(name) for name in self._names("rounds") if _is_number(name)]
 
-    def orphaned_rounds(self) -> list[int]:
-        """Numbers of rounds that hold blocks although their own metadata are missing, which is damage."""
-        with storage_errors(f"cache {self.url}"):
-            return [
-                number
-                for number in self.round_entries()
-                if is_orphaned(self._store, _round_path(number), "rollouts", "scores")
-            ]
-
     def _names(self, path: str) -> list[str]:
         """Names below the group at `path`, sorted. Raises `CacheError` if only its own metadata are missing."""
         with storage_errors(f"cache {self.url}"):
@@ -123,7 +114,7 @@ class Cache:
 
     def _open_group(self, number: int) -> zarr.Group | None:
         with storage_errors(f"cache {self.url}"):
-            return open_complete_group(self._store, _round_path(number))
+            return open_complete_group(self._store, _round_path(number), "rollouts", "scores")
 
     def has_round(self, number: int) -> bool:
         """Whether there is a round with this number; not if its creation was interrupted."""
@@ -182,11 +173,6 @@ class Cache:
         return self._create_round(index, manifest, prompts)
 
     def _create_round(self, index: int, manifest: RoundManifest, prompts: Sequence[dict[str, Any]]) -> Round:
-        if index in self.orphaned_rounds():
-            raise CacheError(
-                f"cache {self.url}: round {index} holds blocks, but its metadata is missing; "
-                f"restore {_round_path(index)}/zarr.json from a copy, or start another cache"
-            )
         with storage_errors(f"cache {self.url}"):
             if open_group(self._store, "rounds") is None:
                 self._root.create_group("rounds")
@@ -252,14 +238,6 @@ class Round:
         """Whether there are scores with this name; not if their creation was interrupted."""
         return self._open_group(name) is not None
 
-    def orphaned_scorers(self) -> list[str]:
-        """Names of scores that hold blocks although their own metadata are missing, which is damage."""
-        return [name for name in self.scorer_entries() if self._is_orphaned(name)]
-
-    def _is_orphaned(self, name: str) -> bool:
-        with storage_errors(f"cache {self.cache.url}"):
-            return is_orphaned(self._group.store, f"{self._group.path}/scores/{name}")
-
     def _open_group(self, name: str) -> zarr.Group | None:
         with storage_errors(f"cache {self.cache.url}"):
             return open_complete_group(self._group.store, f"{self._group.path}/scores/{name}")
@@ -289,6 +267,12 @@ class Round:
                 f"{where}: attribute redpen.role: expected {'student' if name == STUDENT else 'teacher'}, "
                 f"found {manifest.role}"
             )
+        for field, expected in self._implied(manifest).items():
+            if (found := getattr(manifest, field)) != expected:
+                raise CacheError(
+                    f"{where}: attribute redpen.{field}: expected {shown(expected)} for a {manifest.role} of this "
+                    f"round, found {shown(found)}"
+                )
         student = self.scores(STUDENT) if manifest.role == "teacher" and manifest.candidates else None
         for field in ("candidates", "candidate_kind") if student is not None else ():
             expected, found = getattr(student.manifest, field), getattr(manifest, field)  # type: ignore[union-attr]
@@ -301,6 +285,13 @@ class Round:
             known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
             self._opened[name] = known
         return known
+
+    def _implied(self, manifest: ScoresManifest) -> dict[str, Any]:
+        """Fields of a scores manifest that can have only one value in this round; greedy decoding counts as 1."""
+        if manifest.role == "teacher":
+            return {"sampling_temperature": None}
+        temperature = self.manifest.temperature or 1.0
+        return {"sampling_temperature": temperature, "vocab_size": self.manifest.vocab_size, "topk": 0}
 
     def start_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup[ScoresManifest]:
         """Continue the scores of `name`, or create them. Without any block, they are created again if they differ.
@@ -320,11 +311,6 @@ class Round:
         return self._create_scores(name, manifest)
 
     def _create_scores(self, name: str, manifest: ScoresManifest) -> BlockGroup[ScoresManifest]:
-        if self._is_orphaned(name):
-            raise CacheError(
-                f"cache {self.cache.url}: scores {name!r} hold blocks, but their metadata is missing; restore "
-                f"{self._group.path}/scores/{name}/zarr.json from a copy, or name the scorer differently"
-            )
         if manifest.role == "teacher" and manifest.candidates:
             student = self.scores(STUDENT).manifest
             for field in ("candidates", "candidate_kind"):

@@ -62,20 +62,17 @@ def open_group(store: Store, path: str) -> zarr.Group | None:
     return make_group(store, path, attributes)
 
 
-def open_complete_group(store: Store, path: str) -> zarr.Group | None:
-    """The group of a round or scorer; None if its creation, which writes attribute `redpen` last, never ended."""
+def open_complete_group(store: Store, path: str, *children: str) -> zarr.Group | None:
+    """The group of a round or scorer; None if its creation, which writes attribute `redpen` last, never ended.
+
+    Raises `CacheError` if there are blocks below it (or below `children` of it) without the metadata to read them by.
+    """
     group = open_group(store, path)
-    return group if group is not None and "redpen" in group.attrs else None
-
-
-def is_orphaned(store: Store, path: str, *children: str) -> bool:
-    """Whether there are blocks below `path` (or below `children` of it) without the metadata to read them by."""
-    try:
-        if open_complete_group(store, path) is not None:
-            return False
-    except CacheError:  # damaged, but not missing
-        return False
-    return any(holds_blocks(store, f"{path}/{child}".rstrip("/")) for child in children or ("",))
+    if group is not None and "redpen" in group.attrs:
+        return group
+    if any(holds_blocks(store, f"{path}/{child}".rstrip("/")) for child in children or ("",)):
+        raise damaged(path, "metadata is missing, though there are blocks below it")
+    return None
 
 
 def _check_nesting(value: Any, path: str) -> None:

@@ -46,16 +46,14 @@ def verify(cache: Cache, *, progress: Callable[[int], None] = lambda blocks: Non
     """
     found: list[Finding] = []
     with _reported(found, None, "rounds"):
-        numbers, orphaned = cache.round_entries(), cache.orphaned_rounds()
+        numbers = cache.round_entries()
     yield from found
     if found:
         return
     for index in numbers:
         round_, found = None, []
-        if index in orphaned:
-            found.append(Finding(index, "round", None, "attributes", _ORPHANED))
         with _reported(found, index, "round"):
-            round_ = cache.round(index) if index not in orphaned and cache.has_round(index) else None
+            round_ = cache.round(index) if cache.has_round(index) else None
         yield from found
         if round_ is not None:
             yield from _verify_round(round_, progress)
@@ -92,9 +90,6 @@ def repair(cache: Cache, findings: Sequence[Finding]) -> int:
     return len(blocks)
 
 
-_ORPHANED = "holds blocks, but its metadata (zarr.json) is missing"
-
-
 @contextlib.contextmanager
 def _reported(found: list[Finding], round_: int | None, group: str, array: str = "attributes") -> Iterator[None]:
     """Turn a `CacheError` into a finding, but not a `StorageError`: it says nothing about the cache."""
@@ -112,13 +107,9 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
     with _reported(found, round_.index, "prompts", "bytes"):
         round_.prompts.check()
     names: list[str] = []
-    orphaned: list[str] = []
     with _reported(found, round_.index, "scores"):
-        names, orphaned = round_.scorer_entries(), round_.orphaned_scorers()
+        names = round_.scorer_entries()
     for name in names:
-        if name in orphaned:
-            found.append(Finding(round_.index, f"scores/{name}", None, "attributes", _ORPHANED))
-            continue
         with _reported(found, round_.index, f"scores/{name}"):
             if round_.has_scores(name):
                 groups.append(round_.scores(name))

@@ -283,10 +283,21 @@ def test_damaged_metadata_is_one_line_and_no_block_is_taken_back(tmp_path: Path,
 def test_a_round_whose_metadata_is_gone_is_not_sampled_over(tmp_path: Path) -> None:
     cache = factory.filled(tmp_path / "c")
     (tmp_path / "c/rounds/00000/zarr.json").unlink()
-    assert ["metadata (zarr.json) is missing" in finding.problem for finding in cs.verify(cache)] == [True]
+    assert ["metadata is missing" in finding.problem for finding in cs.verify(cache)] == [True]
     records = factory.prompts(10)
-    with pytest.raises(cs.CacheError, match="round 0 holds blocks, but its metadata"):
+    with pytest.raises(cs.CacheError, match=r"rounds/00000/zarr\.json.*metadata is missing"):
         cache.start_round(factory.round_manifest(records), records)
+
+
+def test_what_lost_its_metadata_is_not_left_out(tmp_path: Path) -> None:
+    """Readers that list rounds or scorers would go on with fewer, without a word."""
+    cache = factory.filled(tmp_path / "c", n_prompts=4)
+    (tmp_path / "c/rounds/00000/scores/teacher/zarr.json").unlink()
+    with pytest.raises(cs.CacheError, match=r"scores/teacher/zarr\.json.*metadata is missing"):
+        cache.round().teacher_names()
+    (tmp_path / "c/rounds/00000/zarr.json").unlink()
+    with pytest.raises(cs.CacheError, match=r"rounds/00000/zarr\.json.*metadata is missing"):
+        cache.round_indices()
 
 
 BAD_ROLLOUTS = {
@@ -378,7 +389,7 @@ def test_scores_keep_a_round_without_rollouts_from_being_made_anew(tmp_path: Pat
     with pytest.raises(cs.ProvenanceError, match="temperature"):
         cache.start_round(factory.round_manifest(records, temperature=0.3), records)
     (tmp_path / "c/rounds/00000/scores/teacher/zarr.json").unlink()
-    with pytest.raises(cs.CacheError, match="'teacher' hold blocks, but their metadata is missing"):
+    with pytest.raises(cs.CacheError, match=r"scores/teacher/zarr\.json.*metadata is missing"):
         cache.round().start_scores("teacher", factory.scores_manifest("teacher"))
 
 
@@ -601,6 +612,12 @@ WRONG = {
         "attributes.redpen.candidates": [5, 10**9, -1],
         "attributes.redpen.role": ["student", "x"],
         "attributes.redpen.candidate_kind": ["sampled"],
+        "attributes.redpen.sampling_temperature": [1.0],
+    },
+    "rounds/00000/scores/student": {
+        "attributes.redpen.sampling_temperature": [1.5, None],
+        "attributes.redpen.vocab_size": [10**6],
+        "attributes.redpen.topk": [1],
     },
     "rounds/00000/prompts/bytes": {"shape": [[10**15], [1]], "codecs": [[{"name": "crc32c"}]]},
 }

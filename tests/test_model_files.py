@@ -159,6 +159,7 @@ def test_an_adapter_beside_the_model_is_not_applied_unseen(tiny: Path) -> None:
         ("tokenizer.json", b'{"model": 3}', "tokenizer.json: model"),
         ("tokenizer.json", b"\xff\xfe", "tokenizer.json: not valid JSON"),
         ("tokenizer_config.json", b'{"tokenizer_class": 7}', "tokenizer_config.json: tokenizer_class"),
+        ("tokenizer_config.json", b'{"model_max_length": "512"}', "tokenizer_config.json: model_max_length"),
         ("config.json", b'\xef\xbb\xbf{"model_type": "llama"}', "config.json: begins with a byte order mark"),
         ("config.json", b'{"model_type": ["llama"]}', "config.json: model_type"),
         ("config.json", b"[" * 100_000, "config.json: not valid JSON"),

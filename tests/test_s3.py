@@ -229,7 +229,6 @@ def test_no_failure_reads_as_missing(proxy: s3_server.Proxy, url: str, monkeypat
         lambda: cs.open(url),
         lambda: cs.open(url).round(),
         round_.cache.round_indices,
-        round_.cache.orphaned_rounds,
         round_.scorer_names,
         round_.has_blocks,
         round_.rollouts.committed,

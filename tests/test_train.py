@@ -388,6 +388,7 @@ def test_a_directory_of_something_else_is_refused(toy_cache: Path, tmp_path: Pat
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RedpenError, match=r"found thesis\.tex; choose another --run"):
         stage.run(small_recipe(), str(toy_cache), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_two_processes_do_not_train_one_run(toy_cache: Path, tmp_path: Path) -> None:

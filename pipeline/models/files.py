@@ -118,6 +118,7 @@ class TokenizerConfigFile(_File):
     auto_map: dict[str, Any] | list[Any] | None = None
     chat_template: str | list[dict[str, str]] | dict[str, str] | None = None
     added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    model_max_length: int | float | None = None
 
 
 class _TokenizerFile(_File):

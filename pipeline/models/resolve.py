@@ -207,6 +207,7 @@ class ResolvedModel:
                 raise ValueError("it has no vocabulary")  # what transformers returns if there are no tokenizer files
             if min(tokenizer.get_vocab().values()) < 0:
                 raise ValueError("it has ids below 0")
+            tokenizer.decode(tokenizer("a")["input_ids"])  # a setting of another type fails at the first text
         return tokenizer
 
     @cached_property

@@ -167,17 +167,22 @@ class RunDirectory:
     def _record(self) -> Record:
         return read_record(self.path) or Record()
 
-    def _require_same(self) -> None:
-        """Raise `RedpenError` if the directory holds something else, or steps of a different recipe or cache."""
-        run = read_record(self.path)
-        if run is None:
+    def _require_run(self) -> None:
+        """Raise `RedpenError` if the directory holds something other than a run."""
+        if read_record(self.path) is None:
             names = (path.name for path in self.path.iterdir() if path.name not in _BEFORE_START)
             if found := sorted(name for name in names if not name.endswith(PARTIAL)):
                 raise RedpenError(
                     f"run {self.path}: expected a run of redpen or an empty directory, found {found[0]}; "
                     "choose another --run"
                 )
-        elif run.result is not None or self.checkpoints.exists():  # otherwise there is nothing to protect yet
+
+    def _require_same(self) -> None:
+        """Raise `RedpenError` if the directory holds something else, or steps of a different recipe or cache."""
+        self._require_run()
+        run = read_record(self.path)
+        # before the first checkpoint there is nothing to protect
+        if run is not None and (run.result is not None or self.checkpoints.exists()):
             check(self.path, RECIPE, METRICS, record=run)
             differing = _recipe_differences(load_stored_recipe(self.recipe), self._requested)
             differing += [
@@ -204,6 +209,8 @@ def open_run(path: str | os.PathLike[str], recipe: Recipe, cache: dict[str, Any]
     with run.writing():
         run.path.mkdir(parents=True, exist_ok=True)
     refuse_links(run.path)
+    if not (run.path / LOCK).exists():
+        run._require_run()  # before the lock leaves a file among somebody's own
     with contextlib.ExitStack() as stack:
         with run.writing():
             stack.enter_context(locked(run.path, "trains"))

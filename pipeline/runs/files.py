@@ -68,6 +68,7 @@ EVALUATION = (EVAL_FIGURES, EVAL_CACHE, REREAD)
 #: Any of these makes a directory a run; they exist before a run has ended.
 MARKERS = (RECORD, RECIPE, METRICS)
 _EDITABLE = "README.md"
+_UNRECORDED = "ended later, or the command that replaces it was killed while it did so"
 _MAX_METRICS_BYTES = 2**31  # a million steps have less
 
 
@@ -202,9 +203,9 @@ def check(run: str | os.PathLike[str], *names: str, record: Record | None = None
     for name in names:
         if record.result is None or (record.files is not None and not _recorded(record.files, name)):
             if name not in MARKERS and (run / name).exists():
-                when = "has not ended yet" if record.result is None else "ended later"
+                why = "has not ended yet" if record.result is None else _UNRECORDED
                 raise DamagedRunError(
-                    f"{run / name}: does not belong to the result of the run, which {when}; {_remedy(run, name)}"
+                    f"{run / name}: does not belong to the result of the run, which {why}; {_remedy(run, name)}"
                 )
         elif record.files is not None:
             expected, found = _recorded(record.files, name), digests(run, [name])

@@ -63,7 +63,7 @@ class Renderer(Worker):
         seconds: CPU time that one chat may take.
     """
 
-    def __init__(self, seconds: float = 10.0):
+    def __init__(self, seconds: float = 3.0):
         super().__init__("template_worker.py", seconds)
 
     def render(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
