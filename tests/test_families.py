@@ -8,7 +8,7 @@ from helpers.families import FAMILIES, PAGE, config_of, line, try_model
 
 #: One of each kind of layer, layout, wrapper and refusal; `python -m helpers.families` tries all, in some minutes.
 QUICK = (
-    *("Qwen3", "Qwen3-MoE", "Qwen3.5", "Mistral", "Mistral 3", "gpt-oss", "Gemma 2", "Gemma 3", "Gemma 4 (text)"),
+    *("Qwen3", "Qwen3-MoE", "Qwen3.5", "Mistral 3", "gpt-oss", "Gemma 2", "Gemma 3", "Gemma 4 (text)"),
     *(
         "Llama 4",
         "DeepSeek-V3",
@@ -21,7 +21,7 @@ QUICK = (
         "Mamba",
         "Zamba2",
     ),
-    *("RWKV", "OPT", "BLOOM", "GPT-2", "Falcon"),
+    *("RWKV", "OPT", "BLOOM", "GPT-2", "Falcon", "Youtu", "CTRL", "Laguna"),
 )
 
 

@@ -206,10 +206,7 @@ class LayeredModel:
         def layer(index: int, *args: Any, **kwargs: Any) -> Any:
             return returns(run.hidden if index == len(self.layers) - 1 else _split_hidden(args, kwargs)[0])
 
-        embedded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if run.hidden.ndim == 3:  # else it is not what the embedding returns (DeepSeek-V4)
-            embedded = _forward_as(self._embedding, lambda *args, **kwargs: run.hidden)
-        with self._layers_as(layer), embedded:
+        with self._layers_as(layer):
             return run.forward()
 
     @contextlib.contextmanager
