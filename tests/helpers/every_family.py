@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, logging
 
-from helpers.families import COLUMNS, FAMILIES, Row, auto_class, config_of, line, try_model
+from helpers.families import COLUMNS, FAMILIES, PAGE, RIGHT, Row, auto_class, config_of, line, try_model
 from helpers.tiny_configs import tiny_config
 
 #: Of types that are no family of the table: what their configurations need besides tiny sizes.
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
-_MOST_PARAMETERS = 5_000_000
+_MOST_PARAMETERS = 20_000_000
 
 
 def other_types() -> list[str]:
@@ -79,8 +79,40 @@ def run(log: Path, names: list[str]) -> None:
         print(f"{line(name, row)}\n    {worst} ({time.perf_counter() - started:.1f} s)", flush=True)
 
 
+def table(rows: dict[str, Row]) -> list[str]:
+    """The table of the families; one that was not tried again keeps its line."""
+    known = {
+        text.split("|")[1].strip(): text for text in PAGE.read_text(encoding="utf-8").splitlines() if "|" in text
+    }
+    header = [f"| family | layout | {' | '.join(COLUMNS)} | vLLM |", "|---" * (len(COLUMNS) + 3) + "|"]
+    return header + [f"{line(name, rows[name])} not tried |" if name in rows else known[name] for name in FAMILIES]
+
+
+def others(rows: dict[str, Row]) -> list[str]:
+    """The types besides, by what became of them."""
+    tried = {name: rows[name].cells for name in other_types() if name in rows}
+    right = [name for name, cells in tried.items() if set(cells.values()) == {RIGHT}]
+    unmade = [name for name, cells in tried.items() if not rows[name].layout and cells["score"].startswith("fails")]
+    found = ["", "## Other types that transformers registers", "", f"Right in every column: {', '.join(right)}.", ""]
+    for name, cells in tried.items():
+        if name not in {*right, *unmade}:
+            kinds: dict[str, list[str]] = {}
+            for column, cell in cells.items():
+                kinds.setdefault(cell, []).append(column)
+            parts = [f"{', '.join(columns)}: {cell}" for cell, columns in kinds.items() if cell != RIGHT]
+            found.append(f"- {name}: {next(iter(kinds)) if len(kinds) == 1 else '; '.join(parts)}")
+    return [*found, "", f"Not tried, for want of a tiny configuration: {', '.join(unmade)}."]
+
+
+def write_page(log: Path) -> None:
+    rows = rows_of(log)
+    head = PAGE.read_text(encoding="utf-8").partition("| family |")[0]
+    PAGE.write_text(head + "\n".join([*table(rows), *others(rows)]) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run(Path(sys.argv[1]), sys.argv[2:] or [*FAMILIES, *other_types()])
+    write_page(Path(sys.argv[1]))
