@@ -6,7 +6,7 @@ import pytest
 
 from helpers.families import FAMILIES, PAGE, config_of, line, try_model
 
-#: One of each kind of layer, layout, wrapper and refusal; `python -m helpers.every_family` tries all, in some minutes.
+#: One of each kind of layer, layout, wrapper and refusal; `python -m helpers.every_family` tries all.
 QUICK = (
     *("Qwen3", "Qwen3-MoE", "Qwen3.5", "Mistral 3", "gpt-oss", "Gemma 2", "Gemma 3", "Gemma 4 (text)"),
     *(
