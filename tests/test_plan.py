@@ -34,7 +34,7 @@ from pipeline.forward.loss_head import chunked_head_loss
 from pipeline.forward.packing import pack, packed_hidden
 from pipeline.models import flops, meta_model
 from pipeline.models.load import load_model
-from pipeline.models.lora import make_trainable, trainable, training_mode
+from pipeline.models.lora import checkpoint_gradients, make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes
 from pipeline.plan import Device, cost, memory, table
 from pipeline.plan.assumed import Lengths, n_prompts
@@ -182,7 +182,7 @@ def test_activations_are_those_of_a_real_micro_batch(dtype: str, checkpointing: 
     for model in (real, shade):
         make_trainable(model.eval().requires_grad_(False), train)
         if checkpointing:
-            meta_model.checkpoint_gradients(model)
+            checkpoint_gradients(model)
         training_mode(model)
     predicted = meta_model.training_bytes(shade, 512)
 

@@ -38,6 +38,7 @@ __all__ = [
     "check_quantiser",
     "dot_natural_key",
     "get_model_conversion_mapping",
+    "initialize_as_loaded",
     "initialize_on_meta",
     "quiet",
     "rename_source_key",
@@ -83,3 +84,14 @@ def initialize_on_meta(model: Any, device: torch.device) -> None:
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, torch.empty_like(buffer, device=device))
     model.initialize_weights()  # has no effect on meta tensors
+
+
+def initialize_as_loaded(model: Any) -> None:
+    """What `from_pretrained` does with a model once it has read its weights: it initializes what is left, by code of
+    the architecture, which may change weights that were read (Youtu sets its padding token's embedding to 0).
+    """
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    model.initialize_weights()

@@ -29,6 +29,7 @@ from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import load as models
 from pipeline.models._transformers_compat import Conv1D, GradientCheckpointingLayer, quiet
+from pipeline.models.files import shortened
 from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
 
@@ -132,8 +133,27 @@ def _excluded(model: nn.Module) -> str | None:
         and module is not head
     ]
     # With layer numbers as wildcards: the pattern is stored with the adapter.
+    if lost := _lost_in_loading(model):
+        warn(
+            f"{name_of(model)}: {len(lost)} of its layers get no LoRA ({shortened(lost)}): transformers' renaming of "
+            "stored weights would keep peft from finding it again"
+        )
+    names += lost
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(patterns) or None
+
+
+def _lost_in_loading(model: nn.Module) -> list[str]:
+    """Linear layers of the decoder whose stored adapter gets another name when it is loaded (Laguna's experts)."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # an older peft, which renames nothing
+        return []
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    stored = {name: f"base_model.model.{name}.lora_A.weight" for name in names}
+    weights = {key: torch.zeros(()) for key in stored.values()}
+    found = convert_peft_adapter_state_dict_for_transformers(unwrapped(model), LoraConfig(), weights, _NAME)
+    return [name for name in names if stored[name] not in found]
 
 
 def _is_product(module: nn.Linear | Conv1D) -> bool:
@@ -170,6 +190,14 @@ def _warn_of_experts(adapted: nn.Module) -> None:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute each layer's activations in backward, as training does."""
+    try:
+        unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"train.gradient_checkpointing = true: {error} Set it to false") from error
 
 
 def training_mode(model: nn.Module) -> None:

@@ -19,7 +19,8 @@ from torch.utils import _python_dispatch
 from transformers import AttentionInterface
 
 from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, one_line
+from pipeline.forward.finite import name_of
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.forward.rows import is_packed
@@ -46,8 +47,9 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 class WithoutValues(_DispatchMode):  # type: ignore[misc]
     """Lets a forward on the meta device look at values, which do not exist there: every number is 0, every condition
-    false, and no index is found. Grouped products, for which torch has a meta kernel only in bf16, get their shape,
-    and autocast, which peft switches off on any device, is not an error.
+    false, and no index is found. Sizes to split by that come from values leave all to the last part. Grouped
+    products, for which torch has a meta kernel only in bf16, get their shape, and autocast, which peft switches off
+    on any device, is not an error.
     """
 
     def __enter__(self) -> Any:
@@ -67,6 +69,11 @@ class WithoutValues(_DispatchMode):  # type: ignore[misc]
         on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].device == _META
         if on_meta and func is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype).item()
+        if on_meta and func is torch.ops.aten._to_copy.default and "cpu" in str((kwargs or {}).get("device")):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if on_meta and func is torch.ops.aten.split_with_sizes.default and not any(args[1]):
+            dim = args[2] if len(args) > 2 else 0
+            return func(args[0], [*args[1][:-1], args[0].shape[dim]], *args[2:])
         if on_meta and func is torch.ops.aten.nonzero.default:
             return args[0].new_empty(0, args[0].ndim, dtype=torch.int64)
         if on_meta and func is torch.ops.aten._grouped_mm.default:
@@ -204,9 +211,15 @@ def _extrapolated(measure: Callable[[int], list[int]], model: nn.Module, tokens:
     """What is measured for so many tokens. A model that is not packed may go through them one by one: it is measured
     on rows of a few, and grows linearly from there.
     """
-    if unwrapped(model).config._attn_implementation == _ATTENTION or tokens <= _ROW_TOKENS:
-        return measure(tokens)
-    half, whole = measure(_ROW_TOKENS // 2), measure(_ROW_TOKENS)
+    try:
+        if unwrapped(model).config._attn_implementation == _ATTENTION or tokens <= _ROW_TOKENS:
+            return measure(tokens)
+        half, whole = measure(_ROW_TOKENS // 2), measure(_ROW_TOKENS)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(
+            f"{name_of(model)}: its memory cannot be planned, since its forward does not run without values "
+            f"({one_line(error)}); try a small round instead"
+        ) from error
     times = (tokens - _ROW_TOKENS) / (_ROW_TOKENS // 2)
     return [round(b + times * (b - a)) for a, b in zip(half, whole, strict=True)]
 
@@ -219,14 +232,6 @@ def _hidden(model: nn.Module, tokens: int) -> Tensor:
 
 def _ids(tokens: int) -> Tensor:
     return torch.zeros(1, tokens, dtype=torch.int64, device=_META)
-
-
-def checkpoint_gradients(model: nn.Module) -> None:
-    """Recompute each layer's activations in backward, as training does."""
-    try:
-        unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    except ValueError as error:
-        raise ModelError(f"train.gradient_checkpointing = true: {error} Set it to false") from error
 
 
 def _attention(

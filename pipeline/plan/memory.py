@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import decoder_body
 from pipeline.models import meta_model
-from pipeline.models.lora import make_trainable, trainable, training_mode
+from pipeline.models.lora import checkpoint_gradients, make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes, bytes_of
 from pipeline.plan.assumed import Device
 from pipeline.streaming.layered import LayeredModel
@@ -88,7 +88,7 @@ class PlannedModels:
         weights = {name: meta_model.Weights.of(meta_models[name], cfg.quantisation) for name, cfg in configs.items()}
         trainer = make_trainable(meta_model.load_meta_model(recipe.student), recipe.train)
         if recipe.train.gradient_checkpointing:
-            meta_model.checkpoint_gradients(trainer)
+            checkpoint_gradients(trainer)
         training_mode(trainer)
         adapter = sum(p.numel() for p in trainable(trainer).values()) if recipe.train.method == "lora" else None
         return cls(configs, meta_models, weights, adapter, trainer)

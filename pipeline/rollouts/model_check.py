@@ -26,7 +26,7 @@ from pipeline.forward.head import unwrapped
 from pipeline.forward.packing_check import longest_checked, settle_layout
 from pipeline.forward.rows import attention_of, native_attention, pads_left
 from pipeline.models import load as models
-from pipeline.models.lora import make_trainable
+from pipeline.models.lora import checkpoint_gradients, make_trainable
 from pipeline.models.resolve import ResolvedModel, resolve
 
 Prompts = Sequence[npt.NDArray[np.int32]]
@@ -51,7 +51,9 @@ def check_architectures(recipe: Recipe) -> None:
 
     check_placement(resolve(recipe.student), recipe.placement(recipe.student))
     choose_layout(recipe.student)
-    make_trainable(models.load_skeleton(recipe.student, torch.device("meta")), recipe.train)
+    student = make_trainable(models.load_skeleton(recipe.student, torch.device("meta")), recipe.train)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_gradients(student)
     if recipe.rollouts.engine == "vllm":
         from pipeline.streaming.header_check import check_checkpoint
 

@@ -23,12 +23,13 @@ from pipeline.forward.packing import decoder_body
 
 _T = TypeVar("_T")
 
-# What layers return: hidden states, or a tuple of them and what is not kept.
+# What layers return: hidden states, or a tuple of them and what is not kept, in whose place is an empty tensor.
+_NOT_KEPT = torch.empty(0)
 _RETURNS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden,),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, None, None),
+    lambda hidden: (hidden, _NOT_KEPT),
+    lambda hidden: (hidden, _NOT_KEPT, _NOT_KEPT),
 )
 
 
@@ -170,6 +171,8 @@ class LayeredModel:
                 first, attention = hidden, self.base.config._attn_implementation
             if index != len(calls) or hidden is not first:
                 raise self.refusal("its decoder does something between its layers")
+            if any(value is _NOT_KEPT for value in (*args, *kwargs.values())):
+                raise self.refusal("its layers hand more than hidden states on to the next")
             calls.append((args, kwargs))
             return returns(hidden)
 
@@ -206,10 +209,7 @@ class LayeredModel:
         def layer(index: int, *args: Any, **kwargs: Any) -> Any:
             return returns(run.hidden if index == len(self.layers) - 1 else _split_hidden(args, kwargs)[0])
 
-        embedded: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if run.hidden.ndim == 3:  # else it is not what the embedding returns (DeepSeek-V4)
-            embedded = _forward_as(self._embedding, lambda *args, **kwargs: run.hidden)
-        with self._layers_as(layer), embedded:
+        with self._layers_as(layer):
             return run.forward()
 
     @contextlib.contextmanager

@@ -31,6 +31,7 @@ from pipeline.forward.packing import tiles
 from pipeline.forward.packing_check import check_layout, settle_layout
 from pipeline.forward.rows import forwards, gather_hidden, is_packed, lay_out
 from pipeline.models import load as models
+from pipeline.models._transformers_compat import initialize_as_loaded
 from pipeline.models.files import check_model_files
 from pipeline.models.load import free_bytes, with_adapter
 from pipeline.models.peak_memory import PeakBytes, bytes_of
@@ -191,6 +192,7 @@ class StreamedScorer:
                 self._memory.take("weights outside the layers", group.nbytes + group.dequantised_nbytes)
                 self._layered.install(transfer.place(group))
         skeleton.tie_weights(missing_keys=set(places.missing), recompute_mapping=False)
+        initialize_as_loaded(skeleton)
         return [layers[index] for index in range(len(self._layered.layers))]
 
     def _with_adapter(self, skeleton: PreTrainedModel, layers: Sequence[Group]) -> Any:

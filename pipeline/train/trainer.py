@@ -15,11 +15,11 @@ from pipeline.config import TrainConfig
 from pipeline.distributed.fsdp import Gradients, WeightSharding
 from pipeline.errors import ModelError, RedpenError
 from pipeline.forward.finite import not_finite
-from pipeline.forward.head import Head, unwrapped
+from pipeline.forward.head import Head
 from pipeline.forward.loss_head import HeadLoss, chunked_head_loss
 from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.forward.rows import is_packed, lay_out, response_hidden
-from pipeline.models.lora import trainable, training_mode
+from pipeline.models.lora import checkpoint_gradients, trainable, training_mode
 from pipeline.runs.checkpoint import Checkpoint, Tensors
 from pipeline.train import losses
 from pipeline.train.metrics import MetricSums, measure
@@ -62,10 +62,7 @@ class StudentTrainer:
         self.sharding, self.ranks = sharding, sharding.ranks
         Head.of(model)  # raises for an unsupported head before the first forward pass
         if train.gradient_checkpointing:
-            try:
-                unwrapped(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            except ValueError as error:
-                raise ModelError(f"train.gradient_checkpointing = true: {error} Set it to false") from error
+            checkpoint_gradients(model)
         self.within = sharding.parallelize(model)
         self.parameters = trainable(model)
         self.masters = master_weights(self.parameters)
