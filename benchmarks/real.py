@@ -2,45 +2,37 @@
 
     python benchmarks/real.py [ROW ...] [--student DIR] [--teacher DIR] [--small DIR] [--seeds 3] [--engine vllm]
 
-    larger_teacher   Qwen2.5-Coder-0.5B-Instruct learns word problems from 1.5B-Instruct, one round and three
-    trl              the same pair, the same prompts and steps by TRL's DistillationTrainer (pip install trl==1.16.0)
+    larger_teacher   Qwen2.5-Coder-0.5B-Instruct learns word problems from 1.5B-Instruct in one round
+    rounds           two rounds more
+    teacher          what that teacher can do itself
+    trl              the same pair, the same prompts and steps by TRL's DistillationTrainer
     rescue           SmolLM2-135M-Instruct learns a company's facts, and gets its instruction following back
     context          SmolLM2 learns from itself with a system message
     other_tokenizer  SmolLM2 learns sums from Qwen2.5-Coder-1.5B-Instruct, by spans of text
     engines          transformers and vLLM as samplers
 
-Models are Hub ids, or directories given instead. A row whose models are not available says so and the others go on.
-Figures are kept in WORK/results.json as soon as they are there, so a run that was cut goes on where it was; the page
-is written from all of them. Everything is done by redpen's commands in processes of their own.
+Models are Hub ids, or directories given instead. Every command of redpen has a process of its own. What has ended is
+kept in WORK, so a run that was cut goes on where it was, and rows may be measured on different days: the page is
+written from all that is in WORK/results.json. `--seeds 0` measures nothing and writes the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import platform
+import subprocess
 import sys
+import textwrap
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from claims import measured_at
-from real_rows import ROWS, Lab
-from toy_lab import ROOT, Results
+import torch
+from real_rows import ROWS, Figures, Lab, Row
+from toy_lab import ENVIRONMENT, ROOT, Results
 
-TITLES = {
-    "larger_teacher": "A larger teacher",
-    "trl": "Beside TRL",
-    "rescue": "New facts, old behaviour",
-    "context": "A system message, learnt",
-    "other_tokenizer": "A teacher with another tokenizer",
-    "engines": "transformers and vLLM as samplers",
-}
-#: The models of each row, by role.
-NEEDS = {
-    "larger_teacher": ("student", "teacher"),
-    "trl": ("student", "teacher"),
-    "rescue": ("small",),
-    "context": ("small",),
-    "other_tokenizer": ("small", "teacher"),
-    "engines": ("student", "teacher"),
-}
 HUB = {
     "student": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     "teacher": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
@@ -48,18 +40,66 @@ HUB = {
 }
 
 
-def missing(models: dict[str, str], row: str) -> str | None:
+def missing(models: dict[str, str], row: Row) -> str | None:
     """Why a row cannot be run here, or None."""
     from pipeline.config import ModelConfig
     from pipeline.errors import RedpenError
     from pipeline.models.resolve import resolve
 
+    if absent := [name for name in row.packages if importlib.util.find_spec(name) is None]:
+        return f"it needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed"
     try:
-        for role in NEEDS[row]:
+        for role in row.needs:
             resolve(ModelConfig(model=models[role]))
     except RedpenError as error:
         return str(error)
     return None
+
+
+def product_code() -> str:
+    """The commit that last changed redpen itself, and whether it has changed since."""
+
+    def git(*args: str) -> str:
+        command = ["git", *args, "--", "pipeline", "cache_schema"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h", "--abbrev=8") + (", changed" if git("status", "--porcelain") else "")
+
+
+def measured_row(lab: Lab, row: Row, name: str, seed: int) -> Figures:
+    """A row's figures for a seed, with the commands that it took and where and when it was measured."""
+    directory = lab.work / f"{row.directory or name}-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "code": product_code(),
+        "machine": f"{platform.machine()}, {ENVIRONMENT['OMP_NUM_THREADS']} threads, torch {torch.__version__}",
+    }
+    found = row.measure(lab, directory, seed)
+    return found | {"about": about, "commands": Results(directory / "commands.json").figures}
+
+
+def cost_line(seed: int, run: Figures) -> str:
+    """Where and when, and minutes of CPU by command."""
+    parts, about = run["commands"], run["about"]
+    by_command = ", ".join(f"{name} {cost['cpu_seconds'] / 60:.1f}" for name, cost in parts.items())
+    cpu, wall = (sum(cost[key] for cost in parts.values()) / 60 for key in ("cpu_seconds", "seconds"))
+    cut = [name for name, cost in parts.items() if cost["continued"]]
+    text = (
+        f"Seed {seed}: {about['date']}, redpen as of {about['code']}, {about['machine']}; {cpu:.0f} CPU minutes "
+        f"({wall:.0f} by the clock of a shared machine): {by_command}."
+    )
+    return f"{text} Continued after a cut, with the time of the last attempt: {', '.join(cut)}." if cut else text
+
+
+def section(name: str, figures: dict[str, Any]) -> str:
+    row = ROWS[name]
+    runs = {int(key.split()[1]): run for key, run in sorted(figures.items()) if key.split()[0] == name}
+    text = row.render(runs) if runs else "Not run."
+    costs = "\n\n".join("\n".join(textwrap.wrap(cost_line(seed, run), 118)) for seed, run in runs.items())
+    return (
+        f"## {row.title}\n\n    make real ROW={name}\n\n" + "\n\n".join(part for part in (text, costs) if part) + "\n"
+    )
 
 
 def main() -> None:
@@ -74,23 +114,30 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "real.md")
     args = parser.parse_args()
     models = {role: str(Path(name).resolve()) if Path(name := getattr(args, role)).exists() else name for role in HUB}
-    work = args.work.resolve()
-    results = Results(work / "results.json")
-    lab = Lab(work, models, args.seeds, args.engine, args.quick, results)
-    where = results.get("measured at", measured_at)
-    parts = []
-    for row in args.rows or ROWS:
-        print(f"{row} ...", file=sys.stderr, flush=True)
-        reason = missing(models, row)
-        text = f"Not run: {reason}" if reason else ROWS[row](lab)
-        parts.append(f"## {TITLES[row]}\n\n    make real ROW={row}\n\n{text}\n")
-        print(f"\n{parts[-1]}", flush=True)
-    if not args.rows and not args.quick:
-        minutes = sum(run["seconds"] for run in results.figures.values() if isinstance(run, dict)) / 60
-        head = f"# Real models\n\nMeasured by `make real` at {where}: {minutes:.0f} minutes.\n"
-        args.page.write_text("\n".join([head, *parts]), encoding="utf-8")
-        print(f"{args.page}: {len(parts)} rows")
+    work = args.work.resolve() / ("quick" if args.quick else "")
+    lab, results = Lab(work, models, args.engine, args.quick), Results(work / "results.json")
+    for name in args.rows or ROWS:
+        row = ROWS[name]
+        for seed in range(min(args.seeds, row.seeds or args.seeds)):
+            if f"{name} {seed}" not in results.figures and (reason := missing(models, row)):
+                print(f"{name}: not run, {reason}", file=sys.stderr, flush=True)
+                break
+            results.get(f"{name} {seed}", partial(measured_row, lab, row, name, seed))
+            if args.quick:
+                print(section(name, results.figures), flush=True)
+            else:
+                write(args.page, results.figures)
 
+
+def write(page: Path, figures: dict[str, Any]) -> None:
+    head = HEAD
+    page.write_text("\n".join([head, *(section(name, figures) for name in ROWS)]), encoding="utf-8")
+
+
+HEAD = """# Real models
+
+Measured by `make real`.
+"""
 
 if __name__ == "__main__":
     main()

@@ -249,6 +249,7 @@ _TOPICS = (
     "a broken window",
     "the sound of snow",
 )
+_ENDINGS = ("", " for a friend", " for children", " as you see it")
 _VERBS = ("Write about", "Tell me something about", "Describe", "Give me a short text about", "Say something about")
 
 
@@ -305,10 +306,15 @@ def instructions(count: int, seed: int) -> list[Row]:
     return list(found.values())
 
 
-def topics(count: int, seed: int) -> list[Row]:
-    """Prompts without any wish about their form, some of which repeat."""
+def topics(count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Prompts without any wish about their form: to train on, about 15 of the topics, and to hold out, about 5."""
     r = random.Random(f"topics {seed}")
-    return [{"prompt": f"{r.choice(_VERBS)} {r.choice(_TOPICS)}."} for _ in range(count)]
+    train = [f"{verb} {topic}{end}." for verb in _VERBS for topic in _TOPICS[:15] for end in _ENDINGS]
+    held_out = [f"{verb} {topic}{end}." for verb in _VERBS for topic in _TOPICS[15:] for end in _ENDINGS]
+    random.Random("held-out topics").shuffle(held_out)
+    return [{"prompt": text} for text in r.sample(train, count)], [
+        {"prompt": text} for text in held_out[: count // 2]
+    ]
 
 
 def write(path: Path, rows: Iterable[Row]) -> Path:

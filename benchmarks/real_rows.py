@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/real.py`: each runs redpen's commands on real models and returns its part of the page."""
+"""The rows of `benchmarks/real.py`: each runs redpen's commands on real models, and renders its part of the page."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import real_data as data
-from toy_lab import Cost, Results, measured, redpen
+import tomlkit
+from toy_lab import Results, measured, redpen
 
 #: Prompts of a round, two rollouts each; held-out problems; tokens of a response in training and in evaluation.
 PROMPTS, HELD_OUT, SUMS, LIMIT, EVAL_LIMIT = 96, 96, 64, 192, 320
@@ -27,6 +27,7 @@ class Lab:
     """What a row works with.
 
     Attributes:
+        work: directory of caches, runs and figures.
         models: directory or Hub id of `student`, `teacher` and `small`.
         engine: "transformers" or "vllm", for rollouts.
         quick: a few prompts and steps, to try whether everything runs.
@@ -34,63 +35,88 @@ class Lab:
 
     work: Path
     models: dict[str, str]
-    seeds: int
     engine: str
     quick: bool
-    results: Results
-
-    def runs(self, name: str, measure: Callable[[Path, int], Figures]) -> list[Figures]:
-        """What `measure` finds for every seed, in a directory of its own, with its seconds."""
-
-        def timed(seed: int) -> Figures:
-            directory = self.work / f"{name}-{seed}"
-            directory.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
-            found = measure(directory, seed)
-            return found | {"seconds": time.perf_counter() - started}
-
-        return [self.results.get(f"{name} {seed}", partial(timed, seed)) for seed in range(self.seeds)]
 
     def count(self, full: int) -> int:
         return max(2, full // 16) if self.quick else full
 
+    def tokens(self, full: int) -> int:
+        return full // 4 if self.quick else full
+
     def recipe(self, path: Path, **sections: dict[str, Any]) -> Path:
-        path.write_text(
-            "".join(
-                f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in section.items()) + "\n"
-                for name, section in sections.items()
-            )
-        )
+        path.write_text(tomlkit.dumps(sections))
         return path
 
+    def command(
+        self, directory: Path, name: str, *args: object, settings: Sequence[str] = (), codes: Sequence[int] = (0,)
+    ) -> Figures:
+        """A command of redpen, once: `seconds`, `cpu_seconds`, `gb`, its `output`, and whether it was `continued`.
 
-def evaluated(out: Path, recipe: Path, model: str, *settings: str, teacher: str | None = None) -> Figures:
-    """`redpen eval MODEL`; what was measured before is read."""
-    if not out.exists():
+        What ended before is read from `directory`. A command that was cut is continued, and its seconds are then
+        those of the last attempt.
+        """
+        return self.once(directory, name, lambda: asdict(redpen(*args, settings=settings, codes=codes)))
+
+    def once(self, directory: Path, name: str, measure: Callable[[], Figures]) -> Figures:
+        started = directory / f"{name}.started"
+
+        def measured_once() -> Figures:
+            continued = started.exists()
+            started.touch()
+            cost = measure()
+            return cost | {"gb": cost["anonymous"] / 1e9, "continued": continued}
+
+        directory.mkdir(parents=True, exist_ok=True)
+        cost: Figures = Results(directory / "commands.json").get(name, measured_once)
+        return cost
+
+    def evaluated(self, out: Path, recipe: Path, model: str, *settings: str, teacher: str | None = None) -> Figures:
+        """`redpen eval MODEL` into a file, once."""
         to = ("--teacher", teacher) if teacher else ()
-        redpen("eval", model, "--recipe", recipe, "--out", out, *to, settings=settings)
-    figures: Figures = json.loads(out.read_text())["model"]
-    return figures
+        arguments = ("eval", model, "--recipe", recipe, "--out", out, *to)
+        self.command(out.parent, out.stem, *arguments, settings=settings)
+        figures: Figures = json.loads(out.read_text())["model"]
+        return figures
 
 
-def seconds_of(cost: Cost) -> float:
-    """Of work alone, as the command prints it."""
-    return sum(map(float, re.findall(r" in ([\d.]+) s", cost.output)))
+@dataclass(frozen=True)
+class Row:
+    """An experiment.
+
+    Attributes:
+        needs: roles of the models.
+        measure: its figures for one seed, in a directory of that seed.
+        render: Markdown from the figures by seed.
+        directory: name of another row whose directory is this one's too, or None.
+        packages: beside redpen's own, as they are imported.
+    """
+
+    title: str
+    needs: tuple[str, ...]
+    measure: Callable[[Lab, Path, int], Figures]
+    render: Callable[[dict[int, Figures]], str]
+    seeds: int | None = None
+    directory: str | None = None
+    packages: tuple[str, ...] = ()
 
 
-def stages(recipe: Path, cache: Path, run: Path, *, again: str | None = None) -> Figures:
-    """`rollouts`, `score` and `train` in processes of their own: seconds, peak memory and what they print."""
-    costs = {stage: redpen(stage, recipe, "--cache", cache) for stage in ("rollouts", "score")}
-    costs["train"] = redpen("train", recipe, "--cache", cache, "--run", run)
-    if again:
-        costs["again"] = redpen("train", recipe, "--cache", cache, "--run", run.with_name(again))
-    steps = [json.loads(line)["time"]["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "seconds_of": {name: cost.seconds for name, cost in costs.items()},
-        "gb_of": {name: cost.anonymous / 1e9 for name, cost in costs.items()},
-        "step": statistics.median(steps),
-        "tokens": json.loads((run / "ledger.json").read_text()),
-    }
+def stages(lab: Lab, recipe: Path, directory: Path, settings: Sequence[str] = ()) -> dict[str, Figures]:
+    """`rollouts`, `score` and `train` in processes of their own, into `cache.zarr` and `run`: the cost of each."""
+    cache, run = directory / "cache.zarr", directory / "run"
+    at = {name: (name, recipe, "--cache", cache) for name in ("rollouts", "score")}
+    at["train"] = ("train", recipe, "--cache", cache, "--run", run)
+    return {name: lab.command(directory, name, *args, settings=settings) for name, args in at.items()}
+
+
+def of_run(run: Path) -> dict[str, Figures]:
+    """What `redpen eval RUN` wrote, before and after."""
+    figures: dict[str, Figures] = json.loads((run / "eval.json").read_text())
+    return {name: figures[name] for name in ("before", "after")}
+
+
+def curve(run: Path) -> list[Figures]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------------ format
@@ -129,190 +155,232 @@ def table(columns: dict[str, Figures], measures: dict[str, Callable[[Figures], s
     return "\n".join(lines)
 
 
-def per_seed(runs: Sequence[Figures], render: Callable[[Figures], str]) -> str:
-    return "\n\n".join(f"Seed {seed}:\n\n{render(run)}" for seed, run in enumerate(runs))
-
-
-# ---------------------------------------------------------------------------------------------------- larger teacher
-
-
-def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int = 3) -> Path:
-    prompts = lab.count(PROMPTS)
-    train = data.word_problems(rounds * prompts, 1000 + seed, data.TRAIN_NAMES)
-    data.write(directory / "train.jsonl", train)
-    data.write(lab.work / "held_out.jsonl", data.word_problems(lab.count(HELD_OUT), 1, data.HELD_OUT_NAMES))
-    data.write(lab.work / "sums.jsonl", data.bare_sums(lab.count(SUMS), 2))
-    return lab.recipe(
-        directory / "recipe.toml",
-        student={"model": lab.models["student"]},
-        teacher={"model": lab.models["teacher"]},
-        prompts={"path": str(directory / "train.jsonl"), "limit": prompts, "template": "chat"},
-        rollouts={
-            "engine": lab.engine,
-            "rollouts_per_prompt": 2,
-            "max_response_tokens": LIMIT,
-            "prompts_per_block": 16,
-            "batch_size": 32,
-            "seed": seed,
-        },
-        score={"candidates": 16, "tile_tokens": 2048},
-        train={
-            "steps": 2 * prompts // 8,
-            "prompts_per_step": 8,
-            "lora_rank": 32,
-            "seed": seed,
-            "stop_reverse_kl": 0,
-            "tokens_per_microbatch": 2048,
-        },
-        distill={"rounds": rounds, "stop_reverse_kl": 0, "patience": rounds},
-        eval={
-            "path": str(lab.work / "held_out.jsonl"),
-            "match": "number",
-            "max_response_tokens": EVAL_LIMIT,
-            "batch_size": 32,
-        },
-    )
-
-
-def larger_teacher(lab: Lab) -> str:
-    """The student before, after one round and after three, on problems like those of training and on bare sums."""
-    student, teacher = lab.models["student"], lab.models["teacher"]
-    sums = f"eval.path={lab.work / 'sums.jsonl'}"
-
-    def measure(directory: Path, seed: int) -> Figures:
-        recipe, run = pair_recipe(lab, directory, seed), directory / "run"
-        rounds = redpen("distill", recipe, "--cache", directory / "cache.zarr", "--run", run)
-        found: Figures = {"gb": rounds.anonymous / 1e9, "distill_seconds": rounds.seconds}
-        for name, adapter in {
-            "before": None,
-            "one round": run / "rounds" / "00000" / "adapter",
-            "three rounds": run / "rounds" / "00002" / "adapter",
-        }.items():
-            settings = () if adapter is None else (f"student.adapter={adapter}",)
-            # The untrained student is one for all seeds.
-            at = (lab.work if adapter is None else directory) / f"eval-{name.replace(' ', '-')}"
-            of_sums = at.with_name(f"{at.name}-sums.json")
-            found[name] = evaluated(at.with_suffix(".json"), recipe, student, *settings, teacher=teacher)
-            found[f"{name}, sums"] = evaluated(of_sums, recipe, student, *settings, sums, teacher=teacher)
-        return found
-
-    runs = lab.runs("larger_teacher", measure)
-    recipe = lab.work / "larger_teacher-0" / "recipe.toml"
-    of_teacher = evaluated(lab.work / "eval-teacher.json", recipe, teacher)
-    sums_of_teacher = evaluated(lab.work / "eval-teacher-sums.json", recipe, teacher, sums)
-    names = ("before", "one round", "three rounds")
-
-    def render(run: Figures) -> str:
-        own = table({**{name: run[name] for name in names}, "teacher": of_teacher})
-        other = table({**{name: run[f"{name}, sums"] for name in names}, "teacher": sums_of_teacher})
-        return f"Held-out word problems:\n\n{own}\n\nBare sums, of another form than those of training:\n\n{other}"
-
-    gains = [100 * (run["one round"]["greedy"]["value"] - run["before"]["greedy"]["value"]) for run in runs]
-    falls = [
-        [100 * (1 - run[name]["reverse_kl"]["value"] / run["before"]["reverse_kl"]["value"]) for run in runs]
-        for name in names[1:]
-    ]
-    summary = (
-        f"Greedy accuracy {listed(gains, '+.1f')} points after one round; fresh reverse KL falls by "
-        f"{listed(falls[0], '.0f')} % in one round and {listed(falls[1], '.0f')} % in three. Three rounds took "
-        f"{listed([run['distill_seconds'] / 60 for run in runs], '.0f')} minutes and "
-        f"{listed([run['gb'] for run in runs], '.1f')} GB."
-    )
-    return f"{summary}\n\n{per_seed(runs, render)}"
+def per_seed(runs: dict[int, Figures], render: Callable[[Figures], str]) -> str:
+    return "\n\n".join(f"Seed {seed}:\n\n{render(run)}" for seed, run in runs.items())
 
 
 def listed(values: Sequence[float], form: str) -> str:
     return ", ".join(f"{value:{form}}" for value in values)
 
 
+# ---------------------------------------------------------------------------------------------------- larger teacher
+
+
+def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int) -> Path:
+    """Of the Qwen pair. With other `rounds` the recipe differs in nothing else, so `redpen distill` goes on."""
+    prompts, most = lab.count(PROMPTS), 3
+    data.write(directory / "train.jsonl", data.word_problems(most * prompts, 1000 + seed, data.TRAIN_NAMES))
+    data.write(lab.work / "held_out.jsonl", data.word_problems(lab.count(HELD_OUT), 1, data.HELD_OUT_NAMES))
+    data.write(lab.work / "sums.jsonl", data.bare_sums(lab.count(SUMS), 2))
+    return lab.recipe(
+        directory / f"recipe-{rounds}.toml",
+        student={"model": lab.models["student"]},
+        teacher={"model": lab.models["teacher"]},
+        prompts={"path": str(directory / "train.jsonl"), "limit": prompts, "template": "chat"},
+        rollouts={
+            "engine": lab.engine,
+            "rollouts_per_prompt": 2,
+            "max_response_tokens": lab.tokens(LIMIT),
+            "prompts_per_block": 32,
+            "batch_size": 64,
+            "seed": seed,
+        },
+        vllm={"enforce_eager": True},
+        score={"candidates": 16, "tile_tokens": 2048},
+        train={
+            "steps": 2 * prompts // 8 or 1,
+            "prompts_per_step": 8,
+            "learning_rate": 1e-4,
+            "lora_rank": 32,
+            "seed": seed,
+            "stop_reverse_kl": 0,
+            "tokens_per_microbatch": 2048,
+        },
+        distill={"rounds": rounds, "stop_reverse_kl": 0, "patience": most},
+        eval={
+            "path": str(lab.work / "held_out.jsonl"),
+            "match": "number",
+            "max_response_tokens": lab.tokens(EVAL_LIMIT),
+            "batch_size": 96,
+        },
+    )
+
+
+def of_pair(lab: Lab, directory: Path, recipe: Path, name: str, adapter: Path | None) -> dict[str, Figures]:
+    """The student on problems like those of training, and on bare sums; the untrained one is one for all seeds."""
+    at = (lab.work if adapter is None else directory) / f"eval-{name.replace(' ', '-')}"
+    settings = () if adapter is None else (f"student.adapter={adapter}",)
+    of_sums, sums = at.with_name(f"{at.name}-sums.json"), f"eval.path={lab.work / 'sums.jsonl'}"
+    student, teacher = lab.models["student"], lab.models["teacher"]
+    return {
+        name: lab.evaluated(at.with_suffix(".json"), recipe, student, *settings, teacher=teacher),
+        f"{name}, sums": lab.evaluated(of_sums, recipe, student, *settings, sums, teacher=teacher),
+    }
+
+
+def larger_teacher(lab: Lab, directory: Path, seed: int) -> Figures:
+    """The student before and after one round."""
+    recipe, run = pair_recipe(lab, directory, seed, 1), directory / "run"
+    lab.command(directory, "one round", "distill", recipe, "--cache", directory / "cache.zarr", "--run", run)
+    found = of_pair(lab, directory, recipe, "after one round", run / "rounds" / "00000" / "adapter")
+    steps = curve(run / "rounds" / "00000")
+    return {
+        **found,
+        **of_pair(lab, directory, recipe, "before", None),
+        "engine": lab.engine,
+        "cached": [step["reverse_kl"] for step in steps],
+        "ess": min(step["ess"] for step in steps),
+        "step": statistics.median(step["time"]["seconds"] for step in steps),
+    }
+
+
+def more_rounds(lab: Lab, directory: Path, seed: int) -> Figures:
+    """Two rounds more, from where `larger_teacher` has ended."""
+    first = larger_teacher(lab, directory, seed)
+    recipe, run = pair_recipe(lab, directory, seed, 3), directory / "run"
+    lab.command(directory, "three rounds", "distill", recipe, "--cache", directory / "cache.zarr", "--run", run)
+    adapter = run / "rounds" / "00002" / "adapter"
+    return first | of_pair(lab, directory, recipe, "after three rounds", adapter)
+
+
+def rendered_pair(names: Sequence[str]) -> Callable[[dict[int, Figures]], str]:
+    """Students as columns, the last of them the one that the summary is about."""
+
+    def render(runs: dict[int, Figures]) -> str:
+        gains = [
+            100 * (run[names[-1]]["greedy"]["value"] - run["before"]["greedy"]["value"]) for run in runs.values()
+        ]
+        falls = [
+            100 * (1 - run[names[-1]]["reverse_kl"]["value"] / run["before"]["reverse_kl"]["value"])
+            for run in runs.values()
+        ]
+        summary = (
+            f"{names[-1].capitalize()}, {listed(gains, '+.1f')} points of greedy accuracy on held-out problems; "
+            f"reverse KL on fresh rollouts fell by {listed(falls, '.0f')} %."
+        )
+
+        def one(run: Figures) -> str:
+            own = table({name: run[name] for name in names})
+            other = table({name: run[f"{name}, sums"] for name in names})
+            cached = run["cached"]
+            return (
+                f"Held-out word problems:\n\n{own}\n\nBare sums, of another form than those of training:\n\n{other}\n\n"
+                f"In the first round, reverse KL on cached rollouts went from {cached[0]:.3f} to "
+                f"{statistics.mean(cached[-5:]):.3f} (mean of the last 5 of {len(cached)} steps), the effective sample "
+                f"size to {run['ess']:.2f} at the lowest."
+            )
+
+        return f"{summary}\n\n{per_seed(runs, one)}"
+
+    return render
+
+
+def teacher_alone(lab: Lab, directory: Path, seed: int) -> Figures:
+    recipe, teacher = pair_recipe(lab, directory, seed, 1), lab.models["teacher"]
+    sums = f"eval.path={lab.work / 'sums.jsonl'}"
+    return {
+        "word problems": lab.evaluated(directory / "eval-teacher.json", recipe, teacher),
+        "bare sums": lab.evaluated(directory / "eval-teacher-sums.json", recipe, teacher, sums),
+    }
+
+
+def render_teacher(runs: dict[int, Figures]) -> str:
+    return "\n\n".join(table({name: run[name] for name in ("word problems", "bare sums")}) for run in runs.values())
+
+
 # ---------------------------------------------------------------------------------------------------- the assistant
 
 
-def rescue(lab: Lab) -> str:
+def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
     """A company's facts by fine-tuning; following instructions before, after it, and after distillation."""
     base = lab.models["small"]
+    data.write(directory / "documents.jsonl", data.documents(seed, lab.count(400)))
+    data.write(directory / "chats.jsonl", data.chats(seed, lab.count(300)))
+    data.write(lab.work / "knowledge.jsonl", data.knowledge())
+    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(200), 3))
+    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(256), 1000 + seed)]
+    data.write(directory / "prompts.jsonl", prompts)
+    ifeval_task(lab.work / "tasks", lab.work / "instructions.jsonl")
+    recipe = lab.recipe(
+        directory / "recipe.toml",
+        student={"model": base, "dtype": "float32"},
+        teacher={"model": base, "dtype": "float32"},
+        prompts={"path": str(directory / "prompts.jsonl"), "limit": len(prompts) // 2, "template": "chat"},
+        rollouts={
+            "rollouts_per_prompt": 2,
+            "max_response_tokens": lab.tokens(128),
+            "prompts_per_block": 32,
+            "batch_size": 64,
+            "seed": seed,
+        },
+        score={"candidates": 16, "tile_tokens": 2048},
+        train={
+            "steps": lab.count(16),
+            "prompts_per_step": 16,
+            "lora_rank": 32,
+            "learning_rate": 2e-4,
+            "seed": seed,
+            "stop_reverse_kl": 0,
+            "tokens_per_microbatch": 2048,
+        },
+        sft={"steps": lab.count(160), "examples_per_step": 16, "learning_rate": 3e-4, "max_tokens": 256},
+        distill={"rounds": 2, "stop_reverse_kl": 0},
+        eval={
+            "path": str(lab.work / "knowledge.jsonl"),
+            "match": "contains",
+            "max_response_tokens": lab.tokens(192),
+            "batch_size": 64,
+            "tasks": ["own_ifeval"],
+            "task_path": str(lab.work / "tasks"),
+        },
+        continual={
+            "gate": [
+                {
+                    "name": "knowledge",
+                    "path": str(lab.work / "knowledge.jsonl"),
+                    "rise": 0.3,
+                    "fall_since_sft": 0.1,
+                }
+            ]
+        },
+    )
+    run = directory / "run"
+    sources = ("--data", f"{directory / 'documents.jsonl'}=0.6", "--data", f"{directory / 'chats.jsonl'}=0.4")
+    arguments = ("continual", recipe, *sources, "--cache", directory / "cache.zarr", "--run", run)
+    lab.command(directory, "continual", *arguments, codes=(0, 4))  # 4: the gate does not hold; the figures show it
+    found: Figures = {}
+    for name, adapter in {
+        "before": None,
+        "fine-tuned": run / "sft" / "adapter",
+        "distilled": run / "adapter",
+    }.items():
+        settings = () if adapter is None else (f"student.adapter={adapter}",)
+        at = (lab.work if adapter is None else directory) / f"eval-small-{name}.json"
+        found[name] = lab.evaluated(at, recipe, base, *settings)
+    return found
 
-    def measure(directory: Path, seed: int) -> Figures:
-        data.write(directory / "documents.jsonl", data.documents(seed, lab.count(400)))
-        data.write(directory / "chats.jsonl", data.chats(seed, lab.count(300)))
-        data.write(lab.work / "knowledge.jsonl", data.knowledge())
-        data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(200), 3))
-        prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(256), 1000 + seed)]
-        data.write(directory / "prompts.jsonl", prompts)
-        ifeval_task(lab.work / "tasks", lab.work / "instructions.jsonl")
-        recipe = lab.recipe(
-            directory / "recipe.toml",
-            student={"model": base, "dtype": "float32"},
-            teacher={"model": base, "dtype": "float32"},
-            prompts={
-                "path": str(directory / "prompts.jsonl"),
-                "limit": len(prompts) // 2,
-                "template": "chat",
-            },
-            rollouts={
-                "rollouts_per_prompt": 2,
-                "max_response_tokens": 128,
-                "prompts_per_block": 32,
-                "batch_size": 64,
-                "seed": seed,
-            },
-            score={"candidates": 16, "tile_tokens": 2048},
-            train={
-                "steps": 16,
-                "prompts_per_step": 16,
-                "lora_rank": 32,
-                "learning_rate": 2e-4,
-                "seed": seed,
-                "stop_reverse_kl": 0,
-                "tokens_per_microbatch": 2048,
-            },
-            sft={"steps": lab.count(160), "examples_per_step": 16, "learning_rate": 3e-4, "max_tokens": 256},
-            distill={"rounds": 2, "stop_reverse_kl": 0},
-            eval={
-                "path": str(lab.work / "knowledge.jsonl"),
-                "match": "contains",
-                "max_response_tokens": 192,
-                "batch_size": 64,
-                "tasks": ["own_ifeval"],
-                "task_path": str(lab.work / "tasks"),
-            },
-        )
-        run = directory / "run"
-        sources = ("--data", f"{directory / 'documents.jsonl'}=0.6", "--data", f"{directory / 'chats.jsonl'}=0.4")
-        found: Figures = {}
-        redpen("continual", recipe, *sources, "--cache", directory / "cache.zarr", "--run", run)
-        for name, adapter in {
-            "before": None,
-            "fine-tuned": run / "sft" / "adapter",
-            "distilled": run / "adapter",
-        }.items():
-            settings = () if adapter is None else (f"student.adapter={adapter}",)
-            at = (lab.work if adapter is None else directory) / f"eval-small-{name}.json"
-            found[name] = evaluated(at, recipe, base, *settings)
-        return found
 
-    runs = lab.runs("rescue", measure)
-
+def render_rescue(runs: dict[int, Figures]) -> str:
     def strict(figures: Figures, level: str) -> float:
         return float(figures["tasks"]["own_ifeval"][f"{level}_level_strict_acc"]["value"])
 
     measures: dict[str, Callable[[Figures], str]] = {
         "knowledge, greedy": MEASURES["accuracy, greedy"],
-        "IFEval, prompts (strict)": lambda f: f"{100 * strict(f, 'prompt'):.1f} %",
-        "IFEval, instructions (strict)": lambda f: f"{100 * strict(f, 'inst'):.1f} %",
+        "IFEval's checkers (strict)": lambda f: f"{100 * strict(f, 'prompt'):.1f} %",
     }
     names = ("before", "fine-tuned", "distilled")
     lines = []
-    for run in runs:
+    for seed, run in runs.items():
         before, tuned, after = (strict(run[name], "prompt") for name in names)
         known = [run[name]["greedy"]["value"] for name in names]
+        lost, gained = 100 * (before - tuned), 100 * (known[1] - known[0])
+        recovered = f", of which {100 * (after - tuned) / (before - tuned):.0f} % came back" if lost > 0 else ""
         lines.append(
-            f"lost {100 * (before - tuned):.1f} points of instruction following, recovered "
-            f"{100 * (after - tuned) / max(before - tuned, 1e-9):.0f} % of them; gained "
-            f"{100 * (known[1] - known[0]):.1f} points of knowledge, kept {100 * (known[2] - known[0]):.1f}"
+            f"* seed {seed}: fine-tuning cost {lost:.1f} points of instruction following{recovered}; it brought "
+            f"{gained:.1f} points of knowledge, of which {100 * (known[2] - known[0]):.1f} stayed"
         )
-    summary = "\n".join(f"* seed {seed}: {line}" for seed, line in enumerate(lines))
-    return f"{summary}\n\n{per_seed(runs, lambda run: table({n: run[n] for n in names}, measures))}"
+    summary = "\n".join(lines)
+    return f"{summary}\n\n{per_seed(runs, lambda run: table({name: run[name] for name in names}, measures))}"
 
 
 def ifeval_task(directory: Path, prompts: Path) -> None:
@@ -344,27 +412,25 @@ SYSTEM = "You are a terse assistant. Answer in one short sentence."
 
 
 def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], **score: Any) -> Path:
-    prompts = [
-        {"prompt": row["prompt"].split(". ")[0] + "."} for row in data.instructions(lab.count(192), 2000 + seed)
-    ]
-    held_out = [{"prompt": row["prompt"].split(". ")[0] + "."} for row in data.instructions(lab.count(96), 4)]
+    """Of SmolLM2: prompts about topics, without a wish about the form of the answer."""
+    prompts, held_out = data.topics(lab.count(192), 2000 + seed)
     data.write(directory / "train.jsonl", prompts)
     data.write(lab.work / "topics.jsonl", held_out)
     return lab.recipe(
         directory / "recipe.toml",
         student={"model": lab.models["small"], "dtype": "float32"},
         teacher={"dtype": "float32"} | teacher,
-        prompts={"path": str(directory / "train.jsonl"), "limit": lab.count(96), "template": "chat"},
+        prompts={"path": str(directory / "train.jsonl"), "limit": len(prompts), "template": "chat"},
         rollouts={
             "rollouts_per_prompt": 2,
-            "max_response_tokens": 128,
+            "max_response_tokens": lab.tokens(128),
             "prompts_per_block": 32,
             "batch_size": 64,
             "seed": seed,
         },
         score={"candidates": 16, "tile_tokens": 2048} | score,
         train={
-            "steps": 24,
+            "steps": lab.count(24),
             "prompts_per_step": 8,
             "lora_rank": 32,
             "learning_rate": 2e-4,
@@ -372,96 +438,95 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
             "stop_reverse_kl": 0,
             "tokens_per_microbatch": 2048,
         },
-        eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": 128, "batch_size": 64},
+        eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": lab.tokens(128), "batch_size": 64},
     )
 
 
-def context(lab: Lab) -> str:
+def context(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same model, with a system message that the student is not given."""
+    small = lab.models["small"]
+    recipe = small_recipe(lab, directory, seed, {"model": small, "system": SYSTEM})
+    stages(lab, recipe, directory)
+    lab.command(directory, "eval", "eval", directory / "run")
+    with_message = lab.evaluated(lab.work / "eval-small-message.json", recipe, small, f"prompts.system={SYSTEM}")
+    return of_run(directory / "run") | {"with the message": with_message}
 
-    def measure(directory: Path, seed: int) -> Figures:
-        recipe = small_recipe(lab, directory, seed, {"model": lab.models["small"], "system": SYSTEM})
-        run = directory / "run"
-        found = stages(recipe, directory / "cache.zarr", run)
-        redpen("eval", run)
-        return found | json.loads((run / "eval.json").read_text())
 
-    runs = lab.runs("context", measure)
+def render_context(runs: dict[int, Figures]) -> str:
+    names = ("before", "after", "with the message")
     return f"The teacher's system message: *{SYSTEM}*\n\n" + per_seed(
-        runs, lambda run: table({name: run[name] for name in ("before", "after")})
+        runs, lambda run: table({name: run[name] for name in names})
     )
 
 
-def other_tokenizer(lab: Lab) -> str:
+# --------------------------------------------------------------------------------------------------- other tokenizer
+
+
+def other_tokenizer(lab: Lab, directory: Path, seed: int) -> Figures:
     """A teacher with another tokenizer, by spans of text: accuracy on bare sums, which both know."""
-
-    def measure(directory: Path, seed: int) -> Figures:
-        prompts = lab.count(PROMPTS)
-        data.write(directory / "train.jsonl", data.bare_sums(prompts, 1000 + seed))
-        data.write(lab.work / "sums.jsonl", data.bare_sums(lab.count(SUMS), 2))
-        recipe = small_recipe(lab, directory, seed, {"model": lab.models["teacher"]}, alignment="spans")
-        settings = [
-            f"prompts.path={directory / 'train.jsonl'}",
-            "rollouts.rollouts_per_prompt=4",
-            "rollouts.max_response_tokens=48",
-            "train.loss=importance_sampling",
-            "eval.match=number",
-            f"eval.path={lab.work / 'sums.jsonl'}",
-        ]
-        cache, run = directory / "cache.zarr", directory / "run"
-        costs = [redpen(stage, recipe, "--cache", cache, settings=settings) for stage in ("rollouts", "score")]
-        redpen("train", recipe, "--cache", cache, "--run", run, settings=settings)
-        redpen("eval", run)
-        curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        covered = re.search(r"spans[^\n]*", costs[1].output)
-        return json.loads((run / "eval.json").read_text()) | {
-            "covered": covered[0] if covered else "",
-            "curve": curve,
-        }
-
-    runs = lab.runs("other_tokenizer", measure)
-    return per_seed(
-        runs, lambda run: f"{table({name: run[name] for name in ('before', 'after')})}\n\n{run['covered']}"
+    prompts = lab.count(PROMPTS)
+    recipe = small_recipe(lab, directory, seed, {"model": lab.models["teacher"]}, alignment="spans")
+    data.write(directory / "sums.jsonl", data.bare_sums(prompts, 1000 + seed))
+    data.write(lab.work / "sums.jsonl", data.bare_sums(lab.count(SUMS), 2))
+    settings = (
+        f"prompts.path={directory / 'sums.jsonl'}",
+        f"prompts.limit={prompts}",
+        "rollouts.rollouts_per_prompt=4",
+        "rollouts.max_response_tokens=48",
+        "train.loss=importance_sampling",
+        "teacher.dtype=bfloat16",
+        "eval.match=number",
+        f"eval.path={lab.work / 'sums.jsonl'}",
+        "eval.max_response_tokens=48",
     )
+    costs = stages(lab, recipe, directory, settings)
+    lab.command(directory, "eval", "eval", directory / "run")
+    covered = re.search(r"[^\n]*spans[^\n]*", costs["score"]["output"])
+    metrics = curve(directory / "run")
+    return of_run(directory / "run") | {"covered": covered[0].strip() if covered else "", "curve": metrics}
+
+
+def render_other_tokenizer(runs: dict[int, Figures]) -> str:
+    def one(run: Figures) -> str:
+        return f"{table({name: run[name] for name in ('before', 'after')})}\n\n{run['covered']}"
+
+    return per_seed(runs, one)
 
 
 # ----------------------------------------------------------------------------------------------------------- engines
 
 
-def engines(lab: Lab) -> str:
+def engines(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same rollouts by transformers and by vLLM."""
-
-    def measure(directory: Path, seed: int) -> Figures:
-        recipe, found = pair_recipe(lab, directory, seed, rounds=1), {}
-        for engine in ("transformers", "vllm"):
-            cost = redpen(
-                "rollouts",
-                recipe,
-                "--cache",
-                directory / f"{engine}.zarr",
-                settings=[f"rollouts.engine={engine}", "vllm.enforce_eager=true"],
-            )
-            match = re.search(r"([\d,]+) tokens[^\n]* in ([\d.]+) s", cost.output)
-            if match is None:
-                sys.exit(f"no line about tokens and seconds in:\n{cost.output}")
-            gap = redpen("score", recipe, "--cache", directory / f"{engine}.zarr", "--only", "student")
-            found[engine] = {
-                "tokens": int(match[1].replace(",", "")),
-                "seconds": float(match[2]),
-                "command_seconds": cost.seconds,
-                "gb": cost.anonymous / 1e9,
-                "gap": next((line for line in gap.output.splitlines() if "sampler" in line), ""),
-            }
-        return found
-
-    run = lab.runs("engines", measure)[0]
-    lines = ["| | tokens | tokens/s | seconds, start included | GB | sampled against scored |", "|---" * 6 + "|"]
+    recipe, found = pair_recipe(lab, directory, seed, rounds=1), {}
     for engine in ("transformers", "vllm"):
-        figures = run[engine]
-        lines.append(
-            f"| {engine} | {figures['tokens']:,} | {figures['tokens'] / figures['seconds']:.0f} | "
-            f"{figures['command_seconds']:.0f} | {figures['gb']:.1f} | {figures['gap']} |"
-        )
+        settings, cache = [f"rollouts.engine={engine}"], ("--cache", directory / f"{engine}.zarr")
+        cost = lab.command(directory, engine, "rollouts", recipe, *cache, settings=settings)
+        match = re.search(r"([\d,]+) tokens[^\n]* in ([\d.]+) s", cost["output"])
+        if match is None:
+            sys.exit(f"no line about tokens and seconds in:\n{cost['output']}")
+        gap = lab.command(directory, f"{engine}-gap", "score", recipe, *cache, "--only", "student", settings=settings)
+        found[engine] = {
+            "tokens": int(match[1].replace(",", "")),
+            "seconds": float(match[2]),
+            "cost": cost,
+            "gap": next((line.strip() for line in gap["output"].splitlines() if "sampler" in line), ""),
+        }
+    return found
+
+
+def render_engines(runs: dict[int, Figures]) -> str:
+    lines = [
+        "| | tokens | tokens/s | tokens a CPU second, start included | GB | sampled against scored |",
+        "|---" * 6 + "|",
+    ]
+    for run in runs.values():
+        for engine in ("transformers", "vllm"):
+            figures, cost = run[engine], run[engine]["cost"]
+            lines.append(
+                f"| {engine} | {figures['tokens']:,} | {figures['tokens'] / figures['seconds']:.0f} | "
+                f"{figures['tokens'] / cost['cpu_seconds']:.0f} | {cost['gb']:.1f} | {figures['gap']} |"
+            )
     return "\n".join(lines)
 
 
@@ -471,7 +536,7 @@ def engines(lab: Lab) -> str:
 STEP_ROLLOUTS, TRL_STEPS = 16, 24
 
 
-def child_trl(student: str, teacher: str, prompts: str, out: str, seed: int, steps: int) -> None:
+def child_trl(student: str, teacher: str, prompts: str, out: str, seed: int, steps: int, limit: int) -> None:
     """TRL's trainer in this process; the seconds of its steps are written as they come."""
     import torch
     from datasets import Dataset
@@ -486,7 +551,7 @@ def child_trl(student: str, teacher: str, prompts: str, out: str, seed: int, ste
         output_dir=out,
         max_steps=steps,
         per_device_train_batch_size=STEP_ROLLOUTS,
-        max_completion_length=LIMIT,
+        max_completion_length=limit,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         adam_beta2=0.95,
@@ -524,70 +589,87 @@ def child_trl(student: str, teacher: str, prompts: str, out: str, seed: int, ste
     trainer.save_model(f"{out}/adapter")
 
 
-def trl(lab: Lab) -> str:
+def trl(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same prompts, LoRA and rollouts a step by TRL and by redpen, which trains once more from its cache."""
     student, teacher = lab.models["student"], lab.models["teacher"]
+    recipe = pair_recipe(lab, directory, seed, rounds=1)
+    costs = stages(lab, recipe, directory)
+    cache, again, out = directory / "cache.zarr", directory / "again", directory / "trl"
+    costs["again"] = lab.command(directory, "again", "train", recipe, "--cache", cache, "--run", again)
+    prompts = directory / "trl.jsonl"
+    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
+    prompts.write_text("".join(lines[: lab.count(PROMPTS)]))
+    out.mkdir(exist_ok=True)
+    steps = 2 if lab.quick else TRL_STEPS
+    limit = lab.tokens(LIMIT)
+    arguments = (__file__, student, teacher, prompts, out, seed, steps, limit)
+    costs["trl"] = lab.once(directory, "trl", lambda: asdict(measured(*arguments)))
+    seconds = json.loads((out / "steps.json").read_text())
+    found: Figures = {"costs": costs, "steps": {"TRL": seconds}}
+    for name, run in {"TRL": out, "first": directory / "run", "again": again}.items():
+        at = directory / f"eval-{name}.json"
+        found[name] = lab.evaluated(at, recipe, student, f"student.adapter={run / 'adapter'}", teacher=teacher)
+        if run is not out:
+            found["steps"][name] = [step["time"]["seconds"] for step in curve(run)]
+    return found
 
-    def measure(directory: Path, seed: int) -> Figures:
-        recipe = pair_recipe(lab, directory, seed, rounds=1)
-        steps = 2 if lab.quick else TRL_STEPS
-        found = stages(recipe, directory / "cache.zarr", directory / "run", again="again")
-        for name in ("run", "again"):
-            adapter = f"student.adapter={directory / name / 'adapter'}"
-            found[name] = evaluated(directory / f"eval-{name}.json", recipe, student, adapter, teacher=teacher)
-        out = directory / "trl"
-        out.mkdir(exist_ok=True)
-        prompts = directory / "train.jsonl"
-        cost = measured(__file__, student, teacher, prompts, out, seed, steps)
-        seconds = json.loads((out / "steps.json").read_text())
-        adapter = f"student.adapter={out / 'adapter'}"
-        of_trl = evaluated(directory / "eval-trl.json", recipe, student, adapter, teacher=teacher)
-        found["trl"] = of_trl | {
-            "step": statistics.median(seconds),
-            "total": cost.seconds,
-            "gb": cost.anonymous / 1e9,
-        }
-        return found
 
-    runs = lab.runs("trl", measure)
-
-    def render(run: Figures) -> str:
-        first = sum(run["seconds_of"][name] for name in ("rollouts", "score", "train"))
+def render_trl(runs: dict[int, Figures]) -> str:
+    def one(run: Figures) -> str:
+        costs = run["costs"]
+        first = [costs[name] for name in ("rollouts", "score", "train")]
         forms = {
-            "TRL": (run["trl"]["step"], run["trl"]["total"], run["trl"]["gb"], run["trl"]),
-            "redpen, first run": (run["step"], first, max(run["gb_of"].values()), run["run"]),
-            "redpen, again from the cache": (
-                run["step"],
-                run["seconds_of"]["again"],
-                run["gb_of"]["again"],
-                run["again"],
-            ),
+            "TRL": (run["TRL"], "TRL", [costs["trl"]]),
+            "redpen, first run": (run["first"], "first", first),
+            "redpen, again from the cache": (run["again"], "again", [costs["again"]]),
         }
         lines = [
-            "| | s a step | TRL's / it | s in all | it / TRL's | GB | it / TRL's | greedy | fresh reverse KL |",
+            "| | s a step | TRL's / it | CPU s in all | it / TRL's | GB | it / TRL's | greedy | fresh reverse KL |",
             "|---" * 9 + "|",
         ]
-        step, total, memory, _ = forms["TRL"]
-        for name, (own_step, own_total, own_memory, figures) in forms.items():
+        trl_step, trl_cpu, trl_gb = (
+            statistics.median(run["steps"]["TRL"]),
+            costs["trl"]["cpu_seconds"],
+            costs["trl"]["gb"],
+        )
+        for name, (figures, key, parts) in forms.items():
+            step = statistics.median(run["steps"][key])
+            cpu, gb = sum(part["cpu_seconds"] for part in parts), max(part["gb"] for part in parts)
             lines.append(
-                f"| {name} | {own_step:.1f} | {step / own_step:.1f} | {own_total:.0f} | {own_total / total:.2f} | "
-                f"{own_memory:.1f} | {own_memory / memory:.2f} | {percent(figures['greedy'])} | "
-                f"{nats(figures['reverse_kl'])} |"
+                f"| {name} | {step:.1f} | {trl_step / step:.1f} | {cpu:.0f} | {cpu / trl_cpu:.2f} | {gb:.1f} | "
+                f"{gb / trl_gb:.2f} | {percent(figures['greedy'])} | {nats(figures['reverse_kl'])} |"
             )
         return "\n".join(lines)
 
-    return per_seed(runs, render)
+    return per_seed(runs, one)
 
 
-ROWS: dict[str, Callable[[Lab], str]] = {
-    "larger_teacher": larger_teacher,
-    "trl": trl,
-    "rescue": rescue,
-    "context": context,
-    "other_tokenizer": other_tokenizer,
-    "engines": engines,
+PAIR = ("student", "teacher")
+ROWS = {
+    "larger_teacher": Row("A larger teacher", PAIR, larger_teacher, rendered_pair(("before", "after one round"))),
+    "rounds": Row(
+        "Three rounds",
+        PAIR,
+        more_rounds,
+        rendered_pair(("before", "after one round", "after three rounds")),
+        directory="larger_teacher",
+    ),
+    "teacher": Row("The teacher alone", PAIR, teacher_alone, render_teacher, seeds=1),
+    "trl": Row("Beside TRL", PAIR, trl, render_trl, packages=("trl",)),
+    "rescue": Row(
+        "New facts, old behaviour",
+        ("small",),
+        rescue,
+        render_rescue,
+        packages=("lm_eval", "langdetect", "immutabledict"),
+    ),
+    "context": Row("A system message, learnt", ("small",), context, render_context),
+    "other_tokenizer": Row(
+        "A teacher with another tokenizer", ("small", "teacher"), other_tokenizer, render_other_tokenizer
+    ),
+    "engines": Row("transformers and vLLM as samplers", PAIR, engines, render_engines, seeds=1, packages=("vllm",)),
 }
 
 if __name__ == "__main__":  # TRL's process
-    student, teacher, prompts, out, seed, steps = sys.argv[1:]
-    child_trl(student, teacher, prompts, out, int(seed), int(steps))
+    student, teacher, prompts, out, *numbers = sys.argv[1:]
+    child_trl(student, teacher, prompts, out, *map(int, numbers))
