@@ -127,6 +127,8 @@ def main() -> None:
                 print(section(name, results.figures), flush=True)
             else:
                 write(args.page, results.figures)
+    if not args.quick:
+        write(args.page, results.figures)
 
 
 def write(page: Path, figures: dict[str, Any]) -> None:

@@ -264,10 +264,11 @@ def rendered_pair(names: Sequence[str]) -> Callable[[dict[int, Figures]], str]:
             other = table({name: run[f"{name}, sums"] for name in names})
             cached = run["cached"]
             return (
-                f"Held-out word problems:\n\n{own}\n\nBare sums, of another form than those of training:\n\n{other}\n\n"
+                f"Held-out word problems:\n\n{own}\n\n"
+                f"Bare sums, of another form than those of training:\n\n{other}\n\n"
                 f"In the first round, reverse KL on cached rollouts went from {cached[0]:.3f} to "
-                f"{statistics.mean(cached[-5:]):.3f} (mean of the last 5 of {len(cached)} steps), the effective sample "
-                f"size to {run['ess']:.2f} at the lowest."
+                f"{statistics.mean(cached[-5:]):.3f} (mean of the last 5 of {len(cached)} steps), the effective "
+                f"sample size to {run['ess']:.2f} at the lowest."
             )
 
         return f"{summary}\n\n{per_seed(runs, one)}"
@@ -297,15 +298,15 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
     data.write(directory / "documents.jsonl", data.documents(seed, lab.count(400)))
     data.write(directory / "chats.jsonl", data.chats(seed, lab.count(300)))
     data.write(lab.work / "knowledge.jsonl", data.knowledge())
-    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(200), 3))
-    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(256), 1000 + seed)]
+    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(120), 3))
+    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(128), 1000 + seed)]
     data.write(directory / "prompts.jsonl", prompts)
     ifeval_task(lab.work / "tasks", lab.work / "instructions.jsonl")
     recipe = lab.recipe(
         directory / "recipe.toml",
-        student={"model": base, "dtype": "float32"},
-        teacher={"model": base, "dtype": "float32"},
-        prompts={"path": str(directory / "prompts.jsonl"), "limit": len(prompts) // 2, "template": "chat"},
+        student={"model": base},
+        teacher={"model": base},
+        prompts={"path": str(directory / "prompts.jsonl"), "limit": len(prompts), "template": "chat"},
         rollouts={
             "rollouts_per_prompt": 2,
             "max_response_tokens": lab.tokens(128),
@@ -321,10 +322,11 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
             "learning_rate": 2e-4,
             "seed": seed,
             "stop_reverse_kl": 0,
-            "tokens_per_microbatch": 2048,
+            "tokens_per_microbatch": 1024,
+            "gradient_checkpointing": False,
         },
-        sft={"steps": lab.count(160), "examples_per_step": 16, "learning_rate": 3e-4, "max_tokens": 256},
-        distill={"rounds": 2, "stop_reverse_kl": 0},
+        sft={"steps": lab.count(80), "examples_per_step": 16, "learning_rate": 3e-4, "max_tokens": 256},
+        distill={"rounds": 1, "stop_reverse_kl": 0},
         eval={
             "path": str(lab.work / "knowledge.jsonl"),
             "match": "contains",
@@ -418,8 +420,8 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
     data.write(lab.work / "topics.jsonl", held_out)
     return lab.recipe(
         directory / "recipe.toml",
-        student={"model": lab.models["small"], "dtype": "float32"},
-        teacher={"dtype": "float32"} | teacher,
+        student={"model": lab.models["small"]},
+        teacher=teacher,
         prompts={"path": str(directory / "train.jsonl"), "limit": len(prompts), "template": "chat"},
         rollouts={
             "rollouts_per_prompt": 2,
@@ -436,7 +438,8 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
             "learning_rate": 2e-4,
             "seed": seed,
             "stop_reverse_kl": 0,
-            "tokens_per_microbatch": 2048,
+            "tokens_per_microbatch": 1024,
+            "gradient_checkpointing": False,
         },
         eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": lab.tokens(128), "batch_size": 64},
     )
@@ -474,7 +477,6 @@ def other_tokenizer(lab: Lab, directory: Path, seed: int) -> Figures:
         "rollouts.rollouts_per_prompt=4",
         "rollouts.max_response_tokens=48",
         "train.loss=importance_sampling",
-        "teacher.dtype=bfloat16",
         "eval.match=number",
         f"eval.path={lab.work / 'sums.jsonl'}",
         "eval.max_response_tokens=48",
