@@ -11,6 +11,9 @@ ROW    ?=
 ENGINE ?=
 OUT    ?= gpu-results
 STUDENT ?=
+TEACHER ?=
+SMALL  ?=
+SEEDS  ?=
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -25,7 +28,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test gpu check format docs claims bench clean
+.PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test gpu check format docs claims real bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -120,6 +123,10 @@ docs: $(VENV)/.installed ## generate docs/cli.md and docs/recipe.md from command
 
 claims: $(VENV)/.installed-bench ## measure the published claims on the toys (docs/claims.md), or one ROW=
 	$(VENV)/bin/python benchmarks/claims.py $(ROW)
+
+real: $(VENV)/.installed-bench ## measure real models (docs/real.md), or one ROW=; STUDENT, TEACHER, SMALL=DIR replace Hub ids
+	$(VENV)/bin/python benchmarks/real.py $(ROW) $(if $(STUDENT),--student $(STUDENT)) $(if $(TEACHER),--teacher $(TEACHER)) \
+	  $(if $(SMALL),--small $(SMALL)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ENGINE),--engine $(ENGINE))
 
 bench: $(VENV)/.installed-dev ## benchmarks of cache and head
 	$(VENV)/bin/python benchmarks/cache_throughput.py
