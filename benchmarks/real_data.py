@@ -306,15 +306,15 @@ def instructions(count: int, seed: int) -> list[Row]:
     return list(found.values())
 
 
-def topics(count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Prompts without any wish about their form: to train on, about 15 of the topics, and to hold out, about 5."""
-    r = random.Random(f"topics {seed}")
-    train = [f"{verb} {topic}{end}." for verb in _VERBS for topic in _TOPICS[:15] for end in _ENDINGS]
-    held_out = [f"{verb} {topic}{end}." for verb in _VERBS for topic in _TOPICS[15:] for end in _ENDINGS]
-    random.Random("held-out topics").shuffle(held_out)
-    return [{"prompt": text} for text in r.sample(train, count)], [
-        {"prompt": text} for text in held_out[: count // 2]
-    ]
+def topics(train: int, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Prompts without any wish about their form: to train on, and about other topics to hold out."""
+    of_train, others = (
+        [f"{verb} {topic}{end}." for verb in _VERBS for topic in topics for end in _ENDINGS]
+        for topics in (_TOPICS[:15], _TOPICS[15:])
+    )
+    taken = random.Random(f"topics {seed}").sample(of_train, train)
+    rest = random.Random("held-out topics").sample(others, held_out)
+    return [{"prompt": text} for text in taken], [{"prompt": text} for text in rest]
 
 
 def write(path: Path, rows: Iterable[Row]) -> Path:

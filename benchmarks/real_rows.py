@@ -298,8 +298,8 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
     data.write(directory / "documents.jsonl", data.documents(seed, lab.count(400)))
     data.write(directory / "chats.jsonl", data.chats(seed, lab.count(300)))
     data.write(lab.work / "knowledge.jsonl", data.knowledge())
-    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(120), 3))
-    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(128), 1000 + seed)]
+    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(96), 3))
+    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(96), 1000 + seed)]
     data.write(directory / "prompts.jsonl", prompts)
     ifeval_task(lab.work / "tasks", lab.work / "instructions.jsonl")
     recipe = lab.recipe(
@@ -316,7 +316,7 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
         },
         score={"candidates": 16, "tile_tokens": 2048},
         train={
-            "steps": lab.count(16),
+            "steps": lab.count(12),
             "prompts_per_step": 16,
             "lora_rank": 32,
             "learning_rate": 2e-4,
@@ -330,7 +330,7 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
         eval={
             "path": str(lab.work / "knowledge.jsonl"),
             "match": "contains",
-            "max_response_tokens": lab.tokens(192),
+            "max_response_tokens": lab.tokens(128),
             "batch_size": 64,
             "tasks": ["own_ifeval"],
             "task_path": str(lab.work / "tasks"),
@@ -415,7 +415,7 @@ SYSTEM = "You are a terse assistant. Answer in one short sentence."
 
 def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], **score: Any) -> Path:
     """Of SmolLM2: prompts about topics, without a wish about the form of the answer."""
-    prompts, held_out = data.topics(lab.count(192), 2000 + seed)
+    prompts, held_out = data.topics(lab.count(64), lab.count(48), 2000 + seed)
     data.write(directory / "train.jsonl", prompts)
     data.write(lab.work / "topics.jsonl", held_out)
     return lab.recipe(
@@ -425,14 +425,14 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
         prompts={"path": str(directory / "train.jsonl"), "limit": len(prompts), "template": "chat"},
         rollouts={
             "rollouts_per_prompt": 2,
-            "max_response_tokens": lab.tokens(128),
+            "max_response_tokens": lab.tokens(64),
             "prompts_per_block": 32,
             "batch_size": 64,
             "seed": seed,
         },
         score={"candidates": 16, "tile_tokens": 2048} | score,
         train={
-            "steps": lab.count(24),
+            "steps": lab.count(16),
             "prompts_per_step": 8,
             "lora_rank": 32,
             "learning_rate": 2e-4,
@@ -441,7 +441,7 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
             "tokens_per_microbatch": 1024,
             "gradient_checkpointing": False,
         },
-        eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": lab.tokens(128), "batch_size": 64},
+        eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": lab.tokens(64), "batch_size": 64},
     )
 
 
