@@ -30,13 +30,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_rows import ROWS, Figures, Lab, Row
+from real_rows import EVAL_LIMIT, HELD_OUT, LIMIT, PROMPTS, ROWS, SUMS, Figures, Lab, Row
 from toy_lab import ENVIRONMENT, ROOT, Results
 
 HUB = {
     "student": "Qwen/Qwen2.5-Coder-0.5B-Instruct",
     "teacher": "Qwen/Qwen2.5-Coder-1.5B-Instruct",
     "small": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+HEAD = """# Real models
+
+Pretrained models through redpen's own commands, by `make real`. Other work may have shared the machine, so CPU
+time (user and system, of a command and all that it starts) is given beside time by the clock. Rows were
+measured one by one; each names its date, the commit that last changed redpen before it, and its machine.
+Intervals are 95 %. One seed shows a direction, not a spread.
+"""
+NOTES = {
+    "larger_teacher": f"""
+        Qwen2.5-Coder-0.5B-Instruct learns from 1.5B-Instruct: {PROMPTS} word problems x 2 rollouts of at most
+        {LIMIT} tokens at T = 1, 16 candidates, LoRA of rank 32, learning rate 1e-4, {2 * PROMPTS // 8} steps of
+        16 rollouts, so that each is used twice. Held-out problems ({HELD_OUT}, at most {EVAL_LIMIT} tokens)
+        share templates with those of training, but no name and no problem. Responses that are cut off at the
+        limit count as they stand.
+    """,
+    "rounds": "The same, and two rounds more of as many new problems, answered by the student so far.",
+    "teacher": "What the teacher does on these prompts by itself, greedy and sampled.",
+    "trl": """
+        TRL's DistillationTrainer on the same pair, problems, LoRA rank, learning rate and steps of 16 rollouts;
+        it samples anew at every step, with both models in memory and the whole vocabulary. Times a step are by
+        the clock, so this row needs a quiet machine.
+    """,
+    "rescue": """
+        `redpen continual`: SmolLM2-135M-Instruct is fine-tuned on 24 facts of a made-up company in 400
+        documents and 300 chats (80 steps of 16 examples), then distilled for one round from itself as it was
+        before, on 96 prompts with a wish about the answer's form x 2 rollouts of at most 128 tokens (12 steps
+        of 32 rollouts). Knowledge: the 24 facts, asked in words that were not trained on. Instructions: 96
+        other prompts of this kind, by IFEval's checkers (strict) in lm-evaluation-harness.
+    """,
+    "context": """
+        SmolLM2-135M-Instruct learns from itself with a system message that it is not given: 64 prompts x 2
+        rollouts of at most 64 tokens, 16 steps of 16 rollouts. Held out are 48 prompts about other topics. The
+        column "with the message" is the untrained model that is given the message.
+    """,
+    "other_tokenizer": f"""
+        SmolLM2-135M-Instruct (49,152 tokens) learns bare sums from Qwen2.5-Coder-1.5B-Instruct (151,936
+        tokens): `score.alignment = "spans"` compares spans of text, with `importance_sampling`; {PROMPTS} sums
+        x 4 rollouts of at most 48 tokens, 16 steps of 32 rollouts. Held out are {SUMS} sums.
+    """,
+    "engines": f"The same {PROMPTS} x 2 rollouts of the larger teacher's student, by either engine, not compiled.",
 }
 
 
@@ -66,14 +108,16 @@ def product_code() -> str:
     return git("log", "-1", "--format=%h", "--abbrev=8") + (", changed" if git("status", "--porcelain") else "")
 
 
-def measured_row(lab: Lab, row: Row, name: str, seed: int) -> Figures:
-    """A row's figures for a seed, with the commands that it took and where and when it was measured."""
+def measured_row(lab: Lab, row: Row, name: str, seed: int, weights: str) -> Figures:
+    """A row's figures for a seed, and what they are of: commands with their cost, date, code, machine and models."""
     directory = lab.work / f"{row.directory or name}-{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     about = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "code": product_code(),
         "machine": f"{platform.machine()}, {ENVIRONMENT['OMP_NUM_THREADS']} threads, torch {torch.__version__}",
+        "models": {role: Path(lab.models[role]).name for role in row.needs},
+        "weights": weights,
     }
     found = row.measure(lab, directory, seed)
     return found | {"about": about, "commands": Results(directory / "commands.json").figures}
@@ -86,20 +130,30 @@ def cost_line(seed: int, run: Figures) -> str:
     cpu, wall = (sum(cost[key] for cost in parts.values()) / 60 for key in ("cpu_seconds", "seconds"))
     cut = [name for name, cost in parts.items() if cost["continued"]]
     text = (
-        f"Seed {seed}: {about['date']}, redpen as of {about['code']}, {about['machine']}; {cpu:.0f} CPU minutes "
-        f"({wall:.0f} by the clock of a shared machine): {by_command}."
+        f"Seed {seed}: {about['date']}, redpen as of {about['code']}, {about['machine']}; "
+        f"weights {about['weights']}. "
+        f"{cpu:.0f} CPU minutes ({wall:.0f} by the clock): {by_command}."
     )
-    return f"{text} Continued after a cut, with the time of the last attempt: {', '.join(cut)}." if cut else text
+    return f"{text} Cut and continued, with the time of the last attempt: {', '.join(cut)}." if cut else text
 
 
 def section(name: str, figures: dict[str, Any]) -> str:
     row = ROWS[name]
     runs = {int(key.split()[1]): run for key, run in sorted(figures.items()) if key.split()[0] == name}
-    text = row.render(runs) if runs else "Not run."
-    costs = "\n\n".join("\n".join(textwrap.wrap(cost_line(seed, run), 118)) for seed, run in runs.items())
-    return (
-        f"## {row.title}\n\n    make real ROW={name}\n\n" + "\n\n".join(part for part in (text, costs) if part) + "\n"
+    parts = [f"## {row.title}", f"    make real ROW={name}", wrapped(NOTES[name])]
+    parts += (
+        [row.render(runs), *(wrapped(cost_line(seed, run)) for seed, run in runs.items())] if runs else ["Not run."]
     )
+    return "\n\n".join(parts) + "\n"
+
+
+def wrapped(text: str) -> str:
+    return "\n\n".join(textwrap.fill(paragraph, 118) for paragraph in textwrap.dedent(text).strip().split("\n\n"))
+
+
+def write(page: Path, figures: dict[str, Any]) -> None:
+    """All rows, those without figures too."""
+    page.write_text("\n".join([HEAD, *(section(name, figures) for name in ROWS)]), encoding="utf-8")
 
 
 def main() -> None:
@@ -107,6 +161,9 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="default: all")
     for role, name in HUB.items():
         parser.add_argument(f"--{role}", default=name, help=f"default: {name}")
+    parser.add_argument(
+        "--weights", default="as on the Hub", help="what the page says of directories, e.g. their source"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="for rollouts")
     parser.add_argument("--quick", action="store_true", help="a few prompts and steps, to try that everything runs")
@@ -122,7 +179,7 @@ def main() -> None:
             if f"{name} {seed}" not in results.figures and (reason := missing(models, row)):
                 print(f"{name}: not run, {reason}", file=sys.stderr, flush=True)
                 break
-            results.get(f"{name} {seed}", partial(measured_row, lab, row, name, seed))
+            results.get(f"{name} {seed}", partial(measured_row, lab, row, name, seed, args.weights))
             if args.quick:
                 print(section(name, results.figures), flush=True)
             else:
@@ -130,16 +187,6 @@ def main() -> None:
     if not args.quick:
         write(args.page, results.figures)
 
-
-def write(page: Path, figures: dict[str, Any]) -> None:
-    head = HEAD
-    page.write_text("\n".join([head, *(section(name, figures) for name in ROWS)]), encoding="utf-8")
-
-
-HEAD = """# Real models
-
-Measured by `make real`.
-"""
 
 if __name__ == "__main__":
     main()
