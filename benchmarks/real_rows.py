@@ -363,17 +363,21 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
 
 
 def render_rescue(runs: dict[int, Figures]) -> str:
-    def strict(figures: Figures, level: str) -> float:
-        return float(figures["tasks"]["own_ifeval"][f"{level}_level_strict_acc"]["value"])
+    def strict(figures: Figures) -> float:
+        return float(figures["tasks"]["own_ifeval"]["strict_acc"]["value"])
+
+    def with_error(figures: Figures) -> str:
+        error = figures["tasks"]["own_ifeval"]["strict_acc"]["stderr"]
+        return f"{100 * strict(figures):.1f} % (+- {196 * error:.0f})"
 
     measures: dict[str, Callable[[Figures], str]] = {
         "knowledge, greedy": MEASURES["accuracy, greedy"],
-        "IFEval's checkers (strict)": lambda f: f"{100 * strict(f, 'prompt'):.1f} %",
+        "IFEval's checkers (strict)": with_error,
     }
     names = ("before", "fine-tuned", "distilled")
     lines = []
     for seed, run in runs.items():
-        before, tuned, after = (strict(run[name], "prompt") for name in names)
+        before, tuned, after = (strict(run[name]) for name in names)
         known = [run[name]["greedy"]["value"] for name in names]
         lost, gained = 100 * (before - tuned), 100 * (known[1] - known[0])
         recovered = f", of which {100 * (after - tuned) / (before - tuned):.0f} % came back" if lost > 0 else ""
@@ -386,14 +390,12 @@ def render_rescue(runs: dict[int, Figures]) -> str:
 
 
 def ifeval_task(directory: Path, prompts: Path) -> None:
-    """A task of lm-evaluation-harness with IFEval's own checkers on other prompts."""
+    """A task of lm-evaluation-harness with IFEval's own checkers on other prompts, of one instruction each."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "own_ifeval.py").write_text(
-        "from lm_eval.tasks.ifeval.utils import agg_inst_level_acc, process_results\n"
-    )
-    metrics = "".join(
-        f"  - metric: {level}_level_strict_acc\n    aggregation: {how}\n    higher_is_better: true\n"
-        for level, how in (("prompt", "mean"), ("inst", "!function own_ifeval.agg_inst_level_acc"))
+        "from lm_eval.tasks.ifeval import utils\n\n\n"
+        "def process_results(doc, results):\n"
+        '    return {"strict_acc": utils.process_results(doc, results)["prompt_level_strict_acc"]}\n'
     )
     (directory / "own_ifeval.yaml").write_text(
         "task: own_ifeval\n"
@@ -403,7 +405,7 @@ def ifeval_task(directory: Path, prompts: Path) -> None:
         'doc_to_text: prompt\ndoc_to_target: ""\n'
         "generation_kwargs:\n  until: []\n  do_sample: false\n  temperature: 0.0\n  max_gen_toks: 192\n"
         "process_results: !function own_ifeval.process_results\n"
-        f"metric_list:\n{metrics}"
+        "metric_list:\n  - metric: strict_acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
 
 
