@@ -63,9 +63,9 @@ NOTES = {
     """,
     "rescue": """
         `redpen continual`: SmolLM2-135M-Instruct is fine-tuned on 24 facts of a made-up company in 400
-        documents and 300 chats (80 steps of 16 examples), then distilled for one round from itself as it was
-        before, on 96 prompts with a wish about the answer's form x 2 rollouts of at most 128 tokens (12 steps
-        of 32 rollouts). Knowledge: the 24 facts, asked in words that were not trained on. Instructions: 96
+        documents and 300 chats (80 steps of 8 examples), then distilled for one round from itself as it was
+        before, on 64 prompts with a wish about the answer's form x 2 rollouts of at most 96 tokens (8 steps
+        of 32 rollouts). Knowledge: the 24 facts, asked in words that were not trained on. Instructions: 64
         other prompts of this kind, by IFEval's checkers (strict) in lm-evaluation-harness.
     """,
     "context": """

@@ -298,8 +298,8 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
     data.write(directory / "documents.jsonl", data.documents(seed, lab.count(400)))
     data.write(directory / "chats.jsonl", data.chats(seed, lab.count(300)))
     data.write(lab.work / "knowledge.jsonl", data.knowledge())
-    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(96), 3))
-    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(96), 1000 + seed)]
+    data.write(lab.work / "instructions.jsonl", data.instructions(lab.count(64), 3))
+    prompts = [{"prompt": row["prompt"]} for row in data.instructions(lab.count(64), 1000 + seed)]
     data.write(directory / "prompts.jsonl", prompts)
     ifeval_task(lab.work / "tasks", lab.work / "instructions.jsonl")
     recipe = lab.recipe(
@@ -309,14 +309,14 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
         prompts={"path": str(directory / "prompts.jsonl"), "limit": len(prompts), "template": "chat"},
         rollouts={
             "rollouts_per_prompt": 2,
-            "max_response_tokens": lab.tokens(128),
+            "max_response_tokens": lab.tokens(96),
             "prompts_per_block": 32,
             "batch_size": 64,
             "seed": seed,
         },
         score={"candidates": 16, "tile_tokens": 2048},
         train={
-            "steps": lab.count(12),
+            "steps": lab.count(8),
             "prompts_per_step": 16,
             "lora_rank": 32,
             "learning_rate": 2e-4,
@@ -325,7 +325,7 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
             "tokens_per_microbatch": 1024,
             "gradient_checkpointing": False,
         },
-        sft={"steps": lab.count(80), "examples_per_step": 16, "learning_rate": 3e-4, "max_tokens": 256},
+        sft={"steps": lab.count(80), "examples_per_step": 8, "learning_rate": 3e-4, "max_tokens": 256},
         distill={"rounds": 1, "stop_reverse_kl": 0},
         eval={
             "path": str(lab.work / "knowledge.jsonl"),
