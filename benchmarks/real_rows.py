@@ -485,14 +485,14 @@ def other_tokenizer(lab: Lab, directory: Path, seed: int) -> Figures:
     )
     costs = stages(lab, recipe, directory, settings)
     lab.command(directory, "eval", "eval", directory / "run")
-    covered = re.search(r"[^\n]*spans[^\n]*", costs["score"]["output"])
-    metrics = curve(directory / "run")
-    return of_run(directory / "run") | {"covered": covered[0].strip() if covered else "", "curve": metrics}
+    scored = re.search(r"teacher: ([^\n;]*)", costs["score"]["output"])
+    return of_run(directory / "run") | {"scored": scored[1] if scored else ""}
 
 
 def render_other_tokenizer(runs: dict[int, Figures]) -> str:
     def one(run: Figures) -> str:
-        return f"{table({name: run[name] for name in ('before', 'after')})}\n\n{run['covered']}"
+        columns = table({name: run[name] for name in ("before", "after")})
+        return f"{columns}\n\nThe teacher on the student's rollouts, by spans: {run['scored']}."
 
     return per_seed(runs, one)
 
