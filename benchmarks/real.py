@@ -67,6 +67,13 @@ NOTES = {
         before, on 64 prompts with a wish about the answer's form x 2 rollouts of at most 96 tokens (8 steps
         of 32 rollouts). Knowledge: the 24 facts, asked in words that were not trained on. Instructions: 64
         other prompts of this kind, by IFEval's checkers (strict) in lm-evaluation-harness.
+
+        Seed 0 was cut on 2026-11-29 after `redpen continual`, before the evaluations. Its gate: knowledge 0.0
+        % before, 95.8 % (80 to 99) after fine-tuning, 20.8 % (9 to 41) after distillation, so most of what
+        was gained is lost with these settings. The fine-tuned student answered the prompts in 19 tokens on
+        average, at a reverse KL of 2.47 nats a token, which 8 steps brought to 0.97: fine-tuning at 3e-4
+        moved the student far. Fewer or smaller steps of both, and company questions among the prompts, have
+        not been tried yet.
     """,
     "context": """
         SmolLM2-135M-Instruct learns from itself with a system message that it is not given: 64 prompts x 2
