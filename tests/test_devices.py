@@ -213,6 +213,8 @@ def test_a_tensor_of_a_loss_left_on_the_cpu_is_found(
     toy_cache: Path, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = losses.reverse_kl
-    monkeypatch.setattr(losses, "reverse_kl", lambda *columns: real(*columns) * torch.ones(len(columns[0])))
+    monkeypatch.setattr(
+        losses, "reverse_kl", lambda *columns, **clip: real(*columns, **clip) * torch.ones(len(columns[0]))
+    )
     with pytest.raises(MixedDevicesError):
         trained(recipe(*SMALL), toy_cache)

@@ -50,13 +50,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tasks")
     heldout = small_recipe().prompts.model_copy(update={"path": "toy:heldout", "limit": N})
     data = path / "sums.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in load_prompts(heldout)))
+    records = [
+        record | {"loaded": int(n == 0)} for n, record in enumerate(load_prompts(heldout))
+    ]  # with `loaded` at the one that the harness tries when it loads them
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
     generated = TASK.format(name="sums", data=data, kind="generate_until") + GENERATED
     chosen = TASK.format(name="choice", data=data, kind="multiple_choice").replace(
         'doc_to_target: "{{answer}}"\n', ""
     )
     (path / "sums.yaml").write_text(generated)
     (path / "choice.yaml").write_text(chosen + CHOSEN)
+    (path / "broken.yaml").write_text(
+        generated.replace("task: sums", "task: broken").replace(
+            "{{prompt}}", "{{prompt if loaded == 1 else prompt + 1}}"
+        )
+    )
     (path / "lost.yaml").write_text(generated.replace("task: sums", "task: lost").replace("sums.jsonl", "lost.jsonl"))
     return path
 
@@ -220,6 +228,19 @@ def test_a_task_longer_than_the_context_names_the_setting(directory: Path) -> No
     model = models.load_model(recipe.student)
     with pytest.raises(RedpenError, match=r"refuses \(AssertionError: .*\); .*set eval\.max_response_tokens$"):
         harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval))
+
+
+def test_an_error_in_a_task_s_code_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_with(directory, "broken", more=("eval.task_limit=2",))
+    model = models.load_model(recipe.student)
+    with pytest.raises(RedpenError, match=r"^eval\.tasks: the code of a task fails \(TypeError: .*\)$"):
+        harness.measure(model, resolve(recipe.student), recipe, harness.load_tasks(recipe.eval))
+    # an error of redpen's own is not called one
+    monkeypatch.setattr(harness._Student, "apply_chat_template", None)
+    monkeypatch.setattr(harness._Student, "max_length", property(lambda self: {}["absent"]))
+    sums = recipe_with(directory, "sums", more=("eval.task_limit=1",))
+    with pytest.raises(KeyError, match="absent"):
+        harness.measure(model, resolve(recipe.student), sums, harness.load_tasks(sums.eval))
 
 
 def test_a_missing_extra_or_directory_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

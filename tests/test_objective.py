@@ -236,7 +236,8 @@ def test_behaviour_correction_silences_the_temperature_warning(
     corrected = recipe(*wanted, "train.behaviour_correction=true")
     assert stage.run(corrected, str(warm_cache), tmp_path / "corrected") == 0
     assert "was sampled at temperature" not in capsys.readouterr().err
-    greedy = edited(warm_cache, tmp_path / "greedy.zarr", temperature=0.0)
+    greedy = edited(warm_cache, tmp_path / "was-greedy.zarr", temperature=0.0)
+    greedy = edited(greedy, tmp_path / "greedy.zarr", "scores/student", sampling_temperature=1.0)
     with pytest.raises(ConfigError, match=r"train\.behaviour_correction: round 0 of the cache was decoded greedily"):
         stage.run(corrected, str(greedy), tmp_path / "greedy")
     nucleus = edited(warm_cache, tmp_path / "nucleus.zarr", top_p=0.9)

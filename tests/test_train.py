@@ -553,12 +553,13 @@ def test_importance_sampling_needs_rollouts_of_the_whole_distribution(
 ) -> None:
     """What counts is how the cache was sampled, not what this recipe says of sampling."""
     cache = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
-    attributes = cache / "rounds/00000/zarr.json"
-    for name, value in (("temperature", 0.3), ("top_p", 0.9)):
+    sampled = [("", "temperature", 0.3), ("scores/student", "sampling_temperature", 0.3), ("", "top_p", 0.9)]
+    for group, name, value in sampled:
+        attributes = cache / "rounds/00000" / group / "zarr.json"
         metadata = json.loads(attributes.read_text())
         metadata["attributes"]["redpen"][name] = value
         attributes.write_text(json.dumps(metadata))
-        if name == "temperature":
+        if name == "sampling_temperature":
             settings = recipe("train.loss=importance_sampling", "train.steps=1")
             assert stage.run(settings, str(cache), tmp_path / "cool") == 0
             assert "was sampled at temperature 0.3" in capsys.readouterr().err

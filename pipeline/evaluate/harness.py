@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from pipeline.text.rendering import uses_chat
 #: `value` and `stderr` (None if the harness gives none) by task and metric.
 Scores = dict[str, dict[str, dict[str, float | None]]]
 
+_OURS = Path(__file__).parent.parent
 # With which the harness draws examples; its own default.
 _FEWSHOT_SEED = 1234
 # Marks the end of the given beginning of a reply, after which a template may go on.
@@ -91,7 +93,7 @@ def load_tasks(settings: EvalConfig, context: int | None = None) -> dict[str, An
 
 
 def measure(model: PreTrainedModel, student: ResolvedModel, recipe: Recipe, tasks: dict[str, Any]) -> Scores:
-    """Each task's metrics for a loaded model. Raises `RedpenError` if the harness refuses one."""
+    """Each task's metrics for a loaded model. Raises `RedpenError` if the harness refuses one or its code fails."""
     chat = uses_chat(student.tokenizer, recipe.prompts)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(_FEWSHOT_SEED)
@@ -115,6 +117,12 @@ def measure(model: PreTrainedModel, student: ResolvedModel, recipe: Recipe, task
         raise RedpenError(
             f"eval.tasks: lm-evaluation-harness refuses ({one_line(error, 300)}); if a task's own length limit is "
             "too large, set eval.max_response_tokens"
+        ) from error
+    except Exception as error:
+        if any(Path(frame.filename).is_relative_to(_OURS) for frame in traceback.extract_tb(error.__traceback__)[1:]):
+            raise
+        raise RedpenError(
+            f"eval.tasks: the code of a task fails ({type(error).__name__}: {one_line(error, 300)})"
         ) from error
     if evaluated.n_cut:
         warn(
