@@ -292,6 +292,17 @@ def render_teacher(runs: dict[int, Figures]) -> str:
 # ---------------------------------------------------------------------------------------------------- the assistant
 
 
+#: Of SmolLM2's rows.
+SMALL_ROLLOUTS = {"rollouts_per_prompt": 2, "prompts_per_block": 32, "batch_size": 64}
+SMALL_TRAIN = {
+    "lora_rank": 32,
+    "learning_rate": 2e-4,
+    "stop_reverse_kl": 0,
+    "tokens_per_microbatch": 1024,
+    "gradient_checkpointing": False,
+}
+
+
 def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
     """A company's facts by fine-tuning; following instructions before, after it, and after distillation."""
     base = lab.models["small"]
@@ -307,24 +318,9 @@ def rescue(lab: Lab, directory: Path, seed: int) -> Figures:
         student={"model": base},
         teacher={"model": base},
         prompts={"path": str(directory / "prompts.jsonl"), "limit": len(prompts), "template": "chat"},
-        rollouts={
-            "rollouts_per_prompt": 2,
-            "max_response_tokens": lab.tokens(96),
-            "prompts_per_block": 32,
-            "batch_size": 64,
-            "seed": seed,
-        },
+        rollouts=SMALL_ROLLOUTS | {"max_response_tokens": lab.tokens(96), "seed": seed},
         score={"candidates": 16, "tile_tokens": 2048},
-        train={
-            "steps": lab.count(8),
-            "prompts_per_step": 16,
-            "lora_rank": 32,
-            "learning_rate": 2e-4,
-            "seed": seed,
-            "stop_reverse_kl": 0,
-            "tokens_per_microbatch": 1024,
-            "gradient_checkpointing": False,
-        },
+        train=SMALL_TRAIN | {"steps": lab.count(8), "prompts_per_step": 16, "seed": seed},
         sft={"steps": lab.count(80), "examples_per_step": 8, "learning_rate": 3e-4, "max_tokens": 256},
         distill={"rounds": 1, "stop_reverse_kl": 0},
         eval={
@@ -425,24 +421,9 @@ def small_recipe(lab: Lab, directory: Path, seed: int, teacher: dict[str, Any], 
         student={"model": lab.models["small"]},
         teacher=teacher,
         prompts={"path": str(directory / "train.jsonl"), "limit": len(prompts), "template": "chat"},
-        rollouts={
-            "rollouts_per_prompt": 2,
-            "max_response_tokens": lab.tokens(64),
-            "prompts_per_block": 32,
-            "batch_size": 64,
-            "seed": seed,
-        },
+        rollouts=SMALL_ROLLOUTS | {"max_response_tokens": lab.tokens(64), "seed": seed},
         score={"candidates": 16, "tile_tokens": 2048} | score,
-        train={
-            "steps": lab.count(16),
-            "prompts_per_step": 8,
-            "lora_rank": 32,
-            "learning_rate": 2e-4,
-            "seed": seed,
-            "stop_reverse_kl": 0,
-            "tokens_per_microbatch": 1024,
-            "gradient_checkpointing": False,
-        },
+        train=SMALL_TRAIN | {"steps": lab.count(16), "prompts_per_step": 8, "seed": seed},
         eval={"path": str(lab.work / "topics.jsonl"), "max_response_tokens": lab.tokens(64), "batch_size": 64},
     )
 

@@ -47,9 +47,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_of_the_first_screen_works(environment: Path, tmp_path: Path) -> None:
-    model = real_model.find()
-    if model is None:
-        pytest.skip(f"no {real_model.PACKAGE}: `python -m helpers.real_model` in tests/ makes it")
+    model = real_model.need()
     commands = [command for command in first_screen() if not command.startswith(ELSEWHERE)]
     assert "make train" in commands and "make train RECIPE=context-distillation" in commands
     for number, command in enumerate(commands):

@@ -84,9 +84,7 @@ class Experiment:
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """All commands, one after the other."""
-    model = real_model.find()
-    if model is None:
-        pytest.skip(f"no {real_model.PACKAGE}: `python -m helpers.real_model` in tests/ makes it")
+    model = real_model.need()
     folder = tmp_path_factory.mktemp("real")
     files = {"prompts": QUESTIONS, "held_out": HELD_OUT}
     for name, questions in files.items():
@@ -141,9 +139,7 @@ stop_token_ids = [49151]
 @pytest.fixture(scope="module")
 def long_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a cache with one long chat."""
-    model = real_model.find()
-    if model is None:
-        pytest.skip(f"no {real_model.PACKAGE}: `python -m helpers.real_model` in tests/ makes it")
+    model = real_model.need()
     folder = tmp_path_factory.mktemp("long")
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": CHAT}) + "\n")
     (folder / "recipe.toml").write_text(LONG.format(model=model, system=SYSTEM, prompts=folder / "prompts.jsonl"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.messages import did_you_mean
 from pipeline.config.schema import first_repeated
-from pipeline.config.training import TrainConfig
+from pipeline.config.training import CLIPS, POLICY_GRADIENT, TrainConfig
 from pipeline.config.unused import unused_settings
 from pipeline.errors import ConfigError
 
@@ -115,7 +115,7 @@ def importance_sampling_settings_need_it(recipe: Recipe) -> str | None:
     if recipe.train.loss == "importance_sampling" or recipe.has_rewards:
         return None
     defaults = TrainConfig()
-    for name in ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction"):
+    for name in POLICY_GRADIENT:
         if (value := getattr(recipe.train, name)) != getattr(defaults, name):
             return (
                 f'train.{name} = {value!r} belongs to train.loss = "importance_sampling", got "{recipe.train.loss}", '
@@ -127,7 +127,7 @@ def importance_sampling_settings_need_it(recipe: Recipe) -> str | None:
 @_conflict
 def clips_need_a_divergence(recipe: Recipe) -> str | None:
     train = recipe.train
-    for name in ("entry_clip", "token_clip"):
+    for name in CLIPS:
         value = getattr(train, name)
         if value is not None and train.loss in ("importance_sampling", "cross_entropy"):
             return (

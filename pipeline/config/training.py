@@ -8,6 +8,10 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.schema import CONTEXT, LARGE, MANY, NAME, PATH, Section, first_repeated
 
+#: Settings of [train] that only the divergences over candidates use, and those that only a policy gradient uses.
+CLIPS = ("entry_clip", "token_clip")
+POLICY_GRADIENT = ("advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
+
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 

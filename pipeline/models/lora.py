@@ -132,13 +132,13 @@ def _excluded(model: nn.Module) -> str | None:
         and (id(module) not in decoder or not _is_product(module) or id(module) in fused)
         and module is not head
     ]
-    # With layer numbers as wildcards: the pattern is stored with the adapter.
     if lost := _lost_in_loading(model):
         warn(
             f"{name_of(model)}: {len(lost)} of its layers get no LoRA ({shortened(lost)}): transformers' renaming of "
             "stored weights would keep peft from finding it again"
         )
     names += lost
+    # With layer numbers as wildcards: the pattern is stored with the adapter.
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(patterns) or None
 

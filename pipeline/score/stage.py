@@ -258,8 +258,8 @@ class ScoreWork:
     name: str
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model, which each process looks up for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "resolved"}
+        """Without the model and the round, which each process looks up for itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("resolved", "_round")}
 
     @cached_property
     def resolved(self) -> tuple[ResolvedModel, View | SpanView]:
@@ -275,7 +275,7 @@ class ScoreWork:
             return _student_manifest(self.recipe, self._round, model)
         return _manifest(self.recipe, self._round, model, view)
 
-    @property
+    @cached_property
     def _round(self) -> cs.Round:
         return cs.open(self.cache_url).round(self.round_index)
 
@@ -293,7 +293,7 @@ class ScoreWork:
         return self.recipe.vllm.tensor_parallel_size if placement == "vllm" else 1
 
     def group(self) -> cs.BlockGroup[cs.ScoresManifest]:
-        return self._round.scores(self.name)
+        return cs.open(self.cache_url).round(self.round_index).scores(self.name)
 
     def open(self) -> ScoreSession:
         return ScoreSession(self)

@@ -21,6 +21,7 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.config import PromptsConfig, Recipe, TrainConfig
+from pipeline.config.training import CLIPS, POLICY_GRADIENT
 from pipeline.console import progress, warn
 from pipeline.distributed.ranks import join_ranks
 from pipeline.distributed.signals import graceful
@@ -83,8 +84,7 @@ def _train_recipe(recipe: Recipe) -> Recipe:
             f"train.warmup_steps = {recipe.train.warmup_steps} is more than sft.steps = {sft.steps}, so "
             "sft.learning_rate would never be reached; lower it, or raise sft.steps"
         )
-    other_losses = ("entry_clip", "token_clip", "advantage", "ratio_truncation", "ppo_clip", "behaviour_correction")
-    settings["train"] |= {name: getattr(TrainConfig(), name) for name in other_losses}
+    settings["train"] |= {name: getattr(TrainConfig(), name) for name in CLIPS + POLICY_GRADIENT}
     settings["train"] |= {
         "loss": "cross_entropy",
         "steps": sft.steps,

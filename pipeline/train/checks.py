@@ -9,6 +9,7 @@ import numpy as np
 import cache_schema as cs
 from pipeline.config import Recipe, RewardConfig
 from pipeline.config.checks import require_single_pass
+from pipeline.config.training import CLIPS
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.identity import IMPORTED
@@ -143,7 +144,7 @@ def check_sampled_token_only(recipe: Recipe, round_: cs.Round, teachers: Teacher
 
 def check_unclipped(recipe: Recipe, found: str) -> None:
     """The clips bound terms of a divergence over fixed candidates; a clipped estimate of one is something else."""
-    for name in ("entry_clip", "token_clip"):
+    for name in CLIPS:
         if (value := getattr(recipe.train, name)) is not None:
             raise ConfigError(
                 f"train.{name} = {value:g} needs scores of the student's likeliest tokens, and this round has "

@@ -32,6 +32,16 @@ def find() -> Path | None:
     return directory if (directory / "config.json").is_file() else None
 
 
+def need() -> Path:
+    """The model's directory; a test is skipped without it."""
+    import pytest
+
+    found = find()
+    if found is None:
+        pytest.skip(f"no {PACKAGE}: `python -m helpers.real_model` in tests/ makes it")
+    return found
+
+
 def make() -> Path:
     """The model's directory, made if it is not there. Raises `CalledProcessError` if pip cannot fetch it."""
     if found := find():
