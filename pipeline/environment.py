@@ -6,7 +6,11 @@ import os
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
+
+#: When this process began to load redpen, ns since 1970: the first module of all sets it.
+STARTED = time.time_ns()
 
 #: No telemetry, and no warnings of tokenizers about forks. Waiting OpenMP threads sleep: on a busy machine,
 #: spinning ones made scoring on the CPU ten times slower.

@@ -32,6 +32,14 @@ def pytest_runtestloop() -> Iterator[None]:
         gc.unfreeze()  # else libraries take it for leaked at the end of the process
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests keep what redpen remembers of models, and not in the developer's home."""
+    path = tmp_path_factory.mktemp("cache-home")
+    os.environ["REDPEN_CACHE_HOME"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def toy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored toy cache, for reading only; `shutil.copytree` it to change anything."""

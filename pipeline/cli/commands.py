@@ -45,15 +45,20 @@ def cli() -> None:
 @options.cache_option
 @options.round_option
 @options.launcher_options
-def rollouts(recipe: Recipe, cache_url: str, **chosen: Any) -> int | None:
+@options.check_option
+def rollouts(recipe: Recipe, cache_url: str, check: bool, round_index: int | None, **chosen: Any) -> int | None:
     """Stage one, sampling: the student answers every prompt.
 
     \b
     redpen rollouts toy --cache toy.zarr --set rollouts.rollouts_per_prompt=8
     """
+    from pipeline.rollouts.finished import report_finished
+
+    if not check and report_finished(recipe, cache_url, round_index):
+        return 0
     from pipeline.rollouts import stage
 
-    return stage.run(recipe, cache_url, **chosen)
+    return stage.run(recipe, cache_url, round_index=round_index, **chosen)
 
 
 @cli.command()
@@ -61,16 +66,23 @@ def rollouts(recipe: Recipe, cache_url: str, **chosen: Any) -> int | None:
 @options.cache_option
 @options.round_option
 @options.launcher_options
+@options.check_option
 @click.option("--only", metavar="NAME", help="Score with one model: student, or a teacher's name.")
-def score(recipe: Recipe, cache_url: str, **chosen: Any) -> int | None:
+def score(
+    recipe: Recipe, cache_url: str, check: bool, only: str | None, round_index: int | None, **chosen: Any
+) -> int | None:
     """Stage one, scoring: student and teachers score every rollout.
 
     \b
     redpen score toy --cache toy.zarr --only teacher
     """
+    from pipeline.score.finished import report_finished
+
+    if not check and report_finished(recipe, cache_url, only, round_index):
+        return 0
     from pipeline.score import stage
 
-    return stage.run(recipe, cache_url, **chosen)
+    return stage.run(recipe, cache_url, only=only, round_index=round_index, **chosen)
 
 
 @cli.command()

@@ -52,6 +52,9 @@ data_option = click.option(
     metavar="FILE[=SHARE]",
     help="Documents and chats (JSONL, Parquet), mixed by their shares of the tokens; repeatable; default: sft.data.",
 )
+check_option = click.option(
+    "--check", is_flag=True, help="Take the digests of models and prompts again, even if their files look unchanged."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 
 

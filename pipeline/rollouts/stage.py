@@ -41,8 +41,10 @@ from pipeline.models import load as models
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rollouts.answer_check import check_held_out, check_round
+from pipeline.rollouts.finished import nothing_to_do
 from pipeline.rollouts.format_check import check_format
 from pipeline.rollouts.model_check import Prompts, check_architectures, check_scoring, check_student, check_teachers
+from pipeline.rounds import known_manifests
 from pipeline.rounds.manifests import sampled_round
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts
@@ -84,7 +86,7 @@ def run(
             work = RolloutsWork(recipe, cache_url, index, prompts, ranks.is_main_process)
             _sample_blocks(work, round_, pending, ranks)
         elif ranks.is_main_process:
-            show(f"rollouts: {_summarize(round_)}; nothing to do")
+            show(nothing_to_do(round_))
     if ranks.is_main_process and pending:
         suggest(f"redpen score RECIPE --cache {cache_url}")
     return 0
@@ -92,6 +94,7 @@ def run(
 
 def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
     """The round's manifest, its prompt records, and their token ids."""
+    before = known_manifests.of_round(recipe)
     settings, student = recipe.rollouts, resolve(recipe.student)
     check_architectures(recipe)
     if student.dtype != "float32" and models.pick_device(recipe.student).type == "cpu":
@@ -106,6 +109,7 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
     manifest = sampled_round(recipe, student, records)
     if unknown := [token for token in manifest.stop_token_ids if token >= student.vocab_size]:
         raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")
+    known_manifests.remember(before, known_manifests.of_round(recipe), manifest)
     return manifest, records, prompts
 
 

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
-from pipeline.console import progress, say, show, speed, suggest, warn
+from pipeline.console import progress, say, show, speed, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
@@ -45,10 +45,9 @@ from pipeline.engines.scoring import ScoreOptions, Scorer, TokenBatch, sequences
 from pipeline.errors import ConfigError, ModelError
 from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
-from pipeline.models.identity import IMPORTED
-from pipeline.models.paths import is_available
 from pipeline.models.resolve import ResolvedModel, resolve
-from pipeline.rounds import manifests
+from pipeline.rounds import known_manifests, manifests
+from pipeline.score.finished import kept, nothing_to_do, report_end, scorable, scorers
 from pipeline.score.summary import summarize
 from pipeline.teachers.alignment import View, longest_of, template_of, view_of
 from pipeline.teachers.spans import SpanView
@@ -78,34 +77,26 @@ def run(
         CacheError: not a cache, no rollouts, sampled by a different student, scored with other settings, locked, or
             its disk is too small.
     """
-    scorers: dict[str, ModelConfig] = {cs.STUDENT: recipe.student, **{t.name: t for t in recipe.teacher}}
-    if only is not None and only not in scorers:
-        raise ConfigError(f"--only: expected one of {', '.join(scorers)}, got {only!r}")
+    chosen = scorers(recipe)
+    if only is not None and only not in chosen:
+        raise ConfigError(f"--only: expected one of {', '.join(chosen)}, got {only!r}")
     with join_ranks(launcher, n_workers) as ranks, open_for_writing(cache_url, "redpen score", ranks) as cache:
         round_ = cache.round(round_index)
-        n_missing = int((~round_.rollouts.committed()).sum())
-        if n_missing == round_.n_blocks:
+        if not round_.rollouts.committed().any():
             raise cs.CacheError(
                 f"cache {cache_url} round {round_.index}: no block of rollouts is finished; "
                 f"run `redpen rollouts RECIPE --cache {cache_url}`"
             )
         # All scorers before the first forward: a teacher that does not fit must be found now, not hours later.
         all_work = ranks.broadcast(
-            lambda: [_plan_scorer(recipe, round_, name, cfg) for name, cfg in scorers.items() if only in (None, name)]
+            lambda: [_plan_scorer(recipe, round_, name, cfg) for name, cfg in chosen.items() if only in (None, name)]
         )
         for work in all_work:
             if work is not None:
                 _score_blocks(work, round_, ranks)
                 models.free_memory()
-        if not ranks.is_main_process:
-            return 0
-        if n_missing:
-            warn(
-                f"{n_missing} of {round_.n_blocks} blocks have no rollouts yet; "
-                f"run `redpen rollouts RECIPE --cache {cache_url}`, then `redpen score` again"
-            )
-        else:
-            suggest(f"redpen diagnose {cache_url}, then redpen train RECIPE --cache {cache_url} --run DIR")
+        if ranks.is_main_process:
+            report_end(round_)
     return 0
 
 
@@ -114,33 +105,19 @@ def run(
 
 def _plan_scorer(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> ScoreWork | None:
     """A scorer's work; None if its finished scores are kept without looking at the model."""
-    has_scores = name in round_.scorer_names()
-    if has_scores and round_.scores(name).manifest.engine == IMPORTED:
-        show(f"{name}: imported scores are kept; to score by {cfg.model} too, give that teacher another name")
-        return None
-    if name != cs.STUDENT and _is_complete(round_, name, cfg) and not is_available(cfg):
-        # A cache is used long after its teacher was deleted; that must not download it again.
-        show(f"{name}: {summarize(round_, name)}; nothing to do ({cfg.model} is not on this machine)")
+    if (line := kept(round_, name, cfg)) is not None:
+        show(line)
         return None
     work = ScoreWork(recipe, round_.cache.url, round_.index, name)
-    if work.manifest.engine == "vllm" and not (has_scores and round_.scores(name).committed().all()):
+    before = known_manifests.of_scores(recipe, round_.manifest, cfg)
+    manifest = work.manifest
+    known_manifests.remember(before, known_manifests.of_scores(recipe, round_.manifest, cfg), manifest)
+    is_finished = name in round_.scorer_names() and round_.scores(name).committed().all()
+    if manifest.engine == "vllm" and not is_finished:
         from pipeline.engines.vllm import import_vllm
 
         import_vllm()  # better missing now than after the student has scored everything
     return work
-
-
-def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
-    """Whether every block is scored by a model of this name."""
-    if name not in round_.scorer_names():
-        return False
-    group = round_.scores(name)
-    cached = group.manifest.model
-    same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
-    same &= (cached.adapter_digest is None) == (cfg.adapter is None)
-    same &= cfg.quantisation in (None, group.manifest.quantisation)
-    same &= group.manifest.engine == "server" or cfg.dtype in ("auto", group.manifest.dtype)
-    return same and bool(group.committed().all())
 
 
 def _student_manifest(recipe: Recipe, round_: cs.Round, student: ResolvedModel) -> cs.ScoresManifest:
@@ -182,7 +159,7 @@ def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
     pending, n_ready = ranks.broadcast(lambda: _pending_blocks(work, round_))
     if not len(pending):
         if ranks.is_main_process:
-            show(f"{name}: {summarize(round_, name)}; nothing to do")
+            show(nothing_to_do(round_, name))
         return
     n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
     n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.shard(pending)].sum())
@@ -211,12 +188,10 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
     """
     name, manifest = work.name, work.manifest
     group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
-    ready = round_.rollouts.committed()
+    ready = scorable(round_, name)
     if name != cs.STUDENT:
-        have_candidates = round_.scores(cs.STUDENT).committed()
-        if n_waiting := int((ready & ~have_candidates).sum()):
+        if n_waiting := int((round_.rollouts.committed() & ~ready).sum()):
             warn(f"{name}: {n_waiting} blocks wait for the student's scores, which hold the candidates")
-        ready &= have_candidates
         if not ready.any():
             raise cs.CacheError(
                 f"cache {round_.cache.url} round {round_.index}: the student has scored no block yet; run "

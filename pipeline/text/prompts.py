@@ -64,6 +64,17 @@ def raw_rows(
     )
 
 
+def local_file(cfg: PromptsConfig) -> Path | None:
+    """The file that `cfg.path` is read from; None if it is a data set of the Hub, or there is none.
+
+    Raises `PromptError` for an unknown toy.
+    """
+    if cfg.path.startswith("toy:"):
+        return _toy_path(cfg.path, "prompts.path")
+    path = Path(cfg.path)
+    return path if path.suffix in (*_JSON_SUFFIXES, ".parquet") and path.is_file() else None
+
+
 def json_lines(path: Path, name: str, setting: str = "prompts.path") -> Iterator[tuple[str, Any]]:
     """Pairs of place (`name:line`) and the JSON value of each line that is not blank. Raises `PromptError`."""
     try:
