@@ -173,6 +173,7 @@ def test_stage_gets_what_was_asked_for(command: str, monkeypatch: pytest.MonkeyP
     stage.run = run  # type: ignore[attr-defined]
     package = ModuleType(f"pipeline.{command}")
     package.stage = stage  # type: ignore[attr-defined]
+    package.__path__ = [str(Path(cli.__file__).parents[1] / command)]  # so that other modules of it are found
     monkeypatch.setitem(sys.modules, f"pipeline.{command}", package)
     extra = {"rollouts": [], "score": ["--only", "student"], "train": ["--run", "r"]}[command]
     assert cli.main([command, "toy", "--cache", "c", "--round", "2", "--set", "train.steps=7", *extra]) == 3
