@@ -1,6 +1,6 @@
-"""The redpen cache, format version 1: rollouts of a student and per-token scores by any number of models.
+"""The redpen cache, format version 2: rollouts of a student and per-token scores by any number of models.
 
-A Zarr v3 hierarchy, described in `SPEC.md`. Reading, writing and verifying need only numpy and zarr:
+A Zarr v3 hierarchy, described in `SPEC.md`. Reading, writing and verifying need only numpy, xxhash and zarr:
 
     import cache_schema as cs
 
@@ -26,7 +26,8 @@ from .arrays import (
     teacher_arrays,
 )
 from .blocks import InvalidBlockError, RolloutBlock, RolloutRow, ScoreBlock
-from .cache import STUDENT, VERSION, Cache, Round, create, open
+from .cache import STUDENT, Cache, Round, create, open
+from .digests import VERSION
 from .errors import (
     CacheError,
     CacheLockedError,

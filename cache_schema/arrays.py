@@ -99,7 +99,8 @@ def teacher_arrays(*, entropy: bool = True, candidates: bool = True, topk: bool 
     )
 
 
-#: First fields of a commit record; a `digest.<array>` of each array of the group follows, in table order.
+#: First fields of a commit record; a `digest.<array>` of each array of the group follows, in table order. Those with
+#: "digest" in their name are digests, of the size that the format version says.
 COMMIT_FIELDS = (
     "rows",  # rollouts in the block; 0: the block is not committed
     "prompts",

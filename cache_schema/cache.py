@@ -14,6 +14,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from . import layout, locks
+from .digests import VERSION
 from .errors import CacheError, FormatVersionError, NotACacheError, ProvenanceError, shown, storage_errors
 from .group import BlockGroup
 from .manifest import Header, RoundManifest, ScoresManifest, parse
@@ -23,7 +24,6 @@ from .s3 import S3Store
 from .stores import entries, holds_blocks, is_empty, open_store
 
 FORMAT = "redpen"
-VERSION = 1
 STUDENT = "student"
 
 _M = TypeVar("_M", RoundManifest, ScoresManifest)
@@ -75,16 +75,20 @@ def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) ->
         raise FormatVersionError(
             f"cache {label}: expected format version {VERSION} at most, found {shown(version)}; upgrade redpen"
         )
-    parse(Header, header, f"cache {label}: zarr.json: attribute redpen")
-    return Cache(store, label, root, writable)
+    version = parse(Header, header, f"cache {label}: zarr.json: attribute redpen").version
+    return Cache(store, label, root, writable, version)
 
 
 class Cache:
-    """A redpen cache: numbered rounds of rollouts, each with scores by any number of models."""
+    """A redpen cache: numbered rounds of rollouts, each with scores by any number of models.
 
-    def __init__(self, store: Store, label: str, root: zarr.Group, writable: bool):
+    Attributes:
+        version: its format version. What is added to it has the same one.
+    """
+
+    def __init__(self, store: Store, label: str, root: zarr.Group, writable: bool, version: int):
         self._store, self._root, self._writable = store, root, writable
-        self.url = label
+        self.url, self.version = label, version
 
     def __repr__(self) -> str:
         return f"Cache({self.url!r}, rounds={self.round_indices()})"
@@ -178,7 +182,7 @@ class Cache:
                 self._root.create_group("rounds")
             group = self._root.create_group(_round_path(index), overwrite=True)
             write_prompts(group.create_group("prompts"), prompts)
-            layout.create(group.create_group("rollouts"), layout.block_layouts(manifest, manifest))
+            layout.create(group.create_group("rollouts"), layout.block_layouts(manifest, manifest, self.version))
             group.create_group("scores")
             group.attrs.put({"redpen": manifest.to_json() | {"slots": manifest.slots()}})  # last: now it is a round
         return self.round(index)
@@ -204,7 +208,8 @@ class Round:
         self._group = group
         self._opened: dict[str, BlockGroup[ScoresManifest]] = {}
         self.prompts = PromptTable(group, manifest)
-        self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None)
+        version = cache.version
+        self.rollouts = BlockGroup(self._child("rollouts"), "rollouts", manifest, manifest, None, None, version)
 
     @property
     def n_blocks(self) -> int:
@@ -282,7 +287,8 @@ class Round:
                 )
         known = self._opened.get(name)
         if known is None or known.manifest != manifest or known._student is not student:  # created again
-            known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student)
+            version = self.cache.version
+            known = BlockGroup(group, f"scores/{name}", manifest, self.manifest, self.rollouts, student, version)
             self._opened[name] = known
         return known
 
@@ -321,7 +327,7 @@ class Round:
                     )
         with storage_errors(f"cache {self.cache.url}"):
             group = self._child("scores").create_group(name, overwrite=True)
-            layout.create(group, layout.block_layouts(manifest, self.manifest))
+            layout.create(group, layout.block_layouts(manifest, self.manifest, self.cache.version))
             group.attrs.put({"redpen": manifest.to_json()})
         return self.scores(name)
 

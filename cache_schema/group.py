@@ -7,7 +7,6 @@ array, by which a reader notices missing shards and shards of two writers; crc32
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,8 +18,9 @@ import zarr
 
 from .arrays import ArraySpec
 from .blocks import InvalidBlockError, RolloutBlock, ScoreBlock, used_shape
+from .digests import VERSION, array_digest, digest, digest_bytes
 from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
-from .layout import block_layouts, commit_fields, decoding_errors, open_array, write_only
+from .layout import block_layouts, commit_type, decoding_errors, open_array, write_only
 from .manifest import RoundManifest, ScoresManifest
 from .stores import cancel_requests
 
@@ -31,19 +31,6 @@ _M = TypeVar("_M", bound=RoundManifest | ScoresManifest, covariant=True)
 _COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
 
 
-def digest64(*parts: bytes | memoryview) -> int:
-    """BLAKE2b with an 8-byte digest, read as a little-endian unsigned integer."""
-    h = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        h.update(part)
-    return int.from_bytes(h.digest(), "little")
-
-
-def array_digest(value: npt.NDArray[Any]) -> int:
-    """Digest of an array's elements in C order, little-endian."""
-    return digest64(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-
 class BlockGroup(Generic[_M]):
     """The arrays of one group (`rollouts` or `scores/<name>`) of a round, read and written block by block.
 
@@ -51,6 +38,7 @@ class BlockGroup(Generic[_M]):
         name: path below the round, e.g. `scores/student`.
         manifest: `RoundManifest` for rollouts, `ScoresManifest` for scores.
         specs: the group's arrays.
+        version: the cache's format version, which decides its digests.
     """
 
     def __init__(
@@ -61,6 +49,7 @@ class BlockGroup(Generic[_M]):
         round_manifest: RoundManifest,
         rollouts: BlockGroup[RoundManifest] | None,
         student: BlockGroup[ScoresManifest] | None,
+        version: int = VERSION,
     ):
         self._group = group
         self.name = name
@@ -69,8 +58,9 @@ class BlockGroup(Generic[_M]):
         self._round = round_manifest
         self._rollouts = rollouts
         self._student = student
-        self._layouts = block_layouts(manifest, round_manifest)
-        self._dtype = np.dtype([(name, "<u8") for name in commit_fields(self.specs)])
+        self.version = version
+        self._layouts = block_layouts(manifest, round_manifest, version)
+        self._dtype = commit_type(self.specs, version)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @property
@@ -80,7 +70,8 @@ class BlockGroup(Generic[_M]):
     def commits(self) -> npt.NDArray[Any]:
         """Every block's commit record, [n_blocks], as a structured array; rows == 0: not committed.
 
-        Raises `CorruptBlockError` if a record fails its checksum.
+        Digests are opaque bytes; `digests` has those of whole blocks as numbers. Raises `CorruptBlockError` if a
+        record fails its checksum.
         """
         try:
             raw = self._load("commit", slice(None))
@@ -93,6 +84,11 @@ class BlockGroup(Generic[_M]):
     def commit(self, block: int) -> Any:
         """One block's commit record."""
         return self._checked(self._raw_commit(block).view(self._dtype), block)[0]
+
+    def digests(self) -> list[int]:
+        """The digest of every block that `committed` has; 0 for the others."""
+        commits, ready = self.commits()["digest"], self.committed()
+        return [_number(commit) if done else 0 for commit, done in zip(commits, ready, strict=True)]
 
     def _checked(self, commits: npt.NDArray[Any], first: int = 0) -> npt.NDArray[Any]:
         """Raise `CorruptBlockError` if a commit, the first of block `first`, has more than its slots hold."""
@@ -161,7 +157,7 @@ class BlockGroup(Generic[_M]):
 
     def uncommit(self, block: int) -> None:
         """Mark a block as not committed; the next run of its stage writes it again."""
-        self._store("commit", block, np.zeros(len(self._dtype.names or ()), np.uint64))
+        self._store("commit", block, np.zeros(self._dtype.itemsize // 8, np.uint64))
 
     def read(self, block: int, *, check: bool = True) -> Any:
         """The block's record: `RolloutBlock` for rollouts, `ScoreBlock` for scores.
@@ -192,7 +188,7 @@ class BlockGroup(Generic[_M]):
     def _read_committed(
         self, block: int, commit: Any, names: set[str], *, check: bool
     ) -> dict[str, npt.NDArray[Any]]:
-        if check and int(commit["digest"]) != self._block_digest(commit):
+        if check and _number(commit["digest"]) != self._block_digest(commit):
             raise CorruptBlockError(
                 self._label, block, "commit", "the digest of the commit record does not match its fields"
             )
@@ -210,7 +206,7 @@ class BlockGroup(Generic[_M]):
             raise CorruptBlockError(self._label, block, spec.name, _one_line(error)) from error
         if value.shape != shape:
             raise CorruptBlockError(self._label, block, spec.name, f"has shape {value.shape}, expected {shape}")
-        if check and array_digest(value) != int(commit[f"digest.{spec.name}"]):
+        if check and self._digest(value) != _number(commit[f"digest.{spec.name}"]):
             missing = value.size and _is_fill(value, spec)
             problem = "its shard is missing" if missing else "does not match the digest of the commit (two writers?)"
             raise CorruptBlockError(self._label, block, spec.name, problem)
@@ -247,11 +243,11 @@ class BlockGroup(Generic[_M]):
                 counts = rollouts.counts()
                 links["rollouts_digest"] = self._rollouts.record_digest(rollouts)
                 if record.candidate_ids is not None:
-                    links["candidates_digest"] = array_digest(record.candidate_ids)
+                    links["candidates_digest"] = self._digest(record.candidate_ids)
                 elif self._student is not None:
                     if candidate_ids is None:
                         candidate_ids = self._student.read_arrays(block, ["candidate_ids"])["candidate_ids"]
-                    links["candidates_digest"] = array_digest(candidate_ids)
+                    links["candidates_digest"] = self._digest(candidate_ids)
         except InvalidBlockError as error:
             raise CacheError(f"{self._label} block {block} cannot be written: {error}") from error
 
@@ -264,12 +260,11 @@ class BlockGroup(Generic[_M]):
         if self.commit(block)["rows"]:
             self.uncommit(block)
         commit = np.zeros((), self._dtype)
-        for name, number in fields.items():
-            commit[name] = number
         digests = self._together(lambda spec: self._write_array(block, spec, values[spec.name]), self.specs)
-        for spec, digest in zip(self.specs, digests, strict=True):
-            commit[f"digest.{spec.name}"] = digest
-        commit["digest"] = self._block_digest(commit)
+        fields |= {f"digest.{spec.name}": number for spec, number in zip(self.specs, digests, strict=True)}
+        for name, number in (fields | {"digest": self._block_digest(fields)}).items():
+            is_digest = self._dtype[name].kind == "V"
+            commit[name] = np.void(number.to_bytes(self._dtype[name].itemsize, "little")) if is_digest else number
         commit["elapsed_us"] = max(0, round(elapsed_seconds * 1e6))
         commit["committed_at_us"] = max(0, time.time_ns() // 1000)  # the clock may be before 1970
         self._store("commit", block, commit.reshape(1).view(np.uint64))
@@ -279,16 +274,20 @@ class BlockGroup(Generic[_M]):
         slot = np.full(self._layouts[spec.name].shape[1:], spec.fill, np.dtype(spec.dtype))
         slot[: value.shape[0]] = value
         self._store(spec.name, block, slot)
-        return array_digest(value)
+        return self._digest(value)
 
-    def record_digest(self, record: RolloutBlock | ScoreBlock, rollouts: RolloutBlock | None = None) -> int:
-        """The `digest` that a commit of this record has; of scores with the `rollouts` that were scored."""
-        counted = record if isinstance(record, RolloutBlock) else rollouts
+    def record_digest(
+        self, record: RolloutBlock | ScoreBlock, rollouts: RolloutBlock | None = None, version: int | None = None
+    ) -> int:
+        """The `digest` that a commit of this record has; of scores with the `rollouts` that were scored.
+
+        Args:
+            version: format version of the cache that it is or was in; default: this one's.
+        """
+        counted, version = record if isinstance(record, RolloutBlock) else rollouts, version or self.version
         assert counted is not None
-        fields = counted.counts() | {
-            f"digest.{spec.name}": array_digest(getattr(record, spec.name)) for spec in self.specs
-        }
-        return self._block_digest(fields)
+        arrays = {f"digest.{spec.name}": array_digest(getattr(record, spec.name), version) for spec in self.specs}
+        return self._block_digest(counted.counts() | arrays, version)
 
     def _together(self, do: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
         """`map` over a block's arrays in threads: codecs and digests release the GIL, and servers are far away.
@@ -313,9 +312,14 @@ class BlockGroup(Generic[_M]):
             return {}
         return {"candidate": self.manifest.candidates, "topk": self.manifest.topk}
 
-    def _block_digest(self, commit: Any) -> int:
-        names = [*_COUNTS, *(f"digest.{spec.name}" for spec in self.specs)]
-        return array_digest(np.array([int(commit[name]) for name in names], np.uint64))
+    def _digest(self, value: npt.NDArray[Any]) -> int:
+        return array_digest(value, self.version)
+
+    def _block_digest(self, commit: Any, version: int | None = None) -> int:
+        version = version or self.version
+        counts = [int(commit[name]).to_bytes(8, "little") for name in _COUNTS]
+        digests = [_number(commit[f"digest.{spec.name}"]) for spec in self.specs]
+        return digest(b"".join([*counts, *(d.to_bytes(digest_bytes(version), "little") for d in digests)]), version)
 
     def _require_block(self, block: int) -> None:
         if not 0 <= block < self.n_blocks:
@@ -353,6 +357,11 @@ class BlockGroup(Generic[_M]):
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="cache-arrays")
+
+
+def _number(value: Any) -> int:
+    """A digest of a commit record as a number."""
+    return value if isinstance(value, int) else int.from_bytes(value.tobytes(), "little")
 
 
 def _is_fill(value: npt.NDArray[Any], spec: ArraySpec) -> bool:

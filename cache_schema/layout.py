@@ -22,6 +22,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from ._zarr_compat import BoundedZstd, make_array, sync, with_store
 from .arrays import COMMIT_FIELDS, INNER_CHUNK, ArraySpec, inner_chunk
+from .digests import VERSION, digest_bytes
 from .errors import CacheError, shown
 from .manifest import MOST_SLOT_VALUES, RoundManifest, ScoresManifest
 from .nodes import damaged, read_node
@@ -97,8 +98,10 @@ class Layout:
         return make_array(BoundedStore(store, self.object_bytes()), path, self.to_json(), codecs)
 
 
-def block_layouts(manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest) -> dict[str, Layout]:
-    """Every array of a block group, `commit` included."""
+def block_layouts(
+    manifest: RoundManifest | ScoresManifest, round_manifest: RoundManifest, version: int = VERSION
+) -> dict[str, Layout]:
+    """Every array of a block group, `commit` included, in a cache of this format version."""
     slots = round_manifest.slots()
     if isinstance(manifest, ScoresManifest):
         slots |= {"candidate": manifest.candidates, "topk": manifest.topk}
@@ -121,7 +124,7 @@ def block_layouts(manifest: RoundManifest | ScoresManifest, round_manifest: Roun
             dimension_names=spec.dimension_names,
             attributes={"unit": spec.unit, "meaning": spec.meaning},
         )
-    fields = commit_fields(manifest.arrays())
+    fields = commit_columns(manifest.arrays(), version)
     found["commit"] = Layout(
         dtype="u8",
         shape=(n_blocks, len(fields)),
@@ -155,8 +158,16 @@ def prompt_layouts(n_bytes: int, n_prompts: int) -> dict[str, Layout]:
     return found
 
 
-def commit_fields(specs: Iterable[ArraySpec]) -> list[str]:
-    return [*COMMIT_FIELDS, *(f"digest.{spec.name}" for spec in specs)]
+def commit_type(specs: Iterable[ArraySpec], version: int) -> np.dtype[Any]:
+    """A commit record. Digests are opaque bytes (a little-endian number), all other fields uint64."""
+    names = [*COMMIT_FIELDS, *(f"digest.{spec.name}" for spec in specs)]
+    return np.dtype([(name, f"V{digest_bytes(version)}" if "digest" in name else "<u8") for name in names])
+
+
+def commit_columns(specs: Iterable[ArraySpec], version: int) -> list[str]:
+    """Names of the uint64 numbers that a commit record is stored as: a digest of 128 bits has two."""
+    record = commit_type(specs, version)
+    return [f"{name}{half}" for name in record.names or () for half in ("", ":high")[: record[name].itemsize // 8]]
 
 
 def create(group: zarr.Group, layouts: Mapping[str, Layout]) -> None:

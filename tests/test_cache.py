@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 import zarr
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -107,6 +108,36 @@ def test_any_zarr_reader_sees_the_documented_layout(tmp_path: Path) -> None:
             assert isinstance(array, zarr.Array)
             assert array.dtype == np.dtype(spec.dtype) and array.metadata.dimension_names == spec.dimension_names
             np.testing.assert_equal(np.asarray(array.fill_value), np.asarray(spec.fill, spec.dtype))
+
+
+def test_commits_are_as_specified(tmp_path: Path) -> None:
+    """Every field of every block, from the stored numbers alone; digests are XXH3 with 128 bits in two numbers."""
+    round_ = factory.filled(tmp_path / "c", topk=2).round()
+    root = zarr.open_group(tmp_path / "c", mode="r")
+    for name, group in (("rollouts", round_.rollouts), ("scores/teacher", round_.scores("teacher"))):
+        stored: Any = root[f"rounds/00000/{name}/commit"]
+        names = [field.removesuffix(":high") for field in stored.attrs["fields"]]
+        for block in range(round_.n_blocks):
+            halves: dict[str, list[int]] = {}
+            for field, number in zip(names, stored[block].tolist(), strict=True):
+                halves.setdefault(field, []).append(number)
+            values = {field: sum(half << (64 * i) for i, half in enumerate(each)) for field, each in halves.items()}
+            record = group.read(block)
+            digests = [xxhash.xxh3_128_intdigest(getattr(record, spec.name).tobytes()) for spec in group.specs]
+            assert [values[f"digest.{spec.name}"] for spec in group.specs] == digests
+            counts = [values[field] for field in ("rows", "prompts", "tokens", "prompt_tokens")]
+            data = np.array(counts, "<u8").tobytes() + b"".join(number.to_bytes(16, "little") for number in digests)
+            assert values["digest"] == xxhash.xxh3_128_intdigest(data) == group.digests()[block] > 2**64
+            assert values["rollouts_digest"] == (0 if name == "rollouts" else round_.rollouts.digests()[block])
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_than_that_of_the_commits_is_damage(tmp_path: Path, version: int) -> None:
+    factory.filled(tmp_path / "c")
+    header = tmp_path / "c/zarr.json"
+    header.write_text(header.read_text().replace('"version": 2', f'"version": {version}'))
+    with pytest.raises(cs.CacheError, match=r"version|commit"):
+        cs.open(tmp_path / "c").round().rollouts.commits()
 
 
 def test_uncommitted_blocks_are_not_readable(tmp_path: Path) -> None:
@@ -434,9 +465,9 @@ def test_location_errors(tmp_path: Path) -> None:
     with pytest.raises(cs.CacheError, match="holds no rollouts yet"):
         cs.open(tmp_path / "c").round()
     metadata = json.loads((tmp_path / "c/zarr.json").read_text())
-    metadata["attributes"]["redpen"]["version"] = 2
+    metadata["attributes"]["redpen"]["version"] = 3
     (tmp_path / "c/zarr.json").write_text(json.dumps(metadata))
-    with pytest.raises(cs.FormatVersionError, match=r"version 1 at most, found 2"):
+    with pytest.raises(cs.FormatVersionError, match=r"version 2 at most, found 3"):
         cs.open(tmp_path / "c")
     (tmp_path / "c/zarr.json").write_text("{")
     with pytest.raises(cs.NotACacheError, match="unreadable metadata"):

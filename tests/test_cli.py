@@ -53,7 +53,7 @@ def redpen(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("verify nothing", "cache nothing: nothing is there"),
         ("verify file", "cache file: expected a directory, found a file"),
         ("verify directory", "cache directory: this is not a redpen cache"),
-        ("inspect newer", "cache newer: expected format version 1 at most, found 2; upgrade redpen"),
+        ("inspect newer", "cache newer: expected format version 2 at most, found 3; upgrade redpen"),
         ("inspect nothing", "`redpen rollouts RECIPE --cache nothing` creates it"),
         ("inspect empty --rollout 0", "cache empty: holds no rollouts yet"),
         ("inspect full --round 3", "cache full: there is no round 3; it has 0"),
@@ -73,7 +73,7 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
     Path("directory/file").touch()
     factory.filled("full")
     cs.create("empty")
-    cs.create("newer")._root.attrs["redpen"] = {"format": "redpen", "version": 2}
+    cs.create("newer")._root.attrs["redpen"] = {"format": "redpen", "version": 3}
     assert cli.main(args.split()) == 1
     captured = capsys.readouterr()
     assert message in one_line(captured.err) and captured.out == ""

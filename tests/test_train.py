@@ -475,7 +475,7 @@ def another_student(path: Path, _: Path) -> None:
 def newer(path: Path, toy: Path) -> None:
     shutil.copytree(toy, path)
     root = json.loads((path / "zarr.json").read_text())
-    root["attributes"]["redpen"]["version"] = 2
+    root["attributes"]["redpen"]["version"] = 3
     (path / "zarr.json").write_text(json.dumps(root))
 
 
@@ -489,7 +489,7 @@ def resampled(round_: cs.Round) -> None:
 UNFIT: dict[str, tuple[Callable[[Path, Path], None], list[str], str]] = {
     "no cache": (no_cache, [], "nothing is there; `redpen rollouts"),
     "not a cache": (not_a_cache, [], "not a redpen cache"),
-    "newer format": (newer, [], "format version 1 at most, found 2"),
+    "newer format": (newer, [], "format version 2 at most, found 3"),
     "not sampled": (not_sampled, [], "holds no rollouts yet"),
     "not scored": (without("student"), [], "not scored yet; run `redpen score"),
     "no teacher": (without("teacher"), [], "not scored yet; run `redpen score"),

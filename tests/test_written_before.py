@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file
 
+import cache_schema as cs
 from helpers.caches import ROOT, assert_same_cache
 from helpers.training import curve
 from pipeline.cli import main
@@ -29,9 +34,8 @@ SETTINGS = {
 
 def redpen(command: str, *args: str, **changes: int) -> int:
     settings = SETTINGS | {f"train.{name}": value for name, value in changes.items()}
-    return main(
-        [command, "toy", *args, *(part for name in settings for part in ("--set", f"{name}={settings[name]}"))]
-    )
+    given = [args[0], "toy", *args[1:]] if command == "import" else ["toy", *args]
+    return main([command, *given, *(part for name in settings for part in ("--set", f"{name}={settings[name]}"))])
 
 
 @pytest.fixture
@@ -61,6 +65,60 @@ def test_nothing_is_left_to_do(before: Path, capsys: pytest.CaptureFixture[str])
     assert main(["report", RUN, CACHE, "-o", "page.html"]) == 0
     assert "0.17123" in (before / "page.html").read_text()
     assert contents(before) == was
+
+
+def test_its_cache_of_version_1_goes_on(before: Path) -> None:
+    """With the digests of then, whether blocks, scores or a round are added."""
+    cache = cs.open(CACHE, writable=True)
+    round_ = cache.round()
+    assert cache.version == 1 < cs.VERSION
+    kept = {name: group_of(round_, name).commits() for name in ("rollouts", "student", "teacher")}
+    round_.rollouts.uncommit(1)
+    round_.scores("teacher").uncommit(2)
+    assert redpen("rollouts", "--cache", CACHE) == 0 and redpen("score", "--cache", CACHE) == 0
+    for name, commits in kept.items():
+        for field in set(commits.dtype.names or ()) - set(cs.TIME_FIELDS):
+            np.testing.assert_array_equal(group_of(round_, name).commits()[field], commits[field], err_msg=field)
+    teacher = round_.scores("teacher")
+    again = round_.start_scores("again", teacher.manifest)
+    for block in range(round_.n_blocks):
+        again.write(block, teacher.read(block))
+    assert again.digests() == teacher.digests() and all(0 < digest < 2**64 for digest in again.digests())
+    logprobs = teacher.read(0).logprobs
+    expected = hashlib.blake2b(logprobs.tobytes(), digest_size=8).digest()
+    assert again.commits()["digest.logprobs"][0].tobytes() == expected
+    manifest = replace(round_.manifest, seed=1)
+    cache.start_round(manifest, [round_.prompts[i] for i in range(round_.n_prompts)], 1)
+    cs.open(CACHE, writable=True).round(1).rollouts.write(0, round_.rollouts.read(0))
+    assert not list(cs.verify(cs.open(CACHE))) and cs.open(CACHE).version == 1
+    which = ("--round", "0", "--set", "train.teacher=teacher")
+    assert redpen("train", "--cache", CACHE, "--run", "new", *which, steps=2) == 0
+
+
+def test_damage_of_version_1_is_still_found(before: Path) -> None:
+    shards = before / CACHE / "rounds/00000/scores/teacher/logprobs/c"
+    (shards / "0/0").replace(shards / "1/0")  # whole, but of another block: only the digest differs
+    found = [(finding.block, finding.array) for finding in cs.verify(cs.open(CACHE))]
+    assert found == [(0, "logprobs"), (1, "logprobs")]
+    with pytest.raises(cs.CorruptBlockError, match="block 1, array logprobs: does not match the digest"):
+        cs.open(CACHE).round().scores("teacher").read(1)
+
+
+def test_an_export_of_version_1_is_restored(before: Path) -> None:
+    """Into a new cache, so with other digests of the same values; exports of then did not say their version."""
+    assert main(["export-cache", CACHE, "-o", "small.parquet"]) == 0
+    table = parquet.read_table("small.parquet")
+    about = json.loads(table.schema.metadata[b"redpen"])
+    assert about.pop("format_version") == 1
+    table = table.replace_schema_metadata({b"redpen": json.dumps(about).encode()})
+    parquet.write_table(table, "then.parquet", row_group_size=8)
+    assert redpen("import", "then.parquet", "--cache", "restored.zarr") == 0
+    assert cs.open("restored.zarr").version == cs.VERSION
+    assert_same_cache(before / "restored.zarr", before / CACHE, ["rollouts", "student", "teacher"])
+
+
+def group_of(round_: cs.Round, name: str) -> cs.BlockGroup[Any]:
+    return round_.rollouts if name == "rollouts" else round_.scores(name)
 
 
 def test_its_figures_are_those_recorded(before: Path) -> None:

@@ -107,6 +107,7 @@ class BlockExporter:
             "round": round_.index,
             "manifest": round_.manifest.to_json(),
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
+            "format_version": round_.cache.version,
             "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
@@ -149,10 +150,7 @@ class BlockExporter:
 
 def _digests(group: cs.BlockGroup[Any]) -> list[str]:
     """Of every block's content, in hexadecimal digits; 0 if it is not finished."""
-    return [
-        f"{digest if done else 0:x}"
-        for digest, done in zip(group.commits()["digest"].tolist(), group.committed(), strict=True)
-    ]
+    return [f"{digest:x}" for digest in group.digests()]
 
 
 def _lists(bounds: npt.NDArray[Any], values: npt.NDArray[Any]) -> Any:

@@ -34,12 +34,18 @@ class ChangedError(Exception):
 
 @dataclass(frozen=True)
 class Export:
-    """What the schema of an exported file says: manifests, and digests by group and block; 0: not in the file."""
+    """What the schema of an exported file says.
+
+    Attributes:
+        digests: by group and block; 0: not in the file.
+        version: of the cache's format, which decides the digests; files from before it was exported are of version 1.
+    """
 
     path: Path
     manifest: cs.RoundManifest
     scores: dict[str, cs.ScoresManifest]
     digests: dict[str, list[int]]
+    version: int
 
     @classmethod
     def of(cls, path: Path) -> Export | None:
@@ -50,7 +56,8 @@ class Export:
             about = json.loads((parquet.read_schema(path).metadata or {})[b"redpen"])
             scores = {name: cs.ScoresManifest.from_json(one, name) for name, one in about["scores"].items()}
             digests = {name: [int(digest, 16) for digest in each] for name, each in about["digests"].items()}
-            return cls(path, cs.RoundManifest.from_json(about["manifest"], "round"), scores, digests)
+            manifest, version = cs.RoundManifest.from_json(about["manifest"], "round"), about.get("format_version", 1)
+            return cls(path, manifest, scores, digests, version) if 1 <= version <= cs.VERSION else None
         except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError):
             return None
 
@@ -88,7 +95,7 @@ class Export:
         for block, table in self._tables(None):
             try:
                 rollouts = _rollouts(table, self.manifest.block_prompts(block))
-                digests = {"rollouts": round_.rollouts.record_digest(rollouts)}
+                digests = {"rollouts": round_.rollouts.record_digest(rollouts, version=self.version)}
                 scored = {}
                 for name in self.scores:
                     if self.digests[name][block]:
@@ -97,7 +104,7 @@ class Export:
                         scored[name] = cs.ScoreBlock(
                             **{each: _values(table, column_name(name, spec), spec) for each, spec in specs.items()}
                         )
-                        digests[name] = group.record_digest(scored[name], rollouts)
+                        digests[name] = group.record_digest(scored[name], rollouts, self.version)
             except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):  # columns that were changed
                 raise ChangedError("its columns were changed") from None
             if changed := [name for name, digest in digests.items() if digest != self.digests[name][block]]:

@@ -32,7 +32,7 @@ def summary(cache: cs.Cache, round_index: int | None = None, *, reverse_kl: bool
     rounds = [cache.round(index) for index in (cache.round_indices() if round_index is None else [round_index])]
     return {
         "cache": cache.url,
-        "format_version": cs.VERSION,
+        "format_version": cache.version,
         "bytes": _bytes_below(cache.path) if cache.path else None,
         "rounds": [_round_summary(round_, reverse_kl) for round_ in rounds],
     }

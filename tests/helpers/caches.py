@@ -127,14 +127,14 @@ def wait_for_commits(process: subprocess.Popen[str] | preloaded.Process, group: 
 
 
 def assert_same_cache(cache: Path, expected: Path, names: list[str]) -> None:
-    """Every decoded array and commit record of some groups, times aside."""
+    """Every decoded array and commit record of some groups, times aside, and digests if their versions differ."""
     a, b = cs.open(cache).round(), cs.open(expected).round()
     assert not list(cs.verify(a.cache))
     for name in names:
         left, right = (r.rollouts if name == "rollouts" else r.scores(name) for r in (a, b))
         assert left.committed().all() and right.committed().all()
         for field in left.commits().dtype.names:
-            if field not in cs.TIME_FIELDS:
+            if field not in cs.TIME_FIELDS and (left.version == right.version or "digest" not in field):
                 np.testing.assert_array_equal(left.commits()[field], right.commits()[field], err_msg=field)
         for block in range(a.n_blocks):
             ours = left.read(block)
