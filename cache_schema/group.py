@@ -22,11 +22,15 @@ from .digests import VERSION, array_digest, digest, digest_bytes
 from .errors import CacheError, CorruptBlockError, StorageError, UncommittedError, storage_errors
 from .layout import block_layouts, commit_type, decoding_errors, open_array, write_only
 from .manifest import RoundManifest, ScoresManifest
+from .shards import read_block
 from .stores import cancel_requests
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _M = TypeVar("_M", bound=RoundManifest | ScoresManifest, covariant=True)
+
+#: Response tokens of a block from which its arrays are read and written in threads.
+_WORTH_THREADS = 8192
 
 _COUNTS = ("rows", "prompts", "tokens", "prompt_tokens")
 
@@ -62,6 +66,7 @@ class BlockGroup(Generic[_M]):
         self._layouts = block_layouts(manifest, round_manifest, version)
         self._dtype = commit_type(self.specs, version)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._is_near = hasattr(group.store, "get_sync")  # in memory or on a local disk
 
     @property
     def n_blocks(self) -> int:
@@ -74,7 +79,7 @@ class BlockGroup(Generic[_M]):
         record fails its checksum.
         """
         try:
-            raw = self._load("commit", slice(None))
+            raw = self._load_commits()
         except CacheError:
             raise
         except ValueError:  # a record fails its checksum; read one by one to find which
@@ -141,7 +146,7 @@ class BlockGroup(Generic[_M]):
     def _commits_of(self, block: int) -> list[Any]:
         """Commits of the block here, in the rollouts and in the student's scores (None: not depended on)."""
         groups = (self, self._rollouts, self._student)
-        return self._together(lambda group: None if group is None else group.commit(block), groups)
+        return self._together(lambda group: None if group is None else group.commit(block), groups, 0)
 
     def _why_uncommitted(self, commit: Any, rollouts: Any, candidates: Any) -> str | None:
         if commit["rows"] == 0:
@@ -193,13 +198,14 @@ class BlockGroup(Generic[_M]):
                 self._label, block, "commit", "the digest of the commit record does not match its fields"
             )
         specs = [spec for spec in self.specs if spec.name in names]
-        values = self._together(lambda spec: self._read_array(block, commit, spec, check=check), specs)
+        n_tokens = int(commit["tokens"])
+        values = self._together(lambda spec: self._read_array(block, commit, spec, check=check), specs, n_tokens)
         return {spec.name: value for spec, value in zip(specs, values, strict=True)}
 
     def _read_array(self, block: int, commit: Any, spec: ArraySpec, *, check: bool) -> npt.NDArray[Any]:
         shape = used_shape(spec, {name: int(commit[name]) for name in _COUNTS}, self._sizes)
         try:
-            value = self._load(spec.name, (block, slice(0, shape[0])))
+            value = self._load_block(spec.name, block, shape[0])
         except CacheError:
             raise
         except ValueError as error:
@@ -260,7 +266,8 @@ class BlockGroup(Generic[_M]):
         if self.commit(block)["rows"]:
             self.uncommit(block)
         commit = np.zeros((), self._dtype)
-        digests = self._together(lambda spec: self._write_array(block, spec, values[spec.name]), self.specs)
+        n_tokens = fields["tokens"]
+        digests = self._together(lambda spec: self._write_array(block, spec, values[spec.name]), self.specs, n_tokens)
         fields |= {f"digest.{spec.name}": number for spec, number in zip(self.specs, digests, strict=True)}
         for name, number in (fields | {"digest": self._block_digest(fields)}).items():
             is_digest = self._dtype[name].kind == "V"
@@ -289,11 +296,14 @@ class BlockGroup(Generic[_M]):
         arrays = {f"digest.{spec.name}": array_digest(getattr(record, spec.name), version) for spec in self.specs}
         return self._block_digest(counted.counts() | arrays, version)
 
-    def _together(self, do: Callable[[_T], _R], items: Iterable[_T]) -> list[_R]:
-        """`map` over a block's arrays in threads: codecs and digests release the GIL, and servers are far away.
+    def _together(self, do: Callable[[_T], _R], items: Iterable[_T], n_tokens: int) -> list[_R]:
+        """`map` over arrays of a block with so many tokens, in threads: codecs release the GIL, and servers are far
+        away. Few tokens near by are faster without.
 
         All calls end before an error is raised, so that nothing is written after the lock is released.
         """
+        if self._is_near and n_tokens < _WORTH_THREADS:
+            return [do(item) for item in items]
         begun = [_threads().submit(do, item) for item in items]
         try:
             wait(begun)
@@ -328,7 +338,7 @@ class BlockGroup(Generic[_M]):
     def _raw_commit(self, block: int) -> npt.NDArray[np.uint64]:
         self._require_block(block)
         try:
-            raw: npt.NDArray[np.uint64] = self._load("commit", block)
+            raw: npt.NDArray[np.uint64] = self._load_block("commit", block, self._dtype.itemsize // 8)
         except CacheError:
             raise
         except ValueError as error:
@@ -343,11 +353,21 @@ class BlockGroup(Generic[_M]):
                 )
         return self._arrays[name]
 
-    def _load(self, name: str, where: Any) -> npt.NDArray[Any]:
-        """Decoded values. Raises `CacheError` for damaged metadata, `ValueError` for damaged values."""
-        array = self._array(name)
+    def _load_commits(self) -> npt.NDArray[Any]:
+        """Every commit record as stored. Raises `CacheError` if metadata are damaged, `ValueError` if values are."""
+        if self._is_near:
+            n_columns = self._dtype.itemsize // 8
+            return np.stack([self._load_block("commit", block, n_columns) for block in range(self.n_blocks)])
+        array = self._array("commit")
+        with storage_errors(f"{self._label}: cannot read commit"), decoding_errors():
+            return np.ascontiguousarray(array[:])  # with many requests at a time
+
+    def _load_block(self, name: str, block: int, used: int) -> npt.NDArray[Any]:
+        """The used part of a block's values. Raises as `_load_commits`."""
+        self._array(name)  # its metadata are as the layout says
         with storage_errors(f"{self._label}: cannot read {name}"), decoding_errors():
-            return np.ascontiguousarray(array[where])
+            path = f"{self._group.path}/{name}".lstrip("/")
+            return read_block(self._group.store, path, self._layouts[name], block, used)
 
     def _store(self, name: str, block: int, value: npt.NDArray[Any]) -> None:
         with storage_errors(f"{self._label}: cannot write block {block}, array {name}"):
