@@ -69,9 +69,8 @@ class Checkout:
     def __init__(self, root: Path, work: Path):
         self.root, self.work = root, work
         work.mkdir()
-        paths = {"PYTHONPATH": str(root), "REDPEN_CACHE_HOME": str(work / "home")}
-        self._environment = paths | {"OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(work / "bytecode")}
-        self._environment["PYTHONDONTWRITEBYTECODE"] = ""
+        home = str(work / "home")
+        self._environment = {"PYTHONPATH": str(root), "REDPEN_CACHE_HOME": home, "OMP_NUM_THREADS": "1"}
 
     def python(self, *arguments: str) -> tuple[float, str]:
         """Run Python there; its CPU seconds, and what it prints. Raises `CalledProcessError`."""
