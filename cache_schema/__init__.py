@@ -12,6 +12,7 @@ A Zarr v3 hierarchy, described in `SPEC.md`. Reading, writing and verifying need
     (student.logprobs - teacher.logprobs)[rollouts.response_slice(row=3)]
 """
 
+from .ahead import read_ahead
 from .arrays import (
     COMMIT_FIELDS,
     FINISH_LENGTH,
@@ -82,6 +83,7 @@ __all__ = [
     "encode_prompts",
     "open",
     "prompts_sha256",
+    "read_ahead",
     "repair",
     "teacher_arrays",
     "verify",

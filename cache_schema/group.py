@@ -43,6 +43,7 @@ class BlockGroup(Generic[_M]):
         manifest: `RoundManifest` for rollouts, `ScoresManifest` for scores.
         specs: the group's arrays.
         version: the cache's format version, which decides its digests.
+        is_near: whether it is in memory or on a local disk, and not on a server.
     """
 
     def __init__(
@@ -66,11 +67,16 @@ class BlockGroup(Generic[_M]):
         self._layouts = block_layouts(manifest, round_manifest, version)
         self._dtype = commit_type(self.specs, version)
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._is_near = hasattr(group.store, "get_sync")  # in memory or on a local disk
+        self.is_near = hasattr(group.store, "get_sync")
 
     @property
     def n_blocks(self) -> int:
         return self._round.n_blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block's arrays, at most."""
+        return sum(layout.object_bytes() for layout in self._layouts.values())
 
     def commits(self) -> npt.NDArray[Any]:
         """Every block's commit record, [n_blocks], as a structured array; rows == 0: not committed.
@@ -302,15 +308,19 @@ class BlockGroup(Generic[_M]):
 
         All calls end before an error is raised, so that nothing is written after the lock is released.
         """
-        if self._is_near and n_tokens < _WORTH_THREADS:
+        if self.is_near and n_tokens < _WORTH_THREADS:
             return [do(item) for item in items]
         begun = [_threads().submit(do, item) for item in items]
         try:
             wait(begun)
         except BaseException:  # Ctrl-C
-            cancel_requests(self._group.store)
+            self.cancel_requests()
             raise
         return [item.result() for item in begun]
+
+    def cancel_requests(self) -> None:
+        """Cancel requests to a server that wait for a response."""
+        cancel_requests(self._group.store)
 
     @property
     def _label(self) -> str:
@@ -355,7 +365,7 @@ class BlockGroup(Generic[_M]):
 
     def _load_commits(self) -> npt.NDArray[Any]:
         """Every commit record as stored. Raises `CacheError` if metadata are damaged, `ValueError` if values are."""
-        if self._is_near:
+        if self.is_near:
             n_columns = self._dtype.itemsize // 8
             return np.stack([self._load_block("commit", block, n_columns) for block in range(self.n_blocks)])
         array = self._array("commit")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .ahead import read_ahead
 from .blocks import InvalidBlockError, RolloutBlock
 from .cache import Cache, Round
 from .errors import CacheError, CorruptBlockError, StorageError
@@ -120,24 +121,32 @@ def _verify_round(round_: Round, progress: Callable[[int], None]) -> Iterator[Fi
         for array, problem in problems:
             yield Finding(round_.index, group.name, None, array, problem)
         readable += [group] * (not problems)
-    for block in range(round_.n_blocks):
-        rollouts: RolloutBlock | None = None
-        for group in readable:
-            try:
-                if group is round_.rollouts:
-                    rollouts = group.read_own(block)
-                    if rollouts is not None:
-                        rollouts.validate(round_.manifest, block)
-                elif not _is_stale(group, block):
-                    # Without valid rollouts, scores are checked for digests only.
-                    _check_scores(group, block, rollouts)
-            except CorruptBlockError as error:
-                yield Finding(round_.index, group.name, block, error.array, error.problem)
-            except InvalidBlockError as error:
-                rollouts = None if group is round_.rollouts else rollouts
-                yield Finding(round_.index, group.name, block, error.array, error.problem)
-            progress(1)
+    for problems_of_block in read_ahead(
+        lambda block: _check_block(round_, readable, block), range(round_.n_blocks), readable
+    ):
+        yield from problems_of_block
+        progress(len(readable))
     progress(round_.n_blocks * (len(groups) - len(readable)))
+
+
+def _check_block(round_: Round, groups: Sequence[BlockGroup[Any]], block: int) -> list[Finding]:
+    found: list[Finding] = []
+    rollouts: RolloutBlock | None = None
+    for group in groups:
+        try:
+            if group is round_.rollouts:
+                rollouts = group.read_own(block)
+                if rollouts is not None:
+                    rollouts.validate(round_.manifest, block)
+            elif not _is_stale(group, block):
+                # Without valid rollouts, scores are checked for digests only.
+                _check_scores(group, block, rollouts)
+        except CorruptBlockError as error:
+            found.append(Finding(round_.index, group.name, block, error.array, error.problem))
+        except InvalidBlockError as error:
+            rollouts = None if group is round_.rollouts else rollouts
+            found.append(Finding(round_.index, group.name, block, error.array, error.problem))
+    return found
 
 
 def _is_stale(group: BlockGroup[Any], block: int) -> bool:

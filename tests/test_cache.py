@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,37 @@ def test_another_version_than_that_of_the_commits_is_damage(tmp_path: Path, vers
     header.write_text(header.read_text().replace('"version": 2', f'"version": {version}'))
     with pytest.raises(cs.CacheError, match=r"version|commit"):
         cs.open(tmp_path / "c").round().rollouts.commits()
+
+
+def test_reading_ahead_keeps_the_order(tmp_path: Path) -> None:
+    groups = [factory.filled(tmp_path / "c").round().rollouts]
+    running, most, ended = [0], [0], []
+    lock = threading.Lock()
+
+    def read(block: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.002 * (block % 3))
+        with lock:
+            running[0] -= 1
+            ended.append(block)
+        if block == 50:
+            raise cs.CacheError("fifty")
+        return block
+
+    assert list(cs.read_ahead(read, range(40), groups, at_once=4)) == list(range(40))
+    assert 1 < most[0] <= 4 and groups[0].is_near
+    assert list(cs.read_ahead(read, range(5), groups)) == list(range(5)) and ended[-5:] == list(range(5))
+    ended.clear()
+    with pytest.raises(cs.CacheError, match="fifty"):
+        list(cs.read_ahead(read, range(45, 1000), groups, at_once=4))
+    assert max(ended) < 60 and not running[0]
+    ended.clear()
+    for block in cs.read_ahead(read, range(1000, 2000), groups, at_once=4):
+        if block == 1003:
+            break
+    assert max(ended) < 1012
 
 
 def test_uncommitted_blocks_are_not_readable(tmp_path: Path) -> None:

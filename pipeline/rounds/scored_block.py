@@ -119,7 +119,7 @@ def scored_blocks(
     blocks = reader.scored()
     if at_most_tokens is not None:
         blocks = reader.sample(blocks, at_most_tokens)
-    yield from map(reader.read, blocks.tolist())
+    yield from cs.read_ahead(reader.read, blocks.tolist(), [round_.rollouts, *reader.scores.values()])
 
 
 def rollout_numbers(round_: cs.Round, rollouts: cs.RolloutBlock) -> Int64:
