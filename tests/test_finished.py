@@ -244,6 +244,19 @@ def test_nothing_is_kept_of_files_that_have_just_changed(tmp_path: Path, toy_cac
     assert known_manifests.recall(settled, cs.RoundManifest) == manifest
 
 
+def test_an_adapter_and_the_record_of_its_run_count(tmp_path: Path) -> None:
+    files, adapter = Files(tmp_path), tmp_path / "run/adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    keys = set()
+    for path in (tmp_path / "run/other", adapter / "adapter_model.safetensors", tmp_path / "run/run.json"):
+        path.touch()
+        sources = known_manifests.of_round(files.recipe(f"student.adapter={adapter}"))
+        keys.add(sources and sources.key)
+    without = known_manifests.of_round(files.recipe())
+    assert len(keys) == 3 and None not in keys and without is not None and without.key not in keys
+
+
 def test_a_damaged_entry_is_no_entry(cache_home: Path, toy_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, directory = cs.open(toy_cache).round().manifest, cache_home / "manifests"
     sources = known_manifests.Sources("made-up", settled=True)

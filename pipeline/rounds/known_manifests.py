@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import stat
@@ -38,6 +39,8 @@ RACY_SECONDS = 2.0
 
 # Sections that neither sampling nor scoring looks at.
 _OF_OTHER_STAGES = {"train", "reward", "select", "distill", "eval", "sft", "continual", "track"}
+# What reads the files of models, and how a directory of metadata is named.
+_READERS, _METADATA = ("transformers", "tokenizers"), (".dist-info", ".egg-info")
 _MOST_FILES, _MOST_ENTRIES = 10_000, 512
 _PACKAGE = Path(__file__).resolve().parents[1]
 _M = TypeVar("_M", cs.RoundManifest, cs.ScoresManifest)
@@ -176,7 +179,11 @@ def _tree(directory: Path) -> Iterator[list[Any]]:
 def _file(path: Path) -> list[Any]:
     """A file by what changes with its content; the times, ns, are last."""
     target = os.readlink(path) if path.is_symlink() else ""
-    found = path.stat()
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opened, since NFS may stat from its cache
+    try:
+        found = os.fstat(handle)
+    finally:
+        os.close(handle)
     if not stat.S_ISREG(found.st_mode):
         raise _Unknown
     identity = [found.st_dev, found.st_ino, found.st_size]
@@ -195,6 +202,11 @@ def _installed() -> Iterator[list[Any]]:
     """Every installed distribution with its version, as its directory of metadata is named."""
     for folder in sorted({os.path.abspath(folder) for folder in sys.path}):
         for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-            if entry.name.endswith((".dist-info", ".egg-info")):
+            if entry.name.endswith(_METADATA):
                 found = entry.stat()
                 yield [entry.path, [found.st_mtime_ns, found.st_ctime_ns]]
+    for name in _READERS:
+        spec = importlib.util.find_spec(name)
+        beside = Path(spec.origin).parents[1] if spec is not None and spec.origin else None
+        if beside is None or not any(path.name.endswith(_METADATA) for path in beside.glob(f"{name}-*")):
+            raise _Unknown  # a checkout, whose code changes without its version
