@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline.config import Recipe
-from pipeline.console import progress, say, warn
+from pipeline.console import progress, say, suggest, warn
 from pipeline.distributed.signals import graceful
 from pipeline.engines.heldout import (
     generating,
@@ -144,6 +144,8 @@ def run(
             stack.enter_context(locked(run_dir, "evaluates"))
         job = plan_eval(target, prompts, teacher, overrides, recipe, out)
         _measure(job, started, teacher_required=teacher is not None)
+        if run_dir is not None:
+            suggest(f"redpen report {run_dir}, for a page of the curves and of every response, before and after")
     return 0
 
 
