@@ -537,6 +537,23 @@ def test_another_model_behind_the_name_is_refused(
     assert cs.open(unscored).round().scorer_names() == ["student"]
 
 
+def test_a_server_whose_second_answer_is_another_is_refused(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a prefix cache gives whose entries are not the model's."""
+    score = ServerScorer.compute_logprobs
+
+    def score_and_warm_up(self: ServerScorer, batch: TokenBatch) -> cs.ScoreBlock:
+        scores = score(self, batch)
+        teacher_server.temperature = 0.2
+        return scores
+
+    monkeypatch.setattr(ServerScorer, "compute_logprobs", score_and_warm_up)
+    with pytest.raises(ModelError, match=r"the server and a second call of it differ by .* nats a token on average"):
+        stage.run(served(recipe, teacher_server), str(unscored))
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
 def test_a_served_adapter_without_effect_is_refused(
     unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer
 ) -> None:
