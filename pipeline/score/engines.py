@@ -2,8 +2,8 @@
 
 An engine is another implementation of the model: another attention, another head, perhaps another checkpoint under
 the same name. So the forward in this process scores a few rollouts first, and the engine must agree with it; with an
-adapter, also in what the adapter changes. It scores them twice and must agree with itself, too: a second answer from a
-prefix cache may be another.
+adapter, also in what the adapter changes. It scores them twice and must agree with itself, too: a second answer, from
+a prefix cache, may be another.
 """
 
 from __future__ import annotations
