@@ -12,7 +12,8 @@ The rounds end when the fresh reverse KL is below `distill.stop_reverse_kl`, whe
 `distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` if it is set, and its best
 student is the result; otherwise it is the fresh reverse KL. Each round measures that on its own prompts, of which a
 few hard ones dominate: "below" means by two standard errors, and the result is the last student within two standard
-errors of the best.
+errors of the best. With `distill.max_response_tokens`, whose limit grows by round, the rounds do not end before its
+last limit, and only rounds of that limit are compared.
 
 What is left to do follows from what is on disk, so the same command continues after any kill.
 """
@@ -131,6 +132,11 @@ def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None
     The result's `step` is the number of the student that is kept: as many rounds have trained it.
     """
     distill, last = recipe.distill, rounds[-1]
+    if len(rounds) < len(distill.max_response_tokens):
+        return None  # longer responses are to come
+    limits = [_response_limit(recipe, index) for index in range(len(rounds))]
+    # shorter responses have another reverse KL
+    alike = {index: each for index, each in enumerate(rounds) if limits[index] == limits[-1]}
     if last.steps is None:
         student = len(rounds) - 1
         if last.reverse_kl is None:
@@ -146,13 +152,13 @@ def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None
         if recipe.train.heldout_metric is not None:
             return None
         metric = "reverse KL on fresh rollouts"
-        by_student = {index: each.reverse_kl for index, each in enumerate(rounds) if each.reverse_kl is not None}
+        by_student = {index: each.reverse_kl for index, each in alike.items() if each.reverse_kl is not None}
     else:
         student = len(rounds)
         metric = f"held-out {(recipe.train.heldout_metric or '').replace('_kl', ' KL')}"
         by_student = {
-            index: Measurement(heldout_loss(recipe.train, each.heldout))
-            for index, each in enumerate(rounds, 1)
+            index + 1: Measurement(heldout_loss(recipe.train, each.heldout))
+            for index, each in alike.items()
             if each.heldout is not None
         }
     best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
@@ -224,7 +230,7 @@ def _round_directory(run: RunDirectory, index: int) -> Path:
 
 
 def _round_recipe(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> Recipe:
-    """The recipe of one round: its slice of the prompts, its learning rate, the student of the round before."""
+    """The recipe of one round: its slice of the prompts, its limits, the student of the round before."""
     prompts, student = recipe.prompts, recipe.student
     rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
     if index:
@@ -234,10 +240,18 @@ def _round_recipe(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) 
     return recipe.model_copy(
         update={
             "prompts": prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)}),
+            "rollouts": recipe.rollouts.model_copy(update={"max_response_tokens": _response_limit(recipe, index)}),
+            "distill": recipe.distill.model_copy(update={"max_response_tokens": []}),
             "student": student,
             "train": recipe.train.model_copy(update={"learning_rate": rate}),
         }
     )
+
+
+def _response_limit(recipe: Recipe, index: int) -> int:
+    """Tokens at which the responses of a round are cut."""
+    by_round = recipe.distill.max_response_tokens
+    return by_round[min(index, len(by_round) - 1)] if by_round else recipe.rollouts.max_response_tokens
 
 
 def _after_training(current: RoundResult, recipe: Recipe, directory: Path) -> RoundResult:
