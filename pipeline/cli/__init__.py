@@ -16,11 +16,14 @@ import click
 from pipeline import credentials
 from pipeline.cli import streams
 from pipeline.cli.commands import cli
+from pipeline.cli.recipes import recipes
 from pipeline.distributed.signals import defer_to_main_process, interruptible
 from pipeline.environment import RANK
 from pipeline.errors import ConfigError, Interrupted, user_message
 
 __all__ = ["cli", "main"]
+
+cli.add_command(recipes)
 
 
 def main(args: Sequence[str] | None = None) -> int:
