@@ -145,6 +145,10 @@ def own_prompt(round_: cs.Round, teacher: str) -> str | None:
     if theirs.get("system") != ours.get("system"):
         system = theirs.get("system")
         found.append("no system message" if system is None else f"system message {_quoted(system)}")
+    if theirs.get("prompt") is not None:
+        found.append(f"in place of every prompt {_quoted(theirs['prompt'])}")
+    elif theirs.get("columns"):
+        found.append(f"in place of prompts {' and '.join(map(str, theirs['columns']))} of the rows")
     if theirs.get("prefix") is not None:
         found.append(f"before every prompt {_quoted(theirs['prefix'])}")
     if theirs.get("args", {}) != ours.get("args", {}):

@@ -1,9 +1,10 @@
 """Prompt records: what one line of a prompts file holds, checked.
 
 A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
-optionally `answer` (text, or a list of texts of which each is right), `source` and `id`. ShareGPT's `conversations`
-are converted to `messages`. Other fields are dropped; nulls and NaN count as absent. Each error is one line with the
-place, what was expected and what was found.
+optionally `answer` (text, or a list of texts of which each is right), `source` and `id`, and `teacher_prompt` (text)
+or `teacher_messages` (a chat), which teachers read in its place. ShareGPT's `conversations` are converted to
+`messages`. Other fields are dropped unless they are asked for; nulls and NaN count as absent. Each error is one line
+with the place, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -19,36 +20,46 @@ from typing import Any
 from pipeline.config.messages import show_value
 from pipeline.errors import PromptError
 
-FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id")
+TEACHER_FIELDS = ("teacher_prompt", "teacher_messages")
+FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id", *TEACHER_FIELDS)
 #: Roles by ShareGPT's `from`.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
 
 
-def check_record(value: Any, place: str) -> dict[str, Any]:
-    """The prompt record of one line, with only the fields in `FIELDS`. Raises `PromptError` naming `place`."""
+def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """The prompt record of one line, with only the fields in `FIELDS` and these `columns`.
+
+    Raises `PromptError` naming `place`.
+    """
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
     record = conversations_to_messages(
-        {name: value[name] for name in FIELDS if not _is_missing(value.get(name))}, place
+        {name: value[name] for name in (*FIELDS, *columns) if not _is_missing(value.get(name))}, place
     )
     if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
         record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
     if "prompt" in record and "messages" in record:
         raise PromptError(f"{place}: expected either prompt or messages, got both; keep one")
     if "messages" in record:
-        record["messages"] = _check_messages(record["messages"], place)
-        if record["messages"][-1]["role"] == "assistant":
-            raise PromptError(
-                f"{place}: messages: expected a chat that ends before the student's turn, got one that ends with the "
-                "assistant's; remove its last message"
-            )
+        record["messages"] = _check_asked(record["messages"], place, "messages")
     elif "prompt" in record:
         check_text(record["prompt"], "prompt", place)
         if not record["prompt"].strip():
             raise PromptError(f"{place}: prompt: expected text, got an empty one; remove the line")
     else:
         raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
+    if all(name in record for name in TEACHER_FIELDS):
+        raise PromptError(f"{place}: expected either {' or '.join(TEACHER_FIELDS)}, got both; keep one")
+    if "teacher_messages" in record:
+        record["teacher_messages"] = _check_asked(record["teacher_messages"], place, "teacher_messages")
+    if "teacher_prompt" in record:
+        check_text(record["teacher_prompt"], "teacher_prompt", place)
+        if not record["teacher_prompt"].strip():
+            raise PromptError(f"{place}: teacher_prompt: expected text, got an empty one; remove it")
+    for name in columns:
+        if name in record and name not in FIELDS:
+            _check_column(record[name], name, place)
     for name in ("answer", "source", "id"):
         if name not in record:
             continue
@@ -57,6 +68,33 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
         else:
             record[name] = _check_label(record[name], name, place)
     return record
+
+
+def _check_asked(messages: Any, place: str, name: str) -> list[dict[str, str]]:
+    """The messages of a chat that ends before the assistant's turn."""
+    checked = _check_messages(messages, place, name)
+    if checked[-1]["role"] == "assistant":
+        raise PromptError(
+            f"{place}: {name}: expected a chat that ends before the student's turn, got one that ends with the "
+            "assistant's; remove its last message"
+        )
+    return checked
+
+
+def _check_column(value: Any, name: str, place: str) -> None:
+    """A column that a teacher's text may be made of is JSON."""
+    if isinstance(value, str):
+        check_text(value, name, place)
+        return
+    try:
+        json.dumps(value, allow_nan=False).encode()
+        return
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise PromptError(
+        f"{place}: {name}: expected text, or numbers, lists and objects of them, got {_kind(value)} that JSON does "
+        "not have; convert the column to text"
+    )
 
 
 def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, Any]:
@@ -98,12 +136,12 @@ def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
     return checked
 
 
-def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
+def _check_messages(messages: Any, place: str, name: str = "messages") -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         came = "an empty list" if messages == [] else _kind(messages)
-        raise PromptError(f"{place}: messages: expected a list of {{role, content}} objects, got {came}")
+        raise PromptError(f"{place}: {name}: expected a list of {{role, content}} objects, got {came}")
     for number, message in enumerate(messages):
-        label = f"messages[{number}]"
+        label = f"{name}[{number}]"
         if not isinstance(message, dict):
             raise PromptError(f"{place}: {label}: expected an object with role and content, got {_kind(message)}")
         message = {key: item for key, item in message.items() if item is not None}
@@ -119,7 +157,7 @@ def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
         if not message["role"]:
             raise PromptError(f"{place}: {label}.role: expected system, user or assistant, got an empty one")
     if not messages[-1]["content"].strip():
-        raise PromptError(f"{place}: messages[{len(messages) - 1}].content: expected text, got an empty one")
+        raise PromptError(f"{place}: {name}[{len(messages) - 1}].content: expected text, got an empty one")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

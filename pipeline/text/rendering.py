@@ -133,18 +133,6 @@ def render_all(
     return rendered
 
 
-def with_prefix(record: dict[str, Any], prefix: str | None) -> dict[str, Any]:
-    """The record with text before its prompt, or before the first user message of its chat."""
-    if prefix is None:
-        return record
-    if "prompt" in record:
-        return record | {"prompt": prefix + record["prompt"]}
-    messages = [dict(message) for message in record["messages"]]
-    first = next((message for message in messages if message["role"] == "user"), messages[-1])
-    first["content"] = prefix + first["content"]
-    return record | {"messages": messages}
-
-
 def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> dict[str, Any]:
     """How prompts become tokens, as JSON for the cache's provenance."""
     if not uses_chat(tokenizer, cfg):
