@@ -183,6 +183,18 @@ def test_text_that_a_tokenizer_changes_is_in_no_span() -> None:
         span_view(student, spaced, "m", [], [END], 0)
 
 
+def test_a_teacher_with_another_tokenizer_reads_its_own_text(teacher: Path, toy_cache: Path, tmp_path: Path) -> None:
+    """As with a prefix, whose scores are tried by hand elsewhere."""
+    path = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
+    for name, own in (("a", "prompt_prefix=12;"), ("b", "prompt=12;{{ prompt }}"), ("c", "prompt={{ prompt }}")):
+        made = small_recipe(*spelt(teacher)[1:], f"teacher.name={name}", f"teacher.{own}")
+        assert pipeline.score.stage.run(made, str(path), name) == 0
+    round_ = cs.open(path).round()
+    a, b, c = (round_.scores(name).read(0).logprobs for name in "abc")
+    assert np.array_equal(a, b, equal_nan=True) and not np.allclose(a, c, equal_nan=True)
+    assert round_.scores("b").manifest.template["columns"] == ["prompt"]
+
+
 def test_spans_are_trained_on_and_reported(
     teacher: Path, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

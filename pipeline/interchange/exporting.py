@@ -1,7 +1,8 @@
 """Export: a round of a cache as one Parquet file for `datasets`, pandas or DuckDB, one rollout a row.
 
     prompt_index, sample_index                  which rollout
-    prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several
+    prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several;
+                                                so are teacher_prompt, teacher_messages and columns that were kept
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
@@ -18,6 +19,7 @@ when it is complete. `redpen import` restores round and scores from it (`pipelin
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,11 @@ class BlockExporter:
         numbers = {code: pa.from_numpy_dtype(np.dtype(code)) for code in ("u1", "i4", "i8", "f4")}
         fields: dict[str, Any] = {"prompt_index": numbers["i8"], "sample_index": numbers["i4"]}
         fields |= {"messages": _MESSAGES, **dict.fromkeys((*_TEXTS, "finish_reason"), pa.string())}
-        if any(
-            isinstance(record.get("answer"), list)
-            for record in map(round_.prompts.__getitem__, range(round_.n_prompts))
-        ):
+        records = [round_.prompts[index] for index in range(round_.n_prompts)]
+        if any(isinstance(record.get("answer"), list) for record in records):
             fields["answer"] = pa.list_(pa.string())
+        self._more = _more_columns(records, round_, fields)
+        fields |= self._more
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
         fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
         for name, group in self.scorers.items():
@@ -107,6 +109,7 @@ class BlockExporter:
             "round": round_.index,
             "manifest": round_.manifest.to_json(),
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
+            "columns": [*self._more],
             "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
@@ -126,7 +129,7 @@ class BlockExporter:
             "trained": _lists(bounds, rollouts.trained),
             "finish_reason": [cs.FINISH_NAMES[code] for code in rollouts.finish_reason.tolist()],
         }
-        for field in ("messages", *_TEXTS):
+        for field in ("messages", *_TEXTS, *self._more):
             columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
         if pa.types.is_list(self.schema.field("answer").type):
             columns["answer"] = [answers_of(records[prompt]) for prompt in rollouts.row_prompt.tolist()]
@@ -145,6 +148,20 @@ class BlockExporter:
                     f"{field.type}, found something else ({shorten(error, 100)})"
                 ) from None
         return pa.table(arrays, schema=self.schema)
+
+
+def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of the other columns of the prompts, for teachers."""
+    found = {}
+    for name in sorted({name for record in records for name in record} - known.keys()):
+        try:
+            values = pa.array([record.get(name) for record in records])
+            if values.to_pylist() != [record.get(name) for record in records]:
+                raise pa.ArrowInvalid("values would change")
+            found[name] = values.type
+        except (pa.ArrowException, OverflowError):
+            warn(f"{round_.cache.url}: column {name} of the prompts has values of several types; it is left out")
+    return found
 
 
 def _digests(group: cs.BlockGroup[Any]) -> list[str]:
