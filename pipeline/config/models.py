@@ -33,7 +33,9 @@ def _check_template_args(args: dict[str, Any]) -> dict[str, Any]:
 class ModelConfig(Section):
     """A model, by Hub id or path, and how to load it."""
 
-    model: str = Field(min_length=1, max_length=PATH, description="Hub id, local path, or toy:student / toy:teacher")
+    model: str = Field(
+        min_length=1, max_length=PATH, description="Hub id, local path, or toy:student, toy:teacher, toy:reader"
+    )
     revision: str | None = Field(default=None, max_length=PATH, description="Hub branch, tag or commit")
     adapter: str | None = Field(
         default=None, max_length=PATH, description="PEFT adapter (directory or Hub id) applied on top"

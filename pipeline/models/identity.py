@@ -132,7 +132,12 @@ def own_prompt(round_: cs.Round, teacher: str) -> str | None:
     """How a teacher read the prompts, e.g. `system message "Be brief."`; None if it read what the student did."""
     scores = round_.scores(teacher).manifest
     assert isinstance(scores, cs.ScoresManifest)
-    theirs, ours = scores.template, round_.manifest.template
+    return other_prompt(scores, round_.manifest)
+
+
+def other_prompt(scores: cs.ScoresManifest, sampled: cs.RoundManifest) -> str | None:
+    """The same, from the manifests."""
+    theirs, ours = scores.template, sampled.template
     if not theirs or theirs == ours:
         return None
     found = []
