@@ -170,8 +170,8 @@ def _itself(context: PairContext) -> CheckResult | None:
             f"log-prob of the student's tokens with this prompt, less that without it: mean {change.mean():+.4f} "
             f"nats; quantiles: {at}",
         ],
-        "if it changes little, the model does not use what it is shown: look at `redpen inspect` of a wrong response, "
-        "and ask it with that prompt (`redpen chat`)",
+        "if it changes little, the model does not use what it is shown: look at a wrong response (`redpen inspect`), "
+        "and ask the model with that prompt (`redpen chat`)",
         0.0,
     )
 
