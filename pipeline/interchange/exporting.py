@@ -2,7 +2,8 @@
 
     prompt_index, sample_index                  which rollout
     prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several;
-                                                so are teacher_prompt, teacher_messages and columns that were kept
+                                                so are tools and teachers' columns, and columns that were kept;
+                                                what has several types (tool calls, tools) is the text of its JSON
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
@@ -37,6 +38,7 @@ from pipeline.interchange.rows import column_name
 from pipeline.text.answers import answers_of
 
 _TEXTS = ("prompt", "answer", "source", "id")
+_JSON_FIELDS = ("messages", "teacher_messages", "tools")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -94,6 +96,8 @@ class BlockExporter:
         records = [round_.prompts[index] for index in range(round_.n_prompts)]
         if any(isinstance(record.get("answer"), list) for record in records):
             fields["answer"] = pa.list_(pa.string())
+        self._as_json = [name for name in _JSON_FIELDS if not all(_is_plain(record.get(name)) for record in records)]
+        fields |= dict.fromkeys(self._as_json, pa.string())
         self._more = _more_columns(records, round_, fields)
         fields |= self._more
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
@@ -131,6 +135,9 @@ class BlockExporter:
         }
         for field in ("messages", *_TEXTS, *self._more):
             columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+        for field in self._as_json:
+            values = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+            columns[field] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
         if pa.types.is_list(self.schema.field("answer").type):
             columns["answer"] = [answers_of(records[prompt]) for prompt in rollouts.row_prompt.tolist()]
         for name, group in self.scorers.items():
@@ -148,6 +155,13 @@ class BlockExporter:
                     f"{field.type}, found something else ({shorten(error, 100)})"
                 ) from None
         return pa.table(arrays, schema=self.schema)
+
+
+def _is_plain(messages: Any) -> bool:
+    """Whether messages have role and content alone, both text, so that one type of Parquet holds all."""
+    return messages is None or all(
+        message.keys() == {"role", "content"} and isinstance(message["content"], str) for message in messages
+    )
 
 
 def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Mapping[str, Any]) -> dict[str, Any]:

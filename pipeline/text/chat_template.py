@@ -13,7 +13,7 @@ from pipeline.text.worker import Worker, WorkerEndedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any], *, reply_follows: bool) -> str:

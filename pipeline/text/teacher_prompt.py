@@ -16,7 +16,7 @@ import cache_schema as cs
 from pipeline.config import Recipe, TeacherConfig
 from pipeline.errors import ConfigError, PromptError, shorten
 from pipeline.text.chat_template import renderer
-from pipeline.text.records import TEACHER_FIELDS
+from pipeline.text.records import TEACHER_FIELDS, content_text
 
 Record = dict[str, Any]
 
@@ -78,7 +78,7 @@ class TeacherPrompt:
             return seen | {"prompt": self.prefix + seen["prompt"]}
         messages = list(seen["messages"])
         first = next((n for n, message in enumerate(messages) if message["role"] == "user"), len(messages) - 1)
-        messages[first] = messages[first] | {"content": self.prefix + messages[first]["content"]}
+        messages[first] = messages[first] | {"content": self.prefix + content_text(messages[first])}
         return seen | {"messages": messages}
 
     def provenance(self, records: Sequence[Record], read: Sequence[Record]) -> dict[str, Any]:
@@ -92,7 +92,9 @@ class TeacherPrompt:
         columns = own if self.template is None else list(self.columns())
         if not columns:
             return {}
-        texts = [{name: value for name, value in one.items() if name in ("prompt", "messages")} for one in read]
+        texts = [
+            {name: value for name, value in one.items() if name in ("prompt", "messages", "tools")} for one in read
+        ]
         made = {} if self.template is None else {"prompt": self.template}
         return made | {"columns": columns, "texts_sha256": cs.prompts_sha256(texts)}
 
@@ -130,12 +132,12 @@ def read_text(template: Mapping[str, Any], record: Record) -> str | None:
     if "prompt" in read:
         return str(read["prompt"])
     changed = [message for message in read["messages"] if message not in record.get("messages", [])]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in changed or read["messages"])
+    return "\n".join(f"{message['role']}: {content_text(message)}" for message in changed or read["messages"])
 
 
 def prompt_text(record: Record) -> str:
     """The text of a row's prompt, or of the last user message of its chat."""
-    return str(record["prompt"] if "prompt" in record else record["messages"][_last_user(record)]["content"])
+    return str(record["prompt"]) if "prompt" in record else content_text(record["messages"][_last_user(record)])
 
 
 def _in_place_of_prompt(record: Record, text: str) -> Record:
