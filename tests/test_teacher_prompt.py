@@ -21,6 +21,7 @@ import cache_schema as cs
 import pipeline.rollouts.stage
 import pipeline.text.chat_template
 from helpers.tiny_configs import tiny_config
+from pipeline import distill
 from pipeline.api import Teacher
 from pipeline.config import Recipe, TeacherConfig, load_recipe
 from pipeline.console import results
@@ -33,6 +34,7 @@ from pipeline.report.document import SetRequest, rollout_set
 from pipeline.report.terminal import show_rollout
 from pipeline.runs.directory import Result
 from pipeline.score import stage
+from pipeline.teachers.prompts import check_prompts
 from pipeline.text.chat_template import Renderer
 from pipeline.text.detokenize import load_decoder
 from pipeline.text.prompts import load_prompts
@@ -174,11 +176,16 @@ def test_scores_say_what_their_teacher_read(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["solved", "own"])
-def test_another_text_is_refused(cache: Path, prompts: Path, tmp_path: Path, name: str) -> None:
+def test_another_text_is_refused(
+    cache: Path, prompts: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = Path(shutil.copytree(cache, tmp_path / "c.zarr"))
     before = recipe_of(prompts, f"teacher.name={name}", *([f"teacher.prompt={SOLVED}"] if name == "solved" else []))
     assert stage.run(before, str(path), name) == 0
     changed = recipe_of(prompts, f"teacher.name={name}", "teacher.prompt={{ solution }} {{ prompt }}")
+    if name == "solved":  # finished scores need no model, if they are those that the recipe asks for
+        monkeypatch.setattr(stage, "is_available", lambda cfg: False)
+        assert stage.run(before, str(path), name) == 0
     with pytest.raises(cs.ProvenanceError, match="template") as error:
         stage.run(changed, str(path), name)
     assert "\n" not in str(error.value)
@@ -278,6 +285,19 @@ def test_columns_that_a_round_did_not_keep(cache: Path, prompts: Path, tmp_path:
     made = recipe_of(prompts, "teacher.name=later", "teacher.prompt={{ unused }}{{ prompt }}")
     with pytest.raises(PromptError, match=r"round 0: prompt 1: teacher\.later\.prompt: 'unused' .*prompts\.columns"):
         stage.run(made, str(path), "later")
+
+
+def test_rows_of_later_rounds_are_looked_at_first(tmp_path: Path) -> None:
+    lines = [{name: row[name] for name in row if n < 6 or name != "solution"} for n, row in enumerate(rows())]
+    made = recipe_of(write(tmp_path / "p.jsonl", lines), f"teacher.prompt={SOLVED}", "prompts.limit=2")
+    with pytest.raises(PromptError, match=r"prompt 7: teacher\.prompt: 'solution' is undefined"):
+        distill.run(made, str(tmp_path / "c.zarr"), tmp_path / "run")
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_rows_without_a_text_are_counted(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_prompts(recipe_of(prompts), load_prompts(recipe_of(prompts).prompts), "p.jsonl")
+    assert "teacher: 4 of 8 prompts have no teacher_prompt or teacher_messages" in capsys.readouterr().err
 
 
 def test_combinations_that_make_no_sense(prompts: Path) -> None:

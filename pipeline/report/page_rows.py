@@ -34,7 +34,7 @@ from pipeline.rounds.metrics import Float64, first_occurrence, scores_reverse_kl
 from pipeline.rounds.scored_block import Int64, ScoredBlock, part_of
 from pipeline.text.answers import answers_of
 from pipeline.text.detokenize import Decoder
-from pipeline.text.teacher_prompt import read_text
+from pipeline.text.teacher_prompt import has_own_text, read_text
 
 #: Fraction of a set's bytes for prompts.
 PROMPT_FRACTION = 0.1
@@ -89,7 +89,8 @@ class PageRows:
         self._start = np.concatenate([[0], np.cumsum(scan.length[rows])]).astype(np.int64)
         self.labels, self.strings = LabelTable(tokenizer), StringTable(tokenizer)
         most, least = PROMPT_CHARACTERS
-        self._prompt_characters = max(least, min(most, int(PROMPT_FRACTION * page_bytes / max(len(rows), 1))))
+        texts = 1 + sum(has_own_text(group.manifest.template) for group in scan.reader.scores.values())
+        self._prompt_characters = max(least, min(most, int(PROMPT_FRACTION * page_bytes / max(texts * len(rows), 1))))
         self._n_cut_prompts = 0
         n = int(self._start[-1])
         self.tokens, self.trained = np.zeros(n, np.uint32), np.zeros(n, np.uint8)

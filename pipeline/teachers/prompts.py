@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import PromptsConfig, Recipe, TeacherConfig
+from pipeline.console import warn
 from pipeline.engines.sampling import require_room
 from pipeline.errors import ModelNotFoundError, PromptError
 from pipeline.models.resolve import ResolvedModel, resolve
+from pipeline.text.records import TEACHER_FIELDS
 from pipeline.text.rendering import render_all, template_identity
 from pipeline.text.teacher_prompt import TeacherPrompt
 
@@ -64,6 +66,11 @@ def check_prompts(recipe: Recipe, records: Records, source: str) -> None:
     for cfg in recipe.teacher:
         if not has_own_prompts(cfg, records):
             continue
+        if 0 < (n := sum(map(TeacherPrompt.of(cfg).of_row, records))) < len(records):
+            warn(
+                f"{cfg.name}: {len(records) - n:,} of {len(records):,} prompts have no {' or '.join(TEACHER_FIELDS)}; "
+                "it reads them as the student does"
+            )
         try:
             teacher = resolve(cfg)
             prompts, context = teacher_prompts(recipe, teacher, records, source), teacher.context

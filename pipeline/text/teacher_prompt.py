@@ -118,6 +118,11 @@ def kept_columns(recipe: Recipe) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*named, *recipe.prompts.columns]))
 
 
+def has_own_text(template: Mapping[str, Any]) -> bool:
+    """Whether a teacher read other text than the student, apart from the chat template."""
+    return bool(template.keys() & {"prompt", "prefix", "columns"})
+
+
 def read_text(template: Mapping[str, Any], record: Record) -> str | None:
     """What a teacher read of a row, for people; None if it read what the student did, apart from the chat template.
 
@@ -126,7 +131,7 @@ def read_text(template: Mapping[str, Any], record: Record) -> str | None:
 
     Raises `PromptError`.
     """
-    if not template.keys() & {"prompt", "prefix", "columns"}:
+    if not has_own_text(template):
         return None
     read = TeacherPrompt.of_scores(template).read(record)
     if "prompt" in read:
