@@ -67,9 +67,10 @@ def check_prompts(recipe: Recipe, records: Records, source: str) -> None:
         if not has_own_prompts(cfg, records):
             continue
         if 0 < (n := sum(map(TeacherPrompt.of(cfg).of_row, records))) < len(records):
+            own = " or ".join(TEACHER_FIELDS)
             warn(
-                f"{cfg.name}: {len(records) - n:,} of {len(records):,} prompts have no {' or '.join(TEACHER_FIELDS)}; "
-                "it reads them as the student does"
+                f"{cfg.name}: {len(records) - n:,} of {len(records):,} prompts have no {own}; it reads them as the "
+                "student does"
             )
         try:
             teacher = resolve(cfg)
