@@ -79,7 +79,7 @@ def test_what_a_template_ignores_is_named(capsys: pytest.CaptureFixture[str]) ->
     assert "warning" not in capsys.readouterr().err
     render_all([*records, {"messages": CHAT, "tools": TOOLS}], tokenizer_with(IGNORES), CFG, 1000)
     lines = capsys.readouterr().err.splitlines()
-    fields = ("name", "reasoning_content", "tool_call_id", "tool_calls")
+    fields = ("name", "reasoning_content", "tool_calls")
     assert [line.split("leaves out ")[1].split(" in ")[0] for line in lines] == [
         *(f"{name} of messages" for name in fields),
         "tools",
@@ -94,6 +94,11 @@ def test_parts_that_a_template_writes_as_code_are_refused(template: str) -> None
     with pytest.raises(PromptError, match=r"messages\[1\]\.content: the chat template writes parts as code") as error:
         render({"messages": CHAT}, tokenizer_with(template + "{{ add_generation_prompt }}"), CFG)
     assert "\n" not in str(error.value)
+
+
+def test_a_template_that_fails_over_parts_says_so() -> None:
+    with pytest.raises(PromptError, match=r"refuses it: .*; messages\[1\]\.content is a list of parts"):
+        render({"messages": CHAT}, tokenizer_with("{{ messages[1].content.startswith('a') }}"), CFG)
 
 
 def test_tools_without_a_template_are_refused() -> None:

@@ -73,13 +73,18 @@ def render_chat(
         raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
     chat = with_system(messages, cfg.system)
     args = cfg.template_args if tools is None else {**cfg.template_args, "tools": tools}
-    text = chat_text(chat, tokenizer, args, reply_follows=reply_follows)
-    for number, message in enumerate(chat):
-        content = message.get("content")
-        if isinstance(content, list) and content and _written(content, text):
+    in_parts = {n: parts for n, one in enumerate(messages) if isinstance(parts := one.get("content"), list)}
+    try:
+        text = chat_text(chat, tokenizer, args, reply_follows=reply_follows)
+    except PromptError as error:
+        if not in_parts:
+            raise
+        raise PromptError(f"{error}; messages[{min(in_parts)}].content is a list of parts: give it as text") from None
+    for number, parts in in_parts.items():
+        if _written(parts, text):
             raise PromptError(
-                f"messages[{number}].content: the chat template writes parts as code, {str(content)[:40]}...; give "
-                "the content as text"
+                f"messages[{number}].content: the chat template writes parts as code, {str(parts)[:40]}...; give the "
+                "content as text"
             )
     check_length(text, tokenizer, at_most)
     try:
