@@ -145,6 +145,7 @@ def test_chats_travel_through_cache_export_and_parquet(tmp_path: Path, capsys: p
     assert load_prompts(recipe.prompts) == rows
     with pytest.raises(PromptError, match=r"writes parts as code|refuses it"):  # the toy's template knows text alone
         pipeline.rollouts.stage.run(recipe, str(tmp_path / "c.zarr"))
+    rows[1]["teacher_messages"] = [{"role": "user", "content": "1+1*1=?"}]
     rows[0]["messages"] = [m | {"content": "1+2?"} if m.get("name") else {"content": ""} | m for m in CHAT]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = load_recipe("toy", [f"prompts.path={tmp_path / 'p.jsonl'}", *SHORT])

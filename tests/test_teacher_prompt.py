@@ -209,6 +209,30 @@ def test_pages_show_what_each_teacher_read(cache: Path, prompts: Path, capsys: p
     assert "read in place of prompts teacher_prompt of the rows" in card
 
 
+@pytest.mark.parametrize(
+    "planted", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 5]
+)
+def test_a_template_in_somebodys_cache_does_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: object
+) -> None:
+    quick = Renderer(seconds=0.2)
+    monkeypatch.setattr("pipeline.text.teacher_prompt.renderer", lambda: quick)
+    path = Path(shutil.copytree(cache, tmp_path / "c.zarr"))
+    file = path / "rounds/00000/scores/solved/zarr.json"
+    manifest = json.loads(file.read_text())
+    manifest["attributes"]["redpen"]["template"] |= {"prompt": planted, "prefix": planted}
+    file.write_text(json.dumps(manifest))
+    round_ = cs.open(path).round()
+    decoder = load_decoder(round_.manifest)
+    found = rollout_set(round_, SetRequest("round", "cache", 100, 10**7), decoder)
+    assert found is not None
+    shown = {row["read"]["solved"] for row in found["rows"]}
+    shown.add(inspect.rollout(round_, 0, "solved", lambda: decoder)["teacher_prompt"])
+    if isinstance(planted, str):
+        assert shown == {"[teacher.prompt takes more than 0.2 s for one prompt]"}
+    quick.close()
+
+
 def test_exports_keep_the_columns(cache: Path, prompts: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.parquet"
     assert exporting.run(str(cache), str(file)) == 0
@@ -222,14 +246,17 @@ def test_exports_keep_the_columns(cache: Path, prompts: Path, tmp_path: Path) ->
 def test_columns_that_an_export_cannot_hold_are_named(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [row | {"mixed": [n, "a"] if n else 1} for n, row in enumerate(rows()[:2])]
+    lines = [row | {"mixed": [n, "a"] if n else 1, "trained": "yes"} for n, row in enumerate(rows()[:2])]
     made = recipe_of(
-        write(tmp_path / "p.jsonl", lines), "prompts.columns=['mixed']", "rollouts.format_check_prompts=0"
+        write(tmp_path / "p.jsonl", lines), "prompts.columns=['mixed', 'trained']", "rollouts.format_check_prompts=0"
     )
     assert pipeline.rollouts.stage.run(made, str(tmp_path / "c.zarr")) == 0
     assert exporting.run(str(tmp_path / "c.zarr"), str(tmp_path / "r.parquet")) == 0
-    assert "column mixed of the prompts" in (err := capsys.readouterr().err) and "it is left out" in err
-    assert "mixed" not in pq.read_schema(tmp_path / "r.parquet").names
+    err = capsys.readouterr().err
+    assert "column mixed of the prompts has values of several types; it is left out" in err
+    assert "column trained of the prompts has the name of one of rollouts; it is left out" in err
+    table = pq.read_table(tmp_path / "r.parquet")
+    assert "mixed" not in table.column_names and set(table["trained"][0].as_py()) == {1}
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
@@ -237,7 +264,7 @@ def test_columns_that_an_export_cannot_hold_are_named(
 
 HOSTILE = {
     "{% for i in range(10**9) %}{% endfor %}{{ prompt }}": "sampled range|takes more than 0.2 s|OverflowError",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ prompt }}": "more than 0.2 s",
+    ENDLESS + "{{ prompt }}": "more than 0.2 s",
     "{{ prompt * 10**9 }}": "memory|characters",
     "{{ prompt * 9000000 }}": "characters",
     "{{ prompt.__class__.__mro__ }}": "unsafe|undefined",

@@ -2,8 +2,8 @@
 
     prompt_index, sample_index                  which rollout
     prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several;
-                                                so are tools and teachers' columns, and columns that were kept;
-                                                what has several types (tool calls, tools) is the text of its JSON
+                                                columns that were kept for teachers; tools, teacher_messages, and
+                                                messages with more than text are the text of their JSON
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
@@ -96,10 +96,10 @@ class BlockExporter:
         records = [round_.prompts[index] for index in range(round_.n_prompts)]
         if any(isinstance(record.get("answer"), list) for record in records):
             fields["answer"] = pa.list_(pa.string())
-        self._as_json = [name for name in _JSON_FIELDS if not all(_is_plain(record.get(name)) for record in records)]
+        self._as_json = [name for name in _JSON_FIELDS if any(name in record for record in records)]
+        if all(map(_has_plain_messages, records)):
+            self._as_json = [name for name in self._as_json if name != "messages"]
         fields |= dict.fromkeys(self._as_json, pa.string())
-        self._more = _more_columns(records, round_, fields)
-        fields |= self._more
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
         fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
         for name, group in self.scorers.items():
@@ -109,6 +109,8 @@ class BlockExporter:
                 for dim in spec.dims[1:]:
                     value = pa.list_(value, sizes[dim])
                 fields[column_name(name, spec)] = pa.list_(value)
+        self._more = _more_columns(records, round_, fields)
+        fields |= self._more
         about = {
             "round": round_.index,
             "manifest": round_.manifest.to_json(),
@@ -157,24 +159,29 @@ class BlockExporter:
         return pa.table(arrays, schema=self.schema)
 
 
-def _is_plain(messages: Any) -> bool:
-    """Whether messages have role and content alone, both text, so that one type of Parquet holds all."""
-    return messages is None or all(
-        message.keys() == {"role", "content"} and isinstance(message["content"], str) for message in messages
+def _has_plain_messages(record: dict[str, Any]) -> bool:
+    """Whether its messages, if any, have role and content alone, both text: one type of Parquet holds them all."""
+    return all(
+        message.keys() == {"role", "content"} and isinstance(message["content"], str)
+        for message in record.get("messages", ())
     )
 
 
 def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Types of the other columns of the prompts, for teachers."""
+    """Types of the prompts' other columns, for teachers' texts; `known` are the columns of the export itself."""
     found = {}
-    for name in sorted({name for record in records for name in record} - known.keys()):
+    for name in sorted({name for record in records for name in record} - {"messages", *_TEXTS, *_JSON_FIELDS}):
+        values, problem = [record.get(name) for record in records], "has values of several types"
         try:
-            values = pa.array([record.get(name) for record in records])
-            if values.to_pylist() != [record.get(name) for record in records]:
-                raise pa.ArrowInvalid("values would change")
-            found[name] = values.type
+            column = pa.array(values)
+            if name in known:
+                problem = "has the name of one of rollouts"
+            elif column.to_pylist() == values:
+                found[name] = column.type
+                continue
         except (pa.ArrowException, OverflowError):
-            warn(f"{round_.cache.url}: column {name} of the prompts has values of several types; it is left out")
+            pass
+        warn(f"{round_.cache.url}: column {name} of the prompts {problem}; it is left out")
     return found
 
 

@@ -45,9 +45,10 @@ class TeacherPrompt:
         return cls(cfg.prompt, cfg.prompt_prefix, setting)
 
     @classmethod
-    def of_scores(cls, template: Mapping[str, Any]) -> TeacherPrompt:
-        """By the provenance of a teacher's scores."""
-        return cls(template.get("prompt"), template.get("prefix"))
+    def of_scores(cls, made: Mapping[str, Any]) -> TeacherPrompt:
+        """By the provenance of a teacher's scores, whatever somebody's cache holds there."""
+        template, prefix = (text if isinstance(text := made.get(key), str) else None for key in ("prompt", "prefix"))
+        return cls(template, prefix)
 
     def columns(self) -> tuple[str, ...]:
         """The columns that the template names. Raises `ConfigError` if it is no template, or names none."""
