@@ -47,6 +47,7 @@ SMALL = (
     "rollouts.rollouts_per_prompt=2",
     "train.prompts_per_step=4",
 )
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 SOLVED, HINTED = "{{ solution }}\n{{ prompt }}", "{{ hints | join(';') }};{{ prompt }}"
 #: What each teacher reads of a row, without Jinja.
 READ: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -209,9 +210,7 @@ def test_pages_show_what_each_teacher_read(cache: Path, prompts: Path, capsys: p
     assert "read in place of prompts teacher_prompt of the rows" in card
 
 
-@pytest.mark.parametrize(
-    "planted", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 5]
-)
+@pytest.mark.parametrize("planted", [ENDLESS, 5], ids=["endless", "a number"])
 def test_a_template_in_somebodys_cache_does_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: object
 ) -> None:
