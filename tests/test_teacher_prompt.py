@@ -321,6 +321,22 @@ def test_rows_of_later_rounds_are_looked_at_first(tmp_path: Path) -> None:
     assert not (tmp_path / "c.zarr").exists()
 
 
+def test_rows_are_looked_at_without_the_teacher(tmp_path: Path) -> None:
+    """Its context is not known then, its columns are."""
+    file = write(tmp_path / "p.jsonl", rows())
+    away = (f"teacher.model={tmp_path / 'gone'}", "prompts.columns=['solution']")
+    made = recipe_of(file, f"teacher.prompt={SOLVED}", *away)
+    check_prompts(made, load_prompts(made.prompts, columns=("solution",)), "p.jsonl")
+    with pytest.raises(PromptError, match=r"p\.jsonl: prompt 1: teacher\.prompt: 'solution' is undefined"):
+        check_prompts(made, load_prompts(made.prompts), "p.jsonl")
+
+
+def test_a_column_that_no_row_has_is_named(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = recipe_of(prompts, "prompts.columns=['solutoin']", "prompts.limit=2", "rollouts.format_check_prompts=0")
+    assert pipeline.rollouts.stage.run(made, str(tmp_path / "c.zarr")) == 0
+    assert "no prompt has the column 'solutoin' of prompts.columns" in capsys.readouterr().err
+
+
 def test_rows_without_a_text_are_counted(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_prompts(recipe_of(prompts), load_prompts(recipe_of(prompts).prompts), "p.jsonl")
     assert "teacher: 4 of 8 prompts have no teacher_prompt or teacher_messages" in capsys.readouterr().err

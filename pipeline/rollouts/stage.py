@@ -103,6 +103,8 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
         )
     tokenizer, context = student.tokenizer, student.context
     records = load_prompts(recipe.prompts, columns=kept_columns(recipe))
+    if missing := [name for name in recipe.prompts.columns if not any(name in record for record in records)]:
+        warn(f"{recipe.prompts.path}: no prompt has the column {missing[0]!r} of prompts.columns, so nothing is kept")
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, context)
     require_room(prompts, settings.max_response_tokens, context, "rollouts.max_response_tokens")
     check_prompts(recipe, records, recipe.prompts.path)
