@@ -46,7 +46,9 @@ from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, read_record, read_steps
 from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
+from pipeline.teachers.prompts import check_prompts
 from pipeline.text.prompts import load_prompts
+from pipeline.text.teacher_prompt import kept_columns
 from pipeline.train import ledger
 from pipeline.train import stage as train
 from pipeline.train.stopping import heldout_loss
@@ -212,7 +214,10 @@ def _open(
     """
     limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
-        n_slices = max(1, len(load_prompts(recipe.prompts.model_copy(update={"limit": None}))) // limit)
+        every = load_prompts(recipe.prompts.model_copy(update={"limit": None}), columns=kept_columns(recipe))
+        n_slices = max(1, len(every) // limit)
+        # better now than in the round that comes to the row
+        check_prompts(recipe, every[: limit * min(n_slices, recipe.distill.rounds)], recipe.prompts.path)
     run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
     if run.result is not None and load_stored_recipe(run.recipe).distill == recipe.distill:
         return run, run.result, n_slices

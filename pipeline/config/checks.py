@@ -245,6 +245,17 @@ def round_limits_are_within_the_longest(recipe: Recipe) -> str | None:
 
 
 @_conflict
+def prompts_have_no_prefix(recipe: Recipe) -> str | None:
+    for teacher in recipe.teacher:
+        if teacher.prompt is not None and teacher.prompt_prefix is not None:
+            return (
+                f"teacher {teacher.name!r}: expected either prompt or prompt_prefix, got both; write the prefix into "
+                "prompt, before {{ prompt }}"
+            )
+    return None
+
+
+@_conflict
 def served_teachers_have_a_url(recipe: Recipe) -> str | None:
     for teacher in recipe.teacher:
         if recipe.placement(teacher) == "server" and teacher.url is None:

@@ -34,12 +34,17 @@ class ChangedError(Exception):
 
 @dataclass(frozen=True)
 class Export:
-    """What the schema of an exported file says: manifests, and digests by group and block; 0: not in the file."""
+    """What the schema of an exported file says: manifests, and digests by group and block; 0: not in the file.
+
+    Attributes:
+        columns: of the prompts, beside the usual ones.
+    """
 
     path: Path
     manifest: cs.RoundManifest
     scores: dict[str, cs.ScoresManifest]
     digests: dict[str, list[int]]
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> Export | None:
@@ -50,7 +55,8 @@ class Export:
             about = json.loads((parquet.read_schema(path).metadata or {})[b"redpen"])
             scores = {name: cs.ScoresManifest.from_json(one, name) for name, one in about["scores"].items()}
             digests = {name: [int(digest, 16) for digest in each] for name, each in about["digests"].items()}
-            return cls(path, cs.RoundManifest.from_json(about["manifest"], "round"), scores, digests)
+            columns = tuple(map(str, about.get("columns", ())))
+            return cls(path, cs.RoundManifest.from_json(about["manifest"], "round"), scores, digests, columns)
         except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError):
             return None
 
@@ -65,13 +71,13 @@ class Export:
         if 0 in self.digests["rollouts"]:
             raise ChangedError("it was exported before all rollouts were sampled")
         records: dict[int, dict[str, Any]] = {}
-        for block, table in self._tables(["prompt_index", *FIELDS]):
+        for block, table in self._tables(["prompt_index", *FIELDS, *self.columns]):
             for row in table.to_pylist():
                 if row["prompt_index"] not in self.manifest.block_prompts(block):
                     raise ChangedError("its rows were changed")
                 if row["prompt_index"] not in records:
                     try:
-                        records[row["prompt_index"]] = check_record(row, str(self.path))
+                        records[row["prompt_index"]] = check_record(row, str(self.path), self.columns)
                     except PromptError as error:
                         raise ChangedError(str(error)) from None
         prompts = [records[index] for index in sorted(records)]

@@ -50,8 +50,10 @@ from pipeline.models.paths import is_available
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds import manifests
 from pipeline.score.summary import summarize
-from pipeline.teachers.alignment import View, longest_of, template_of, view_of
+from pipeline.teachers.alignment import View, longest_of, view_of
+from pipeline.teachers.prompts import template_of
 from pipeline.teachers.spans import SpanView
+from pipeline.text.teacher_prompt import TeacherPrompt
 
 IntArray = npt.NDArray[np.int64]
 
@@ -139,6 +141,8 @@ def _is_complete(round_: cs.Round, name: str, cfg: ModelConfig) -> bool:
     same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
     same &= (cached.adapter_digest is None) == (cfg.adapter is None)
     same &= cfg.quantisation in (None, group.manifest.quantisation)
+    if isinstance(cfg, TeacherConfig):
+        same &= TeacherPrompt.of(cfg) == TeacherPrompt.of_scores(group.manifest.template)
     same &= group.manifest.engine == "server" or cfg.dtype in ("auto", group.manifest.dtype)
     return same and bool(group.committed().all())
 
@@ -167,7 +171,7 @@ def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel, view: Vi
         recipe,
         teacher,
         sampled,
-        template=template_of(recipe, teacher, sampled.template),
+        template=template_of(recipe, teacher, sampled.template, view.made_of),
         lacks_tokens=view.lacks_tokens(sampled.tokenizer.vocab_size),
         spans=isinstance(view, SpanView),
     )
@@ -235,8 +239,8 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
 
 def _check_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
     """Refuse a model that was not made for rollouts as long as these: its scores would be wrong without a sign."""
-    sampled, cfg, (model, view) = round_.manifest, work.cfg, work.resolved
-    context, renders = model.context, isinstance(cfg, TeacherConfig) and cfg.renders
+    sampled, (model, view) = round_.manifest, work.resolved
+    context, renders = model.context, view.prompts is not None
     if context is None or (not renders and sampled.max_prompt_tokens + sampled.max_response_tokens <= context):
         return
     for block in blocks.tolist():
