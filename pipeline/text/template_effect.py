@@ -89,11 +89,8 @@ class _Look:
         for chat, text, args in self._rendered():
             for number, message in enumerate(chat[:_N_MESSAGES]):
                 if "content" in message and ignored.get(message["role"], True):
-                    content = message["content"]
-                    more = (
-                        content + _OTHER if isinstance(content, str) else [*content, {"type": "text", "text": _OTHER}]
-                    )
-                    other = [*chat[:number], {**message, "content": more}, *chat[number + 1 :]]
+                    more = {**message, "content": _more(message["content"])}
+                    other = [*chat[:number], more, *chat[number + 1 :]]
                     ignored[message["role"]] = not self._changes(other, text, args)
         for role, is_ignored in ignored.items():
             if is_ignored and role == "system" and self._cfg.system is not None and not all(own):
