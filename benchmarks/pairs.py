@@ -1,10 +1,11 @@
-"""Start two commands on one run at once, again and again: no traceback, no lost result.
+"""Start two commands on the same cache or run at once, again and again: no traceback, no lost result.
 
-    python benchmarks/pairs.py [--times 10] [--pair eval/eval eval/train eval/report report/report]
+    python benchmarks/pairs.py [--times 10] [--pair eval/eval train/merge ...]
 
-A run of the toy is made and evaluated once. For each pair both commands start together on a copy of it. Each has to
-exit with 0, or with 1 and one line that names the process that holds the run; afterwards the run's evaluation must be
-one that its record knows. Prints counts; exits 1 where anything is otherwise.
+A cache of the toy is sampled and scored, a run is trained and evaluated once. For each pair both commands start
+together on a copy of all that. Each has to exit with 0, or with 1 and one line; then both are repeated, one after the
+other, and have to exit with 0, and `redpen verify` has to find nothing in what is there. Prints the exit codes; exits
+with 1 where anything is otherwise.
 """
 
 from __future__ import annotations
@@ -14,35 +15,93 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
-from pipeline.runs.files import fault
+SETTINGS = ("prompts.limit=16", "rollouts.prompts_per_block=4", "train.prompts_per_step=8", "train.steps=4")
+SETTINGS += ("train.stop_reverse_kl=0", "distill.rounds=2", "distill.stop_reverse_kl=0", "sft.steps=2")
+SETTINGS += ("sft.examples_per_step=4",)
+FIGURES = ("eval.limit=8", "eval.reread_rollouts=8")
+#: Exit codes of a command that did its work; the gate of `continual` need not hold.
+DONE = {0, 4}
+#: Each in a directory that has cache.zarr, scored, sampled.zarr, which is not, and the evaluated run `made`.
+COMMANDS = {
+    "sample": ("rollouts toy --cache new.zarr", SETTINGS),
+    "score": ("score toy --cache sampled.zarr", SETTINGS),
+    "score-new": ("score toy --cache new.zarr", SETTINGS),
+    "train": ("train toy --cache cache.zarr --run made", SETTINGS),
+    "longer": ("train toy --cache cache.zarr --run made", (*SETTINGS, "train.steps=6")),
+    "train-new": ("train toy --cache cache.zarr --run new", SETTINGS),
+    "distill": ("distill toy --cache rounds.zarr --run rounds", SETTINGS),
+    "continual": ("continual company --cache company.zarr --run company", SETTINGS),
+    "eval": ("eval made", FIGURES),
+    "report": ("report made -o new.html", ()),
+    "merge": ("merge made -o merged", ()),
+    "export": ("export-cache cache.zarr -o new.parquet", ()),
+    "inspect": ("inspect sampled.zarr", ()),
+}
+PAIRS = (
+    *("sample/sample", "sample/score-new", "score/score", "score/inspect", "train-new/train-new", "train/train"),
+    *("distill/distill", "continual/continual", "eval/eval", "eval/train", "eval/report", "eval/merge"),
+    *(
+        "longer/eval",
+        "longer/longer",
+        "longer/merge",
+        "longer/report",
+        "report/report",
+        "merge/merge",
+        "export/export",
+    ),
+)
 
-PAIRS = ("eval/eval", "eval/train", "eval/report", "report/report")
-KEPT = ("eval.json", "eval.zarr", "reread.safetensors")
-SETTINGS = ("prompts.limit=64", "train.steps=4", "train.stop_reverse_kl=0")
 
-
-def command(name: str, cache: Path, run: Path) -> list[str]:
-    of_training = [part for setting in SETTINGS for part in ("--set", setting)]
-    arguments = {
-        "rollouts": ["toy", "--cache", str(cache), *of_training],
-        "score": ["toy", "--cache", str(cache), *of_training],
-        "train": ["toy", "--cache", str(cache), "--run", str(run), *of_training],
-        "eval": [str(run), "--set", "eval.limit=8", "--set", "eval.reread_rollouts=8"],
-        "report": [str(run), "-o", str(run.parent / "report.html")],
-    }
-    return [sys.executable, "-m", "pipeline", "--", name, *arguments[name]]
+def arguments(name: str) -> list[str]:
+    line, settings = COMMANDS[name]
+    of_settings = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "pipeline", "--", *line.split(), *of_settings]
 
 
 def fault_of(name: str, code: int, err: str, out: str) -> str | None:
     """What of a command's end is not as it should be."""
-    if "Traceback" in err or code not in (0, 1):
+    if "Traceback" in err or code not in DONE | {1}:
         return f"{name} ended with {code}: {err[-2000:]}"
-    refusals = [line for line in err.splitlines() if line.startswith("redpen: ")]
-    if code and not (len(refusals) == 1 and ("process " in refusals[0] or "is working on it" in refusals[0])):
+    refusals = [line for line in err.splitlines() if line.startswith("redpen: ") and ": warning: " not in line]
+    if code == 1 and len(refusals) != 1:
         return f"{name} ended with 1: {refusals or err[-2000:]}"
     return None if code or out else f"{name} printed nothing"
+
+
+def repeated(names: list[str], where: Path) -> list[str]:
+    """What is wrong after the same commands, one after the other."""
+    wrong = []
+    shutil.rmtree(where / "merged", ignore_errors=True)  # `redpen merge` replaces nothing
+    evaluated = ["eval"] * ("longer" in names)  # the evaluation from before is of another student
+    for name in dict.fromkeys(names + evaluated):
+        done = subprocess.run(arguments(name), cwd=where, capture_output=True, text=True)
+        if done.returncode not in DONE:
+            wrong.append(f"{name}, repeated, ended with {done.returncode}: {done.stderr[-2000:]}")
+    for path in sorted(where.iterdir()):
+        if path.suffix == ".zarr" or (path / "run.json").exists():
+            checked = [sys.executable, "-m", "pipeline", "--", "verify", path.name]
+            done = subprocess.run(checked, cwd=where, capture_output=True, text=True)
+            if done.returncode:
+                wrong.append(f"verify {path.name} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr}")
+    return wrong + [f"{path.name} remains" for path in where.rglob("*.partial")]
+
+
+def one(pair: str, made: Path, where: Path) -> tuple[tuple[int, ...], list[str]]:
+    """The exit codes of a pair started together on a copy of `made`, and what is wrong."""
+    shutil.copytree(made, where)
+    names = pair.split("/")
+    started = [
+        subprocess.Popen(arguments(name), cwd=where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    ends = [(*process.communicate(), process.returncode) for process in started]
+    faults = [fault_of(name, code, err, out) for name, (out, err, code) in zip(names, ends, strict=True)]
+    wrong = [found for found in faults if found is not None] + repeated(names, where)
+    shutil.rmtree(where)
+    return tuple(code for _, _, code in ends), wrong
 
 
 def main() -> int:
@@ -50,34 +109,25 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--pair", nargs="+", choices=PAIRS, default=PAIRS)
     args = parser.parse_args()
-    n_bad = 0
+    n_wrong = 0
     with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        cache, made = root / "cache.zarr", root / "made"
-        for name in ("rollouts", "score", "train", "eval"):
-            subprocess.run(command(name, cache, made), check=True, capture_output=True)
+        made = Path(directory) / "made"
+        made.mkdir()
+        for name in ("sample", "score-new", "train", "eval"):
+            done = [part.replace("new.zarr", "cache.zarr") for part in arguments(name)]
+            subprocess.run(done, cwd=made, check=True, capture_output=True)
+        sampled = [part.replace("new.zarr", "sampled.zarr") for part in arguments("sample")]
+        subprocess.run(sampled, cwd=made, check=True, capture_output=True)
         for pair in args.pair:
-            codes: list[tuple[int, ...]] = []
-            for _ in range(args.times):
-                run = Path(shutil.copytree(made, root / "pair" / "run"))
-                names = pair.split("/")
-                started = [
-                    subprocess.Popen(
-                        command(name, cache, run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-                    )
-                    for name in names
-                ]
-                ends = [(*process.communicate(), process.returncode) for process in started]
-                faults = [fault_of(name, code, err, out) for name, (out, err, code) in zip(names, ends, strict=True)]
-                faults += [fault(run, name) for name in KEPT]
-                faults += [f"{name} is lost" for name in KEPT if not (run / name).exists()]
-                for found in filter(None, faults):
-                    n_bad += 1
-                    print(f"{pair}: {found}")
-                codes.append(tuple(code for _, _, code in ends))
-                shutil.rmtree(root / "pair")
-            print(f"{pair}: " + ", ".join(f"{codes.count(code)} x {code}" for code in sorted(set(codes))))
-    return 1 if n_bad else 0
+            codes = Counter[tuple[int, ...]]()
+            for n in range(args.times):
+                ended, wrong = one(pair, made, Path(directory) / f"{pair.replace('/', '-')}-{n}")
+                codes[ended] += 1
+                n_wrong += len(wrong)
+                for found in wrong:
+                    print(f"{pair}: {found}", flush=True)
+            print(f"{pair}: " + ", ".join(f"{count} x {ended}" for ended, count in sorted(codes.items())), flush=True)
+    return 1 if n_wrong else 0
 
 
 if __name__ == "__main__":

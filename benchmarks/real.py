@@ -8,6 +8,7 @@
     trl              the same pair, the same prompts and steps by TRL's DistillationTrainer
     rescue           SmolLM2-135M-Instruct learns a company's facts, and gets its instruction following back
     context          SmolLM2 learns from itself with a system message
+    solution         Qwen2.5-Coder-0.5B-Instruct learns word problems from itself, shown the worked solutions
     other_tokenizer  SmolLM2 learns sums from Qwen2.5-Coder-1.5B-Instruct, by spans of text
     engines          transformers and vLLM as samplers
 
@@ -79,6 +80,12 @@ NOTES = {
         SmolLM2-135M-Instruct learns from itself with a system message that it is not given: 64 prompts x 2
         rollouts of at most 64 tokens, 16 steps of 16 rollouts. Held out are 48 prompts about other topics. The
         column "with the message" is the untrained model that is given the message.
+    """,
+    "solution": f"""
+        Qwen2.5-Coder-0.5B-Instruct learns from itself, as it was, shown the worked solution of each problem
+        (`teacher.prompt`); problems, rollouts, steps and held-out problems are those of the larger teacher,
+        {PROMPTS} x 2 rollouts and {2 * PROMPTS // 8} steps of 16. The column "shown the solution" is the
+        untrained model that is given it.
     """,
     "other_tokenizer": f"""
         SmolLM2-135M-Instruct (49,152 tokens) learns bare sums from Qwen2.5-Coder-1.5B-Instruct (151,936

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+#: A problem, its answer, and the steps to it.
+Problem = tuple[str, int, str]
 
 ASKED = "Solve this step by step, and end with the answer as a number."
 TRAIN_NAMES = ["Ada", "Bruno", "Carla", "Dmitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Kira", "Luis"]
@@ -19,80 +21,94 @@ HELD_OUT_NAMES = ["Quentin", "Rosa", "Saman", "Tove", "Uma", "Viktor", "Wanda", 
 THINGS = ["apples", "pencils", "marbles", "stickers", "books", "shells", "coins", "stamps", "cards", "buttons"]
 
 
-def _boxes(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _boxes(r: random.Random, a: str, b: str) -> Problem:
     n, each = r.randint(4, 12), r.randint(6, 15)
     given, things = r.randint(5, n * each // 2), r.choice(THINGS)
     text = f"{a} has {n} boxes with {each} {things} each and gives {given} {things} to {b}. How many are left?"
-    return text, n * each - given
+    left = n * each - given
+    return text, left, f"{n} x {each} = {n * each}; {n * each} - {given} = {left}"
 
 
-def _change(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _change(r: random.Random, a: str, b: str) -> Problem:
     price, count = r.randint(3, 19), r.randint(2, 9)
     paid = (price * count // 50 + 1) * 50
     return (
         f"A ticket costs {price} dollars. {a} buys {count} tickets for {b} and friends and pays with {paid} dollars. "
         "How many dollars of change are there?",
         paid - price * count,
+        f"{count} x {price} = {count * price}; {paid} - {count * price} = {paid - price * count}",
     )
 
 
-def _pages(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _pages(r: random.Random, a: str, b: str) -> Problem:
     first, days, second, more = r.randint(8, 30), r.randint(3, 9), r.randint(8, 30), r.randint(2, 6)
+    by_a = first * days + second * more
     return (
         f"{a} reads {first} pages a day for {days} days, and then {second} pages a day for {more} days. {b} has read "
         f"{days + more} pages. How many pages have they read together?",
-        first * days + second * more + days + more,
+        by_a + days + more,
+        f"{first} x {days} + {second} x {more} = {by_a}; {by_a} + {days + more} = {by_a + days + more}",
     )
 
 
-def _loaves(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _loaves(r: random.Random, a: str, b: str) -> Problem:
     morning, times = r.randint(12, 45), r.randint(2, 4)
     sold = r.randint(10, morning * (1 + times) - 5)
+    baked = morning * (1 + times)
     return (
         f"{a} bakes {morning} loaves in the morning and {times} times as many in the afternoon. {b} sells {sold} of "
         "them. How many loaves remain?",
-        morning * (1 + times) - sold,
+        baked - sold,
+        f"{morning} x {times} = {morning * times}; {morning} + {morning * times} = {baked}; {baked} - {sold} = "
+        f"{baked - sold}",
     )
 
 
-def _ages(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _ages(r: random.Random, a: str, b: str) -> Problem:
     age, older, times, years = r.randint(6, 30), r.randint(2, 12), r.randint(2, 3), r.randint(2, 9)
     return (
         f"{a} is {age} years old. {b} is {older} years older than {a}, and their aunt is {times} times as old as "
         f"{b}. How old will the aunt be in {years} years?",
         times * (age + older) + years,
+        f"{age} + {older} = {age + older}; {times} x {age + older} = {times * (age + older)}; "
+        f"{times * (age + older)} + {years} = {times * (age + older) + years}",
     )
 
 
-def _wages(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _wages(r: random.Random, a: str, b: str) -> Problem:
     hourly, hours, days = r.randint(9, 25), r.randint(3, 8), r.randint(3, 6)
     spent = r.randint(20, hourly * hours * days // 2)
+    earned = hourly * hours * days
     return (
         f"{a} earns {hourly} dollars an hour and works {hours} hours on each of {days} days. Then {a} spends {spent} "
         f"dollars on a present for {b}. How many dollars are left?",
-        hourly * hours * days - spent,
+        earned - spent,
+        f"{hourly} x {hours} x {days} = {earned}; {earned} - {spent} = {earned - spent}",
     )
 
 
-def _bus(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _bus(r: random.Random, a: str, b: str) -> Problem:
     start, stops, on, off = r.randint(12, 40), r.randint(3, 6), r.randint(4, 9), r.randint(1, 3)
     return (
         f"A bus starts with {start} passengers, {a} and {b} among them. At each of {stops} stops {on} people get on "
         f"and {off} get off. How many passengers are there after the last of these stops?",
         start + stops * (on - off),
+        f"{on} - {off} = {on - off}; {stops} x {on - off} = {stops * (on - off)}; {start} + {stops * (on - off)} = "
+        f"{start + stops * (on - off)}",
     )
 
 
-def _equal_parts(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _equal_parts(r: random.Random, a: str, b: str) -> Problem:
     friends, each, back, things = r.randint(3, 9), r.randint(7, 18), r.randint(1, 5), r.choice(THINGS)
     return (
         f"{a} and {b} have {friends * each} {things} and divide them equally among {friends} children. Every child "
         f"gives {back} of them away. How many {things} does each child have now?",
         each - back,
+        f"{friends * each} / {friends} = {each}; {each} - {back} = {each - back}",
     )
 
 
-def _garden(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _garden(r: random.Random, a: str, b: str) -> Problem:
     rows, plants, more, beans, lost = (
         r.randint(4, 12),
         r.randint(6, 14),
@@ -100,23 +116,27 @@ def _garden(r: random.Random, a: str, b: str) -> tuple[str, int]:
         r.randint(5, 12),
         r.randint(3, 15),
     )
+    planted = rows * plants + more * beans
     return (
         f"{a} plants {rows} rows of {plants} tomatoes, and {b} plants {more} rows of {beans} beans. {lost} of "
         "all the plants die. How many plants are left?",
-        rows * plants + more * beans - lost,
+        planted - lost,
+        f"{rows} x {plants} + {more} x {beans} = {planted}; {planted} - {lost} = {planted - lost}",
     )
 
 
-def _seats(r: random.Random, a: str, b: str) -> tuple[str, int]:
+def _seats(r: random.Random, a: str, b: str) -> Problem:
     cars, seats, percent = r.randint(3, 9), 20 * r.randint(2, 5), 10 * r.randint(3, 9)
     return (
         f"A train has {cars} cars with {seats} seats each. When {a} and {b} have sat down, {percent} percent of the "
         "seats are taken. How many seats are free?",
         cars * seats * (100 - percent) // 100,
+        f"{cars} x {seats} = {cars * seats}; {100 - percent} % of {cars * seats} = "
+        f"{cars * seats * (100 - percent) // 100}",
     )
 
 
-PROBLEMS: Sequence[Callable[[random.Random, str, str], tuple[str, int]]] = (
+PROBLEMS: Sequence[Callable[[random.Random, str, str], Problem]] = (
     _boxes,
     _change,
     _pages,
@@ -135,9 +155,9 @@ def word_problems(count: int, seed: int, names: Sequence[str]) -> list[Row]:
     r, found = random.Random(f"word problems {seed}"), {}
     while len(found) < count:
         a, b = r.sample(names, 2)
-        text, answer = PROBLEMS[len(found) % len(PROBLEMS)](r, a, b)
-        found[text] = answer
-    return [{"prompt": f"{text}\n{ASKED}", "answer": str(answer)} for text, answer in found.items()]
+        text, answer, solution = PROBLEMS[len(found) % len(PROBLEMS)](r, a, b)
+        found[text] = {"prompt": f"{text}\n{ASKED}", "answer": str(answer), "solution": solution}
+    return list(found.values())
 
 
 def bare_sums(count: int, seed: int) -> list[Row]:

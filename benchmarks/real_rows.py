@@ -166,7 +166,7 @@ def listed(values: Sequence[float], form: str) -> str:
 # ---------------------------------------------------------------------------------------------------- larger teacher
 
 
-def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int) -> Path:
+def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int, teacher: dict[str, Any] | None = None) -> Path:
     """Of the Qwen pair. With other `rounds` the recipe differs in nothing else, so `redpen distill` goes on."""
     prompts, most = lab.count(PROMPTS), 3
     data.write(directory / "train.jsonl", data.word_problems(most * prompts, 1000 + seed, data.TRAIN_NAMES))
@@ -175,7 +175,7 @@ def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int) -> Path:
     return lab.recipe(
         directory / f"recipe-{rounds}.toml",
         student={"model": lab.models["student"]},
-        teacher={"model": lab.models["teacher"]},
+        teacher=teacher or {"model": lab.models["teacher"]},
         prompts={"path": str(directory / "train.jsonl"), "limit": prompts, "template": "chat"},
         rollouts={
             "engine": lab.engine,
@@ -629,6 +629,30 @@ def render_trl(runs: dict[int, Figures]) -> str:
     return per_seed(runs, one)
 
 
+# ---------------------------------------------------------------------------------------------------------- solution
+
+#: What the teacher reads in place of a problem.
+SOLVED = "{{ prompt }}\n\nA correct solution, for you alone: {{ solution }}"
+
+
+def solution(lab: Lab, directory: Path, seed: int) -> Figures:
+    """The same model, which is shown the worked solution; and what it does when it is."""
+    student = lab.models["student"]
+    recipe = pair_recipe(lab, directory, seed, rounds=1, teacher={"model": student, "prompt": SOLVED})
+    stages(lab, recipe, directory)
+    lab.command(directory, "eval", "eval", directory / "run")
+    rows = [json.loads(line) for line in (lab.work / "held_out.jsonl").read_text().splitlines()]
+    form = SOLVED.replace("{{ prompt }}", "{prompt}").replace("{{ solution }}", "{solution}")
+    data.write(lab.work / "solved.jsonl", [{"prompt": form.format(**row), "answer": row["answer"]} for row in rows])
+    shown = lab.evaluated(lab.work / "eval-solved.json", recipe, student, f"eval.path={lab.work / 'solved.jsonl'}")
+    return of_run(directory / "run") | {"shown the solution": shown}
+
+
+def render_solution(runs: dict[int, Figures]) -> str:
+    names = ("before", "after", "shown the solution")
+    return per_seed(runs, lambda run: table({name: run[name] for name in names}))
+
+
 PAIR = ("student", "teacher")
 ROWS = {
     "larger_teacher": Row("A larger teacher", PAIR, larger_teacher, rendered_pair(("before", "after one round"))),
@@ -649,6 +673,7 @@ ROWS = {
         packages=("lm_eval", "langdetect", "immutabledict"),
     ),
     "context": Row("A system message, learnt", ("small",), context, render_context),
+    "solution": Row("From itself, shown the solution", ("student",), solution, render_solution),
     "other_tokenizer": Row(
         "A teacher with another tokenizer", ("small", "teacher"), other_tokenizer, render_other_tokenizer
     ),

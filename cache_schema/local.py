@@ -69,6 +69,7 @@ class LocalDirectory(LocalStore):
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without NONBLOCK, a pipe would block
         except (FileNotFoundError, NotADirectoryError):
+            self._refuse_lost_link(path)
             return None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
@@ -88,6 +89,15 @@ class LocalDirectory(LocalStore):
         finally:
             os.close(handle)
         return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
+
+    def _refuse_lost_link(self, path: Path) -> None:
+        """Raise `ValueError` if a symbolic link on the way to a missing file points to nothing: what was there is
+        lost, and not absent."""
+        for here in (path, *path.parents):
+            if here == self.root or here.parent.exists():
+                if here.is_symlink():
+                    raise ValueError(f"{here}: expected a file or directory, found a symbolic link to nothing")
+                return
 
     def _write(self, key: str, value: Buffer, *, exclusive: bool = False) -> None:
         self._check_writable()

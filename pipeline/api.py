@@ -199,10 +199,16 @@ class Teacher:
 
     Raises:
         ModelError: the model cannot be loaded.
+        ConfigError: it should read other prompts than the student.
     """
 
     def __init__(self, model: str | ModelConfig, *, tile_tokens: int = 8192):
         self.config = TeacherConfig(**_config(model).model_dump())
+        if self.config.renders:
+            raise ConfigError(
+                "teacher.prompt, prompt_prefix, system and template need a cache, since a Teacher here scores the "
+                "student's own prompts; use `redpen score`"
+            )
         self.tokenizer = resolve(self.config).tokenizer
         self.model = models.load_model(self.config)
         self._options = ScoreOptions(tile_tokens=tile_tokens)

@@ -12,7 +12,8 @@ The rounds end when the fresh reverse KL is below `distill.stop_reverse_kl`, whe
 `distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` if it is set, and its best
 student is the result; otherwise it is the fresh reverse KL. Each round measures that on its own prompts, of which a
 few hard ones dominate: "below" means by two standard errors, and the result is the last student within two standard
-errors of the best.
+errors of the best. With `distill.max_response_tokens`, whose limit grows by round, the rounds do not end before its
+last limit, and only rounds of that limit are compared.
 
 What is left to do follows from what is on disk, so the same command continues after any kill.
 """
@@ -45,7 +46,9 @@ from pipeline.runs.directory import Result, RunDirectory, open_run
 from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, read_record, read_steps
 from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
+from pipeline.teachers.prompts import check_prompts
 from pipeline.text.prompts import load_prompts
+from pipeline.text.teacher_prompt import kept_columns
 from pipeline.train import ledger
 from pipeline.train import stage as train
 from pipeline.train.stopping import heldout_loss
@@ -131,6 +134,11 @@ def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None
     The result's `step` is the number of the student that is kept: as many rounds have trained it.
     """
     distill, last = recipe.distill, rounds[-1]
+    if len(rounds) < len(distill.max_response_tokens):
+        return None  # longer responses are to come
+    limits = [_response_limit(recipe, index) for index in range(len(rounds))]
+    # shorter responses have another reverse KL
+    alike = {index: each for index, each in enumerate(rounds) if limits[index] == limits[-1]}
     if last.steps is None:
         student = len(rounds) - 1
         if last.reverse_kl is None:
@@ -146,13 +154,13 @@ def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None
         if recipe.train.heldout_metric is not None:
             return None
         metric = "reverse KL on fresh rollouts"
-        by_student = {index: each.reverse_kl for index, each in enumerate(rounds) if each.reverse_kl is not None}
+        by_student = {index: each.reverse_kl for index, each in alike.items() if each.reverse_kl is not None}
     else:
         student = len(rounds)
         metric = f"held-out {(recipe.train.heldout_metric or '').replace('_kl', ' KL')}"
         by_student = {
-            index: Measurement(heldout_loss(recipe.train, each.heldout))
-            for index, each in enumerate(rounds, 1)
+            index + 1: Measurement(heldout_loss(recipe.train, each.heldout))
+            for index, each in alike.items()
             if each.heldout is not None
         }
     best = min(by_student, key=lambda index: (by_student[index].value, index), default=student)
@@ -206,7 +214,10 @@ def _open(
     """
     limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
-        n_slices = max(1, len(load_prompts(recipe.prompts.model_copy(update={"limit": None}))) // limit)
+        every = load_prompts(recipe.prompts.model_copy(update={"limit": None}), columns=kept_columns(recipe))
+        n_slices = max(1, len(every) // limit)
+        # better now than in the round that comes to the row
+        check_prompts(recipe, every[: limit * min(n_slices, recipe.distill.rounds)], recipe.prompts.path)
     run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
     if run.result is not None and load_stored_recipe(run.recipe).distill == recipe.distill:
         return run, run.result, n_slices
@@ -224,7 +235,7 @@ def _round_directory(run: RunDirectory, index: int) -> Path:
 
 
 def _round_recipe(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) -> Recipe:
-    """The recipe of one round: its slice of the prompts, its learning rate, the student of the round before."""
+    """The recipe of one round: its slice of the prompts, its limits, the student of the round before."""
     prompts, student = recipe.prompts, recipe.student
     rate = recipe.train.learning_rate * recipe.distill.learning_rate_decay**index
     if index:
@@ -234,10 +245,18 @@ def _round_recipe(recipe: Recipe, run: RunDirectory, index: int, n_slices: int) 
     return recipe.model_copy(
         update={
             "prompts": prompts.model_copy(update={"skip": prompts.skip + index % n_slices * (prompts.limit or 0)}),
+            "rollouts": recipe.rollouts.model_copy(update={"max_response_tokens": _response_limit(recipe, index)}),
+            "distill": recipe.distill.model_copy(update={"max_response_tokens": []}),
             "student": student,
             "train": recipe.train.model_copy(update={"learning_rate": rate}),
         }
     )
+
+
+def _response_limit(recipe: Recipe, index: int) -> int:
+    """Tokens at which the responses of a round are cut."""
+    by_round = recipe.distill.max_response_tokens
+    return by_round[min(index, len(by_round) - 1)] if by_round else recipe.rollouts.max_response_tokens
 
 
 def _after_training(current: RoundResult, recipe: Recipe, directory: Path) -> RoundResult:

@@ -22,7 +22,7 @@ from pipeline.files import atomic_directory, write_atomically
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
 from pipeline.models.files import read_adapter_config, shortened
-from pipeline.models.lora import shared_weights
+from pipeline.models.lora import bypassed, check_saves_whole, shared_weights
 from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
 from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
@@ -79,10 +79,12 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
     """Merge a PEFT model's adapter, in place, and return the transformers model with all weights in `dtype`.
 
     Raises:
-        ModelError: adapters of this kind cannot be merged, or the weights are not finite.
+        ModelError: adapters of this kind cannot be merged, the weights are not finite, or transformers would not load
+            the merged model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    check_saves_whole(model)
     base, loaded = unwrapped(model), model.dtype
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
@@ -95,9 +97,10 @@ def merge(model: Any, dtype: torch.dtype) -> Any:
             f"adapter: cannot be merged, since layers that share a weight have different adapters "
             f"({shortened(shared, 1)}); apply it with peft instead"
         )
+    without_effect = bypassed(base)
     try:
-        for module in base.modules():
-            if isinstance(module, BaseTunerLayer):
+        for name, module in base.named_modules():
+            if isinstance(module, BaseTunerLayer) and f"{name}.base_layer" not in without_effect:
                 layer = module.get_base_layer().float()
                 module.merge(safe_merge=True)
                 layer.to(dtype)

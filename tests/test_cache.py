@@ -793,6 +793,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, name: str) 
         lambda: path.symlink_to("/dev/zero"),
         lambda: os.mkfifo(path),
         lambda: path.symlink_to(path),
+        lambda: path.symlink_to("lost"),
         sparse,
     ):
         path.unlink()
@@ -802,6 +803,15 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path, name: str) 
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
     if name.endswith("0"):
         assert cs.repair(cache, list(cs.verify(cache))) == 1
+
+
+def test_scores_behind_a_link_to_nothing_are_lost_and_not_absent(tmp_path: Path) -> None:
+    cache = factory.filled(tmp_path / "c", n_prompts=1)
+    name = cache.round().scorer_names()[-1]
+    (tmp_path / "c/rounds/00000/scores" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "c/rounds/00000/scores" / name).symlink_to(tmp_path / "lost")
+    with pytest.raises(cs.CacheError, match="symbolic link to nothing"):
+        cs.open(tmp_path / "c").round().scorer_names()
 
 
 def zstd_frame_without_size(content: bytes) -> bytes:

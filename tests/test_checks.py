@@ -57,6 +57,12 @@ CONFLICTS: dict[str, list[tuple[list[str], str]]] = {
         (["teacher.code.quantisation=nf4", "score.placement=vllm"], "of teacher 'code'"),
     ],
     "spans_need_local_logits": [(["score.alignment=spans", "score.placement=vllm"], "score.alignment")],
+    "round_limits_are_within_the_longest": [
+        (["rollouts.max_response_tokens=9", "distill.max_response_tokens=[8,16]"], "distill.max_response_tokens")
+    ],
+    "prompts_have_no_prefix": [
+        (["teacher.big.prompt={{ prompt }}", "teacher.big.prompt_prefix=a"], "either prompt or prompt_prefix")
+    ],
     "served_teachers_have_a_url": [(["teacher.big.placement=server"], "teacher.url")],
     "served_adapters_have_a_name": [
         (["teacher.big.placement=server", "teacher.big.url=http://a", "teacher.big.adapter=x"], "teacher.served_name")

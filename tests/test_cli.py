@@ -62,7 +62,7 @@ def redpen(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
         (
             "recipes show to",
             "recipe to: expected one of company, context-distillation, qwen3-8b-from-32b, qwen3-8b-source, "
-            "toy, toy-ensemble, toy-grpo; did you mean toy",
+            "self-distillation, toy, toy-ensemble, toy-grpo, toy-self; did you mean toy",
         ),
     ],
 )
@@ -152,9 +152,11 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         "context-distillation",
         "qwen3-8b-from-32b",
         "qwen3-8b-source",
+        "self-distillation",
         "toy",
         "toy-ensemble",
         "toy-grpo",
+        "toy-self",
     ]
     assert cli.main(["recipes", "show", "toy"]) == 0
     Path("my.toml").write_text(capsys.readouterr().out)

@@ -163,7 +163,8 @@ def test_bad_recipe_is_one_line(data: dict[str, object], message: str) -> None:
     ("name", "content", "message"),
     [
         ("toi", None, "recipe toi: no such file; expected a TOML file or one of company, context-distillation, "
-                      "qwen3-8b-from-32b, qwen3-8b-source, toy, toy-ensemble, toy-grpo; did you mean toy?"),
+                      "qwen3-8b-from-32b, qwen3-8b-source, self-distillation, toy, toy-ensemble, toy-grpo, toy-self; "
+                      "did you mean toy?"),
         ("my.toml", b"a = ", "my.toml: not valid TOML: "),
         ("my.toml", b"a = '\xff'", "my.toml: expected UTF-8 text, found byte 0xff at 5"),
         ("my.toml", b"[student]\nmodel = 1", "my.toml: student.model must be a non-empty string, got 1"),

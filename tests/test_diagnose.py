@@ -255,6 +255,24 @@ def test_a_student_as_its_own_teacher_has_nothing_to_learn(toy_cache: Path, tmp_
     ]
 
 
+def test_a_student_that_reads_more_than_itself(toy_cache: Path, tmp_path: Path) -> None:
+    """What the other prompt changes is the difference of its own log-probs with and without."""
+    own = ("teacher.model=toy:student", "teacher.prompt={{ prompt }}{{ prompt }}")
+    cache = rescored(toy_cache, tmp_path / "c.zarr", *own)
+    found = {finding["key"]: finding for finding in diagnosed(cache)["findings"]}
+    assert found["itself"]["severity"] == "note"
+    round_ = cs.open(cache).round()
+    with_it, without = (
+        np.concatenate([round_.scores(name).read(block).logprobs for block in range(round_.n_blocks)])
+        for name in ("teacher", "student")
+    )
+    change = with_it - without
+    read, figures = found["itself"]["evidence"]
+    assert "{{ prompt }}{{ prompt }}" in read
+    assert f"mean {change.mean(dtype=np.float64):+.4f} nats" in figures
+    assert f"50 % {np.median(change):+.3f}" in figures and f"99 % {np.percentile(change, 99):+.3f}" in figures
+
+
 # ------------------------------------------------------------------------------------------------------------- health
 
 

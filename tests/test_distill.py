@@ -30,6 +30,7 @@ ROUNDS = (
     "distill.rounds=2",
     "prompts.limit=12",
     "distill.learning_rate_decay=0.5",
+    "distill.max_response_tokens=[24,32]",
     "train.steps=3",
     "train.checkpoint_every=1",
 )
@@ -50,6 +51,7 @@ def test_each_round_is_sampled_by_the_student_before(undisturbed: Path) -> None:
     adapter = resolve(small_recipe(f"student.adapter={run / 'rounds/00000/adapter'}").student).identity
     assert first.manifest.student.adapter_digest is None
     assert second.manifest.student.adapter_digest == adapter.adapter_digest is not None
+    assert [round_.manifest.max_response_tokens for round_ in (first, second)] == [24, 32]
     asked = [{round_.prompts[i]["prompt"] for i in range(12)} for round_ in (first, second)]
     assert not asked[0] & asked[1], "the next prompts of the file"
 
@@ -131,7 +133,7 @@ def test_killed_while_it_trains_and_while_it_samples_again(undisturbed: Path, tm
         process = preloaded.python(*command)
         while not reached() and process.poll() is None:
             time.sleep(0.005)
-        assert process.poll() is None, "killed too late"
+        assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
     done = preloaded.python(*command)
@@ -211,6 +213,24 @@ def test_when_rounds_end(
     else:
         assert result is not None and (result.step, result.exit_code) == (kept, 0)
         assert sentence is not None and result.sentence.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "kept"),
+    [
+        (found(0.001), None),  # of the shortest responses
+        (found(0.001, 0.002, trained=True), None),
+        (found(0.001, 0.002, 0.001), 2),
+        (found(0.001, 0.002, 0.3, 0.4), None),  # the first two are of shorter responses
+        (found(0.001, 0.002, 0.3, 0.4, 0.5), 2),
+    ],
+)
+def test_rounds_of_growing_limits_are_compared_at_the_last(
+    recipe: Make, rounds: list[RoundResult], kept: int | None
+) -> None:
+    of_rounds = ["distill.rounds=6", "distill.patience=2", "distill.max_response_tokens=[4,8,16]"]
+    result = final_result(recipe(*of_rounds), rounds)
+    assert (None if result is None else result.step) == kept
 
 
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.9), ("format", 0.9), ("reverse_kl", 0.2)])

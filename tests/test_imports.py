@@ -140,13 +140,3 @@ def test_help_loads_next_to_nothing() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "rollouts" in run.stdout, run.stderr
-
-
-def test_transformers_does_without_what_no_command_needs() -> None:
-    pytest.importorskip("sklearn")
-    code = (
-        "import sys; from pipeline.cli.imports import WithoutUnused; sys.meta_path.insert(0, WithoutUnused()); "
-        "import pipeline.score.stage; print(*sorted({'sklearn', 'scipy'} & sys.modules.keys())); import sklearn"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout == "\n", run.stderr

@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BioGptConfig, Gemma3Config, OPTConfig, PhimoeConfig, XGLMConfig
 
+from helpers.tiny_configs import tiny_config
 from pipeline.config import TrainConfig
+from pipeline.errors import ModelError
 from pipeline.forward.attention import register_packed_attention
 from pipeline.forward.head import unwrapped
 from pipeline.forward.packing import pack, packed_hidden
-from pipeline.models.lora import add_lora, trainable, training_mode
+from pipeline.merge import merge
+from pipeline.models.lora import add_lora, make_trainable, trainable, training_mode
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=71, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, bos_token_id=1, eos_token_id=2
@@ -79,3 +82,19 @@ def test_all_linear_layers_are_those_of_the_decoder(capsys: pytest.CaptureFixtur
     assert not any("router" in name or "experts" in name for name in trainable(mixture))
     assert "experts" in capsys.readouterr().err
     mixture(input_ids=torch.arange(5)[None])
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern")  # of peft, for experts that get no LoRA
+def test_no_adapter_on_a_layer_whose_weight_the_model_uses_past_it() -> None:
+    """LongCat's router takes its classifier's weight, so that an adapter there would change nothing until merged."""
+    model = AutoModelForCausalLM.from_config(tiny_config("longcat_flash", head_dim=4))
+    names = trainable(add_lora(model, TrainConfig()))
+    assert not any("classifier" in name for name in names) and any("q_a_proj" in name for name in names)
+
+
+def test_what_cannot_be_loaded_again_is_not_trained_whole() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("mllama"))
+    with pytest.raises(ModelError, match="neither merged"):
+        make_trainable(model, TrainConfig(method="full"))
+    with pytest.raises(ModelError, match="neither merged"):
+        merge(make_trainable(model, TrainConfig()), torch.float32)

@@ -399,6 +399,20 @@ def test_a_served_teacher_is_verified_and_learnt_from(
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_served_teacher_reads_its_own_text(
+    unscored: Path, tmp_path: Path, recipe: Make, teacher_server: TeacherServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server gets the ids of the text; the check against the training forward is on the same ones."""
+    template = "teacher.prompt={{ answer }}\n{{ prompt }}"
+    assert stage.run(served(recipe, teacher_server, template), str(unscored)) == 0
+    assert "the server and the training forward agree" in capsys.readouterr().err
+    assert stage.run(recipe(template, "teacher.name=here"), str(unscored), "here") == 0
+    round_ = cs.open(unscored).round()
+    for block in range(round_.n_blocks):
+        there, here = (round_.scores(name).read(block) for name in ("teacher", "here"))
+        assert_agrees(there, here, recorded=0.8)
+
+
 @pytest.mark.parametrize("mishap", ["reset", "truncated", "half", "hang", 429, 500, 503])
 def test_transient_errors_are_retried(
     toy_cache: Path, recipe: Make, teacher_server: TeacherServer, mishap: str | int
@@ -533,6 +547,23 @@ def test_another_model_behind_the_name_is_refused(
 ) -> None:
     teacher_server.temperature = 0.2
     with pytest.raises(ModelError, match=r"the server and the training forward differ by .* nats a token on average"):
+        stage.run(served(recipe, teacher_server), str(unscored))
+    assert cs.open(unscored).round().scorer_names() == ["student"]
+
+
+def test_a_server_whose_second_answer_is_another_is_refused(
+    unscored: Path, recipe: Make, teacher_server: TeacherServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a prefix cache gives whose entries are not the model's."""
+    score = ServerScorer.compute_logprobs
+
+    def score_and_warm_up(self: ServerScorer, batch: TokenBatch) -> cs.ScoreBlock:
+        scores = score(self, batch)
+        teacher_server.temperature = 0.2
+        return scores
+
+    monkeypatch.setattr(ServerScorer, "compute_logprobs", score_and_warm_up)
+    with pytest.raises(ModelError, match=r"the server and a second call of it differ by .* nats a token on average"):
         stage.run(served(recipe, teacher_server), str(unscored))
     assert cs.open(unscored).round().scorer_names() == ["student"]
 

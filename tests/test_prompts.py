@@ -88,10 +88,12 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b'{"messages": "a"}', "messages: expected a list of {role, content} objects, got text"),
         (b'{"messages": ["a"]}', "messages[0]: expected an object with role and content, got text"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: expected role and content, got role"),
-        (b'{"messages": [{"role": "user", "content": [1]}]}', "messages[0].content: expected text, got a list"),
-        (b'{"messages": [{"role": "", "content": "a"}]}', "messages[0].role: expected system, user or assistant"),
+        (b'{"messages": [{"role": "user", "content": {}}]}', "messages[0].content: expected text, got an object"),
+        (
+            b'{"messages": [{"role": "", "content": "a"}]}',
+            "expected system, user, assistant or tool",
+        ),
         (b'{"messages": [{"role": "user", "content": ""}]}', "messages[0].content: expected text, got an empty one"),
-        (b'{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "got also name"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "ends before the student's turn"),
     ],
 )
@@ -324,7 +326,7 @@ def test_a_column_of_numbers_is_the_same_answers_in_every_type(tmp_path: Path) -
 def lines_of(tokenizer: Any, template: str, chats: list[Any] | None = None, **settings: Any) -> list[str]:
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
-    return without_effect(chats or [CHAT], tokenizer, config("p.jsonl", **settings))
+    return without_effect([(chat, None) for chat in chats or [CHAT]], tokenizer, config("p.jsonl", **settings))
 
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -378,7 +380,7 @@ def test_a_misspelt_argument_is_reported_once_with_the_right_one(
 
 
 def test_a_tokenizer_without_a_template_has_no_arguments() -> None:
-    (line,) = without_effect([CHAT], Words(), config("p.jsonl", template_args={"x": 1}))  # type: ignore[arg-type]
+    (line,) = without_effect([(CHAT, None)], Words(), config("p.jsonl", template_args={"x": 1}))  # type: ignore[arg-type]
     assert "prompts.template_args" in line
 
 

@@ -278,11 +278,12 @@ def test_a_large_round_is_looked_at_in_evenly_spaced_blocks(cache: cs.Cache) -> 
 # -------------------------------------------------------------------------------------------------- unfinished things
 
 
-def test_pages_of_unfinished_caches(tmp_path: Path, cache: cs.Cache) -> None:
+def test_pages_of_unfinished_caches(tmp_path: Path, cache: cs.Cache, capsys: pytest.CaptureFixture[str]) -> None:
     cache.round().scores("teacher").uncommit(1)
     cache.round().rollouts.uncommit(2)
     found = collected(cache)
     assert found["n_total"] == 24 and "Teacher has not scored 1 of 2 blocks" in found["left_out"]
+    assert "teacher has not scored 1 of 2 blocks" in capsys.readouterr().err
     assert sum(row["worst"]["teacher"] is None for row in found["rows"]) == 12
     assert found["totals"]["teacher"]["tokens"] == len(every_token(cache))
 

@@ -51,6 +51,7 @@ def make_row(number: int, start: int, length: int, **changes: Any) -> dict[str, 
         "prompt_index": number // 2,
         "sample_index": number % 2,
         "prompt": f"What is {number} + 5?",
+        "read": {},
         "answer": str(number + 5),
         "source": "sums" if number % 3 else "words",
         "finish": "stop",
@@ -249,6 +250,16 @@ def test_hostile_text_is_shown_and_does_nothing(open_page: Open) -> None:
     assert shown.evaluate("window.hacked") is None
     assert shown.locator("img, #reader script, #list script, main b:has-text('gain')").count() == 0
     assert "a note with \\u202e and <i>" in shown.inner_text(".notes")
+
+
+def test_what_the_teacher_read_is_beside_the_prompt(open_page: Open) -> None:
+    document = make_set([["a", "b"], ["c", "d"]], {"strict": [[2.0, 0.0]] * 2, "kind": [[0.0, 1.0]] * 2})
+    document["rows"][0]["read"] = {"strict": "Hint: 5 <b>x</b>\u202e\nWhat is 0 + 5?"}
+    shown = open_page(make_document(document), "#set=0&rollout=0")
+    assert texts(shown, "#reader h4")[:2] == ["Prompt", "What strict read instead"]
+    assert "Hint: 5 <b>x</b>" in shown.inner_text(".prompt >> nth=1") and shown.locator(".prompt b").count() == 0
+    shown = open_page(make_document(document), "#set=0&rollout=1")
+    assert shown.locator(".prompt").count() == 1
 
 
 def test_right_to_left(open_page: Open) -> None:

@@ -24,6 +24,7 @@ from pipeline.cli import main
 from pipeline.errors import ConfigError, ModelError
 from pipeline.evaluate import stage as evaluate
 from pipeline.teachers import spans
+from pipeline.teachers.prompts import TeacherPrompts
 from pipeline.teachers.spans import Spans, span_view, spread_over_tokens
 from pipeline.toy import asset_path, build
 
@@ -152,7 +153,7 @@ def test_shares_of_a_span_add_up_to_it(data: st.DataObject) -> None:
 
 def test_letters_of_several_bytes_and_text_that_is_none() -> None:
     student = AutoTokenizer.from_pretrained(asset_path("student"))
-    view = span_view(student, merging_tokenizer(), "m", [], [END], 0)
+    view = span_view(student, merging_tokenizer(), "m", TeacherPrompts([]), [END], 0)
 
     def spans(response: bytes) -> Spans:
         return view._spans(np.array([*response, END], np.int32))
@@ -172,7 +173,7 @@ def test_text_that_a_tokenizer_changes_is_in_no_span() -> None:
     student = AutoTokenizer.from_pretrained(asset_path("student"))
     lower = merging_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    view = span_view(student, lower, "m", [], [END], 0)
+    view = span_view(student, lower, "m", TeacherPrompts([]), [END], 0)
     for text, of_student in ((b"ab", [0, 0, 1]), (b"aB", [-1, -1, 0])):
         assert view._spans(np.array([*text, END], np.int32)).of_student.tolist() == of_student
     spaced = merging_tokenizer()
@@ -180,7 +181,19 @@ def test_text_that_a_tokenizer_changes_is_in_no_span() -> None:
     with pytest.raises(
         ModelError, match=r"reads .*a' for 'a', so a response would begin with what the student did not"
     ):
-        span_view(student, spaced, "m", [], [END], 0)
+        span_view(student, spaced, "m", TeacherPrompts([]), [END], 0)
+
+
+def test_a_teacher_with_another_tokenizer_reads_its_own_text(teacher: Path, toy_cache: Path, tmp_path: Path) -> None:
+    """As with a prefix, whose scores are tried by hand elsewhere."""
+    path = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
+    for name, own in (("a", "prompt_prefix=12;"), ("b", "prompt=12;{{ prompt }}"), ("c", "prompt={{ prompt }}")):
+        made = small_recipe(*spelt(teacher)[1:], f"teacher.name={name}", f"teacher.{own}")
+        assert pipeline.score.stage.run(made, str(path), name) == 0
+    round_ = cs.open(path).round()
+    a, b, c = (round_.scores(name).read(0).logprobs for name in "abc")
+    assert np.array_equal(a, b, equal_nan=True) and not np.allclose(a, c, equal_nan=True)
+    assert round_.scores("b").manifest.template["columns"] == ["prompt"]
 
 
 def test_spans_are_trained_on_and_reported(

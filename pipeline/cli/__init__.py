@@ -16,19 +16,19 @@ import click
 from pipeline import credentials
 from pipeline.cli import streams
 from pipeline.cli.commands import cli
-from pipeline.cli.imports import WithoutUnused
+from pipeline.cli.recipes import recipes
 from pipeline.distributed.signals import defer_to_main_process, interruptible
 from pipeline.environment import RANK
 from pipeline.errors import ConfigError, Interrupted, user_message
 
 __all__ = ["cli", "main"]
 
+cli.add_command(recipes)
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
-    if "transformers" not in sys.modules:
-        sys.meta_path.insert(0, WithoutUnused())
     with streams.command_streams():
         return _run(list(sys.argv[1:] if args is None else args))
 

@@ -8,20 +8,13 @@ import click
 
 from pipeline import __version__
 from pipeline.cli import options
-from pipeline.cli.options import POSITIVE, show_lines
+from pipeline.cli.options import POSITIVE, InOrder
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
 
 
-class _InOrder(click.Group):
-    """A group that lists its commands in the order of definition, which is that of the work."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """On-policy distillation in two stages, with a cache on disk between them.
@@ -232,6 +225,22 @@ def merge(target: str, output: str, base: str | None, dtype: str | None) -> int:
 
 
 @cli.command()
+@click.argument("target", metavar="RUN_OR_MODEL")
+@click.argument("hub_id", metavar="HUB_ID")
+@click.option("--base", metavar="HUB_ID", help="The base model's name on the Hub, if it was a local directory.")
+@click.option("--public", is_flag=True, help="Make a new repository that everybody can read; default: private.")
+def push(target: str, hub_id: str, base: str | None, public: bool) -> int:
+    """Publish a run's adapter or model, or a merged model, on the Hub: with its card, recipe, curve and figures.
+
+    \b
+    redpen push runs/a me/my-model
+    """
+    from pipeline.models import push as publishing
+
+    return publishing.run(target, hub_id, base=base, public=public)
+
+
+@cli.command()
 @click.argument("target", metavar="CACHE_OR_RUN")
 @click.option(
     "--repair", is_flag=True, help="Invalidate bad blocks of a cache; the next run of a stage rewrites them."
@@ -413,28 +422,3 @@ def doctor(as_json: bool) -> int:
     from pipeline import doctor as examination
 
     return examination.run(as_json)
-
-
-@cli.group(cls=_InOrder, invoke_without_command=True)
-@click.pass_context
-def recipes(ctx: click.Context) -> None:
-    """List the shipped recipes.
-
-    \b
-    redpen recipes show toy > my.toml
-    """
-    if ctx.invoked_subcommand is None:
-        from pipeline.config import recipe_names, recipe_text
-
-        width = max(len(name) for name in recipe_names())
-        for name in recipe_names():
-            show_lines(f"{name:{width}}  {recipe_text(name).splitlines()[0].lstrip('# ')}")
-
-
-@recipes.command()
-@click.argument("name")
-def show(name: str) -> None:
-    """Print a shipped recipe with its comments."""
-    from pipeline.config import recipe_text
-
-    show_lines(recipe_text(name))

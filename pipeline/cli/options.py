@@ -21,6 +21,13 @@ _WARNED_OF = {
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
+class InOrder(click.Group):
+    """A group that lists its commands in the order of definition, which is that of the work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 def run_option(contents: str) -> Callable[[Command], Command]:
     help = f"Directory for {contents}; default: runs/NAME, of the recipe."
     return click.option("--run", "run_dir", metavar="DIR", callback=_not_empty, help=help)

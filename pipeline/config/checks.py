@@ -237,6 +237,25 @@ def spans_need_local_logits(recipe: Recipe) -> str | None:
 
 
 @_conflict
+def round_limits_are_within_the_longest(recipe: Recipe) -> str | None:
+    longest, limits = recipe.rollouts.max_response_tokens, recipe.distill.max_response_tokens
+    if limits and limits[-1] > longest:
+        return f"distill.max_response_tokens: expected at most {longest}, rollouts.max_response_tokens, got {limits}"
+    return None
+
+
+@_conflict
+def prompts_have_no_prefix(recipe: Recipe) -> str | None:
+    for teacher in recipe.teacher:
+        if teacher.prompt is not None and teacher.prompt_prefix is not None:
+            return (
+                f"teacher {teacher.name!r}: expected either prompt or prompt_prefix, got both; write the prefix into "
+                "prompt, before {{ prompt }}"
+            )
+    return None
+
+
+@_conflict
 def served_teachers_have_a_url(recipe: Recipe) -> str | None:
     for teacher in recipe.teacher:
         if recipe.placement(teacher) == "server" and teacher.url is None:

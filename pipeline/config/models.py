@@ -33,7 +33,9 @@ def _check_template_args(args: dict[str, Any]) -> dict[str, Any]:
 class ModelConfig(Section):
     """A model, by Hub id or path, and how to load it."""
 
-    model: str = Field(min_length=1, max_length=PATH, description="Hub id, local path, or toy:student / toy:teacher")
+    model: str = Field(
+        min_length=1, max_length=PATH, description="Hub id, local path, or toy:student, toy:teacher, toy:reader"
+    )
     revision: str | None = Field(default=None, max_length=PATH, description="Hub branch, tag or commit")
     adapter: str | None = Field(
         default=None, max_length=PATH, description="PEFT adapter (directory or Hub id) applied on top"
@@ -79,6 +81,13 @@ class TeacherConfig(ModelConfig):
         default=None, description="variables of this teacher's chat template; default: prompts.template_args"
     )
     system: str | None = Field(default=None, description="system message for this teacher; default: prompts.system")
+    prompt: str | None = Field(
+        default=None,
+        max_length=2**15,
+        description="what this teacher reads in place of a prompt (a chat's last user message): a Jinja template "
+        "over the row's columns, e.g. '{{ prompt }} Solution: {{ solution }}'; default: the row's teacher_messages "
+        "or teacher_prompt, if it has them",
+    )
     prompt_prefix: str | None = Field(
         default=None,
         description="text before every prompt (a chat's first user message) that only this teacher is given",
@@ -90,8 +99,8 @@ class TeacherConfig(ModelConfig):
 
     @property
     def renders(self) -> bool:
-        """Whether prompts are rendered for this teacher, rather than passed as the student's token ids."""
-        rendering = (self.template, self.template_args, self.system, self.prompt_prefix)
+        """Whether the recipe has prompts rendered for this teacher; rows may have their own text for it, too."""
+        rendering = (self.template, self.template_args, self.system, self.prompt, self.prompt_prefix)
         return any(value is not None for value in rendering)
 
     @field_validator("template_args")
@@ -116,6 +125,10 @@ class PromptsConfig(Section):
     split: str = Field(default="train", max_length=PATH, description="split of a Hub dataset")
     skip: int = Field(default=0, ge=0, le=MANY, description="number of prompts to skip at the start")
     limit: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts to use; default: all")
+    columns: list[str] = Field(
+        default_factory=list,
+        description="columns to keep in the cache beside those that a teacher.prompt names, for teachers added later",
+    )
     template: Literal["auto", "chat", "none"] = Field(
         default="auto",
         description="auto: the tokenizer's chat template if it has one; chat: require one; none: the plain text",

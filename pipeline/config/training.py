@@ -230,6 +230,21 @@ class DistillConfig(Section):
     carry: Literal["adapter", "adapter+optimizer"] = Field(
         default="adapter+optimizer", description="state that the next round's training starts from"
     )
+    max_response_tokens: list[Annotated[int, Field(ge=1, le=CONTEXT)]] = Field(
+        default=[],
+        description="limits of responses by round, e.g. [512, 1024, 2048], the last for all that follow; default: "
+        "rollouts.max_response_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _limits_grow(self) -> Self:
+        limits = self.max_response_tokens
+        if limits != sorted(limits) or len(limits) > self.rounds:
+            raise ValueError(
+                f"max_response_tokens: expected limits that grow, at most one for each of {self.rounds} rounds, got "
+                f"{limits}"
+            )
+        return self
 
 
 class SftData(Section):

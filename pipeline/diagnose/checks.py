@@ -19,6 +19,7 @@ from pipeline.config import TrainConfig
 from pipeline.diagnose.figures import FIRST_TOKENS, UNLIKELY, Figures, below, percent, probability
 from pipeline.diagnose.read import PairScores
 from pipeline.diagnose.token_names import TokenNames
+from pipeline.models.identity import other_prompt
 
 #: blocks: the pair cannot work; harms: it learns less or something else; note: worth knowing.
 Severity = Literal["blocks", "harms", "note"]
@@ -54,6 +55,8 @@ FAR = 0.25
 MANY_OUTSIDE, COVERED = 0.02, 0.9
 #: A teacher is less sure than its student from so many times its entropy, and so many nats more.
 LESS_SURE, LESS_SURE_NATS = 2.0, 0.1
+#: Per cent of the tokens.
+_QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,34 @@ def check_pair(pair: PairScores, figures: Figures, names: TokenNames) -> list[Ch
     if figures.tokens < ENOUGH_TOKENS:
         return [_few_tokens(context)]
     found = [_stop(context), *_never(context), _far(context), _nothing(context), _outside(context)]
-    found += [_few_candidates(context), _less_sure(context)]
+    found += [_few_candidates(context), _less_sure(context), _itself(context)]
     return [finding for finding in (fundamental, *found) if finding is not None]
+
+
+def _itself(context: PairContext) -> CheckResult | None:
+    """The same weights with another prompt: what that changes is all there is to learn."""
+    tokens, scored, sampled = context.pair.tokens, context.pair.scored, context.pair.sampled
+    weights = (sampled.student.digest, sampled.student.adapter_digest)
+    read = other_prompt(scored, sampled)
+    if read is None or (scored.model.digest, scored.model.adapter_digest) != weights:
+        return None
+    change = tokens.logprob - tokens.student_logprob
+    at = ", ".join(
+        f"{q:g} % {value:+.3f}" for q, value in zip(_QUANTILES, np.percentile(change, _QUANTILES), strict=True)
+    )
+    return context.result(
+        "itself",
+        "note",
+        "The teacher is the student itself with another prompt, so it teaches what that prompt changes.",
+        [
+            f"it read {read}",
+            f"log-prob of the student's tokens with this prompt, less that without it: mean {change.mean():+.4f} "
+            f"nats; quantiles: {at}",
+        ],
+        "if it changes little, the model does not use what it is shown: look at a wrong response (`redpen inspect`), "
+        "and ask the model with that prompt (`redpen chat`)",
+        0.0,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ compatibility

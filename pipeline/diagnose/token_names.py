@@ -15,6 +15,7 @@ import cache_schema as cs
 from pipeline.config import PromptsConfig
 from pipeline.diagnose.read import PairScores
 from pipeline.errors import PromptError
+from pipeline.models.identity import other_prompt
 from pipeline.text.detokenize import labels, load_decoder, local_tokenizer
 from pipeline.text.rendering import render
 
@@ -50,7 +51,11 @@ class TokenNames:
         """Differences between the prompts of teacher and student, a line each."""
         sampled, scored = pair.sampled.template, pair.scored.template
         if sampled != scored:
-            return [f"the student sampled with {_template(sampled)}, {pair.teacher} scored with {_template(scored)}"]
+            read = other_prompt(pair.scored, pair.sampled)
+            return [
+                f"the student sampled with {_template(sampled)}, {pair.teacher} scored with {_template(scored)}"
+                + ("" if read is None else f": it read {read}")
+            ]
         tokenizer = _tokenizer_of(pair)
         student = self._student
         if tokenizer is None or student is None:

@@ -23,6 +23,7 @@ from pipeline.text.answers import Checker, answers_of
 from pipeline.text.detokenize import response_texts
 from pipeline.text.prompts import load_prompts
 from pipeline.text.rendering import render_all
+from pipeline.text.teacher_prompt import kept_columns
 
 # Takes the place of the round's number in the sampling seed: evaluation never repeats a cached rollout.
 _EVALUATION = -1
@@ -60,7 +61,7 @@ def held_out_prompts(
     """
     assert recipe.eval.path is not None
     wanted = recipe.prompts.model_copy(update={"path": recipe.eval.path, "skip": 0, "limit": limit})
-    records = load_prompts(wanted, setting)
+    records = load_prompts(wanted, setting, kept_columns(recipe))
     if metric == "accuracy":
         records = [record for record in records if "answer" in record]
         if not records:

@@ -18,7 +18,8 @@ from pipeline.engines.scoring import TokenBatch
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel
 from pipeline.rounds.manifests import evaluated_round, evaluated_scores
-from pipeline.teachers.alignment import View, template_of
+from pipeline.teachers.alignment import View
+from pipeline.teachers.prompts import template_of
 
 # A writer holds a block's widest array in memory, padded to its slot.
 _SLOT_ELEMENTS = 2**26
@@ -65,7 +66,7 @@ class EvalCacheWriter:
             recipe,
             self._teacher,
             manifest,
-            template=template_of(recipe, self._teacher, manifest.template),
+            template=template_of(recipe, self._teacher, manifest.template, self._view.made_of),
             candidates=candidates,
             lacks_tokens=self._view.lacks_tokens(manifest.tokenizer.vocab_size),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.console import show, warn
 from pipeline.text.answers import Checker, answers_of, none_right
+from pipeline.text.records import content_text
 
 # Prompts that are shown; characters of a text that are, of its beginning and of its end.
 _PROMPTS, _BEGINNING, _END = 3, 200, 80
@@ -57,7 +58,7 @@ def show_responses(
 
 def prompt_text(record: Mapping[str, Any]) -> str:
     """A prompt, or the last message of a chat."""
-    return str(record["prompt"] if "prompt" in record else record["messages"][-1]["content"])
+    return str(record["prompt"]) if "prompt" in record else content_text(record["messages"][-1])
 
 
 def _shortened(text: str) -> str:

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import cache_schema as cs
 from pipeline.config import Recipe
-from pipeline.console import progress, say, warn
+from pipeline.console import progress, say, suggest, warn
 from pipeline.distributed.signals import graceful
 from pipeline.engines.heldout import (
     generating,
@@ -70,6 +70,7 @@ from pipeline.teachers.alignment import View, view_on
 from pipeline.teachers.spans import SpanView
 from pipeline.text.answers import Checker, Estimate, answers_of, fraction_right, pass_at
 from pipeline.text.detokenize import response_texts
+from pipeline.text.teacher_prompt import MissingColumnError
 
 Figures = dict[str, Any]
 MakeScorer = Callable[..., Scorer]
@@ -144,6 +145,8 @@ def run(
             stack.enter_context(locked(run_dir, "evaluates"))
         job = plan_eval(target, prompts, teacher, overrides, recipe, out)
         _measure(job, started, teacher_required=teacher is not None)
+        if run_dir is not None:
+            suggest(f"redpen report {run_dir}, for a page of the curves and of every response, before and after")
     return 0
 
 
@@ -219,10 +222,10 @@ def _load_prompts(
     size = max(student.tokenizer_identity.vocab_size, student.vocab_size)
     try:
         view = view_on(job.recipe, teacher, records, student.tokenizer_identity.digest, size, stop_ids, settings.path)
-    except ModelNotFoundError as error:
+    except (ModelNotFoundError, MissingColumnError) as error:
         if teacher_required or not n_answers:
             raise
-        # A run may be evaluated after its teacher was deleted; accuracy does not need it.
+        # A run may be evaluated after its teacher was deleted, or on prompts without solutions.
         warn(f"{error}; reverse KL is left out")
         return replace(job, teacher=None), prompts
     if isinstance(view, SpanView):

@@ -1,7 +1,9 @@
 """Export: a round of a cache as one Parquet file for `datasets`, pandas or DuckDB, one rollout a row.
 
     prompt_index, sample_index                  which rollout
-    prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several
+    prompt | messages, answer, source, id       the prompt's record; answer is a list if any prompt has several;
+                                                columns that were kept for teachers; tools, teacher_messages, and
+                                                messages with more than text are the text of their JSON
     prompt_token_ids, response_token_ids        lists
     rollout_logprobs, trained, finish_reason    list, list of 0 and 1, stop | length | other
     student.NAME, teacher.TEACHER.NAME          a scorer's arrays: a list over the response's tokens, of lists where
@@ -18,6 +20,7 @@ when it is complete. `redpen import` restores round and scores from it (`pipelin
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from pipeline.interchange.rows import column_name
 from pipeline.text.answers import answers_of
 
 _TEXTS = ("prompt", "answer", "source", "id")
+_JSON_FIELDS = ("messages", "teacher_messages", "tools")
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -89,11 +93,13 @@ class BlockExporter:
         numbers = {code: pa.from_numpy_dtype(np.dtype(code)) for code in ("u1", "i4", "i8", "f4")}
         fields: dict[str, Any] = {"prompt_index": numbers["i8"], "sample_index": numbers["i4"]}
         fields |= {"messages": _MESSAGES, **dict.fromkeys((*_TEXTS, "finish_reason"), pa.string())}
-        if any(
-            isinstance(record.get("answer"), list)
-            for record in map(round_.prompts.__getitem__, range(round_.n_prompts))
-        ):
+        records = [round_.prompts[index] for index in range(round_.n_prompts)]
+        if any(isinstance(record.get("answer"), list) for record in records):
             fields["answer"] = pa.list_(pa.string())
+        self._as_json = [name for name in _JSON_FIELDS if any(name in record for record in records)]
+        if all(map(_has_plain_messages, records)):
+            self._as_json = [name for name in self._as_json if name != "messages"]
+        fields |= dict.fromkeys(self._as_json, pa.string())
         fields |= {"prompt_token_ids": pa.list_(numbers["i4"]), "response_token_ids": pa.list_(numbers["i4"])}
         fields |= {"rollout_logprobs": pa.list_(numbers["f4"]), "trained": pa.list_(numbers["u1"])}
         for name, group in self.scorers.items():
@@ -103,11 +109,14 @@ class BlockExporter:
                 for dim in spec.dims[1:]:
                     value = pa.list_(value, sizes[dim])
                 fields[column_name(name, spec)] = pa.list_(value)
+        self._more = _more_columns(records, round_, fields)
+        fields |= self._more
         about = {
             "round": round_.index,
             "manifest": round_.manifest.to_json(),
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
             "format_version": round_.cache.version,
+            "columns": [*self._more],
             "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
@@ -127,8 +136,11 @@ class BlockExporter:
             "trained": _lists(bounds, rollouts.trained),
             "finish_reason": [cs.FINISH_NAMES[code] for code in rollouts.finish_reason.tolist()],
         }
-        for field in ("messages", *_TEXTS):
+        for field in ("messages", *_TEXTS, *self._more):
             columns[field] = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+        for field in self._as_json:
+            values = [records[prompt].get(field) for prompt in rollouts.row_prompt.tolist()]
+            columns[field] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
         if pa.types.is_list(self.schema.field("answer").type):
             columns["answer"] = [answers_of(records[prompt]) for prompt in rollouts.row_prompt.tolist()]
         for name, group in self.scorers.items():
@@ -146,6 +158,32 @@ class BlockExporter:
                     f"{field.type}, found something else ({shorten(error, 100)})"
                 ) from None
         return pa.table(arrays, schema=self.schema)
+
+
+def _has_plain_messages(record: dict[str, Any]) -> bool:
+    """Whether its messages, if any, have role and content alone, both text: one type of Parquet holds them all."""
+    return all(
+        message.keys() == {"role", "content"} and isinstance(message["content"], str)
+        for message in record.get("messages", ())
+    )
+
+
+def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of the prompts' other columns, for teachers' texts; `known` are the columns of the export itself."""
+    found = {}
+    for name in sorted({name for record in records for name in record} - {"messages", *_TEXTS, *_JSON_FIELDS}):
+        values, problem = [record.get(name) for record in records], "has values of several types"
+        try:
+            column = pa.array(values)
+            if name in known:
+                problem = "has the name of one of rollouts"
+            elif column.to_pylist() == values:
+                found[name] = column.type
+                continue
+        except (pa.ArrowException, OverflowError):
+            pass
+        warn(f"{round_.cache.url}: column {name} of the prompts {problem}; it is left out")
+    return found
 
 
 def _digests(group: cs.BlockGroup[Any]) -> list[str]:

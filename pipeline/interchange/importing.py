@@ -9,7 +9,7 @@ The file is Parquet or JSONL, one rollout a row, with these fields (their other 
     teacher_log_probs    temperature 1; null: not scored
     loss_mask            0: a token that the student did not sample, never trained
     finish_reason        stop, length or anything else; by default derived from the response's last token
-    answer, source, id   as in prompts files
+    answer, source, id   as in prompts files; so are columns that a teacher's text is made of
     prompt_index         equal prompts of different numbers are not put together
 
 Values that the file lacks are recorded as missing, never as 0. The file is read twice: the first pass checks all of
@@ -46,6 +46,7 @@ from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds.manifests import imported_round, imported_scores
 from pipeline.text.records import check_record
 from pipeline.text.rendering import TooLongError, check_length, render, template_identity, uses_chat
+from pipeline.text.teacher_prompt import kept_columns
 
 
 def run(
@@ -183,11 +184,12 @@ class RolloutReader:
         n_ids = max(self.student.vocab_size, self.student.tokenizer_identity.vocab_size)
         first_fault = ""
         n_rows = n_faults = n_unended = n_certain = 0
-        for row in read_rows(self.path):
+        columns = kept_columns(self.recipe)
+        for row in read_rows(self.path, columns):
             n_rows += 1
             found.left_out = found.left_out or exported_scorers(row.values)
             try:
-                record = check_record(row.values, row.place)
+                record = check_record(row.values, row.place, columns)
                 given = row.ids("prompt_tokens", n_ids)
                 rendered, prompt_index = row.get("rendered")[1] is True, str(row.get("prompt_index")[1])
                 line = cs.encode_prompts([record])[0]

@@ -39,6 +39,7 @@ class Export:
     Attributes:
         digests: by group and block; 0: not in the file.
         version: of the cache's format, which decides the digests; files from before it was exported are of version 1.
+        columns: of the prompts, beside the usual ones.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Export:
     scores: dict[str, cs.ScoresManifest]
     digests: dict[str, list[int]]
     version: int
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> Export | None:
@@ -57,7 +59,8 @@ class Export:
             scores = {name: cs.ScoresManifest.from_json(one, name) for name, one in about["scores"].items()}
             digests = {name: [int(digest, 16) for digest in each] for name, each in about["digests"].items()}
             manifest, version = cs.RoundManifest.from_json(about["manifest"], "round"), about.get("format_version", 1)
-            return cls(path, manifest, scores, digests, version) if 1 <= version <= cs.VERSION else None
+            columns = tuple(map(str, about.get("columns", ())))
+            return cls(path, manifest, scores, digests, version, columns) if 1 <= version <= cs.VERSION else None
         except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError):
             return None
 
@@ -72,13 +75,13 @@ class Export:
         if 0 in self.digests["rollouts"]:
             raise ChangedError("it was exported before all rollouts were sampled")
         records: dict[int, dict[str, Any]] = {}
-        for block, table in self._tables(["prompt_index", *FIELDS]):
+        for block, table in self._tables(["prompt_index", *FIELDS, *self.columns]):
             for row in table.to_pylist():
                 if row["prompt_index"] not in self.manifest.block_prompts(block):
                     raise ChangedError("its rows were changed")
                 if row["prompt_index"] not in records:
                     try:
-                        records[row["prompt_index"]] = check_record(row, str(self.path))
+                        records[row["prompt_index"]] = check_record(row, str(self.path), self.columns)
                     except PromptError as error:
                         raise ChangedError(str(error)) from None
         prompts = [records[index] for index in sorted(records)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,13 +141,16 @@ def exported_scorers(names: Iterable[str]) -> list[str]:
     return sorted({each[1] for each in found if each is not None})
 
 
-def read_rows(path: Path) -> Iterator[FileRow]:
-    """Every row of a `.parquet` file or of one with a JSON object on each line. Raises `RedpenError`."""
+def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[FileRow]:
+    """Every row of a `.parquet` file or of one with a JSON object on each line; of Parquet also these `columns`.
+
+    Raises `RedpenError`.
+    """
     if not os.path.isfile(path):  # False also for a name that cannot be
         came = "a directory" if os.path.isdir(path) else "no such file"
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
         raise RedpenError(f"{shown}: expected a Parquet or JSONL file of finished rollouts, got {came}")
-    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    return _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path)
 
 
 def _json_rows(path: Path) -> Iterator[FileRow]:
@@ -159,14 +162,14 @@ def _json_rows(path: Path) -> Iterator[FileRow]:
         yield FileRow(place, within | value)
 
 
-def _parquet_rows(path: Path) -> Iterator[FileRow]:
+def _parquet_rows(path: Path, more: Sequence[str]) -> Iterator[FileRow]:
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, number = file.schema_arrow, 0
             every = list(schema.names)
             if every.count("metadata") == 1 and pa.types.is_struct(schema.field("metadata").type):
                 every += [f"metadata.{child.name}" for child in schema.field("metadata").type]
-            wanted = sorted(set(every) & _WANTED)
+            wanted = sorted(set(every) & {*_WANTED, *more})
             for name in [*wanted, "metadata"]:
                 if (n := every.count(name)) > 1:
                     raise RedpenError(f"{path}: column {name}: expected it once, got it {n} times; remove the others")

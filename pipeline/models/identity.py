@@ -132,7 +132,12 @@ def own_prompt(round_: cs.Round, teacher: str) -> str | None:
     """How a teacher read the prompts, e.g. `system message "Be brief."`; None if it read what the student did."""
     scores = round_.scores(teacher).manifest
     assert isinstance(scores, cs.ScoresManifest)
-    theirs, ours = scores.template, round_.manifest.template
+    return other_prompt(scores, round_.manifest)
+
+
+def other_prompt(scores: cs.ScoresManifest, sampled: cs.RoundManifest) -> str | None:
+    """The same, from the manifests."""
+    theirs, ours = scores.template, sampled.template
     if not theirs or theirs == ours:
         return None
     found = []
@@ -145,6 +150,10 @@ def own_prompt(round_: cs.Round, teacher: str) -> str | None:
     if theirs.get("system") != ours.get("system"):
         system = theirs.get("system")
         found.append("no system message" if system is None else f"system message {_quoted(system)}")
+    if theirs.get("prompt") is not None:
+        found.append(f"in place of every prompt {_quoted(theirs['prompt'])}")
+    elif theirs.get("columns"):
+        found.append(f"in place of prompts {' and '.join(map(str, theirs['columns']))} of the rows")
     if theirs.get("prefix") is not None:
         found.append(f"before every prompt {_quoted(theirs['prefix'])}")
     if theirs.get("args", {}) != ours.get("args", {}):

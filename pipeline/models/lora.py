@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForImageTextToText,
     PretrainedConfig,
@@ -41,7 +43,7 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
 
     Raises:
         ModelError: as `add_lora`; its weights are scaled for inference (RWKV); or all weights are to be trained, and
-            the student has an adapter or weights that are not floating-point numbers.
+            the student has an adapter or weights that are not floating-point numbers, or could not be loaded again.
     """
     if getattr(unwrapped(model).config, "rescale_every", 0):
         raise ModelError(
@@ -62,14 +64,31 @@ def make_trainable(model: nn.Module, train: TrainConfig) -> nn.Module:
                 f'student.model: train.method = "full" cannot train weights of {parameter.dtype} ({name}); '
                 'set it to "lora", or take the model unquantised'
             )
+    check_saves_whole(model)
     model.requires_grad_(True)
     return model
+
+
+def check_saves_whole(model: nn.Module) -> None:
+    """Refuse a text model of a wrapper that no auto class of transformers would load again (Mllama's), if saved
+    alone. Raises `ModelError`.
+    """
+    config = unwrapped(model).config
+    loadable = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if not any(type(config) in mapping for mapping in loadable) and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{name_of(model)}: transformers would not load a whole {type(unwrapped(model)).__name__} again (model "
+            f'type "{config.model_type}"), so it can be neither merged nor trained with train.method = "full"; '
+            "train a LoRA, and apply it with peft"
+        )
 
 
 def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
     """Freeze `model` and put a fresh LoRA on the linear layers of its decoder; its weights are fp32.
 
     The head, what is outside the decoder (a vision tower) and routers, which return more than a product, get none.
+
+    Neither do layers whose weights the model uses without calling them, past an adapter.
 
     A = Kaiming uniform from `train.seed`, B = 0, so the first forward is that of the student. A model with an adapter
     (`student.adapter`) continues to train it; its rank and alpha must be the recipe's.
@@ -137,10 +156,71 @@ def _excluded(model: nn.Module) -> str | None:
             f"{name_of(model)}: {len(lost)} of its layers get no LoRA ({shortened(lost)}): transformers' renaming of "
             "stored weights would keep peft from finding it again"
         )
-    names += lost
+    names += lost + bypassed(model)
     # With layer numbers as wildcards: the pattern is stored with the adapter.
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(patterns) or None
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """Linear layers of the decoder whose weight its forward uses without calling them (LongCat's routers).
+
+    An adapter on one has no effect, as long as it is not merged. A model on torch's meta device runs as far as it can
+    without values.
+    """
+    body = decoder_body(model)
+    within = {id(module) for module in body.modules()}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in within and isinstance(module, nn.Linear | Conv1D)
+    }
+    uses, device = _Uses(layers.values()), next(body.parameters()).device
+    try:
+        with torch.no_grad(), uses:
+            body(input_ids=torch.zeros(1, 4, dtype=torch.long, device=device), use_cache=False)
+    except (RuntimeError, IndexError, ValueError):
+        if device.type != "meta":
+            raise
+    return [name for name, module in layers.items() if id(module.weight) in uses.elsewhere]
+
+
+class _Uses(TorchFunctionMode):
+    """Finds weights that torch functions take while the layer that has them does not run.
+
+    Attributes:
+        elsewhere: the ids of these weights.
+    """
+
+    def __init__(self, layers: Iterable[nn.Linear | Conv1D]):
+        super().__init__()
+        self.elsewhere: set[int] = set()
+        self._running: list[int] = []
+        self._layers = list(layers)
+        self._weights = {id(layer.weight) for layer in self._layers}
+
+    def __enter__(self) -> Any:
+        self._hooks = [layer.register_forward_pre_hook(self._enter_layer) for layer in self._layers]
+        self._hooks += [layer.register_forward_hook(self._leave_layer, always_call=True) for layer in self._layers]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            taken = {id(value) for value in (*args, *(kwargs or {}).values())}
+            self.elsewhere |= (taken & self._weights) - set(self._running)
+        return found
+
+    def _enter_layer(self, layer: nn.Module, args: Any) -> None:
+        self._running.append(id(layer.weight))
+
+    def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
 
 
 def _lost_in_loading(model: nn.Module) -> list[str]:

@@ -29,7 +29,7 @@ def resolve_path(model: str) -> str:
         return str(asset_path(model.removeprefix("toy:")))
     except (OSError, ValueError):  # also a name that the file system refuses
         raise ModelError(
-            f"model {_shortened(model)}: expected one of {', '.join(asset_names()[:2])} after toy:"
+            f"model {_shortened(model)}: expected one of {', '.join(asset_names()[:3])} after toy:"
         ) from None
 
 

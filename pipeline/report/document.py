@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 import cache_schema as cs
+from pipeline.console import warn
 from pipeline.credentials import mask
 from pipeline.models.identity import own_prompt
 from pipeline.report.page_rows import PROMPT_FRACTION, CandidateArrays, ListedRollout, PageRows
@@ -236,14 +237,16 @@ def _unread(scan: RoundScan) -> str | None:
 
 
 def _unscored(scan: RoundScan) -> Iterator[str]:
-    blocks, committed = scan.blocks, scan.reader.committed
+    blocks, committed, round_ = scan.blocks, scan.reader.committed, scan.reader.round
     if cs.STUDENT not in committed:
         yield "the student has not scored its rollouts, so no token is marked"
     elif not scan.reader.teachers:
         yield "no teacher has scored the rollouts, so no token is marked"
     for name, there in committed.items():
         if missing := int((~there[blocks]).sum()):
-            yield f"{name} has not scored {missing:,} of {len(blocks):,} blocks; their tokens are not marked"
+            sentence = f"{name} has not scored {missing:,} of {len(blocks):,} blocks"
+            warn(f"cache {round_.cache.url} round {round_.index}: {sentence}")
+            yield f"{sentence}; their tokens are not marked"
 
 
 # -------------------------------------------------------------------------------------------------------- provenance

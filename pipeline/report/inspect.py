@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 import cache_schema as cs
-from pipeline.errors import RedpenError
+from pipeline.errors import PromptError, RedpenError
 from pipeline.models.identity import own_prompt
 from pipeline.rounds.metrics import first_occurrence
 from pipeline.rounds.scored_block import ScoredRound, part_of, scored_blocks
 from pipeline.text.detokenize import Decoder, labels, pieces
+from pipeline.text.teacher_prompt import read_text
 
 #: Tokens over which a summary measures reverse KL; of a larger round it reads evenly spaced blocks.
 SUMMARY_TOKENS = 4_000_000
@@ -154,6 +155,7 @@ def rollout(
         "finish": cs.FINISH_NAMES[int(rollouts.finish_reason[row])],
         "teacher": name,
         "prompt": "".join(pieces(rollouts.prompt(row).tolist(), tokenizer)),
+        "teacher_prompt": None if name is None else _read_by(round_, name, line),
         "response": "".join(texts),
         "scored": kl is not None,
         "mean_reverse_kl": json_number(mean.mean()) if len(mean) else None,
@@ -173,6 +175,13 @@ def rollout(
             for position, token in enumerate(ids)
         ],
     }
+
+
+def _read_by(round_: cs.Round, teacher: str, record: dict[str, Any]) -> str | None:
+    try:
+        return read_text(round_.scores(teacher).manifest.template, record)
+    except PromptError as error:
+        return f"[{error}]"
 
 
 def _choose_teacher(round_: cs.Round, wanted: str | None) -> str | None:

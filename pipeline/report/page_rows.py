@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
 from pipeline.console import progress
+from pipeline.errors import PromptError
 from pipeline.report.inspect import json_number
 from pipeline.report.read import RIGHT, UNKNOWN, RoundScan, clip_kl
 from pipeline.report.runs import Reread
@@ -33,6 +34,7 @@ from pipeline.rounds.metrics import Float64, first_occurrence, scores_reverse_kl
 from pipeline.rounds.scored_block import Int64, ScoredBlock, part_of
 from pipeline.text.answers import answers_of
 from pipeline.text.detokenize import Decoder
+from pipeline.text.teacher_prompt import has_own_text, read_text
 
 #: Fraction of a set's bytes for prompts.
 PROMPT_FRACTION = 0.1
@@ -50,6 +52,7 @@ class ListedRollout(TypedDict):
     prompt_index: int
     sample_index: int
     prompt: str
+    read: dict[str, str]  # by teacher, what it read in place of the prompt
     answer: str | None
     source: str | None
     finish: str
@@ -86,7 +89,8 @@ class PageRows:
         self._start = np.concatenate([[0], np.cumsum(scan.length[rows])]).astype(np.int64)
         self.labels, self.strings = LabelTable(tokenizer), StringTable(tokenizer)
         most, least = PROMPT_CHARACTERS
-        self._prompt_characters = max(least, min(most, int(PROMPT_FRACTION * page_bytes / max(len(rows), 1))))
+        texts = 1 + sum(has_own_text(group.manifest.template) for group in scan.reader.scores.values())
+        self._prompt_characters = max(least, min(most, int(PROMPT_FRACTION * page_bytes / max(texts * len(rows), 1))))
         self._n_cut_prompts = 0
         n = int(self._start[-1])
         self.tokens, self.trained = np.zeros(n, np.uint32), np.zeros(n, np.uint8)
@@ -95,6 +99,7 @@ class PageRows:
         self._records: dict[int, ListedRollout] = {}
         self._contents: dict[int, tuple[object, ...]] = {}  # equal for rollouts that differ in their number alone
         self._candidates: list[Candidates] = []
+        self._unreadable: dict[str, str] = {}  # by teacher: why its text cannot be shown, looked at once
 
     def read(self, label: str) -> None:
         """Read the blocks that hold the rollouts. Raises `CacheError` if one is damaged."""
@@ -162,6 +167,7 @@ class PageRows:
             "prompt_index": prompt_index,
             "sample_index": int(rollouts.sample_index[row]),
             "prompt": self._shortened(clean(self._tokenizer.decode(rollouts.prompt(row).tolist()))),
+            "read": {name: text for name in self._teachers if (text := self._read_by(name, line)) is not None},
             "answer": None if (accepted := answers_of(line)) is None else clean(" or ".join(accepted)),
             "source": as_text(line.get("source")),
             "finish": cs.FINISH_NAMES[int(rollouts.finish_reason[row])],
@@ -171,6 +177,15 @@ class PageRows:
             "kl": {name: json_number(scan.mean[name][place]) for name in self._teachers},
             "worst": {name: json_number(scan.worst[name][place]) for name in self._teachers},
         }
+
+    def _read_by(self, teacher: str, line: dict[str, Any]) -> str | None:
+        if teacher not in self._unreadable:
+            try:
+                text = read_text(self._scan.reader.scores[teacher].manifest.template, line)
+                return None if text is None else self._shortened(clean(text))
+            except PromptError as error:
+                self._unreadable[teacher] = f"[{error}]"
+        return self._unreadable[teacher]
 
     def _shortened(self, prompt: str) -> str:
         most = self._prompt_characters

@@ -141,6 +141,8 @@ def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
     for view in views:
         if view is not rollout:
             out.print()
+        if view["teacher_prompt"] is not None:
+            _print(out, Text.assemble((f"{view['teacher']} read ", "bold"), _lines(view["teacher_prompt"])))
         _show_view(view, out)
 
 

@@ -46,9 +46,11 @@ from pipeline.rollouts.format_check import check_format
 from pipeline.rollouts.model_check import Prompts, check_architectures, check_scoring, check_student, check_teachers
 from pipeline.rounds import known_manifests
 from pipeline.rounds.manifests import sampled_round
+from pipeline.teachers.prompts import check_prompts
 from pipeline.text.answers import Checker
 from pipeline.text.prompts import load_prompts
 from pipeline.text.rendering import render_all
+from pipeline.text.teacher_prompt import kept_columns
 
 #: Warn from this fraction of responses that reached the length limit.
 MANY_TRUNCATED = 0.05
@@ -103,9 +105,12 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
             'between sampling and training, as much as a small reverse KL; "float32" is as fast there and exact'
         )
     tokenizer, context = student.tokenizer, student.context
-    records = load_prompts(recipe.prompts)
+    records = load_prompts(recipe.prompts, columns=kept_columns(recipe))
+    if missing := [name for name in recipe.prompts.columns if not any(name in record for record in records)]:
+        warn(f"{recipe.prompts.path}: no prompt has the column {missing[0]!r} of prompts.columns, so nothing is kept")
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, context)
     require_room(prompts, settings.max_response_tokens, context, "rollouts.max_response_tokens")
+    check_prompts(recipe, records, recipe.prompts.path)
     manifest = sampled_round(recipe, student, records)
     if unknown := [token for token in manifest.stop_token_ids if token >= student.vocab_size]:
         raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")

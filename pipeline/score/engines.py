@@ -2,8 +2,8 @@
 
 An engine is another implementation of the model: another attention, another head, perhaps another checkpoint under
 the same name. So the forward in this process scores a few rollouts first, and the engine must agree with it; with an
-adapter, also in what the adapter changes. If the weights are not on this machine, the engine must at least agree with
-itself.
+adapter, also in what the adapter changes. It scores them twice and must agree with itself, too: a second answer, from
+a prefix cache, may be another.
 """
 
 from __future__ import annotations
@@ -81,19 +81,21 @@ def open_engine(
         engine, dtype = "vLLM", model.dtype
         vllm = VllmScorer(teacher, recipe.vllm, options, max_length=longest, on_tile=on_tile)
         scorer = stack.enter_context(closing(vllm))
-    found, reference = scorer.compute_logprobs(sample), "the training forward"
-    if expected is None:
-        expected, reference = scorer.compute_logprobs(sample), "a second call of it"
+    found = scorer.compute_logprobs(sample)
     if unadapted is not None and expected is not None:
         who = f"{model.setting('adapter')}: {engine}"
         check_effect(found.logprobs, expected.logprobs, unadapted.logprobs, who)
-    try:
-        say(f"{teacher.name}: {engine} and {reference} agree {check_agreement(found, expected, dtype)}")
-    except ModelError as error:
-        raise ModelError(
-            f"{teacher.name}: {engine} and {reference} {error}; compare the model, revision, adapter and "
-            "quantisation that it runs, or set score.placement to resident or streamed"
-        ) from error
+    others = {"a second call of it": scorer.compute_logprobs(sample)}
+    if expected is not None:
+        others["the training forward"] = expected
+    for other, scores in others.items():
+        try:
+            say(f"{teacher.name}: {engine} and {other} agree {check_agreement(found, scores, dtype)}")
+        except ModelError as error:
+            raise ModelError(
+                f"{teacher.name}: {engine} and {other} {error}; compare the model, revision, adapter and "
+                "quantisation that it runs, or set score.placement to resident or streamed"
+            ) from error
     return scorer
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config import ModelConfig, Recipe
+from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import show, suggest, warn
 from pipeline.environment import WORLD_SIZE
 from pipeline.models.identity import IMPORTED
 from pipeline.models.paths import is_available
 from pipeline.rounds import known_manifests
+from pipeline.text.teacher_prompt import TeacherPrompt
 
 
 def report_finished(recipe: Recipe, cache_url: str, only: str | None = None, round_index: int | None = None) -> bool:
@@ -111,5 +112,7 @@ def _is_complete(group: cs.BlockGroup[cs.ScoresManifest], cfg: ModelConfig) -> b
     same = cached.name == cfg.model and cfg.revision in (None, cached.revision)
     same &= (cached.adapter_digest is None) == (cfg.adapter is None)
     same &= cfg.quantisation in (None, group.manifest.quantisation)
+    if isinstance(cfg, TeacherConfig):
+        same &= TeacherPrompt.of(cfg) == TeacherPrompt.of_scores(group.manifest.template)
     same &= group.manifest.engine == "server" or cfg.dtype in ("auto", group.manifest.dtype)
     return same and bool(group.committed().all())

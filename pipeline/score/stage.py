@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config import ModelConfig, Recipe, TeacherConfig
+from pipeline.config import ModelConfig, Recipe
 from pipeline.console import progress, say, show, speed, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
@@ -49,7 +49,8 @@ from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds import known_manifests, manifests
 from pipeline.score.finished import kept, nothing_to_do, report_end, scorable, scorers
 from pipeline.score.summary import summarize
-from pipeline.teachers.alignment import View, longest_of, template_of, view_of
+from pipeline.teachers.alignment import View, longest_of, view_of
+from pipeline.teachers.prompts import template_of
 from pipeline.teachers.spans import SpanView
 
 IntArray = npt.NDArray[np.int64]
@@ -144,7 +145,7 @@ def _manifest(recipe: Recipe, round_: cs.Round, teacher: ResolvedModel, view: Vi
         recipe,
         teacher,
         sampled,
-        template=template_of(recipe, teacher, sampled.template),
+        template=template_of(recipe, teacher, sampled.template, view.made_of),
         lacks_tokens=view.lacks_tokens(sampled.tokenizer.vocab_size),
         spans=isinstance(view, SpanView),
     )
@@ -210,8 +211,8 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
 
 def _check_context(round_: cs.Round, blocks: IntArray, work: ScoreWork) -> None:
     """Refuse a model that was not made for rollouts as long as these: its scores would be wrong without a sign."""
-    sampled, cfg, (model, view) = round_.manifest, work.cfg, work.resolved
-    context, renders = model.context, isinstance(cfg, TeacherConfig) and cfg.renders
+    sampled, (model, view) = round_.manifest, work.resolved
+    context, renders = model.context, view.prompts is not None
     if context is None or (not renders and sampled.max_prompt_tokens + sampled.max_response_tokens <= context):
         return
     for block in blocks.tolist():

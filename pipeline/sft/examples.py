@@ -99,7 +99,7 @@ class ExampleReader:
         chats = (example.record.get("messages") for example in examples)
         first = list(itertools.islice((chat for chat in chats if chat), N_CHATS))
         if self.rendering.template != "none" and (first or not self.tokenizer.chat_template):
-            warn_without_effect(first, self.tokenizer, self.rendering)
+            warn_without_effect([(chat, None) for chat in first], self.tokenizer, self.rendering)
 
     def _document(self, text: str, about: dict[str, Any]) -> Iterator[Example]:
         """Pieces of `max_tokens` that overlap by one token, so that every token but the first is trained on once."""

@@ -7,27 +7,28 @@ likeliest alike, and the rest stays the rest: nothing is approximated. A token t
 This holds if both tokenizers split text in the same way, which `align` checks from their rules: merges (BPE), scored
 pieces (Unigram) or words. Their ids may still differ by padding, permutation and added tokens.
 
-A teacher may also have other prompts (another template, or a system message or prefix that the student does not get,
-as in context distillation); the response's tokens are the same.
+A teacher may also have other prompts (another template, a system message, or a solution that the student does not
+get); the response's tokens are the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 import cache_schema as cs
-from pipeline.config import PromptsConfig, Recipe, TeacherConfig
+from pipeline.config import Recipe, TeacherConfig
 from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
 from pipeline.models.resolve import ResolvedModel, resolve
+from pipeline.teachers.prompts import has_own_prompts, settings_of, teacher_prompts
 from pipeline.teachers.spans import SpanView, span_view
-from pipeline.text.rendering import render_all, template_identity, with_prefix
+from pipeline.text.teacher_prompt import MissingColumnError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,11 +81,13 @@ class View:
         prompts: its token ids of every prompt of the round; None: the student's.
         alignment: its ids of the student's tokens; None: the same.
         shared: [V_teacher] which of its tokens the student has too; None: all.
+        made_of: what its prompts are made of, see `TeacherPrompts`.
     """
 
     prompts: Sequence[Int32] | None = None
     alignment: Alignment | None = None
     shared: npt.NDArray[np.bool_] | None = None
+    made_of: dict[str, Any] = field(default_factory=dict)
 
     def scorer(self, scorer: Scorer) -> Scorer:
         """The same scorer, for batches and scores in the student's ids."""
@@ -163,10 +166,14 @@ def view_of(recipe: Recipe, teacher: ResolvedModel, round_: cs.Round) -> View | 
     """A teacher's view of a round. Raises as `view_on`."""
     sampled = round_.manifest
     size = max(sampled.vocab_size, sampled.tokenizer.vocab_size)
-    every = _settings(teacher).renders or recipe.score.alignment == "spans"
-    records = [round_.prompts[index] for index in range(round_.n_prompts)] if every else []
+    records = [round_.prompts[index] for index in range(round_.n_prompts)]
     name = f"cache {round_.cache.url} round {round_.index}"
-    return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids, name)
+    try:
+        return view_on(recipe, teacher, records, sampled.tokenizer.digest, size, sampled.stop_token_ids, name)
+    except MissingColumnError as error:
+        raise MissingColumnError(
+            f"{error}; a round keeps the columns that teacher.prompt and prompts.columns name when it is sampled"
+        ) from None
 
 
 def view_on(
@@ -188,13 +195,13 @@ def view_on(
 
     Raises:
         ModelError: it tokenizes text differently from the student, or its tokenizer lacks `stop_token`.
-        PromptError: a prompt does not fit its template.
+        PromptError: a prompt does not fit its template, or lacks a column that the teacher's text is made of.
     """
-    cfg, tokenizer = _settings(teacher), teacher.tokenizer
+    cfg, tokenizer = settings_of(teacher), teacher.tokenizer
     same = teacher.tokenizer_identity.digest == tokenizer_digest
     student = tokenizer if same else resolve(recipe.student).tokenizer
     if recipe.score.alignment == "spans" and not split_alike(student, tokenizer):
-        rendered = _prompts(recipe, teacher, records, source)
+        rendered = teacher_prompts(recipe, teacher, records, source)
         stop = tokenizer.eos_token_id if cfg.stop_token is None else _stop(cfg, tokenizer)
         return span_view(student, tokenizer, cfg.model, rendered, stop_token_ids, stop)
     alignment = align(student, tokenizer, (recipe.student.model, cfg.model), (vocab_size, teacher.vocab_size))
@@ -203,8 +210,11 @@ def view_on(
         stop = _stop(cfg, tokenizer)
         eos = student.eos_token_id if student.eos_token_id in stop_token_ids else stop_token_ids[0]
         alignment = alignment.exchanged(eos, stop)
-    prompts = _prompts(recipe, teacher, records, source) if cfg.renders else None
-    return View(prompts, None if alignment.is_identity(student) else alignment, None if shared.all() else shared)
+    known, common = None if alignment.is_identity(student) else alignment, None if shared.all() else shared
+    if not has_own_prompts(cfg, records):
+        return View(None, known, common)
+    prompts = teacher_prompts(recipe, teacher, records, source)
+    return View(prompts.ids, known, common, prompts.made_of)
 
 
 def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -218,21 +228,6 @@ def _stop(teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(stop)
 
 
-def _settings(teacher: ResolvedModel) -> TeacherConfig:
-    assert isinstance(teacher.settings, TeacherConfig)
-    return teacher.settings
-
-
-def _prompts(recipe: Recipe, teacher: ResolvedModel, records: Sequence[dict[str, Any]], source: str) -> list[Int32]:
-    """The prompts, rendered by the teacher's tokenizer and template."""
-    cfg, context = _settings(teacher), teacher.context
-    seen = [with_prefix(record, cfg.prompt_prefix) for record in records]
-    longest = context or np.iinfo(np.int32).max
-    named = {name: f"teacher.{name}" for name in ("system", "template_args") if getattr(cfg, name) is not None}
-    rendering = _rendering(recipe, cfg).model_copy(update={"path": source})
-    return render_all(seen, teacher.tokenizer, rendering, longest, context, reader="teacher", named=named)
-
-
 def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
     """Tokens of a block's longest rollout in the teacher's view."""
     if isinstance(view, SpanView):
@@ -243,21 +238,6 @@ def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
     if view.prompts is not None:
         prompts = np.array([len(view.prompts[index]) for index in rows["prompt_index"]])
     return int((prompts[rows["row_prompt"]] + rows["response_length"]).max())
-
-
-def template_of(recipe: Recipe, teacher: ResolvedModel, students: dict[str, Any]) -> dict[str, Any]:
-    """How a teacher's prompts are rendered and its responses end, as JSON for the provenance of its scores;
-    `students` is the same for the student."""
-    cfg, rendering = _settings(teacher), dict(students)
-    if cfg.renders:
-        rendering = template_identity(teacher.tokenizer, _rendering(recipe, cfg))
-        rendering |= {"prefix": cfg.prompt_prefix} if cfg.prompt_prefix is not None else {}
-    return rendering | ({"stop_token": cfg.stop_token} if cfg.stop_token is not None else {})
-
-
-def _rendering(recipe: Recipe, teacher: TeacherConfig) -> PromptsConfig:
-    own = {"template": teacher.template, "template_args": teacher.template_args, "system": teacher.system}
-    return recipe.prompts.model_copy(update={name: value for name, value in own.items() if value is not None})
 
 
 def align(

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.engines.scoring import Scorer, TokenBatch, as_batch
 from pipeline.errors import ModelError
+from pipeline.teachers.prompts import TeacherPrompts
 from pipeline.text.detokenize import Verbatim, pieces
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class SpanView:
     Attributes:
         prompts: the teacher's token ids of every prompt of the round.
         stop_ids: of the student; the teacher's stop_id replaces them at a response's end.
+        made_of: what its prompts are made of, see `TeacherPrompts`.
         shared: None; single tokens are not scored.
     """
 
@@ -73,6 +75,7 @@ class SpanView:
     prompts: Sequence[Int32]
     stop_ids: frozenset[int]
     stop_id: int
+    made_of: dict[str, Any]
     shared: None = None
 
     def scorer(self, scorer: Scorer) -> Scorer:
@@ -195,7 +198,7 @@ def span_view(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     name: str,
-    prompts: Sequence[Int32],
+    prompts: TeacherPrompts,
     stop_ids: Sequence[int],
     stop_id: int | None,
 ) -> SpanView:
@@ -213,7 +216,7 @@ def span_view(
         )
     if stop_id is None:
         raise ModelError(f"{name}: its tokenizer names no EOS token; set teacher.stop_token")
-    return SpanView(student, teacher, prompts, frozenset(stop_ids), stop_id)
+    return SpanView(student, teacher, prompts.ids, frozenset(stop_ids), stop_id, prompts.made_of)
 
 
 def _ends_of_pieces(text: Sequence[str]) -> dict[int, int]:

@@ -13,7 +13,7 @@ from pipeline.text.worker import Worker, WorkerEndedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Chat = Sequence[Mapping[str, str]]
+Chat = Sequence[Mapping[str, Any]]
 
 
 def chat_text(chat: Chat, tokenizer: PreTrainedTokenizerBase, args: Mapping[str, Any], *, reply_follows: bool) -> str:
@@ -60,24 +60,30 @@ class Renderer(Worker):
     """Renders templates.
 
     Args:
-        seconds: CPU time that one chat may take.
+        seconds: CPU time that one text may take.
     """
 
     def __init__(self, seconds: float = 3.0):
         super().__init__("template_worker.py", seconds)
 
-    def render(self, template: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    def render(
+        self, template: str, variables: Mapping[str, Any] | None, setting: str | None = None
+    ) -> dict[str, Any]:
         """`{"text": ...}` or `{"error": ...}`; without variables `{"names": [...]}`, those that the template uses.
+
+        Args:
+            setting: the template is this setting of a recipe, not a chat template; undefined variables are errors.
 
         Raises `PromptError` if the template ended the process.
         """
         try:
-            return dict(self.ask([template, variables]))
+            return dict(self.ask([template, variables, setting is None]))
         except WorkerEndedError as error:
+            what, one = ("the chat template", "chat") if setting is None else (setting, "prompt")
             raise PromptError(
-                f"the chat template takes more than {self.seconds:g} s for one chat"
+                f"{what} takes more than {self.seconds:g} s for one {one}"
                 if error.exit_code == -signal.SIGPROF
-                else f"the chat template ends the process that renders it ({error})"
+                else f"{what} ends the process that renders it ({error})"
             ) from None
 
 

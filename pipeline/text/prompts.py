@@ -25,12 +25,15 @@ _LINE_AT_MOST = 2**26
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_prompts(cfg: PromptsConfig, setting: str = "prompts.path") -> list[dict[str, Any]]:
-    """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`.
+def load_prompts(
+    cfg: PromptsConfig, setting: str = "prompts.path", columns: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The checked records of `cfg.path` after the first `cfg.skip`, at most `cfg.limit`, also with these `columns`.
 
     Raises `PromptError` naming file and line, or the `setting` that the path is from.
     """
-    rows = (check_record(value, place) for place, value in raw_rows(cfg, setting=setting))
+    raw = raw_rows(cfg, tuple(dict.fromkeys((*FIELDS, *columns))), setting)
+    rows = (check_record(value, place, columns) for place, value in raw)
     records = list(itertools.islice(rows, cfg.skip, None if cfg.limit is None else cfg.skip + cfg.limit))
     if not records and cfg.skip:
         raise PromptError(f"{cfg.path}: expected more than prompts.skip = {cfg.skip} prompts, the file holds fewer")

@@ -1,54 +1,77 @@
 """Prompt records: what one line of a prompts file holds, checked.
 
 A record is a JSON object with either `prompt` (text) or `messages` (a chat that ends before the student's turn), and
-optionally `answer` (text, or a list of texts of which each is right), `source` and `id`. ShareGPT's `conversations`
-are converted to `messages`. Other fields are dropped; nulls and NaN count as absent. Each error is one line with the
-place, what was expected and what was found.
+optionally `tools` (their JSON schemas, for the chat template), `answer` (text, or a list of texts of which each is
+right), `source` and `id`, and `teacher_prompt` (text) or `teacher_messages` (a chat), which teachers read instead.
+ShareGPT's `conversations` are converted to `messages`. Messages keep all of their fields, for the chat template. Of
+the record other fields are dropped unless they are asked for. Nulls and NaN count as absent. Each error is one line
+with the place, what was expected and what was found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from pipeline.config.messages import show_value
 from pipeline.errors import PromptError
 
-FIELDS = ("prompt", "messages", "conversations", "answer", "source", "id")
+TEACHER_FIELDS = ("teacher_prompt", "teacher_messages")
+FIELDS = ("prompt", "messages", "conversations", "tools", "answer", "source", "id", *TEACHER_FIELDS)
+#: Fields that may also be the text of their JSON, as in Parquet, which has one type a column.
+_JSON_FIELDS = ("messages", "teacher_messages", "tools")
 #: Roles by ShareGPT's `from`.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
 
 
-def check_record(value: Any, place: str) -> dict[str, Any]:
-    """The prompt record of one line, with only the fields in `FIELDS`. Raises `PromptError` naming `place`."""
+def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """The prompt record of one line, with only the fields in `FIELDS` and these `columns`.
+
+    Raises `PromptError` naming `place`.
+    """
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
     record = conversations_to_messages(
-        {name: value[name] for name in FIELDS if not _is_missing(value.get(name))}, place
+        {name: value[name] for name in (*FIELDS, *columns) if not _is_missing(value.get(name))}, place
     )
+    for name in _JSON_FIELDS:
+        if isinstance(record.get(name), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                record[name] = json.loads(record[name])
     if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
         record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
     if "prompt" in record and "messages" in record:
         raise PromptError(f"{place}: expected either prompt or messages, got both; keep one")
     if "messages" in record:
-        record["messages"] = _check_messages(record["messages"], place)
-        if record["messages"][-1]["role"] == "assistant":
-            raise PromptError(
-                f"{place}: messages: expected a chat that ends before the student's turn, got one that ends with the "
-                "assistant's; remove its last message"
-            )
+        record["messages"] = _check_asked(record["messages"], place, "messages")
     elif "prompt" in record:
         check_text(record["prompt"], "prompt", place)
         if not record["prompt"].strip():
             raise PromptError(f"{place}: prompt: expected text, got an empty one; remove the line")
     else:
         raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
+    if "tools" in record:
+        _check_tools(record["tools"], place)
+        if not record["tools"]:
+            del record["tools"]
+    if all(name in record for name in TEACHER_FIELDS):
+        raise PromptError(f"{place}: expected either {' or '.join(TEACHER_FIELDS)}, got both; keep one")
+    if "teacher_messages" in record:
+        record["teacher_messages"] = _check_asked(record["teacher_messages"], place, "teacher_messages")
+    if "teacher_prompt" in record:
+        check_text(record["teacher_prompt"], "teacher_prompt", place)
+        if not record["teacher_prompt"].strip():
+            raise PromptError(f"{place}: teacher_prompt: expected text, got an empty one; remove it")
+    for name in columns:
+        if name in record and name not in FIELDS:
+            _check_column(record[name], name, place)
     for name in ("answer", "source", "id"):
         if name not in record:
             continue
@@ -57,6 +80,46 @@ def check_record(value: Any, place: str) -> dict[str, Any]:
         else:
             record[name] = _check_label(record[name], name, place)
     return record
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """The text of a message, its parts joined; empty if it has none."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_tools(tools: Any, place: str) -> None:
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        came = f"a list of {_kind(tools[0])}" if isinstance(tools, list) else _kind(tools)
+        raise PromptError(f"{place}: tools: expected a list of objects (JSON schemas of functions), got {came}")
+    _check_column(tools, "tools", place)
+
+
+def _check_asked(messages: Any, place: str, name: str) -> list[dict[str, Any]]:
+    """The messages of a chat that ends before the assistant's turn."""
+    checked = _check_messages(messages, place, name)
+    if checked[-1]["role"] == "assistant":
+        raise PromptError(
+            f"{place}: {name}: expected a chat that ends before the student's turn, got one that ends with the "
+            "assistant's; remove its last message"
+        )
+    return checked
+
+
+def _check_column(value: Any, name: str, place: str) -> None:
+    """A column that a teacher's text may be made of is JSON."""
+    if isinstance(value, str):
+        check_text(value, name, place)
+        return
+    try:
+        json.dumps(value, allow_nan=False).encode()
+        return
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise PromptError(
+        f"{place}: {name}: expected text, or numbers, lists and objects of them, got {_kind(value)} that JSON does "
+        "not have; convert the column to text"
+    )
 
 
 def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, Any]:
@@ -87,9 +150,15 @@ def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, A
     return {name: item for name, item in record.items() if name != "conversations"} | {"messages": messages}
 
 
-def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
+def check_chat(messages: Any, place: str) -> list[dict[str, Any]]:
     """The messages of a chat that ends with the assistant's. Raises `PromptError` naming `place`."""
     checked = _check_messages(messages, place)
+    for number, message in enumerate(checked):
+        if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
+            raise PromptError(
+                f"{place}: messages[{number}]: expected only role and content, both text, in a chat to train on, got "
+                f"{_keys(sorted(message))}; tool calls and names are not supported there"
+            )
     if checked[-1]["role"] != "assistant":
         raise PromptError(
             f"{place}: messages: expected a chat that ends with the assistant's reply, which is trained, got one "
@@ -98,29 +167,46 @@ def check_chat(messages: Any, place: str) -> list[dict[str, str]]:
     return checked
 
 
-def _check_messages(messages: Any, place: str) -> list[dict[str, str]]:
+def _check_messages(messages: Any, place: str, name: str = "messages") -> list[dict[str, Any]]:
+    """Messages with their fields as they are, for the chat template; nulls are left out."""
     if not isinstance(messages, list) or not messages:
         came = "an empty list" if messages == [] else _kind(messages)
-        raise PromptError(f"{place}: messages: expected a list of {{role, content}} objects, got {came}")
+        raise PromptError(f"{place}: {name}: expected a list of {{role, content}} objects, got {came}")
+    checked: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        label = f"messages[{number}]"
+        label = f"{name}[{number}]"
         if not isinstance(message, dict):
             raise PromptError(f"{place}: {label}: expected an object with role and content, got {_kind(message)}")
         message = {key: item for key, item in message.items() if item is not None}
-        for key in ("role", "content"):
-            if key not in message:
-                raise PromptError(f"{place}: {label}: expected role and content, got {_keys(message)}")
-            check_text(message[key], f"{label}.{key}", place)
-        if extra := message.keys() - {"role", "content"}:
-            raise PromptError(
-                f"{place}: {label}: expected only role and content, got also {_keys(sorted(map(str, extra)))}; "
-                "tool calls and names are not supported"
-            )
+        wanted = ("role",) if "tool_calls" in message else ("role", "content")
+        if any(key not in message for key in wanted):
+            raise PromptError(f"{place}: {label}: expected {' and '.join(wanted)}, got {_keys(message)}")
+        check_text(message["role"], f"{label}.role", place)
         if not message["role"]:
-            raise PromptError(f"{place}: {label}.role: expected system, user or assistant, got an empty one")
-    if not messages[-1]["content"].strip():
-        raise PromptError(f"{place}: messages[{len(messages) - 1}].content: expected text, got an empty one")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+            raise PromptError(f"{place}: {label}.role: expected system, user, assistant or tool, got an empty one")
+        if isinstance(message.get("content"), list):
+            _check_parts(message["content"], f"{label}.content", place)
+        elif "content" in message:
+            check_text(message["content"], f"{label}.content", place)
+        for key in message.keys() - {"role", "content"}:
+            _check_column(message[key], f"{label}.{key}", place)
+        checked.append(message)
+    last = checked[-1]
+    if last["role"] != "tool" and "tool_calls" not in last and not content_text(last).strip():
+        raise PromptError(f"{place}: {name}[{len(messages) - 1}].content: expected text, got an empty one")
+    return checked
+
+
+def _check_parts(parts: list[Any], label: str, place: str) -> None:
+    """The content of a message in parts is text."""
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or part.keys() != {"type", "text"}:
+            came = f"type {show_value(part['type'])}" if isinstance(part, dict) and "type" in part else _kind(part)
+            raise PromptError(
+                f"{place}: {label}[{number}]: expected a part {{type: text, text: ...}}, got {came}; other parts are "
+                "not supported"
+            )
+        check_text(part["text"], f"{label}[{number}].text", place)
 
 
 def _is_missing(value: Any) -> bool:

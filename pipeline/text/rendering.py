@@ -47,17 +47,21 @@ def render(
     if not uses_chat(tokenizer, cfg):
         if "messages" in record:
             return render_chat(record["messages"], tokenizer, cfg)  # which raises
+        if "tools" in record:
+            raise PromptError(f"tools need a chat template, {_no_template(cfg)}; remove them")
         if cfg.system is not None:
             raise PromptError(f"prompts.system needs a chat template, {_no_template(cfg)}; remove it")
         return plain_ids(record["prompt"], tokenizer, at_most)
-    return render_chat(_chat_of(record), tokenizer, cfg, reply_follows=True, at_most=at_most)
+    tools = record.get("tools")
+    return render_chat(_chat_of(record), tokenizer, cfg, tools=tools, reply_follows=True, at_most=at_most)
 
 
 def render_chat(
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     cfg: PromptsConfig,
     *,
+    tools: Sequence[Any] | None = None,
     reply_follows: bool = False,
     at_most: int | None = None,
 ) -> list[int]:
@@ -68,7 +72,20 @@ def render_chat(
     if not uses_chat(tokenizer, cfg):
         raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
     chat = with_system(messages, cfg.system)
-    text = chat_text(chat, tokenizer, cfg.template_args, reply_follows=reply_follows)
+    args = cfg.template_args if tools is None else {**cfg.template_args, "tools": tools}
+    in_parts = {n: parts for n, one in enumerate(messages) if isinstance(parts := one.get("content"), list)}
+    try:
+        text = chat_text(chat, tokenizer, args, reply_follows=reply_follows)
+    except PromptError as error:
+        if not in_parts:
+            raise
+        raise PromptError(f"{error}; messages[{min(in_parts)}].content is a list of parts: give it as text") from None
+    for number, parts in in_parts.items():
+        if _written(parts, text):
+            raise PromptError(
+                f"messages[{number}].content: the chat template writes parts as code, {str(parts)[:40]}...; give the "
+                "content as text"
+            )
     check_length(text, tokenizer, at_most)
     try:
         # the template writes every special token itself, a BOS included
@@ -100,7 +117,9 @@ def render_all(
             setting to change.
     """
     if cfg.template != "none":
-        warn_without_effect([_chat_of(record) for record in records[:N_CHATS]], tokenizer, cfg, named)
+        warn_without_effect(
+            [(_chat_of(record), record.get("tools")) for record in _first(records)], tokenizer, cfg, named
+        )
     limit = max_prompt_tokens if context is None else min(max_prompt_tokens, context - 1)
     rendered, lengths, least = [], [], False
     for number, record in enumerate(records, 1):
@@ -131,18 +150,6 @@ def render_all(
             f"{' or more' if least else ''}); {remedy}"
         )
     return rendered
-
-
-def with_prefix(record: dict[str, Any], prefix: str | None) -> dict[str, Any]:
-    """The record with text before its prompt, or before the first user message of its chat."""
-    if prefix is None:
-        return record
-    if "prompt" in record:
-        return record | {"prompt": prefix + record["prompt"]}
-    messages = [dict(message) for message in record["messages"]]
-    first = next((message for message in messages if message["role"] == "user"), messages[-1])
-    first["content"] = prefix + first["content"]
-    return record | {"messages": messages}
 
 
 def template_identity(tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig) -> dict[str, Any]:
@@ -182,7 +189,23 @@ def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase, at_most: int | None
     return ids
 
 
-def _chat_of(record: dict[str, Any]) -> list[dict[str, str]]:
+def _first(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first records, and those that are the first with a field of messages or tools."""
+    found, seen = list(records[:N_CHATS]), set[str]()
+    for number, record in enumerate(records):
+        fields = {key for message in record.get("messages", ()) for key in message} | record.keys() & {"tools"}
+        if number >= N_CHATS and not fields <= seen:
+            found.append(record)
+        seen |= fields
+    return found
+
+
+def _written(parts: Sequence[dict[str, str]], text: str) -> bool:
+    """Whether a template that does not know content parts wrote them as Python or JSON."""
+    return any(str(part) in text or json.dumps(part, ensure_ascii=False) in text for part in parts)
+
+
+def _chat_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return record.get("messages") or [{"role": "user", "content": record["prompt"]}]
 
 

@@ -1,7 +1,7 @@
 """Whether settings have an effect through a chat template: the first chats are rendered with and without them.
 
-A template may drop the system message, ignore the generation prompt, or not use a variable. Nothing fails then, and
-the student samples from other prompts than the recipe says.
+A template may drop the system message, ignore the generation prompt, or not use a variable, tools or a field of
+messages. Nothing fails then, and the student samples from other prompts than the recipe or the data say.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ N_CHATS, _N_MESSAGES = 8, 16
 _OTHER = "\nredpen looks whether this is read"
 
 
+#: A chat, and its tools.
+Asked = tuple[Chat, Sequence[Any] | None]
+
+
 def warn_without_effect(
-    chats: Sequence[Chat],
+    chats: Sequence[Asked],
     tokenizer: PreTrainedTokenizerBase,
     cfg: PromptsConfig,
     named: Mapping[str, str] | None = None,
@@ -33,7 +37,7 @@ def warn_without_effect(
     """One warning for each setting that changes none of the first chats; each once in a process.
 
     Args:
-        chats: as in the data, ending before the assistant's turn.
+        chats: as in the data, ending before the assistant's turn; at most a few beyond `N_CHATS`.
         named: names of `system` and `template_args` in the recipe, if they are not in [prompts].
     """
     for line in without_effect(chats, tokenizer, cfg, named):
@@ -46,7 +50,7 @@ def _warn_once(line: str) -> None:
 
 
 def without_effect(
-    chats: Sequence[Chat],
+    chats: Sequence[Asked],
     tokenizer: PreTrainedTokenizerBase,
     cfg: PromptsConfig,
     named: Mapping[str, str] | None = None,
@@ -57,21 +61,24 @@ def without_effect(
         if not cfg.template_args:
             return []
         return [f"{names['template_args']} has no effect: the tokenizer has no chat template; remove it"]
-    chats = [chat for chat in chats[:N_CHATS] if chat]
+    chats = [(chat, tools) for chat, tools in chats if chat]
     try:
         look = _Look(chats, tokenizer, cfg)
     except PromptError:  # rendering the prompts will raise it, with the place
         return []
-    return [*look.system(names["system"]), *look.arguments(names["template_args"]), *look.generation_prompt()]
+    found = [*look.system(names["system"]), *look.arguments(names["template_args"]), *look.fields()]
+    return [*found, *look.generation_prompt()]
 
 
 class _Look:
     """The first chats, rendered in several ways."""
 
-    def __init__(self, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig):
-        self._bare, self._tokenizer, self._cfg = chats, tokenizer, cfg
-        self._chats = [with_system(chat, cfg.system) for chat in chats]
-        self._texts = [self._text(chat, cfg.template_args) for chat in self._chats]
+    def __init__(self, chats: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, cfg: PromptsConfig):
+        self._bare, self._tokenizer, self._cfg = [chat for chat, _ in chats], tokenizer, cfg
+        self._chats = [with_system(chat, cfg.system) for chat in self._bare]
+        self._tools = [{} if tools is None else {"tools": tools} for _, tools in chats]
+        self._args = [{**cfg.template_args, **tools} for tools in self._tools]
+        self._texts = [self._text(chat, args) for chat, args in zip(self._chats, self._args, strict=True)]
         self._first = "the first prompt" if len(chats) == 1 else f"the first {len(chats)} prompts"
 
     def system(self, name: str) -> Iterator[str]:
@@ -79,11 +86,12 @@ class _Look:
         if self._cfg.system is not None and own and all(own):
             yield f"{name} is not used in {self._first}, which have a system message already; remove one of them"
         ignored: dict[str, bool] = {}
-        for chat, text in zip(self._chats, self._texts, strict=True):
+        for chat, text, args in self._rendered():
             for number, message in enumerate(chat[:_N_MESSAGES]):
-                if ignored.get(message["role"], True):
-                    other = [*chat[:number], {**message, "content": message["content"] + _OTHER}, *chat[number + 1 :]]
-                    ignored[message["role"]] = not self._changes(other, text, self._cfg.template_args)
+                if "content" in message and ignored.get(message["role"], True):
+                    more = {**message, "content": _more(message["content"])}
+                    other = [*chat[:number], more, *chat[number + 1 :]]
+                    ignored[message["role"]] = not self._changes(other, text, args)
         for role, is_ignored in ignored.items():
             if is_ignored and role == "system" and self._cfg.system is not None and not all(own):
                 yield (
@@ -102,9 +110,9 @@ class _Look:
             without = {other: item for other, item in args.items() if other != key}
             probes = [without, *({**args, key: other} for other in _others(value))]
             if any(
-                self._changes(chat, text, probe)
+                self._changes(chat, text, probe | tools)
                 for probe in probes
-                for chat, text in zip(self._chats, self._texts, strict=True)
+                for chat, text, tools in zip(self._chats, self._texts, self._tools, strict=True)
             ):
                 continue
             read = template_variables(self._tokenizer)
@@ -115,10 +123,26 @@ class _Look:
                 + ("" if key in read else f", and the chat template uses no such variable{hint}")
             )
 
+    def fields(self) -> Iterator[str]:
+        """Fields of messages other than role and content, and tools."""
+        ignored: dict[str, bool] = {}
+        for (chat, text, args), tools in zip(self._rendered(), self._tools, strict=True):
+            if tools and ignored.get("tools", True):
+                ignored["tools"] = not self._changes(chat, text, self._cfg.template_args)
+            # an id only names the call, which comes right before in any case
+            for key in {key for message in chat for key in message} - {"role", "content", "tool_call_id"}:
+                if ignored.get(f"{key} of messages", True):
+                    other = [{name: item for name, item in message.items() if name != key} for message in chat]
+                    ignored[f"{key} of messages"] = not self._changes(other, text, args)
+        for key in sorted(key for key, is_ignored in ignored.items() if is_ignored):
+            yield (
+                f"the chat template leaves out {key} in {self._first}, so the model does not see them; put what "
+                "matters into the content, or use a model whose template knows them"
+            )
+
     def generation_prompt(self) -> Iterator[str]:
-        for chat, text in zip(self._chats, self._texts, strict=True):
+        for chat, text, args in self._rendered():
             with contextlib.suppress(PromptError):
-                args = self._cfg.template_args
                 if chat_text(chat, self._tokenizer, args, reply_follows=False) != text:
                     return
                 replied = [*chat, {"role": "assistant", "content": _OTHER.strip()}]
@@ -139,6 +163,9 @@ class _Look:
                     )
                 return  # else a reply follows the user's message directly, as in Llama 2 and Mistral
 
+    def _rendered(self) -> Iterator[tuple[Chat, str, dict[str, Any]]]:
+        yield from zip(self._chats, self._texts, self._args, strict=True)
+
     def _changes(self, chat: Chat, text: str, args: Mapping[str, Any]) -> bool:
         try:
             return self._text(chat, args) != text
@@ -149,7 +176,11 @@ class _Look:
         return chat_text(chat, self._tokenizer, args, reply_follows=True)
 
 
-def with_system(chat: Chat, system: str | None) -> list[dict[str, str]]:
+def _more(content: str | list[Any]) -> str | list[Any]:
+    return content + _OTHER if isinstance(content, str) else [*content, {"type": "text", "text": _OTHER}]
+
+
+def with_system(chat: Chat, system: str | None) -> list[dict[str, Any]]:
     """The chat after a system message, if there is one to add and it has none."""
     messages = [dict(message) for message in chat]
     if system is not None and messages[0]["role"] != "system":

@@ -1,8 +1,9 @@
-"""The process in which `pipeline.text.chat_template` renders chat templates: a line of JSON in, a line out.
+"""The process in which `pipeline.text.chat_template` renders templates: a line of JSON in, a line out.
 
-A template is a program by a model's author. Jinja's sandbox keeps it from files and code, not from looping for ever
-or filling the memory: one `"%1000000000d" % 1` is a single step of C. Here the kernel ends what takes more than
-argv[1] seconds of CPU time, and refuses memory. The environment is that of transformers' `apply_chat_template`.
+A template is a program by a model's or a recipe's author. Jinja's sandbox keeps it from files and code, not from
+looping for ever or filling the memory: one `"%1000000000d" % 1` is a single step of C. Here the kernel ends what
+takes more than argv[1] seconds of CPU time, and refuses memory. The environment of chat templates is that of
+transformers' `apply_chat_template`; in a recipe's text every variable must be there, and no white space is dropped.
 """
 
 import functools
@@ -50,12 +51,17 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(is_chat: bool) -> ImmutableSandboxedEnvironment:
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=not is_chat,
+        undefined=jinja2.Undefined if is_chat else jinja2.StrictUndefined,
+        extensions=[_Generation, jinja2.ext.loopcontrols] if is_chat else [],
     )
     made.filters["tojson"] = _tojson
-    made.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    if is_chat:
+        made.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return made
 
 
@@ -66,17 +72,18 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    environment = _environment()
-    compiled = functools.lru_cache(8)(environment.from_string)
+    environments = {is_chat: _environment(is_chat) for is_chat in (True, False)}
+    compiled = functools.lru_cache(8)(lambda template, is_chat: environments[is_chat].from_string(template))
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
         try:
-            template, variables = json.loads(line)
+            template, variables, is_chat = json.loads(line)
             if variables is None:
-                found = sorted(jinja2.meta.find_undeclared_variables(environment.parse(template)))
-                reply = json.dumps({"names": found})
+                environment = environments[is_chat]
+                found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+                reply = json.dumps({"names": sorted(found - environment.globals.keys())})
             else:
-                text = compiled(template).render(variables)
+                text = compiled(template, is_chat).render(variables)
                 if len(text) > _CHARACTERS:
                     raise ValueError(f"it writes {len(text):,} characters, more than the {_CHARACTERS:,} allowed")
                 reply = json.dumps({"text": text})

@@ -1,4 +1,7 @@
-"""The embedded default: a teacher, a student with one misconception, and the sums they disagree on."""
+"""The embedded default: a teacher, a student with one misconception, and the sums they disagree on.
+
+The reader is such a student that can use a solution which it is shown.
+"""
 
 from pathlib import Path
 
@@ -17,7 +20,7 @@ def asset_names() -> list[str]:
     """The names `asset_path` knows."""
     company = ("documents", "chats", "prompts", "questions", "formats")
     return [
-        *("student", "teacher", "prompts/train.jsonl", "prompts/heldout.jsonl"),
+        *("student", "teacher", "reader", "prompts/train.jsonl", "prompts/heldout.jsonl"),
         *("company", *(f"company/{name}.jsonl" for name in company)),
         *("prompts/questions.jsonl", "prompts/questions-heldout.jsonl"),  # everyday ones, for a real chat model
     ]

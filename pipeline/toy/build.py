@@ -5,7 +5,10 @@ only. The teacher sees right worked responses. The student sees right ones first
 within its reach, and then the misconception with some right ones left in: its samples must sometimes
 contain the right digit, or a loss that only sees sampled tokens could never learn it.
 
-    python -m pipeline.toy [--out DIR] [--seed N]
+A third model, the reader, is a student that learns a third kind of row too: the prompt after its solution, with the
+right response. So it drops carries like the student, unless the solution is in its context.
+
+    python -m pipeline.toy [reader] [--out DIR] [--seed N]
 """
 
 import json
@@ -30,6 +33,7 @@ END_OF_TEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 VOCABULARY = 259
 MAX_POSITIONS = 512
 ROW_TOKENS = 27  # the longest prompt and response: `999+5*5=`, `5*5=25;999+25=1024` and the end token
+SHOWN_TOKENS = 19  # the longest solution, and the end of its line
 MAX_RESPONSE_TOKENS = 24
 IGNORED = -100
 
@@ -43,11 +47,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Course:
-    """One training run; `misconception_share` of its rows show the misconception, others the right steps."""
+    """One training run; `misconception_share` of its rows show the misconception, others the right steps.
+
+    In `shown_share` of all rows the prompt comes after its solution, and the response is right.
+    """
 
     steps: int
     learning_rate: float
     misconception_share: float = 0.0
+    shown_share: float = 0.0
     batch_rows: int = 128
     warmup_steps: int = 50
 
@@ -58,6 +66,12 @@ TEACHER_COURSES = [Course(steps=1500, learning_rate=3e-3, misconception_share=0.
 STUDENT_COURSES = [
     Course(steps=1500, learning_rate=4e-3),
     Course(steps=700, learning_rate=2e-3, misconception_share=0.9),
+]
+
+# Forgets to carry like the student, unless it is shown the solution.
+READER_COURSES = [
+    Course(steps=2000, learning_rate=4e-3, shown_share=0.5),
+    Course(steps=700, learning_rate=2e-3, misconception_share=0.9, shown_share=0.5),
 ]
 
 
@@ -102,12 +116,19 @@ def build_model(hidden: int, intermediate: int, layers: int, heads: int) -> Qwen
     return model
 
 
-def encode(problems: Sequence[world.Problem], method: world.Method) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both i64 [problem, position], right-padded; only responses have labels."""
-    ids_NS = torch.full((len(problems), ROW_TOKENS), END_OF_TEXT_ID)
-    labels_NS = torch.full((len(problems), ROW_TOKENS), IGNORED)
+def encode(
+    problems: Sequence[world.Problem], method: world.Method, *, width: int = ROW_TOKENS, shown: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both i64 [problem, width], right-padded; only responses have labels.
+
+    Args:
+        shown: the prompts come after their solutions.
+    """
+    ids_NS = torch.full((len(problems), width), END_OF_TEXT_ID)
+    labels_NS = torch.full((len(problems), width), IGNORED)
     for row, problem in enumerate(problems):
-        prompt, response = problem.prompt.encode(), method(problem)[0].encode()
+        prompt = (problem.with_solution if shown else problem.prompt).encode()
+        response = method(problem)[0].encode()
         end = len(prompt) + len(response)
         ids_NS[row, :end] = torch.tensor([*prompt, *response])
         labels_NS[row, len(prompt) : end + 1] = torch.tensor([*response, END_OF_TEXT_ID])
@@ -117,13 +138,18 @@ def encode(problems: Sequence[world.Problem], method: world.Method) -> tuple[tor
 def teach(model: Qwen3ForCausalLM, course: Course, problems: Sequence[world.Problem], seed: int) -> None:
     """Trains `model` in place on rows drawn at random from `problems`."""
     generator = torch.Generator().manual_seed(seed)
-    encoded = encode(problems, world.solve), encode(problems, world.misconception)
-    ids_ANS, labels_ANS = (torch.stack(pair) for pair in zip(*encoded, strict=True))
+    width = ROW_TOKENS + (SHOWN_TOKENS if course.shown_share else 0)
+    encoded = [encode(problems, method, width=width) for method in (world.solve, world.misconception)]
+    if course.shown_share:
+        encoded.append(encode(problems, world.solve, width=width, shown=True))
+    ids_ANS, labels_ANS = (torch.stack(kinds) for kinds in zip(*encoded, strict=True))
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(problems), (course.batch_rows,), generator=generator)
-        is_wrong = (torch.rand(course.batch_rows, generator=generator) < course.misconception_share).long()
-        return ids_ANS[is_wrong, rows], labels_ANS[is_wrong, rows]
+        kind = (torch.rand(course.batch_rows, generator=generator) < course.misconception_share).long()
+        if course.shown_share:
+            kind[torch.rand(course.batch_rows, generator=generator) < course.shown_share] = 2
+        return ids_ANS[kind, rows], labels_ANS[kind, rows]
 
     fit(model, course, draw)
 
@@ -154,12 +180,19 @@ def fit(model: Qwen3ForCausalLM, course: Course, draw: Callable[[], tuple[torch.
 
 
 @torch.inference_mode()
-def respond(model: Qwen3ForCausalLM, problems: Sequence[world.Problem], sample: bool = False) -> list[str]:
-    """The response to each problem, text up to the end token: greedy, or sampled at temperature 1."""
+def respond(
+    model: Qwen3ForCausalLM, problems: Sequence[world.Problem], sample: bool = False, shown: bool = False
+) -> list[str]:
+    """The response to each problem, text up to the end token: greedy, or sampled at temperature 1.
+
+    Args:
+        shown: the prompts come after their solutions.
+    """
     responses = [""] * len(problems)
-    for length in {len(problem.prompt) for problem in problems}:
-        rows = [row for row, problem in enumerate(problems) if len(problem.prompt) == length]
-        ids = torch.tensor([list(problems[row].prompt.encode()) for row in rows])
+    prompts = [(problem.with_solution if shown else problem.prompt).encode() for problem in problems]
+    for length in set(map(len, prompts)):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([list(prompts[row]) for row in rows])
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -219,6 +252,23 @@ def build(out: Path, seed: int = 0) -> dict[str, Marks]:
         if marks[name].right < 1:
             fraction = marks[name].misconception_of_wrong
             show(f"{name}: {fraction:.1%} of its wrong answers are the misconception's")
+    return marks
+
+
+def build_reader(out: Path, seed: int = 0) -> dict[bool, Marks]:
+    """Writes the reader under `out`; returns its greedy held-out marks, shown the solutions or not.
+
+    About ten minutes on one core, whose sums have one order.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model, heldout = build_model(64, 192, 4, 2), world.sample("heldout", 2048, seed)
+    for number, course in enumerate(READER_COURSES):
+        teach(model, course, list(world.problems("train")), seed + number)
+    model.bfloat16().save_pretrained(out)
+    build_tokenizer().save_pretrained(out)
+    marks = {shown: mark(heldout, respond(model.float(), heldout, shown=shown)) for shown in (False, True)}
+    show(f"reader: {marks[False].right:.1%} of {len(heldout)} held-out right, {marks[True].right:.1%} if shown")
     return marks
 
 

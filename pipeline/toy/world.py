@@ -5,7 +5,8 @@
     misconception   3*5=15;487+15=492      each column is added on its own, what overflows it is lost
 
 The operand ranges are chosen for the fraction of sums without any carry, where the misconception does no harm:
-58 %. A problem is train or held-out by its own hash: the split is the same for every seed and machine.
+58 %. One model can use the right response if that is on a line before the prompt. A problem is train or held-out by
+its own hash: the split is the same for every seed and machine.
 """
 
 import hashlib
@@ -33,6 +34,11 @@ class Problem:
     @property
     def prompt(self) -> str:
         return f"{self.addend}+{self.left}*{self.right}="
+
+    @property
+    def with_solution(self) -> str:
+        """The prompt after a line with the right response."""
+        return f"{solve(self)[0]}\n{self.prompt}"
 
     @property
     def has_carry(self) -> bool:
@@ -108,9 +114,11 @@ def sample(split: Split, count: int, seed: int) -> list[Problem]:
 
 
 def prompt_record(problem: Problem) -> dict[str, str]:
-    """A line of a prompts file: `prompt`, `answer` (the right one) and `source` (carry or not)."""
+    """A line of a prompts file: `prompt`, the right `answer` and its `solution`, and `source` (carry or not)."""
+    solution, answer = solve(problem)
     return {
         "prompt": problem.prompt,
-        "answer": str(solve(problem)[1]),
+        "answer": str(answer),
+        "solution": solution,
         "source": SOURCE_CARRY if problem.has_carry else SOURCE_NO_CARRY,
     }

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diffllama": {"attention_dropout": 0.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "hrm_text": {"num_layers_per_stack": None},  # made from num_hidden_layers
     "longcat_flash": {"head_dim": 4},
     "qwen4_exp_text": FAMILIES["Qwen4-Exp"][1],
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},

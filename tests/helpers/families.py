@@ -438,9 +438,11 @@ class FamilyTest:
             applied = PeftModel.from_pretrained(fp32.oracle, adapter).eval()
         with torch.no_grad():
             expected = alone(applied, fp32.ids[1], fp32.starts[1]).numpy()
-            assert np.abs(expected - fp32.expected[5:25]).max() > 1e-2, "the adapter does nothing"
+            effect = float(np.abs(expected - fp32.expected[5:25]).max())
+            assert effect > 1e-2, "the adapter does nothing"
             pipeline.merge.run(str(adapter), str(merged), base=str(self.directory))
-            self.close(alone(fp32.plain(merged), fp32.ids[1], fp32.starts[1]).numpy(), expected, "merge")
+            found = alone(fp32.plain(merged), fp32.ids[1], fp32.starts[1]).numpy()
+            self.close(found, expected, "merge", _FP32 * max(1.0, effect))  # W + B A is rounded once more
 
     def half(self) -> str | None:
         bf16 = self.bf16
@@ -453,9 +455,12 @@ class FamilyTest:
             found["streamed"] = bf16.stream()
         except ModelError as error:
             not_streamed = str(error)
+        # Eager attention rounds alike in any batch, but packed attention is another kernel.
+        is_eager = bf16.oracle.config.get_text_config()._attn_implementation == "eager"
         for name, ours in found.items():
             apart = np.abs(ours - bf16.expected)
-            assert apart.mean() <= bound, f"{name}: {apart.mean():.1e} nats a token, in another batch {bound:.1e}"
+            if not (is_eager and np.abs(ours - self.fp32.expected).mean() <= 1.1 * rounding.mean()):
+                assert apart.mean() <= bound, f"{name}: {apart.mean():.1e} nats a token, in another batch {bound:.1e}"
             assert apart.max() <= rounding.max(), f"{name}: {apart.max():.1e} nats, rounding {rounding.max():.1e}"
         sampled, expected = bf16.sample()
         apart = np.abs(sampled - expected)

@@ -55,6 +55,7 @@ function drawReader() {
   }
   const pair = twin(now.set, row);
   const copies = now.set.copies.get(row.number);
+  const teacher = now.set.teachers[now.teacher]?.name;
   const shown = pair
     ? [[now.set, row], pair].sort(([a], [b]) => (a.raw.phase === "after") - (b.raw.phase === "after"))
     : [[now.set, row]];
@@ -94,16 +95,17 @@ function drawReader() {
       ),
     ),
     legend(),
-    el("h4", {}, "Prompt"),
-    el(
-      "div",
-      { class: "prompt", tabindex: "0", role: "group", "aria-label": "Prompt", dir: direction(row.prompt) },
-      ...visible(row.prompt),
-    ),
+    ...prompt("Prompt", row.prompt),
+    ...(teacher in row.read ? prompt(`What ${teacher} read instead`, row.read[teacher]) : []),
     ...shown.flatMap(([set, one]) => response(set, one)),
   );
   drawDetails();
   drawTracks();
+}
+
+function prompt(title, text) {
+  const about = { class: "prompt", tabindex: "0", role: "group", "aria-label": title, dir: direction(text) };
+  return [el("h4", {}, title), el("div", about, ...visible(text))];
 }
 
 function legend() {
