@@ -163,7 +163,7 @@ def _other(name: str, content: bytes) -> bytes:
         first, second = sorted(vocab, key=vocab.get)[65:67]
         vocab[first], vocab[second] = vocab[second], vocab[first]
         return json.dumps(value, ensure_ascii=False).encode()
-    return content.replace(b"1", b"2", 1) if b"1" in content else content.replace(b"3", b"4", 1)
+    return content.replace(b"+", b"-", 1)  # in the first prompt
 
 
 @pytest.mark.parametrize(

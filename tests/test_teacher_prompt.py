@@ -33,7 +33,7 @@ from pipeline.report import inspect
 from pipeline.report.document import SetRequest, rollout_set
 from pipeline.report.terminal import show_rollout
 from pipeline.runs.directory import Result
-from pipeline.score import stage
+from pipeline.score import finished, stage
 from pipeline.teachers.prompts import check_prompts
 from pipeline.text.chat_template import Renderer
 from pipeline.text.detokenize import load_decoder
@@ -185,7 +185,7 @@ def test_another_text_is_refused(
     assert stage.run(before, str(path), name) == 0
     changed = recipe_of(prompts, f"teacher.name={name}", "teacher.prompt={{ solution }} {{ prompt }}")
     if name == "solved":  # finished scores need no model, if they are those that the recipe asks for
-        monkeypatch.setattr(stage, "is_available", lambda cfg: False)
+        monkeypatch.setattr(finished, "is_available", lambda cfg: False)
         assert stage.run(before, str(path), name) == 0
     with pytest.raises(cs.ProvenanceError, match="template") as error:
         stage.run(changed, str(path), name)
