@@ -15,8 +15,17 @@ from zarr.storage import LocalStore
 
 from . import layout, locks
 from .digests import VERSION
-from .errors import CacheError, FormatVersionError, NotACacheError, ProvenanceError, shown, storage_errors
+from .errors import (
+    CacheError,
+    FormatVersionError,
+    NotACacheError,
+    ProvenanceError,
+    StorageError,
+    shown,
+    storage_errors,
+)
 from .group import BlockGroup
+from .hub import HubStore
 from .manifest import Header, RoundManifest, ScoresManifest, parse
 from .nodes import damaged, open_complete_group, open_group
 from .prompts import PromptTable, prompts_sha256, write_prompts
@@ -51,6 +60,9 @@ def create(location: str | os.PathLike[str] | Store, *, created_by: str = "") ->
 def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) -> Cache:
     """Open a cache.
 
+    Args:
+        location: as in `create`; to read also `hf://datasets/OWNER/NAME[@REVISION]`.
+
     Raises:
         NotACacheError: the location is empty or holds something else. FormatVersionError: upgrade this package.
     """
@@ -63,6 +75,8 @@ def open(location: str | os.PathLike[str] | Store, *, writable: bool = False) ->
         try:
             root = open_group(store, "")
             lost = root is None and holds_blocks(store, "rounds")
+        except StorageError:
+            raise
         except CacheError as error:
             raise NotACacheError(f"cache {label}: {error}") from None
     if lost:
@@ -97,6 +111,14 @@ class Cache:
     def path(self) -> Path | None:
         """Its directory, if it is local."""
         return Path(self._store.root) if isinstance(self._store, LocalStore) else None
+
+    @property
+    def fetched(self) -> tuple[int, int] | None:
+        """Bytes that have been fetched of a published cache, and bytes of all of it; None of any other."""
+        store = self._store
+        if not isinstance(store, HubStore):
+            return None
+        return sum(store.sizes[key] for key in store.fetched), sum(store.sizes.values())
 
     def round_indices(self) -> list[int]:
         """Round numbers in ascending order. A round that was not completely created is left out."""

@@ -1,4 +1,4 @@
-"""From a location (a path, `s3://`, a zarr `Store`) to a `Store`, and what a store lists or may return."""
+"""From a location (a path, `s3://`, `hf://`, a zarr `Store`) to a `Store`, and what a store lists or may return."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from zarr.storage import LocalStore, WrapperStore
 
 from ._zarr_compat import sync
 from .errors import NotACacheError, StorageError
+from .hub import open_hub
 from .local import LocalDirectory
 from .s3 import S3Store, open_s3
 
@@ -37,9 +38,14 @@ def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> t
     scheme, separator, rest = label.partition("://")
     if separator and scheme == "s3":
         return open_s3(label, read_only=not writable), label
+    if separator and scheme == "hf":
+        if writable:
+            raise StorageError(f"cache {label}: a published cache cannot be written; choose a local path or s3://")
+        return open_hub(label), label
     if separator and scheme != "file":
         raise StorageError(
-            f"cache {label}: {scheme}:// is not supported; give a local path, s3://BUCKET/NAME or a zarr Store"
+            f"cache {label}: {scheme}:// is not supported; give a local path, s3://BUCKET/NAME, "
+            "hf://datasets/OWNER/NAME or a zarr Store"
         )
     if separator and not rest.startswith("/"):
         raise StorageError(f"cache {label}: expected file:///PATH, found a host name; use three slashes")

@@ -225,16 +225,25 @@ def merge(target: str, output: str, base: str | None, dtype: str | None) -> int:
 
 
 @cli.command()
-@click.argument("target", metavar="RUN_OR_MODEL")
+@click.argument("target", metavar="RUN_OR_MODEL_OR_CACHE")
 @click.argument("hub_id", metavar="HUB_ID")
 @click.option("--base", metavar="HUB_ID", help="The base model's name on the Hub, if it was a local directory.")
 @click.option("--public", is_flag=True, help="Make a new repository that everybody can read; default: private.")
 def push(target: str, hub_id: str, base: str | None, public: bool) -> int:
-    """Publish a run's adapter or model, or a merged model, on the Hub: with its card, recipe, curve and figures.
+    """Publish a run's adapter or model, or a cache, on the Hub, with a card.
+
+    A run goes with its recipe, curve and figures. A cache goes to a data set, from which others train.
 
     \b
     redpen push runs/a me/my-model
+    redpen push toy.zarr hf://datasets/me/my-cache
     """
+    if hub_id.startswith("hf:"):
+        from pipeline.report import publish as of_cache
+
+        if base is not None:
+            raise click.UsageError("--base belongs to a model, and HUB_ID is a data set; leave it out")
+        return of_cache.run(target, hub_id, public=public)
     from pipeline.models import push as publishing
 
     return publishing.run(target, hub_id, base=base, public=public)

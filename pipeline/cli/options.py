@@ -44,7 +44,8 @@ cache_option = click.option(
     "cache_url",
     metavar="URL",
     callback=_not_empty,
-    help="The cache: a directory, or s3://BUCKET/NAME; default: cache/NAME.zarr, of the recipe.",
+    help="The cache: a directory, s3://BUCKET/NAME, or hf://datasets/OWNER/NAME to read; default: cache/NAME.zarr, "
+    "of the recipe.",
 )
 cache_argument = click.argument("cache_url", metavar="CACHE")
 round_option = click.option(

@@ -132,6 +132,8 @@ def run(
                     costs["train"] = ledger.training(recipe, adapter_parameters, history.tokens, history.seconds)
                     write_atomically(run.ledger, json.dumps(ledger.table(costs), indent=1) + "\n")
                 run.finish(result)
+                if (fetched := round_.cache.fetched) is not None:
+                    say(f"{cache_url}: {fetched[0] / 2**20:.1f} of {fetched[1] / 2**20:.1f} MiB were fetched")
                 show(result.sentence)
                 show(f"{run.trained.name}: {run.trained}")
                 suggest_uses(recipe, run)

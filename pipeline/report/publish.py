@@ -1,0 +1,133 @@
+"""Publish a cache on the Hub, for others to train from: `redpen push CACHE hf://datasets/OWNER/NAME`.
+
+The cache is verified first; then one commit holds its metadata, its committed blocks and a data card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cache_schema as cs
+from pipeline.console import progress, show, suggest
+from pipeline.credentials import mask
+from pipeline.errors import ConfigError, RedpenError, shorten
+from pipeline.files import PARTIAL, refuse_link
+from pipeline.report.inspect import summary
+
+_CHUNK = re.compile(r"(?P<group>rounds/\d+/(rollouts|scores/[^/]+))/[^/]+/c/(?P<block>\d+)(/.*)?")
+_CARD = "README.md"
+
+
+def run(cache_path: str, url: str, *, public: bool = False) -> int:
+    """Upload in one commit, and print where to; returns exit code 0.
+
+    Args:
+        cache_path: a local cache.
+        url: hf://datasets/OWNER/NAME; the repository is made if it does not exist.
+
+    Raises:
+        ConfigError: `url` is no such URL. CacheError: not a cache, or it is locked. RedpenError: it is damaged, it
+            holds nothing, or the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)", url)
+    if match is None:
+        raise ConfigError(f"HUB_ID: expected hf://datasets/OWNER/NAME for a cache, got {url!r}")
+    cache = cs.open(cache_path, writable=True)
+    if cache.path is None:
+        raise ConfigError(f"CACHE: expected a local cache to publish, got {cache_path!r}; copy it here first")
+    with cache.lock("redpen push"):
+        _refuse_damage(cache)
+        files = dict(_files(cache))
+        api = HfApi()
+        try:
+            made = api.create_repo(match[1], repo_type="dataset", private=not public, exist_ok=True)
+            added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
+            added.append(CommitOperationAdd(path_in_repo=_CARD, path_or_fileobj=_card(cache, url).encode()))
+            commit = api.create_commit(match[1], added, commit_message="Upload by redpen", repo_type="dataset")
+        except Exception as error:  # network, authorisation: the Hub client's errors have no common root
+            raise RedpenError(
+                f"HUB_ID = {url!r}: {api.endpoint} did not take it ({shorten(error)}); check the name, the network, "
+                "and that the token in HF_TOKEN or of `hf auth login` may write there"
+            ) from error
+    what = "public" if public else "private, if it is new"
+    show(f"{len(added):,} files in one commit: {made} ({what}), revision {commit.oid[:8]}")
+    suggest(f"redpen train RECIPE --cache {url}@{commit.oid[:8]} --run DIR")
+    return 0
+
+
+def _refuse_damage(cache: cs.Cache) -> None:
+    rounds = [cache.round(index) for index in cache.round_indices()]
+    if not any(round_.rollouts.committed().any() for round_ in rounds):
+        raise RedpenError(f"{cache.url}: holds no rollouts yet, so there is nothing to publish")
+    n_checks = sum(round_.n_blocks * (1 + len(round_.scorer_names())) for round_ in rounds)
+    with progress("verify", n_checks, "blocks") as bar:
+        found = next(iter(cs.verify(cache, progress=bar.advance)), None)
+    if found is not None:
+        raise RedpenError(
+            f"{cache.url}: is damaged ({shorten(found.problem)}); `redpen verify {cache.url} --repair` and the stage "
+            "that made it mend it"
+        )
+
+
+def _files(cache: cs.Cache) -> Iterator[tuple[str, Path]]:
+    """Every file of metadata, prompts and committed blocks, by its key."""
+    assert cache.path is not None
+    committed = {}
+    for index in cache.round_indices():
+        round_ = cache.round(index)
+        groups: list[cs.BlockGroup[Any]] = [round_.rollouts, *map(round_.scores, round_.scorer_names())]
+        for group in groups:
+            committed[f"rounds/{index:05d}/{group.name}"] = group.committed()
+    for path in sorted(cache.path.rglob("*")):
+        if path.is_dir() or path.name.endswith(PARTIAL):
+            continue
+        refuse_link(path)
+        key = path.relative_to(cache.path).as_posix()
+        chunk = _CHUNK.fullmatch(key)
+        if chunk is None or chunk["group"] not in committed:
+            if chunk is None and not key.startswith("."):
+                yield key, path
+        elif committed[chunk["group"]][int(chunk["block"])]:
+            yield key, path
+
+
+def _card(cache: cs.Cache, url: str) -> str:
+    """The data card: origin, figures, and the command that trains from it."""
+    rounds: list[dict[str, Any]] = summary(cache)["rounds"]
+    tags = json.dumps(["redpen", "on-policy-distillation"])
+    lines = ["---", "pretty_name: " + json.dumps(url.rpartition("/")[2]), f"tags: {tags}", "---", ""]
+    lines += [
+        f"# {url.rpartition('/')[2]}",
+        "",
+        "Rollouts of a student with the log-probs that student and teachers give every token: a cache of redpen, "
+        "for training without the teacher.",
+        "",
+        "| round | student | prompts | rollouts | tokens | scored by | reverse KL, nats a token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in rounds:
+        teachers = [scores for scores in found["scores"] if scores["role"] == "teacher"]
+        names = ", ".join(f"`{scores['model']['name']}`" for scores in teachers)
+        kls = ", ".join("" if scores["reverse_kl"] is None else f"{scores['reverse_kl']:.4f}" for scores in teachers)
+        lines.append(
+            f"| {found['index']} | `{found['student']['name']}` | {found['prompts']:,} | {found['rollouts']:,} | "
+            f"{found['tokens']:,} | {names} | {kls} |"
+        )
+    lines += [
+        "",
+        "The prompts are part of it. No licence is stated here: those of the prompts and of the models hold, and may "
+        "want a `license:` above.",
+        "",
+        "```bash",
+        f"redpen inspect {url}",
+        f"redpen train RECIPE --cache {url} --run DIR    # fetches what training reads, and never loads the teacher",
+        "```",
+        "",
+    ]
+    return mask("\n".join(lines))
