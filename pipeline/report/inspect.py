@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -105,10 +106,11 @@ def _model(identity: cs.ModelIdentity) -> dict[str, Any]:
 
 def _bytes_below(path: Path) -> int:
     total = 0
-    for file in path.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # temporary files of a block that is being written
-            found = file.lstat()
-            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    for directory, _, names in os.walk(path):  # half the time of rglob, and a block has 25 files
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # temporary files of a block that is being written
+                found = os.lstat(os.path.join(directory, name))
+                total += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return total
 
 

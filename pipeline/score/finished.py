@@ -5,8 +5,6 @@ Also what `redpen score` prints of scores that are kept, and at its end.
 
 from __future__ import annotations
 
-import numpy as np
-
 import cache_schema as cs
 from pipeline.config import ModelConfig, Recipe, TeacherConfig
 from pipeline.console import show, suggest, warn
@@ -50,7 +48,7 @@ def scorers(recipe: Recipe) -> dict[str, ModelConfig]:
 
 def kept(round_: cs.Round, name: str, cfg: ModelConfig) -> str | None:
     """The line of finished scores that are kept without looking at the model; None if it has to be looked at."""
-    if name not in round_.scorer_names():
+    if not round_.has_scores(name):
         return None
     group = round_.scores(name)
     if group.manifest.engine == IMPORTED:
@@ -63,19 +61,12 @@ def kept(round_: cs.Round, name: str, cfg: ModelConfig) -> str | None:
 
 def nothing_to_do(round_: cs.Round, name: str) -> str:
     """The line of a scorer that has scored every block that it can, from the commits alone."""
-    group, commits = round_.scores(name), round_.rollouts.commits()[round_.scores(name).committed()]
+    group = round_.scores(name)
+    commits = round_.rollouts.commits()[group.committed()]
     return (
         f"{name}: {int(commits['tokens'].sum()):,} tokens of {int(commits['rows'].sum()):,} rollouts are scored by "
         f"{group.manifest.model.name}; nothing to do"
     )
-
-
-def scorable(round_: cs.Round, name: str) -> np.ndarray:
-    """[n_blocks]: which blocks the scorer can score now; a teacher needs the student's candidates."""
-    ready = round_.rollouts.committed()
-    if name == cs.STUDENT:
-        return ready
-    return ready & round_.scores(cs.STUDENT).committed()
 
 
 def report_end(round_: cs.Round) -> None:
@@ -93,15 +84,14 @@ def _line(recipe: Recipe, round_: cs.Round, name: str, cfg: ModelConfig) -> str 
     """What to print of a scorer that has nothing to do; None of any other."""
     if (line := kept(round_, name, cfg)) is not None:
         return line
-    if name not in round_.scorer_names():
-        return None
     sources = known_manifests.of_scores(recipe, round_.manifest, cfg)
     manifest = known_manifests.recall(sources, cs.ScoresManifest)
-    group, ready = round_.scores(name), scorable(round_, name)
-    # While blocks wait for the student's scores, the stage warns of them.
-    if manifest is None or group.manifest.differences(manifest) or not ready.any():
+    if manifest is None or not round_.has_scores(name):
         return None
-    if (ready != round_.rollouts.committed()).any() or (ready & ~group.committed()).any():
+    group = round_.scores(name)
+    done = group.committed()
+    # While blocks wait for the student's scores, the stage warns of them.
+    if group.manifest.differences(manifest) or not done.any() or (done != round_.rollouts.committed()).any():
         return None
     return nothing_to_do(round_, name)
 

@@ -47,7 +47,7 @@ from pipeline.forward.packing_check import choose_checked, settle_layout
 from pipeline.models import load as models
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds import known_manifests, manifests
-from pipeline.score.finished import kept, nothing_to_do, report_end, scorable, scorers
+from pipeline.score.finished import kept, nothing_to_do, report_end, scorers
 from pipeline.score.summary import summarize
 from pipeline.teachers.alignment import View, longest_of, view_of
 from pipeline.teachers.prompts import template_of
@@ -189,10 +189,12 @@ def _pending_blocks(work: ScoreWork, round_: cs.Round) -> tuple[list[int], int]:
     """
     name, manifest = work.name, work.manifest
     group = round_.start_scores(name, manifest) if name in round_.scorer_names() else None
-    ready = scorable(round_, name)
+    ready = round_.rollouts.committed()
     if name != cs.STUDENT:
-        if n_waiting := int((round_.rollouts.committed() & ~ready).sum()):
+        have_candidates = round_.scores(cs.STUDENT).committed()
+        if n_waiting := int((ready & ~have_candidates).sum()):
             warn(f"{name}: {n_waiting} blocks wait for the student's scores, which hold the candidates")
+        ready &= have_candidates
         if not ready.any():
             raise cs.CacheError(
                 f"cache {round_.cache.url} round {round_.index}: the student has scored no block yet; run "
