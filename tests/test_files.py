@@ -293,6 +293,7 @@ ELSEWHERE = {
     "models/_transformers_compat.py": "removes a generated file from a directory that it fills",
     "models/identity.py": "streams weights",
     "models/lora.py": "fills a directory that replaces another",
+    "rounds/known_manifests.py": "looks at open files, and removes its oldest entries",
     "runs/checkpoint.py": "fills a directory that replaces another, and removes old checkpoints",
     "runs/lock.py": "locks a directory",
     "streaming/weights.py": "reads tensors by position",

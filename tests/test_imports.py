@@ -52,7 +52,7 @@ HEAVY = (
     "obstore",
 )
 #: What a cache of some kind needs, imported where one is opened.
-OPTIONAL = {"obstore"}
+OPTIONAL = {"obstore", "huggingface_hub"}
 
 
 def modules(package: str) -> list[Path]:
