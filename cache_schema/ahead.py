@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from .group import BlockGroup
 
 #: Blocks that are read at a time, and bytes of them.
 MOST_BLOCKS, MOST_BYTES = 8, 2**28
+_POLL_SECONDS = 0.05
 
 _T = TypeVar("_T")
 
@@ -36,14 +37,17 @@ def read_ahead(
         for block in blocks:
             begun.append(threads.submit(read, block))
             if len(begun) == at_once:
-                yield begun.popleft().result()
+                yield begun[0].result()
+                begun.popleft()
         while begun:
-            yield begun.popleft().result()
+            yield begun[0].result()
+            begun.popleft()
     except (Exception, GeneratorExit):
         raise
     except BaseException:  # Ctrl-C
-        for group in groups:
-            group.cancel_requests()
+        while wait(begun, timeout=_POLL_SECONDS).not_done:  # each block still asks for its other arrays
+            for group in groups:
+                group.cancel_requests()
         raise
     finally:
         threads.shutdown(cancel_futures=True)
