@@ -447,7 +447,7 @@ def prompts(rng: random.Random, base: Base) -> Try:
         lines = content.splitlines()
         value = json.loads(lines[0])
         key = "messages" if "messages" in value else "text" if "text" in value else "prompt"
-        label, text = rng.choice((("10 MB", "x" * 10**7), ("10 MB of spaces", " " * 10**7), ("nothing", ""),
+        label, text = rng.choice((("4 MB", "x" * 4 * 10**6), ("4 MB of spaces", " " * 4 * 10**6), ("nothing", ""),
                                   ("escapes", ESCAPES), ("NULs", "\0" * 5), ("special tokens", "<|im_end|>" * 3)))  # fmt: skip
         value[key] = [{"role": "user", "content": text}, *value[key][1:]] if key == "messages" else text
         damage = Damage(
@@ -611,6 +611,8 @@ def escapes(rng: random.Random, base: Base) -> Try:
         groups = [name for name in _files(base, "c.zarr", ends="zarr.json")]
         path = rng.choice([name for name in groups if b'"redpen"' in (base.here / name).read_bytes()])
         wanted = rng.choice((VERIFY, INSPECT, ROLLOUT, DIAGNOSE, SCORE, TRAIN, PAGE, EXPORT))
+        if wanted is SCORE and "/teacher/" in path:  # which it scores anew
+            wanted = VERIFY
         return _escaped(rng, base, path, wanted)
     if how == "run":
         path = rng.choice(("run/run.json", "run/eval.json", "run/ledger.json", "run/adapter/adapter_config.json"))
