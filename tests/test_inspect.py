@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ def test_reverse_kl_is_infinite_where_the_teacher_excludes_a_token_of_the_studen
 # ----------------------------------------------------------------------------------------------------------- summary
 
 
+def test_scores_of_other_rollouts_are_said(cache: cs.Cache, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cache.path
+    assert path is not None
+    commits = path / "rounds/00000/scores/teacher/commit/c"
+    shutil.copyfile(commits / "1/0", commits / "0/0")
+    terminal.run(str(path), None, None, None, False)
+    assert "teacher scored 1 blocks whose rollouts or candidates are others now" in capsys.readouterr().err
+
+
 def test_summary_counts_what_is_there(cache: cs.Cache) -> None:
     round_ = cache.round()
     round_.scores("teacher").uncommit(1)
@@ -86,7 +96,7 @@ def test_summary_counts_what_is_there(cache: cs.Cache) -> None:
     assert summary["finish"]["length"] == sum((block.finish_reason == cs.FINISH_LENGTH).sum() for block in blocks)
     student, teacher = summary["scores"]
     assert student["name"] == "student" and "reverse_kl" not in student
-    assert teacher["blocks"] == {"committed": 2, "total": 3} and teacher["topk"] == 3
+    assert teacher["blocks"] == {"committed": 2, "stale": 0, "total": 3} and teacher["topk"] == 3
     kls = []
     for block in (0, 2):
         mine, theirs = round_.scores("student").read(block), round_.scores("teacher").read(block)

@@ -165,6 +165,9 @@ def test_an_adapter_beside_the_model_is_not_applied_unseen(tiny: Path) -> None:
         ("config.json", b"[" * 100_000, "config.json: not valid JSON"),
         ("config.json", b'{"model_type": "llama", "vocab_size": "259"}', "config.json: vocab_size"),
         ("config.json", b'{"model_type": "llama", "num_hidden_layers": 2.5}', "config.json: num_hidden_layers"),
+        ("config.json", b'{"model_type": "llama", "rope_parameters": {"rope_theta": -Infinity}}', "rope_parameters"),
+        ("config.json", b'{"model_type": "llama", "rms_norm_eps": NaN}', "rms_norm_eps"),
+        ("config.json", b'{"model_type": "llama", "text_config": {"rope_theta": Infinity}}', "rope_theta"),
         ("config.json", b'{"model_type": "llama", "transformers_weights": "x.safetensors"}', "transformers_weights"),
     ],
 )

@@ -6,12 +6,13 @@ unchanged. Files of a Hub snapshot are links to blobs, so links are followed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.errors import ModelError
 from pipeline.files import parse_json, parse_model, read_bytes
@@ -38,6 +39,15 @@ SizeByLayer = Size | list[Size]
 CountByLayer = Annotated[int, Field(ge=0, le=100_000)] | list[Annotated[int, Field(ge=0, le=100_000)] | None]
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether every number in a value of JSON is."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -62,6 +72,14 @@ class _Config(_File):
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _numbers_are_finite(self) -> Self:
+        """Also those of settings of one architecture, such as a rotary base: infinity makes another model of it."""
+        for name, value in self:
+            if name != "time_step_limit" and not _is_finite(value):  # Mamba's has no upper bound
+                raise ValueError(f"{name}: expected finite numbers, got {value!r:.80}")
+        return self
 
 
 class ConfigFile(_Config):

@@ -81,7 +81,11 @@ def _scores_summary(round_: cs.Round, name: str, reverse_kl: bool) -> dict[str, 
         "candidate_kind": manifest.candidate_kind,
         "topk": manifest.topk,
         "read": own_prompt(round_, name) if manifest.role == "teacher" else None,
-        "blocks": {"committed": int(committed.sum()), "total": round_.n_blocks},
+        "blocks": {
+            "committed": int(committed.sum()),
+            "stale": int((scores.commits()["rows"] > 0).sum() - committed.sum()),
+            "total": round_.n_blocks,
+        },
     }
     return found | _mean_reverse_kl(round_, name) if reverse_kl and manifest.role == "teacher" else found
 

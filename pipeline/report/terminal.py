@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import cache_schema as cs
-from pipeline.console import escape_control, results, say, show
+from pipeline.console import escape_control, results, say, show, warn
 from pipeline.disk import readable
 from pipeline.models.identity import DATA
 from pipeline.report import inspect
@@ -44,6 +44,7 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
             show(json.dumps(found, allow_nan=False))
         else:
             show_summary(found, out)
+            _warn_of_stale_scores(found)
             say(f"next: {next_command(found)}")
         return
     round_ = cache.round(round_index)
@@ -53,6 +54,16 @@ def run(cache_url: str, round_index: int | None, rollout: int | None, teacher: s
     else:
         names: Sequence[str | None] = [teacher] if teacher is not None else round_.teacher_names() or [None]
         show_rollout([inspect.rollout(round_, rollout, name, decoder) for name in names], out)
+
+
+def _warn_of_stale_scores(summary: dict[str, Any]) -> None:
+    for round_ in summary["rounds"]:
+        for scores in round_["scores"]:
+            if stale := scores["blocks"]["stale"]:
+                warn(
+                    f"round {round_['index']}: {scores['name']} scored {stale} blocks whose rollouts or candidates "
+                    "are others now; they do not count, and `redpen score` scores them again"
+                )
 
 
 def next_command(summary: dict[str, Any]) -> str:
