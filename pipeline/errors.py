@@ -7,6 +7,7 @@ and exits with 1; any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 
 
@@ -69,12 +70,21 @@ def user_message(error: Exception) -> str | None:
         return f"{error.filename or 'storage'}: {error.strerror}; finished work is kept, run it again"
     if isinstance(error, OSError) and error.errno in _PATHS:
         return f"{error.filename or 'a path'}: {error.strerror}; choose another name"
+    if isinstance(error, FileNotFoundError) and not _directory_exists():
+        return "the current directory does not exist any more; change to another one, and run it again"
     if type(error).__name__ == "OutOfMemoryError":  # torch's; torch may not be installed or imported yet
         return (
             "the GPU's memory is full; lower rollouts.batch_size (sampling), score.rows_per_chunk (scoring, or use "
             'placement "streamed"), train.tokens_per_microbatch (training) or eval.batch_size, and run it again'
         )
     return None
+
+
+def _directory_exists() -> bool:
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def one_line(error: object, at_most: int = 200) -> str:

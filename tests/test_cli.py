@@ -418,3 +418,16 @@ def test_handlers_are_restored() -> None:
         stop.check("3 of 4 blocks are committed")
     assert error.value.exit_code == 143 and "3 of 4" in str(error.value)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run, here = tmp_path / "run", tmp_path / "here"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    here.rmdir()
+    assert cli.main(["eval", str(run), "--out", "new.json"]) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("redpen: the current directory does not exist any more")
+    )
