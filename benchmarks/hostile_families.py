@@ -266,7 +266,7 @@ def server(rng: random.Random, base: Base) -> Try:
 
 
 def _valid_answer(damage: Damage) -> bool:
-    """Whether another teacher can have said so. Every answer has a damage of its own."""
+    """Whether another teacher can have said so. Each answer is damaged separately."""
     if damage.path[-1:] in (("decoded_token",), ("rank",), ("text",)):  # which nobody reads
         return True
     if damage.kind in ("near", "key") or damage.same_type:

@@ -12,8 +12,8 @@ The rounds end when the fresh reverse KL is below `distill.stop_reverse_kl`, whe
 `distill.patience` rounds, or after `distill.rounds`. The metric is `train.heldout_metric` if it is set, and its best
 student is the result; otherwise it is the fresh reverse KL. Each round measures that on its own prompts, of which a
 few hard ones dominate: "below" means by two standard errors, and the result is the last student within two standard
-errors of the best. With `distill.max_response_tokens`, whose limit grows by round, the rounds do not end before its
-last limit, and only rounds of that limit are compared.
+errors of the best. If `distill.max_response_tokens` grows by round, the rounds do not end before its last limit, and
+only rounds of that limit are compared.
 
 What is left to do follows from what is on disk, so the same command continues after any kill.
 """

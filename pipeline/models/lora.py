@@ -88,7 +88,7 @@ def add_lora(model: nn.Module, train: TrainConfig) -> PeftModel:
 
     The head, what is outside the decoder (a vision tower) and routers, which return more than a product, get none.
 
-    Neither do layers whose weights the model uses without calling them, past an adapter.
+    Nor do layers whose weight the model reads without calling the layer, which bypasses an adapter.
 
     A = Kaiming uniform from `train.seed`, B = 0, so the first forward is that of the student. A model with an adapter
     (`student.adapter`) continues to train it; its rank and alpha must be the recipe's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ def run(target: str, hub_id: str, *, base: str | None = None, public: bool = Fal
             do not have. DamagedRunError: a file is not what the run recorded. RedpenError: the Hub refuses, or cannot
             be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -49,18 +49,7 @@ def run(target: str, hub_id: str, *, base: str | None = None, public: bool = Fal
     directory = Path(target)
     files = _files(directory)
     contents = {name: str(path) for name, path in files.items()} | _of_base(files, hub_id, base)
-    api = HfApi()
-    try:
-        url = api.create_repo(hub_id, private=not public, exist_ok=True)
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
-        commit = api.create_commit(hub_id, added, commit_message="Upload by redpen")
-    except Exception as error:  # network, authorisation: the Hub client's errors have no common root
-        raise RedpenError(
-            f"HUB_ID = {hub_id!r}: {api.endpoint} did not take it ({shorten(error)}); check the name, the network, "
-            "and that the token in HF_TOKEN or of `hf auth login` may write there"
-        ) from error
-    what = "public" if public else "private, if it is new"
-    show(f"{len(contents)} files in one commit: {url} ({what}), revision {commit.oid[:8]}")
+    upload(hub_id, contents, public=public)
     if (directory / RECIPE).is_file():
         recipe = load_stored_recipe(directory / RECIPE)
         if base is not None:
@@ -68,6 +57,33 @@ def run(target: str, hub_id: str, *, base: str | None = None, public: bool = Fal
         if (command := serve_command(recipe, hub_id)) is not None:
             suggest(f"`{command}`")
     return 0
+
+
+def upload(repository: str, contents: Mapping[str, str | bytes], *, public: bool, repo_type: str = "model") -> str:
+    """Upload files in one commit, print where to, and return the first digits of the commit's hash.
+
+    Args:
+        repository: "OWNER/NAME"; made if it does not exist, as private unless `public`.
+        contents: paths of local files, or bytes, by their path in the repository.
+
+    Raises `RedpenError` if the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, repo_type=repo_type, private=not public, exist_ok=True)
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+        commit = api.create_commit(repository, added, commit_message="Upload by redpen", repo_type=repo_type)
+    except Exception as error:  # network, authorisation: the Hub client's errors have no common root
+        name = repository if repo_type == "model" else f"hf://datasets/{repository}"
+        raise RedpenError(
+            f"HUB_ID = {name!r}: {api.endpoint} did not take it ({shorten(error)}); check the name, the "
+            "network, and that the token in HF_TOKEN or of `hf auth login` may write there"
+        ) from error
+    what = "public" if public else "private, if it is new"
+    show(f"{len(added):,} files in one commit: {url} ({what}), revision {commit.oid[:8]}")
+    return commit.oid[:8]
 
 
 def _files(directory: Path) -> dict[str, Path]:

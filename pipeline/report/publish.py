@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import cache_schema as cs
-from pipeline.console import progress, show, suggest
+from pipeline.console import progress, suggest
 from pipeline.credentials import mask
 from pipeline.errors import ConfigError, RedpenError, shorten
 from pipeline.files import PARTIAL, refuse_link
+from pipeline.models.push import upload
 from pipeline.report.inspect import summary
 
 _CHUNK = re.compile(r"(?P<group>rounds/\d+/(rollouts|scores/[^/]+))/[^/]+/c/(?P<block>\d+)(/.*)?")
@@ -33,8 +34,6 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
         ConfigError: `url` is no such URL. CacheError: not a cache, or it is locked. RedpenError: it is damaged, it
             holds nothing, or the Hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)", url)
     if match is None:
         raise ConfigError(f"HUB_ID: expected hf://datasets/OWNER/NAME for a cache, got {url!r}")
@@ -43,21 +42,10 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
         raise ConfigError(f"CACHE: expected a local cache to publish, got {cache_path!r}; copy it here first")
     with cache.lock("redpen push"):
         _refuse_damage(cache)
-        files = dict(_files(cache))
-        api = HfApi()
-        try:
-            made = api.create_repo(match[1], repo_type="dataset", private=not public, exist_ok=True)
-            added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path)) for name, path in files.items()]
-            added.append(CommitOperationAdd(path_in_repo=_CARD, path_or_fileobj=_card(cache, url).encode()))
-            commit = api.create_commit(match[1], added, commit_message="Upload by redpen", repo_type="dataset")
-        except Exception as error:  # network, authorisation: the Hub client's errors have no common root
-            raise RedpenError(
-                f"HUB_ID = {url!r}: {api.endpoint} did not take it ({shorten(error)}); check the name, the network, "
-                "and that the token in HF_TOKEN or of `hf auth login` may write there"
-            ) from error
-    what = "public" if public else "private, if it is new"
-    show(f"{len(added):,} files in one commit: {made} ({what}), revision {commit.oid[:8]}")
-    suggest(f"redpen train RECIPE --cache {url}@{commit.oid[:8]} --run DIR")
+        files: dict[str, str | bytes] = {name: str(path) for name, path in _files(cache)}
+        files[_CARD] = _card(cache, url).encode()
+        revision = upload(match[1], files, public=public, repo_type="dataset")
+    suggest(f"redpen train RECIPE --cache {url}@{revision} --run DIR")
     return 0
 
 

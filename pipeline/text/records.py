@@ -52,9 +52,7 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
     if "messages" in record:
         record["messages"] = _check_asked(record["messages"], place, "messages")
     elif "prompt" in record:
-        check_text(record["prompt"], "prompt", place)
-        if not record["prompt"].strip():
-            raise PromptError(f"{place}: prompt: expected text, got an empty one; remove the line")
+        _check_not_empty(record, "prompt", place, "remove the line")
     else:
         raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
     if "tools" in record:
@@ -66,9 +64,7 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
     if "teacher_messages" in record:
         record["teacher_messages"] = _check_asked(record["teacher_messages"], place, "teacher_messages")
     if "teacher_prompt" in record:
-        check_text(record["teacher_prompt"], "teacher_prompt", place)
-        if not record["teacher_prompt"].strip():
-            raise PromptError(f"{place}: teacher_prompt: expected text, got an empty one; remove it")
+        _check_not_empty(record, "teacher_prompt", place, "remove it")
     for name in columns:
         if name in record and name not in FIELDS:
             _check_column(record[name], name, place)
@@ -86,6 +82,12 @@ def content_text(message: Mapping[str, Any]) -> str:
     """The text of a message, its parts joined; empty if it has none."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _check_not_empty(record: Mapping[str, Any], name: str, place: str, remedy: str) -> None:
+    check_text(record[name], name, place)
+    if not record[name].strip():
+        raise PromptError(f"{place}: {name}: expected text, got an empty one; {remedy}")
 
 
 def _check_tools(tools: Any, place: str) -> None:
