@@ -69,8 +69,7 @@ def run(cache_url: str, output: str, *, round_index: int | None = None) -> int:
         parquet.ParquetWriter(file, exporter.schema, compression="zstd") as writer,
         progress("export", len(blocks)) as bar,
     ):
-        for block in blocks:
-            table = exporter.table(block)
+        for table in cs.read_ahead(exporter.table, blocks, [round_.rollouts, *exporter.scorers.values()]):
             writer.write_table(table, row_group_size=table.num_rows)
             bar.advance()
     groups: dict[str, cs.BlockGroup[Any]] = {"rollouts": round_.rollouts, **exporter.scorers}

@@ -266,7 +266,8 @@ def _load_sampler(
 def _summarize(round_: cs.Round) -> str:
     """What the finished round holds; warns if the length limit cut many responses."""
     names = ("response_length", "finish_reason", "rollout_logprobs")
-    blocks = [round_.rollouts.read_arrays(block, names) for block in range(round_.n_blocks)]
+    group = round_.rollouts
+    blocks = list(cs.read_ahead(lambda block: group.read_arrays(block, names), range(round_.n_blocks), [group]))
     length, reason, logprobs = (np.concatenate([block[name] for block in blocks]) for name in names)
     cut = float((reason == cs.FINISH_LENGTH).mean())
     limit = round_.manifest.max_response_tokens

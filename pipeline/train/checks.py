@@ -72,8 +72,9 @@ def check_behaviour(round_: cs.Round) -> None:
         )
     if round_.manifest.engine != IMPORTED:
         return
-    for block in range(round_.n_blocks):
-        found = round_.rollouts.read_arrays(block, ["rollout_logprobs", "trained"])
+    group, names = round_.rollouts, ["rollout_logprobs", "trained"]
+    read = cs.read_ahead(lambda block: group.read_arrays(block, names), range(round_.n_blocks), [group])
+    for block, found in enumerate(read):
         unknown = int((np.isnan(found["rollout_logprobs"]) & (found["trained"] == 1)).sum())
         if unknown:
             raise ConfigError(

@@ -246,7 +246,9 @@ class Replay:
         Raises `CacheError` if a block is damaged or no longer committed, `ConfigError` if no token of the batch
         counts.
         """
-        batch = self._gather(step, self.order.step(step), self._block)
+        prompts = self.order.step(step)
+        blocks = self._load_blocks(np.unique(prompts // self.order.prompts_per_block).tolist())
+        batch = self._gather(step, prompts, blocks.__getitem__)
         if not batch.distinct:
             raise ConfigError(
                 f"{str(self.selection) or 'scores'}: none of the {len(batch.rollouts)} rollouts of step {step + 1} "
@@ -303,14 +305,17 @@ class Replay:
         finally:
             reader.shutdown(cancel_futures=True)
 
-    def _block(self, index: int) -> LoadedBlock:
+    def _load_blocks(self, indices: Sequence[int]) -> dict[int, LoadedBlock]:
+        groups: list[cs.BlockGroup[Any]] = [self._round.rollouts, *(group for group, _ in self._groups.values())]
         with self._lock:
-            if index not in self._loaded:
-                self._loaded[index] = self._load(index)
+            missing = [index for index in indices if index not in self._loaded]
+            for index in set(indices) - set(missing):
+                self._loaded.move_to_end(index)
+            for index, block in zip(missing, cs.read_ahead(self._load, missing, groups), strict=True):
+                self._loaded[index] = block
                 while len(self._loaded) > self.order.resident_blocks:
                     self._loaded.popitem(last=False)
-            self._loaded.move_to_end(index)
-            return self._loaded[index]
+            return {index: self._loaded[index] for index in indices}
 
     def _load(self, index: int) -> LoadedBlock:
         rollouts = self._round.rollouts.read(index)
