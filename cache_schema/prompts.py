@@ -18,6 +18,8 @@ from .nodes import damaged, open_group
 
 #: Limit of the prompts of a round, in bytes.
 MOST_PROMPT_BYTES = 2**36
+# Prompts whose bytes are copied at a time, to take the digest.
+_HASHED_AT_ONCE = 2**16
 
 
 def encode_prompts(prompts: Sequence[dict[str, Any]]) -> list[bytes]:
@@ -91,8 +93,12 @@ class PromptTable:
                 if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] > MOST_PROMPT_BYTES:
                     raise self._damage("offsets", "expected ascending numbers from 0, found others")
                 data = self._read("bytes", layout.prompt_layouts(int(offsets[-1]), n_prompts)["bytes"])
-            lines = np.insert(data, offsets[1:], ord("\n"))
-            if hashlib.sha256(lines.data).hexdigest() != self._manifest.prompts_sha256:
+            digest = hashlib.sha256()
+            for first in range(0, n_prompts, _HASHED_AT_ONCE):
+                ends = offsets[first : first + _HASHED_AT_ONCE + 1]
+                lines = np.insert(data[ends[0] : ends[-1]], ends[1:] - ends[0], ord("\n"))
+                digest.update(lines.data)
+            if digest.hexdigest() != self._manifest.prompts_sha256:
                 raise self._damage("bytes", "does not match prompts_sha256 of the round")
             self._loaded = data, offsets
         return self._loaded

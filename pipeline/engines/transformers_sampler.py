@@ -330,8 +330,10 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
-    logprobs_BV = warpers(None, logits_BV.double()).log_softmax(1)
-    cumulative_BV = logprobs_BV.exp().cumsum(1)
-    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)
+    scores_BV = warpers(None, logits_BV.to(torch.float64, copy=True))
+    scores_BV -= scores_BV.max(1, keepdim=True).values
+    cumulative_BV = scores_BV.exp().cumsum_(1)  # times the sum that would normalise it
+    sum_B1 = cumulative_BV[:, -1:]
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * sum_B1, right=True)
     token_B1.clamp_max_(logits_BV.shape[1] - 1)  # past the last, where the distribution is NaN
-    return token_B1[:, 0], logprobs_BV.gather(1, token_B1)[:, 0]
+    return token_B1[:, 0], (scores_BV.gather(1, token_B1) - sum_B1.log())[:, 0]
