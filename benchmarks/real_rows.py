@@ -15,7 +15,7 @@ from typing import Any
 
 import real_data as data
 import tomlkit
-from toy_lab import Results, measured, redpen
+from toy_lab import Results, measured, redpen, sampled
 
 #: Prompts of a round, two rollouts each; held-out problems; tokens of a response in training and in evaluation.
 PROMPTS, HELD_OUT, SUMS, LIMIT, EVAL_LIMIT = 96, 96, 64, 192, 320
@@ -487,13 +487,11 @@ def engines(lab: Lab, directory: Path, seed: int) -> Figures:
     for engine in ("transformers", "vllm"):
         settings, cache = [f"rollouts.engine={engine}"], ("--cache", directory / f"{engine}.zarr")
         cost = lab.command(directory, engine, "rollouts", recipe, *cache, settings=settings)
-        match = re.search(r"([\d,]+) tokens[^\n]* in ([\d.]+) s", cost["output"])
-        if match is None:
-            sys.exit(f"no line about tokens and seconds in:\n{cost['output']}")
+        tokens, seconds = sampled(cost["output"])
         gap = lab.command(directory, f"{engine}-gap", "score", recipe, *cache, "--only", "student", settings=settings)
         found[engine] = {
-            "tokens": int(match[1].replace(",", "")),
-            "seconds": float(match[2]),
+            "tokens": tokens,
+            "seconds": seconds,
             "cost": cost,
             "gap": next((line.strip() for line in gap["output"].splitlines() if "sampler" in line), ""),
         }

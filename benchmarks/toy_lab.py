@@ -39,13 +39,13 @@ class Cost:
     cpu_seconds: float
 
 
-def measured(*command: object, codes: Sequence[int] = (0,)) -> Cost:
-    """Run a command to its end. Exits with its output where it ends with another code than these."""
+def measured(*command: object, codes: Sequence[int] = (0,), root: Path = ROOT) -> Cost:
+    """Run a command of a checkout to its end. Exits with its output where it ends with another code."""
     started, cpu = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
+        cwd=root,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(root)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,10 +61,18 @@ def measured(*command: object, codes: Sequence[int] = (0,)) -> Cost:
     return Cost(seconds, peak, output, _cpu_seconds() - cpu)
 
 
-def redpen(*args: object, settings: Sequence[str] = (), codes: Sequence[int] = (0,)) -> Cost:
+def redpen(*args: object, settings: Sequence[str] = (), codes: Sequence[int] = (0,), root: Path = ROOT) -> Cost:
     """A command of redpen with `section.key=value` settings."""
     parts = (part for setting in settings for part in ("--set", setting))
-    return measured("-m", "pipeline", *args, *parts, codes=codes)
+    return measured("-m", "pipeline", *args, *parts, codes=codes, root=root)
+
+
+def sampled(output: str) -> tuple[int, float]:
+    """Tokens and seconds, without loading the model, in what `redpen rollouts` prints."""
+    match = re.search(r"([\d,]+) tokens[^\n]* in ([\d.]+) s", output)
+    if match is None:
+        sys.exit(f"no line about tokens and seconds in:\n{output}")
+    return int(match[1].replace(",", "")), float(match[2])
 
 
 def evaluate(out: Path, adapter: Path) -> dict[str, float]:
