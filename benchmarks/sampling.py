@@ -3,9 +3,8 @@
     python benchmarks/sampling.py MODEL [--before CHECKOUT] [--vllm] [--prompts 24] [--tokens 96]
 
 Word problems x 2 rollouts at temperature 1 from a chat model (a directory or Hub id) in bf16, 48 at a time, in a
-process each. Tokens a second are by the clock, and include the checks of student and teacher that redpen makes before
-the first rollout; tokens a CPU second also include starting and loading, but another load on the machine disturbs them
-less. `generate` returns no log-probs.
+process each. Tokens a second are as each prints them, by the clock, without loading; tokens a CPU second are of the
+whole process, the checks before the first rollout included. `generate` returns no log-probs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ other ranks receive what it found.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any, Protocol
@@ -81,14 +82,17 @@ def run_blocks(
     state: Callable[[], str],
     bar: AbstractContextManager[Bar],
     advance: Callable[[Bar, int, int], None],
-) -> None:
-    """Write this rank's shard of the `pending` blocks; returns when every rank is done.
+) -> float:
+    """Write this rank's shard of the `pending` blocks, and wait for the other ranks.
 
     Args:
         begin: called on the main process after the model is loaded and before any block is written, so that a model
             that cannot be used leaves no trace in the cache.
         state: describes what is committed so far, for the message of an interrupt.
         bar: progress over this rank's shard. advance: moves it by rollouts and tokens.
+
+    Returns:
+        Seconds from when the models were loaded and checked until every rank was done.
     """
 
     def begin_without_result() -> None:  # its result may not be picklable
@@ -98,6 +102,7 @@ def run_blocks(
     with ExitStack() as stack:
         session = stack.enter_context(closing(ranks.open_session(work))) if own else None
         ranks.broadcast(begin_without_result)
+        started = time.perf_counter()
         with graceful() as stop:
 
             def check() -> None:
@@ -112,3 +117,4 @@ def run_blocks(
                 if session is not None:
                     session.run(own, on_progress)
             ranks.barrier(check)
+    return time.perf_counter() - started

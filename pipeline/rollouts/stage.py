@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -132,7 +131,6 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
     at_most = n_pending * manifest.max_response_tokens * bytes_per_token(cs.ROLLOUT_ARRAYS)
     ranks.broadcast(lambda: require_free(round_.cache.url, at_most, "its rollouts, all at full length,"))
 
-    started = time.perf_counter()
     shown: list[DecodingProgress] = []
 
     def advance(bar: Bar, rollouts: int, tokens: int) -> None:
@@ -140,7 +138,7 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
             shown.append(DecodingProgress(bar, mine, manifest.max_response_tokens))
         shown[0](rollouts, tokens)
 
-    run_blocks(
+    seconds = run_blocks(
         work,
         pending,
         ranks,
@@ -149,7 +147,6 @@ def _sample_blocks(work: RolloutsWork, round_: cs.Round, pending: list[int], ran
         bar=progress("rollouts", total - n_pending + mine, "rollouts", done=total - n_pending),
         advance=advance,
     )
-    seconds = time.perf_counter() - started
     if ranks.is_main_process:
         n_tokens = int(round_.rollouts.commits()["tokens"][pending].sum())
         show(

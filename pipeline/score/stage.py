@@ -164,8 +164,7 @@ def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
         return
     n_tokens = round_.rollouts.commits()["tokens"].astype(np.int64)
     n_pending, mine = int(n_tokens[pending].sum()), int(n_tokens[ranks.shard(pending)].sum())
-    started = time.perf_counter()
-    run_blocks(
+    seconds = run_blocks(
         work,
         pending,
         ranks,
@@ -174,7 +173,6 @@ def _score_blocks(work: ScoreWork, round_: cs.Round, ranks: Ranks) -> None:
         bar=progress(name, mine + n_ready - n_pending, "tokens", done=n_ready - n_pending),
         advance=lambda bar, rollouts, tokens: bar.advance(tokens),
     )
-    seconds = time.perf_counter() - started
     if ranks.is_main_process:
         show(
             f"{name}: {summarize(round_, name)}; {n_pending:,} tokens in {seconds:.1f} s, "
