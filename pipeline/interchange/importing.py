@@ -4,13 +4,18 @@ The file is Parquet or JSONL, one rollout a row, with these fields (their other 
 
     prompt | messages    as in prompts files; with is_lightning_opd the prompt is rendered text, tokenized unchanged
     prompt_tokens        the prompt's ids, used instead of rendering it
-    response_tokens      required, the ids that the student sampled: text is never tokenized again
+    response_tokens      the ids that the student sampled: text of a response is never tokenized again. Without them
+                         messages that hold assistant turns are a finished conversation, see below
     rollout_logprobs     of the distribution that was sampled from; null: unknown
     teacher_log_probs    temperature 1; null: not scored
     loss_mask            0: a token that the student did not sample, never trained
     finish_reason        stop, length or anything else; by default derived from the response's last token
     answer, source, id   as in prompts files; so are columns that a teacher's text is made of
     prompt_index         equal prompts of different numbers are not put together
+
+A finished conversation, with tool calls or without: what precedes the first assistant turn is the prompt, the rest up
+to the end of the last one the response, and the assistant turns are trained. The recipe's chat template must show
+which tokens these are (`pipeline.text.assistant_turns`); if it does not, the row is refused.
 
 Values that the file lacks are recorded as missing, never as 0. The file is read twice: the first pass checks all of
 it, so that nothing is written if a row is wrong; the second writes each block after its last row. The rows of a
@@ -39,6 +44,7 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
+from pipeline.interchange.conversations import finished_chat
 from pipeline.interchange.restoring import ChangedError, Export, restore
 from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
@@ -47,6 +53,7 @@ from pipeline.rounds.manifests import imported_round, imported_scores
 from pipeline.text.records import check_record
 from pipeline.text.rendering import TooLongError, check_length, render, template_identity, uses_chat
 from pipeline.text.teacher_prompt import kept_columns
+from pipeline.text.template_effect import N_CHATS, warn_without_effect
 
 
 def run(
@@ -105,6 +112,7 @@ def run(
     show(
         f"import: {len(found.lengths):,} rollouts of {len(found.records):,} prompts in {cache_url} round "
         f"{round_.index}, {n_tokens:,} tokens"
+        + (f", {found.n_trained:,} of them trained" if found.n_trained < n_tokens else "")
         + (f", {found.n_scored:,} of them scored by {cfg.name}" if cfg is not None else "")
         + ("" if pending.any() else "; nothing to do")
     )
@@ -165,7 +173,9 @@ class FileSurvey:
     renderings: set[str] = field(default_factory=set)
     prompt_of_row: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    n_trained: int = 0  # tokens that the student wrote
     n_scored: int = 0  # tokens with a teacher's log-prob
+    chats: list[tuple[list[dict[str, Any]], list[Any] | None]] = field(default_factory=list)  # the first, with tools
     left_out: list[str] = field(default_factory=list)  # scorers of an export, whose columns are not read
 
 
@@ -183,13 +193,14 @@ class RolloutReader:
         found, numbers = FileSurvey(), dict[tuple[object, ...], int]()
         n_ids = max(self.student.vocab_size, self.student.tokenizer_identity.vocab_size)
         first_fault = ""
-        n_rows = n_faults = n_unended = n_certain = 0
+        n_rows = n_faults = n_unended = n_certain = n_open = n_longer = 0
         columns = kept_columns(self.recipe)
         for row in read_rows(self.path, columns):
             n_rows += 1
             found.left_out = found.left_out or exported_scorers(row.values)
             try:
-                record = check_record(row.values, row.place, columns)
+                finished = finished_chat(row, columns)
+                record = check_record(row.values, row.place, columns) if finished is None else finished.record
                 given = row.ids("prompt_tokens", n_ids)
                 rendered, prompt_index = row.get("rendered")[1] is True, str(row.get("prompt_index")[1])
                 line = cs.encode_prompts([record])[0]
@@ -206,20 +217,37 @@ class RolloutReader:
                 continue
             found.prompt_of_row.append(numbers[key])
             found.lengths.append(len(teacher_logprobs))
+            found.n_trained += int(np.asarray(rollout.trained).sum())
             found.n_scored += int(np.isfinite(teacher_logprobs).sum())
-            n_unended += row.get("finish_reason")[1] == "stop" and rollout.finish_reason != cs.FINISH_STOP
+            is_unended = rollout.finish_reason != cs.FINISH_STOP
+            if finished is None:
+                n_unended += row.get("finish_reason")[1] == "stop" and is_unended
+            else:
+                n_open, n_longer = n_open + is_unended, n_longer + finished.is_longer
+                if len(found.chats) < N_CHATS:
+                    found.chats.append((finished.messages[:-1], record.get("tools")))
             n_certain += len(teacher_logprobs) > 1 and not teacher_logprobs.any()
         if n_faults:
             raise RedpenError(f"{first_fault} ({n_faults} of {n_rows} rows are at fault; nothing was written)")
         if not n_rows:
             raise RedpenError(f"{self.path}: expected at least one rollout, the file holds none")
         self._check_lengths(found)
+        if found.chats:
+            warn_without_effect(found.chats, self.student.tokenizer, self.recipe.prompts)
+        stop_ids = ", ".join(map(str, self.stop_ids))
         if n_unended:
             warn(
                 f"{n_unended} of {n_rows} rollouts have finish_reason stop, but do not end with one of the stop ids "
-                f"{', '.join(map(str, self.stop_ids))}; they are imported with "
-                "finish_reason other (see rollouts.stop_token_ids)"
+                f"{stop_ids}; they are imported with finish_reason other (see rollouts.stop_token_ids)"
             )
+        if n_open:
+            warn(
+                f"{n_open} conversations, as the chat template writes them, do not end with one of the stop ids "
+                f"{stop_ids}, so the student does not learn where to stop; set rollouts.stop_token_ids to the token "
+                "that ends a turn"
+            )
+        if n_longer:
+            warn(f"{n_longer} conversations have messages after the last assistant turn, which are left out")
         if n_certain:
             warn(
                 f"{n_certain} of {n_rows} rollouts have teacher log-probs of 0 throughout, probability 1; if 0 "
@@ -235,14 +263,23 @@ class RolloutReader:
 
     def response(self, row: FileRow, prompt: int = 0, sample_index: int = 0) -> tuple[cs.RolloutRow, Float32]:
         """The row's rollout and its teacher log-probs, NaN where they are missing. Raises `RedpenError`."""
-        ids = row.ids("response_tokens", self.student.vocab_size)
-        if ids is None:
-            raise row.fault(
-                "response_tokens", "the ids that the student sampled", "none", "text is never tokenized again"
-            )
         called, reason = row.get("finish_reason")
         if not isinstance(reason, str | None):
             raise row.fault(called, "stop, length or other text", type(reason).__name__, "leave it out if unknown")
+        finished = finished_chat(row)
+        if finished is not None:
+            ids, trained = finished.response(self.recipe, self.student.tokenizer, self.stop_ids)
+            reason = "stop"
+        else:
+            given = row.ids("response_tokens", self.student.vocab_size)
+            if given is None:
+                raise row.fault(
+                    "response_tokens",
+                    "the ids that the student sampled, or messages with the assistant's turns",
+                    "neither",
+                    "text is never tokenized again",
+                )
+            ids, trained = given, row.mask("trained", len(given))
         finish = cs.FINISH_OTHER
         if reason in ("stop", None) and int(ids[-1]) in self.stop_ids:
             finish = cs.FINISH_STOP
@@ -254,7 +291,7 @@ class RolloutReader:
             token_ids=ids,
             logprobs=row.logprobs("rollout_logprobs", len(ids)),
             finish_reason=finish,
-            trained=row.mask("trained", len(ids)),
+            trained=trained,
         )
         return rollout, row.logprobs("teacher_logprobs", len(ids))
 

@@ -38,13 +38,7 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
     """
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected an object with prompt or messages, got {_kind(value)}")
-    record = conversations_to_messages(
-        {name: value[name] for name in (*FIELDS, *columns) if not _is_missing(value.get(name))}, place
-    )
-    for name in _JSON_FIELDS:
-        if isinstance(record.get(name), str):
-            with contextlib.suppress(ValueError, RecursionError):
-                record[name] = json.loads(record[name])
+    record = known_fields(value, place, (*FIELDS, *columns))
     if isinstance(record.get("prompt"), list):  # the conversational form of TRL and many Hub datasets
         record["messages"] = record.pop("prompt") if "messages" not in record else record["messages"]
     if "prompt" in record and "messages" in record:
@@ -75,6 +69,44 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
             record[name] = _check_answers(record[name], place)
         else:
             record[name] = _check_label(record[name], name, place)
+    return record
+
+
+def check_conversation(
+    value: Mapping[str, Any], place: str, columns: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """A finished conversation: the record of its prompt, which are the messages before the first assistant turn, and
+    all messages; None if `messages` hold no assistant turn.
+
+    Raises `PromptError` naming `place`.
+    """
+    record = known_fields(value, place, (*FIELDS, *columns))
+    if "messages" not in record or "prompt" in record:
+        return None
+    messages = _check_messages(record["messages"], place)
+    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), None)
+    if first is None:
+        return None
+    if first == 0:
+        raise PromptError(
+            f"{place}: messages[0]: expected a prompt before the assistant's first turn, got none; add the message "
+            "that it answers"
+        )
+    return check_record(record | {"messages": messages[:first]}, place, columns), messages
+
+
+def known_fields(value: Mapping[str, Any], place: str, names: Sequence[str]) -> dict[str, Any]:
+    """The fields of these names that are not missing: `conversations` as `messages`, the text of JSON read.
+
+    Raises `PromptError` naming `place`.
+    """
+    record = conversations_to_messages(
+        {name: value[name] for name in names if not _is_missing(value.get(name))}, place
+    )
+    for name in _JSON_FIELDS:
+        if isinstance(record.get(name), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                record[name] = json.loads(record[name])
     return record
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import PromptsConfig
+from pipeline.config.messages import show_value
 from pipeline.errors import PromptError, one_line
 from pipeline.text.chat_template import chat_text
 from pipeline.text.template_effect import N_CHATS, warn_without_effect, with_system
@@ -69,6 +72,20 @@ def render_chat(
 
     Raises as `render`.
     """
+    text = chat_as_text(messages, tokenizer, cfg, tools=tools, reply_follows=reply_follows)
+    check_length(text, tokenizer, at_most)
+    return chat_ids(text, tokenizer)
+
+
+def chat_as_text(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: PromptsConfig,
+    *,
+    tools: Sequence[Any] | None = None,
+    reply_follows: bool = False,
+) -> str:
+    """The text of `render_chat`. Raises `PromptError`."""
     if not uses_chat(tokenizer, cfg):
         raise PromptError(f"messages need a chat template, {_no_template(cfg)}; give plain text as prompt")
     chat = with_system(messages, cfg.system)
@@ -76,6 +93,10 @@ def render_chat(
     in_parts = {n: parts for n, one in enumerate(messages) if isinstance(parts := one.get("content"), list)}
     try:
         text = chat_text(chat, tokenizer, args, reply_follows=reply_follows)
+        if any(json.dumps(call["arguments"], ensure_ascii=False) in text for _, call in _calls_with_text(messages)):
+            # OpenAI's API has arguments as text, which templates that write them as JSON would quote
+            chat = with_system(_with_argument_objects(messages), cfg.system)
+            text = chat_text(chat, tokenizer, args, reply_follows=reply_follows)
     except PromptError as error:
         if not in_parts:
             raise
@@ -86,9 +107,12 @@ def render_chat(
                 f"messages[{number}].content: the chat template writes parts as code, {str(parts)[:40]}...; give the "
                 "content as text"
             )
-    check_length(text, tokenizer, at_most)
+    return text
+
+
+def chat_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of what a chat template wrote, every special token included. Raises `PromptError`."""
     try:
-        # the template writes every special token itself, a BOS included
         return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     except Exception as error:  # for text such as half a surrogate pair
         raise PromptError(f"the tokenizer refuses what the chat template writes: {one_line(error)}") from None
@@ -198,6 +222,32 @@ def _first(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(record)
         seen |= fields
     return found
+
+
+def _calls_with_text(messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every tool call whose arguments are text: its place and the object that holds its name and arguments."""
+    for number, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        for index, call in enumerate(calls if isinstance(calls, list) else ()):
+            called = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(called, dict) and isinstance(called.get("arguments"), str):
+                yield f"messages[{number}].tool_calls[{index}]", called
+
+
+def _with_argument_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with objects in place of the text of arguments. Raises `PromptError` if it is not that of one."""
+    made = copy.deepcopy(list(messages))
+    for place, call in _calls_with_text(made):
+        text, arguments = call["arguments"], None
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(text or "{}")
+        if not isinstance(arguments, dict):
+            raise PromptError(
+                f"{place}: arguments: expected an object or the text of one in JSON, got {show_value(text)}; correct "
+                "the arguments, which the chat template would quote"
+            )
+        call["arguments"] = arguments
+    return made
 
 
 def _written(parts: Sequence[dict[str, str]], text: str) -> bool:

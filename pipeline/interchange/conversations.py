@@ -1,0 +1,85 @@
+"""Finished conversations in a file of rollouts: rows of messages with assistant turns, without a response's ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.config import Recipe
+from pipeline.errors import PromptError, RedpenError
+from pipeline.interchange.rows import FileRow, Int32, UInt8
+from pipeline.text.assistant_turns import render_conversation
+from pipeline.text.records import check_conversation
+from pipeline.text.rendering import TooLongError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class FinishedChat:
+    """A conversation of a file.
+
+    Attributes:
+        place: for messages.
+        record: of its prompt, the messages before the first assistant turn.
+        messages: all of them, up to the last assistant turn.
+        is_longer: whether the file has more messages after that.
+    """
+
+    place: str
+    record: dict[str, Any]
+    messages: list[dict[str, Any]]
+    is_longer: bool
+
+    def response(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    ) -> tuple[Int32, UInt8]:
+        """Ids of what follows the prompt up to the end of the last turn, and 1 where an assistant wrote them.
+
+        Raises `RedpenError` if the chat template does not show which these are.
+        """
+        limits, tools = recipe.rollouts, self.record.get("tools")
+        at_most = limits.max_prompt_tokens + limits.max_response_tokens
+        try:
+            chat = render_conversation(
+                self.messages, tokenizer, recipe.prompts, stop_ids, tools=tools, at_most=at_most
+            )
+        except TooLongError as error:
+            raise RedpenError(
+                f"{self.place}: messages: {error}; remove the row, or set rollouts.max_response_tokens higher"
+            ) from None
+        except PromptError as error:
+            raise RedpenError(f"{self.place}: {error}") from None
+        if chat.faults:
+            raise RedpenError(
+                f"{self.place}: {chat.faults[0]}; so the tokens that the assistant wrote are not known: give "
+                "response_tokens and loss_mask"
+            )
+        span = slice(chat.turns[0][0], chat.turns[-1][1])
+        return chat.ids[span], chat.trained[span].astype(np.uint8)
+
+
+def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | None:
+    """The row's conversation; None if it has ids of a response, or no messages by an assistant.
+
+    Raises `RedpenError`, naming the row.
+    """
+    if row.get("response_tokens")[1] is not None:
+        return None
+    checked = check_conversation(row.values, row.place, columns)
+    if checked is None:
+        return None
+    for name in ("prompt_tokens", "rollout_logprobs", "teacher_logprobs", "trained"):
+        called, value = row.get(name)
+        if value is not None:
+            raise row.fault(called, "response_tokens beside it", "none", "give both, or neither")
+    called, reason = row.get("finish_reason")
+    if reason == "length":  # the template would end a turn that the assistant did not end
+        raise row.fault(called, "a conversation that ended", reason, "remove the row, or give response_tokens")
+    record, messages = checked
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    return FinishedChat(row.place, record, messages[: last + 1], last + 1 < len(messages))
