@@ -81,7 +81,7 @@ class Rollouts:
 
     @property
     def texts(self) -> list[str]:
-        """Every response without special tokens; those of one prompt are adjacent."""
+        """Every response without special tokens, of several turns the last; those of one prompt are adjacent."""
         return response_texts(self.block, self.tokenizer)
 
     def __len__(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +14,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
+from transformers import AutoModelForCausalLM
 
 import cache_schema as cs
 from helpers.tool_templates import QWEN3, call, family_tokenizer, two_calls
+from helpers.training import curve
+from pipeline import cli
 from pipeline.config import PromptsConfig, Recipe, load_recipe
 from pipeline.errors import PromptError, RedpenError
 from pipeline.interchange import importing
 from pipeline.models.resolve import resolve
-from pipeline.text.assistant_turns import Conversation, render_conversation
+from pipeline.report import inspect
+from pipeline.score.summary import summarize
+from pipeline.text.assistant_turns import ConversationTokens, render_conversation
+from pipeline.text.detokenize import response_texts
 from pipeline.text.rendering import render
 from pipeline.toy import asset_path
 
@@ -59,7 +69,7 @@ GPT_OSS_WRITES = [
 ]
 
 
-def rendered(family: str, messages: list[dict[str, Any]], **settings: Any) -> tuple[Conversation, Any]:
+def rendered(family: str, messages: list[dict[str, Any]], **settings: Any) -> tuple[ConversationTokens, Any]:
     tokenizer, stop_ids = family_tokenizer(family)
     return render_conversation(messages, tokenizer, CFG, stop_ids, **settings), tokenizer
 
@@ -197,7 +207,8 @@ def recipe_of(student: Path, *overrides: str) -> Recipe:
 def settings_of(student: Path) -> list[str]:
     lengths = ["rollouts.max_prompt_tokens=160", "rollouts.max_response_tokens=340"]
     small = ["rollouts.prompts_per_block=2", "train.prompts_per_step=2", "train.steps=1", "train.lora_rank=4"]
-    return [f"student.model={student}", "prompts.template=chat", *lengths, *small, "train.stop_reverse_kl=0"]
+    answers = ["eval.answer_pattern=([0-9])$", "train.stop_reverse_kl=0"]
+    return [f"student.model={student}", "prompts.template=chat", *lengths, *small, *answers]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -310,3 +321,114 @@ def test_turns_that_end_with_another_token_are_warned_of(
     assert "1 conversations, as the chat template writes them, do not end with one of the stop ids 256" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+# ------------------------------------------------------------------------------------------- what is done with them
+
+
+@pytest.fixture(scope="module")
+def trained(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the traces as a scored cache `c`, a `run` of one step on it, and its report."""
+    path = tmp_path_factory.mktemp("traces")
+    file, settings = (
+        written(path / "x.jsonl", rows()),
+        [part for one in settings_of(student) for part in ("--set", one)],
+    )
+    for command in (
+        ["import", file, "toy", "--cache", str(path / "c"), *settings],
+        ["score", "toy", "--cache", str(path / "c"), *settings],
+        ["train", "toy", "--cache", str(path / "c"), "--run", str(path / "run"), *settings],
+        ["report", str(path / "run"), "-o", str(path / "r.html")],
+    ):
+        assert cli.main(command) == 0
+    return path
+
+
+def kl_by_hand(path: Path, student: Path) -> tuple[list[float], int]:
+    """KL(student || teacher) in float64 at every trained token, from the logits, and how many tokens there are."""
+    models = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float64) for m in (student, asset_path("teacher"))]
+    round_ = cs.open(str(path / "c")).round()
+    rollouts, candidates = round_.rollouts.read(0), round_.scores("student").read(0).candidate_ids
+    found: list[float] = []
+    for row in range(rollouts.n_rows):
+        span, prompt = rollouts.response_slice(row), rollouts.prompt(row)
+        ids = torch.from_numpy(np.concatenate([prompt, rollouts.response(row)]))[None].long()
+        with torch.no_grad():
+            own, theirs = (model(ids).logits[0, len(prompt) - 1 : -1].softmax(-1) for model in models)
+        for position, is_trained in enumerate(rollouts.trained[span]):
+            if is_trained:
+                columns = torch.from_numpy(candidates[span][position]).long()
+                p, q = own[position, columns], theirs[position, columns]
+                p, q = torch.cat([p, 1 - p.sum()[None]]), torch.cat([q, 1 - q.sum()[None]])
+                found.append(float((p * (p / q).log()).sum()))
+    return found, rollouts.n_tokens
+
+
+def test_the_loss_is_over_the_assistants_tokens_alone(trained: Path, student: Path) -> None:
+    kl, n_tokens = kl_by_hand(trained, student)
+    (step,) = curve(trained / "run")
+    assert step["loss"] == pytest.approx(np.mean(kl), rel=1e-5)
+    assert step["reverse_kl"] == pytest.approx(np.mean(kl), rel=1e-5)
+    assert step["tokens"] == len(kl) < n_tokens
+
+
+def test_every_figure_is_over_the_assistants_tokens_alone(
+    trained: Path, student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kl, _ = kl_by_hand(trained, student)
+    cache = cs.open(str(trained / "c"))
+    score = inspect.summary(cache)["rounds"][0]["scores"][1]
+    assert score["reverse_kl"] == pytest.approx(np.mean(kl), rel=1e-5) and score["reverse_kl_tokens"] == len(kl)
+    assert f"reverse KL {np.mean(kl):.4g} nats a token" in summarize(cache.round(), "teacher")
+    (shown,) = [s for s in document_of(trained / "r.html")["sets"] if s["kind"] == "cache"]
+    assert shown["totals"] == {"teacher": {"kl": pytest.approx(np.mean(kl), rel=1e-5), "tokens": len(kl)}}
+    cli.main(["diagnose", str(trained / "c"), "--json"])  # it finds that the toys know nothing of such text
+    figures = json.loads(capsys.readouterr().out)["figures"]["teacher"]
+    assert figures["reverse_kl"] == pytest.approx(np.mean(kl), rel=1e-5)
+
+
+def test_the_page_has_the_text_and_what_is_trained(trained: Path) -> None:
+    document = document_of(trained / "r.html")
+    (shown,) = [s for s in document["sets"] if s["kind"] == "cache"]
+    (row,) = [row for row in shown["rows"] if row["number"] == 0]
+    at = slice(row["start"], row["start"] + row["length"])
+    tokens = np.frombuffer(base64.b64decode(shown["tokens"]), "<u4")[at]
+    marked = np.frombuffer(base64.b64decode(shown["trained"]), "u1")[at]
+    texts = [shown["strings"][token][1] for token in tokens]
+    parts = [
+        "".join(text for _, text in part)
+        for _, part in itertools.groupby(zip(marked, texts, strict=True), lambda p: p[0])
+    ]
+    assert parts == QWEN3_WRITES[1:-1] and marked[0] == 1
+    assert row["prompt"] == WITH_TOOLS + QWEN3_WRITES[0] and row["right"] is True
+
+
+def test_an_answer_is_what_the_assistant_said_last() -> None:
+    """Not what a tool returned; with a mask that ends early, what is before."""
+    tokenizer = family_tokenizer("qwen3")[0]
+    masks = {"1": "aaatttbbb", "2": "aaattt...", "3": "...tttbbb", "4": "........."}
+    rows = [
+        cs.RolloutRow(0, n, list(text.encode()), [0.0] * 9, cs.FINISH_OTHER, [mark in "ab" for mark in mask])
+        for n, (text, mask) in enumerate((f"{name}{mask[1:]}", mask) for name, mask in masks.items())
+    ]
+    block = cs.RolloutBlock.from_rows([(0, [65])], rows)
+    assert response_texts(block, tokenizer) == ["bbb", "2aa", "bbb", "4........"]
+    assert response_texts(block, tokenizer, [1]) == ["2aa"]
+
+
+def test_inspect_says_what_is_not_trained(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(trained / "c"), "--rollout", "0"]) == 0
+    out = capsys.readouterr().out
+    n_trained = sum(len(ids) for ids in ids_of(QWEN3_WRITES[1::2], family_tokenizer("qwen3")[0]))
+    assert f" tokens, {n_trained} of them trained on, finished by stop" in out
+    read = QWEN3_WRITES[2].replace("\n", "↵\n")
+    assert f"⟨{read}⟩" in out and "⟨⟩ not written by the student, not trained on" in out
+    assert cli.main(["inspect", str(trained / "c"), "--rollout", "1"]) == 0
+    assert "trained on" not in capsys.readouterr().out
+
+
+def document_of(page: Path) -> dict[str, Any]:
+    """The data of a report."""
+    found = re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found[1]))

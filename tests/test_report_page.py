@@ -325,6 +325,11 @@ def test_a_token_that_was_not_trained_on_has_no_mark(open_page: Open) -> None:
     classes = shown.locator(".response .t").evaluate_all("nodes => nodes.map(n => n.className)")
     assert classes == ["t l4", "t untrained"]
     assert texts(shown, "#list .worst") == ["worst 2.00"]
+    assert texts(shown, ".legend .untrained") == ["not written by the student, not trained on"]
+    assert "1 of them trained on" in texts(shown, ".facts span")
+    assert texts(shown, ".response .unseen")[-1] == "(not trained on:)"
+    whole = open_page(make_document(make_set([["a", "b"]], {"strict": [[2.0, 7.0]]})))
+    assert texts(whole, ".untrained") == [] and "trained on" not in " ".join(texts(whole, ".facts span"))
 
 
 def test_filter_and_order(open_page: Open) -> None:

@@ -38,8 +38,8 @@ class ResponseColumns(_Table):
 
     Attributes:
         response: hash of the token ids: equal responses, equal hashes.
-        logprob: of the whole response at the sampling temperature, nats.
-        entropy: summed over the response's trained tokens, nats; likewise
+        logprob: of the response's trained tokens together, at the sampling temperature, nats.
+        entropy: summed over these tokens, nats; likewise
         surprise: of log-prob + entropy at temperature 1, 0 on average if the student itself was sampled from;
         spread: the variance that this then has (the rest outside the candidates as one token).
     """
@@ -61,7 +61,7 @@ class TokenColumns(_Table):
 
     Attributes:
         position, length: of the token in its response, and of the response.
-        stop: whether it is the stop token that ended a response.
+        stop: whether it is a stop token: it ends the response, or one of several turns.
         shared, student_shared: probability that the teacher, and the student, gives to the student's candidates
             together; NaN without candidates.
         agrees: 1 if both give the same candidate the highest log-prob, else 0; NaN with fewer than two candidates.
@@ -134,7 +134,7 @@ def read_round(round_: cs.Round, teachers: Sequence[str]) -> RoundSample | None:
         for name in block.teachers:
             own[name] = own.get(name, 0) + int(block.trained.sum())
             if block.mask(name).any():
-                columns.setdefault(name, []).append(_columns(block, name))
+                columns.setdefault(name, []).append(_columns(block, name, round_.manifest.stop_token_ids))
     if not columns:
         return None
     pairs = {}
@@ -159,7 +159,7 @@ def _responses(block: ScoredBlock) -> ResponseColumns:
         finish=rollouts.finish_reason.astype(np.int64),
         loops=np.array(loops),
         response=np.array([hash(rollouts.response(row).tobytes()) for row in range(rollouts.n_rows)]),
-        logprob=np.add.reduceat(student.sampling_logprobs.astype(np.float64), starts),
+        logprob=np.add.reduceat(np.where(trained, student.sampling_logprobs.astype(np.float64), 0.0), starts),
         entropy=np.add.reduceat(trained * student.entropy.astype(np.float64), starts),
         surprise=np.add.reduceat(trained * (student.logprobs.astype(np.float64) + student.entropy), starts),
         spread=np.add.reduceat(trained * spread(student), starts),
@@ -195,7 +195,7 @@ def ends_in_a_loop(ids: npt.NDArray[Any]) -> bool:
     return False
 
 
-def _columns(block: ScoredBlock, name: str) -> TokenColumns:
+def _columns(block: ScoredBlock, name: str, stop_token_ids: Sequence[int]) -> TokenColumns:
     rollouts, student, teacher = block.rollouts, block.student, block.teachers[name]
     counts, n = block.mask(name), rollouts.n_tokens
     assert student.candidate_ids is not None and student.candidate_logprobs is not None
@@ -220,7 +220,7 @@ def _columns(block: ScoredBlock, name: str) -> TokenColumns:
         token=rollouts.token_ids.astype(np.int64),
         position=rollouts.token_positions,
         length=np.repeat(rollouts.response_length, rollouts.response_length).astype(np.int64),
-        stop=_ends_by_stop(rollouts),
+        stop=np.isin(rollouts.token_ids, stop_token_ids),
         reverse_kl=block.reverse_kl[name],
         student_logprob=student.logprobs.astype(np.float64),
         student_entropy=student.entropy.astype(np.float64),
@@ -238,13 +238,6 @@ def _columns(block: ScoredBlock, name: str) -> TokenColumns:
 
 def _at(values_TK: npt.NDArray[Any], index_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.take_along_axis(values_TK, index_T[:, None], axis=1)[:, 0]
-
-
-def _ends_by_stop(rollouts: cs.RolloutBlock) -> Bool:
-    stops = np.zeros(rollouts.n_tokens, np.bool_)
-    ended = rollouts.finish_reason == cs.FINISH_STOP
-    stops[(rollouts.response_start + rollouts.response_length - 1)[ended]] = True
-    return stops
 
 
 def _overlap(student: cs.ScoreBlock, teacher: cs.ScoreBlock) -> Float64:

@@ -131,7 +131,8 @@ class PageRows:
             student = part_of(scored.student, span)
             assert student.entropy is not None
             self._store(at, ("student",), student, {})
-            worth = np.maximum(worth, 1e-9 * student.entropy.astype(np.float64))  # decides only without a teacher
+            own = np.where(trained == 1, 1e-9 * student.entropy.astype(np.float64), 0.0)
+            worth = np.maximum(worth, own)  # decides only without a teacher
             self._candidates.append(Candidates.of(at.start, student, teachers, self._teachers))
             for reread in self.rereads:
                 after = reread.scores_of(self.numbers[index], student)

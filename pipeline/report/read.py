@@ -18,7 +18,7 @@ from pipeline.report.string_table import MAX_NATS, as_text
 from pipeline.rounds.metrics import Float64, teacher_prefers
 from pipeline.rounds.scored_block import Bool, Int64, ScoredBlock, ScoredRound
 from pipeline.text.answers import Checker, answers_of
-from pipeline.text.detokenize import local_tokenizer
+from pipeline.text.detokenize import local_tokenizer, response_texts
 
 #: Tokens that the first pass reads; of a larger round it reads evenly spaced blocks.
 TOKENS = 16_000_000
@@ -45,7 +45,7 @@ def answer_check(manifest: cs.RoundManifest, checker: Checker) -> AnswerCheck | 
         right = np.full(rollouts.n_rows, UNKNOWN, np.int8)
         if not accepted:
             return right  # batch_decode of an empty list returns one empty text
-        texts = tokenizer.batch_decode([rollouts.response(row) for row in accepted], skip_special_tokens=True)
+        texts = response_texts(rollouts, tokenizer, list(accepted))
         for (row, answer), text in zip(accepted.items(), texts, strict=True):
             right[row] = RIGHT if checker.is_right(text, answer) else WRONG
         return right

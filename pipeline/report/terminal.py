@@ -6,6 +6,7 @@ Control characters from models and files are escaped: no rollout can steer the t
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from pipeline.text.detokenize import load_decoder
 
 #: Reverse KL (nats) from which a token is marked, its style, and the sign that follows it without colour.
 LEVELS = ((1.0, "bold white on red3", "^^^"), (0.3, "black on light_coral", "^^"), (0.1, "black on misty_rose1", "^"))
+#: Style of text that is not trained on, and the signs around it without colour.
+UNTRAINED_STYLE, UNTRAINED = "dim italic", ("⟨", "⟩")
 WORST_TOKENS = 5
 #: Reverse KL (nats) from which a token is worth a line, and probability from which an alternative is worth showing.
 NEGLIGIBLE, UNLIKELY = 1e-3, 1e-2
@@ -144,8 +147,8 @@ def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
         out,
         _text(
             f"round {rollout['round']}, rollout {rollout['rollout']}: prompt {rollout['prompt_index']}, sample "
-            f"{rollout['sample_index']}, {_count(len(rollout['tokens']), 'token')}, finished by {rollout['finish']}"
-            f"{source}{answer}"
+            f"{rollout['sample_index']}, {_count(len(rollout['tokens']), 'token')}{_trained(rollout)}, finished by "
+            f"{rollout['finish']}{source}{answer}"
         ),
     )
     _print(out, Text.assemble(("prompt    ", "bold"), _lines(rollout["prompt"])))
@@ -160,17 +163,16 @@ def show_rollout(views: Sequence[dict[str, Any]], out: Console) -> None:
 def _show_view(rollout: dict[str, Any], out: Console) -> None:
     coloured = out.color_system is not None and not out.no_color
     response = Text.assemble(("response  ", "bold"))
-    for token in rollout["tokens"]:
-        shown = _lines(token["text"] or "·")
-        level = _level(token["reverse_kl"]) if token["trained"] else None
-        if not token["trained"]:
-            shown.stylize("dim")
-        elif level is not None and coloured:
-            shown.stylize(LEVELS[level][1])
-        elif level is not None:
-            shown.append(LEVELS[level][2])
-        response.append_text(shown)
+    for is_trained, tokens in itertools.groupby(rollout["tokens"], lambda token: token["trained"]):
+        part = Text.assemble(*(_marked(token, coloured) for token in tokens))
+        if not is_trained:
+            part = part if coloured else Text.assemble(UNTRAINED[0], part, UNTRAINED[1])
+            part.stylize(UNTRAINED_STYLE)
+        response.append_text(part)
     _print(out, response)
+    if _trained(rollout):
+        sample = Text("like this", UNTRAINED_STYLE) if coloured else Text("".join(UNTRAINED))
+        _print(out, Text.assemble(sample, " not written by the student, not trained on"))
     if not rollout["scored"]:
         missing = "no teacher has" if rollout["teacher"] is None else f"student or {rollout['teacher']} has not"
         _print(out, _text(f"not marked: {missing} scored this block"))
@@ -182,6 +184,23 @@ def _show_view(rollout: dict[str, Any], out: Console) -> None:
     legend.append(f" mean {_nats(rollout['mean_reverse_kl'], 4)}")
     _print(out, legend)
     out.print(_worst_table(rollout))
+
+
+def _marked(token: dict[str, Any], coloured: bool) -> Text:
+    """A token's text with its mark."""
+    shown = _lines(token["text"] or "·")
+    level = _level(token["reverse_kl"]) if token["trained"] else None
+    if level is not None and coloured:
+        shown.stylize(LEVELS[level][1])
+    elif level is not None:
+        shown.append(LEVELS[level][2])
+    return shown
+
+
+def _trained(rollout: dict[str, Any]) -> str:
+    """How many tokens are trained on, if not all are."""
+    n = sum(token["trained"] for token in rollout["tokens"])
+    return "" if n == len(rollout["tokens"]) else f", {n:,} of them trained on"
 
 
 def _worst_table(rollout: dict[str, Any]) -> Table:

@@ -38,8 +38,8 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A conversation in tokens.
+class ConversationTokens:
+    """A conversation in token ids.
 
     Attributes:
         ids: i4 [T], with what the template writes after the last turn.
@@ -69,7 +69,7 @@ def render_conversation(
     *,
     tools: Sequence[Any] | None = None,
     at_most: int | None = None,
-) -> Conversation:
+) -> ConversationTokens:
     """Tokenize a conversation that ends with an assistant turn, and find the tokens of these turns.
 
     Args:
@@ -98,7 +98,7 @@ def render_conversation(
             faults.append(f"messages[{number}]: the chat template {_differing(what, whole, after[:end], tokenizer)}")
         else:
             turns.append((len(before), end))
-    return Conversation(np.asarray(whole, np.int32), tuple(turns), tuple(faults))
+    return ConversationTokens(np.asarray(whole, np.int32), tuple(turns), tuple(faults))
 
 
 def turn_end(ids: Sequence[int], start: int, stop_ids: Sequence[int]) -> int:

@@ -44,6 +44,11 @@ class RolloutSet {
   span(row) {
     return Array.from({ length: row.length }, (_, i) => row.start + i);
   }
+  /** Tokens of a row that the student did not write, such as results of tools. */
+  untrained(row) {
+    const trained = this.array("trained");
+    return this.span(row).filter((i) => !trained[i]).length;
+  }
   pieceTexts(row) {
     return this.span(row).map((i) => this.piece(i));
   }

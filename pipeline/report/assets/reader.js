@@ -94,7 +94,7 @@ function drawReader() {
         ),
       ),
     ),
-    legend(),
+    legend(shown),
     ...prompt("Prompt", row.prompt),
     ...(teacher in row.read ? prompt(`What ${teacher} read instead`, row.read[teacher]) : []),
     ...shown.flatMap(([set, one]) => response(set, one)),
@@ -108,7 +108,7 @@ function prompt(title, text) {
   return [el("h4", {}, title), el("div", about, ...visible(text))];
 }
 
-function legend() {
+function legend(shown) {
   const change = now.view.startsWith("change");
   const levels = LEVELS.map((bound, i) => el("mark", { class: `l${i + 1}` }, change ? `+${bound}` : String(bound)));
   const falls = change
@@ -116,11 +116,13 @@ function legend() {
     : [];
   const text = change ? "change of reverse KL by training, nats from" : "reverse KL, nats from";
   const pen = el("span", {}, "above a token: ", el("span", { class: "pen" }, "what the teacher prefers"));
+  const untrained = shown.some(([set, row]) => set.untrained(row) > 0);
   return el(
     "p",
     { class: "legend" },
     now.set.teachers.length ? text : "No teacher has scored this rollout: no token is marked.",
     ...(now.set.teachers.length ? [...falls.reverse(), ...levels, pen] : []),
+    untrained && el("span", { class: "untrained" }, "not written by the student, not trained on"),
   );
 }
 
@@ -128,15 +130,20 @@ function response(set, row) {
   const marks = set === now.set ? now.marks : set.marks(`${now.teacher} before`);
   const measured = set.measured(set === now.set ? now.key : `${now.teacher} before`).get(row);
   const base = now.tokens.length;
-  const nodes = set.span(row).map((i, k) => {
+  const trained = set.array("trained");
+  const nodes = set.span(row).flatMap((i, k) => {
     now.tokens.push({ set, row, i, marks });
-    return tokenNode(set, marks, i, base + k);
+    const changes = k === 0 ? !trained[i] : trained[i] !== trained[i - 1];
+    const word = changes && el("span", { class: "unseen" }, trained[i] ? " (trained on:) " : " (not trained on:) ");
+    return [...(word ? [word] : []), tokenNode(set, marks, i, base + k)];
   });
+  const untrained = set.untrained(row);
   const title = set.raw.phase ? `Response, ${set.raw.phase} training` : "Response";
   const facts = [
     verdict(row.right),
     row.answer !== null && el("span", {}, "answer ", el("bdi", { class: "mono" }, line(row.answer))),
     el("span", {}, `${number(row.length)} tokens`),
+    untrained > 0 && el("span", {}, `${number(row.length - untrained)} of them trained on`),
     el("span", {}, { stop: "stopped", length: "✂ cut at the limit" }[row.finish] ?? "other end"),
     row.source && el("span", {}, el("bdi", {}, line(row.source))),
     measured && el("span", {}, `mean ${fixed(measured.mean, 3)} nats, worst ${fixed(measured.worst, 2)}`),
