@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cache_schema as cs
 from helpers import preloaded
 from helpers.caches import small_recipe
+from helpers.tool_templates import QWEN3, call, two_calls
 from helpers.training import curve
 from pipeline.cli import main
 from pipeline.config import PromptsConfig, load_recipe
@@ -31,6 +33,7 @@ from pipeline.toy import asset_path, world
 from pipeline.train.build import make_objective, make_replay
 
 END, IM_END = 256, 258
+CALL = call("f", {})
 SMALL = ("sft.steps=4", "sft.examples_per_step=4", "sft.learning_rate=1e-3", "rollouts.prompts_per_block=8")
 
 
@@ -90,11 +93,39 @@ def test_a_turn_that_the_template_rewrites_is_only_read() -> None:
         record, "f", "f"
     )
     assert recorded(example)[1] == "AB<|im_end|>C<|im_end|>"
-    with pytest.raises(PromptError, match="f:1: the chat template does not render the last assistant turn"):
+    with pytest.raises(PromptError, match=r"^f:1: messages\[3\]: the chat template does not continue its generation"):
         reader(200, chat_template=template).read(record, "f:1", "f")
     kept = template.replace("if loop.last", "if loop.last or m.role == 'user'")
     (example,) = reader(200, chat_template=kept).read(record, "f:1", "f")
     assert recorded(example)[1] == "c<|im_end|>"
+
+
+def test_tool_calls_are_learnt_and_their_results_read() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    line = {"messages": two_calls("a", "b", "c"), "tools": json.dumps(tools), "source": "calls"}
+    (example,) = reader(400, chat_template=QWEN3).read(line, "f:1", "f")
+    read, learnt = recorded(example)
+    called = '<tool_call>\n{{"name": "add", "arguments": {{"x": {}}}}}\n</tool_call><|im_end|>'
+    turns = [f"<think>\na\n</think>\n\n{called.format(1)}", f"<think>\nb\n</think>\n\n{called.format(2)}"]
+    assert learnt == "".join([*turns, "<think>\nc\n</think>\n\n3<|im_end|>"])
+    pieces = [piece.strip("_") for piece in re.split("__+", read.replace("<tool_response>", "RESPONSE"))]
+    header = "<|im_start|>assistant\n"
+    assert pieces == [
+        f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>\n<|im_start|>user\n1+2?<|im_end|>\n{header}",
+        f"\n<|im_start|>user\nRESPONSE\none\n</tool_response><|im_end|>\n{header}",
+        f"\n<|im_start|>user\nRESPONSE\ntwo\n</tool_response><|im_end|>\n{header}",
+        "",
+    ]
+    assert example.record == {"source": "calls", "messages": two_calls("a", "b")[:-1], "tools": tools}
+
+
+def test_a_tool_call_that_the_template_rewrites_is_refused() -> None:
+    """A turn of text is only read then: that is how the template has earlier turns."""
+    line = {"messages": two_calls("", "", "c")}
+    with pytest.raises(
+        PromptError, match=r"^f:1: messages\[1\]: the chat template writes this assistant turn in .*; set"
+    ):
+        reader(400, chat_template=QWEN3).read(line, "f:1", "f")
 
 
 def test_sharegpt_and_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +159,12 @@ def test_prompt_and_response_with_and_without_a_template() -> None:
         ({"text": 3}, "text: expected text, got a number"),
         ({"messages": [{"role": "user", "content": "u"}]}, "ends with role user; add the reply"),
         ({"prompt": "a", "response": 1}, "response: expected text, got a number"),
+        ({"text": "a", "tools": [{}]}, "tools: expected messages beside them"),
+        ({"messages": [{"role": "user", "content": "u"}, CALL], "tools": {}}, "tools: expected a list of objects"),
+        (
+            {"messages": [{"role": "user", "content": "u"}, CALL]},
+            r"messages\[1\].tool_calls: the chat template leaves",
+        ),
     ],
 )
 def test_what_is_no_example_is_named(value: Any, message: str) -> None:

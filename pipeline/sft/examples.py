@@ -3,7 +3,7 @@
 A line of a data file is one of
 
     text                 a document: every token is trained on, and the end token
-    messages             a chat that ends with an assistant turn: every assistant turn is trained on
+    messages             a chat that ends with an assistant turn: every assistant turn is trained on; with `tools`
     prompt + response    a chat of one turn; without a chat template, plain text and its continuation
 
 and may have `source` and `id`. Chats are rendered like prompts (`[prompts]`: template, template_args, system).
@@ -21,15 +21,16 @@ import numpy.typing as npt
 
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError
-from pipeline.text.records import check_chat, check_text, conversations_to_messages
-from pipeline.text.rendering import TooLongError, plain_ids, render, render_chat, uses_chat
+from pipeline.text.assistant_turns import render_conversation
+from pipeline.text.records import check_chat, check_text, check_tools, known_fields
+from pipeline.text.rendering import TooLongError, plain_ids, render, uses_chat
 from pipeline.text.template_effect import N_CHATS, warn_without_effect
 from pipeline.text.token_length import least_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIELDS = ("text", "messages", "conversations", "prompt", "response", "source", "id")
+FIELDS = ("text", "messages", "conversations", "tools", "prompt", "response", "source", "id")
 _KINDS = "text, messages that end with an assistant turn, or prompt and response"
 #: Tokens that a template may append to the last reply, which are cut off.
 _MAX_SUFFIX_TOKENS = 1024
@@ -75,31 +76,32 @@ class ExampleReader:
         """
         if not isinstance(value, dict):
             raise PromptError(f"{place}: expected an object with {_KINDS}, got {type(value).__name__}")
-        fields = conversations_to_messages(
-            {name: value[name] for name in FIELDS if value.get(name) is not None}, place
-        )
+        fields = known_fields(value, place, FIELDS)
         about = {"source": str(fields.get("source", source))} | ({"id": str(fields["id"])} if "id" in fields else {})
         kinds = sorted(fields.keys() & {"text", "messages", "prompt"})
         if len(kinds) != 1 or ("response" in fields) != ("prompt" in fields):
             raise PromptError(f"{place}: expected {_KINDS}, got {', '.join(map(str, value)) or 'no fields'}")
-        if kinds == ["text"]:
-            check_text(fields["text"], "text", place)
-            return list(self._document(fields["text"], about))
+        tools = check_tools(fields["tools"], place) if "tools" in fields else []
         if kinds == ["messages"]:
-            return self._chat(check_chat(fields["messages"], place), about, place)
-        for name in ("prompt", "response"):
+            return self._chat(check_chat(fields["messages"], place), about, place, tools)
+        for name in ("text",) if kinds == ["text"] else ("prompt", "response"):
             check_text(fields[name], name, place)
+        if tools and (kinds == ["text"] or not uses_chat(self.tokenizer, self.rendering)):
+            raise PromptError(f"{place}: tools: expected messages beside them and a chat template; remove them")
+        if kinds == ["text"]:
+            return list(self._document(fields["text"], about))
         if not uses_chat(self.tokenizer, self.rendering):
             return self._continuation(fields["prompt"], fields["response"], about, place)
         turns = [{"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["response"]}]
-        return self._chat(turns, about, place)
+        return self._chat(turns, about, place, tools)
 
     def warn_without_effect(self, examples: Iterable[Example]) -> None:
         """Warn of settings of [prompts] that have no effect on the first chats."""
-        chats = (example.record.get("messages") for example in examples)
-        first = list(itertools.islice((chat for chat in chats if chat), N_CHATS))
+        records = (example.record for example in examples)
+        chats = ((record["messages"], record.get("tools")) for record in records if record.get("messages"))
+        first = list(itertools.islice(chats, N_CHATS))
         if self.rendering.template != "none" and (first or not self.tokenizer.chat_template):
-            warn_without_effect([(chat, None) for chat in first], self.tokenizer, self.rendering)
+            warn_without_effect(first, self.tokenizer, self.rendering)
 
     def _document(self, text: str, about: dict[str, Any]) -> Iterator[Example]:
         """Pieces of `max_tokens` that overlap by one token, so that every token but the first is trained on once."""
@@ -119,44 +121,39 @@ class ExampleReader:
         reply = [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self._end]
         if not ids:
             raise PromptError(f"{place}: prompt: expected at least one token, the tokenizer returned none")
-        return self._example(about | {"prompt": prompt}, np.array([*ids, *reply], np.int32), [(len(ids), None)])
+        trained = np.arange(len(ids) + len(reply)) >= len(ids)
+        return self._example(about | {"prompt": prompt}, np.array([*ids, *reply], np.int32), trained)
 
-    def _chat(self, messages: list[dict[str, str]], about: dict[str, Any], place: str) -> list[Example]:
-        """The whole chat as rendered by the template. An assistant turn is trained on if the chat up to it renders as
-        a prefix of that; some templates rewrite earlier turns, which are then context only.
+    def _chat(
+        self, messages: list[dict[str, Any]], about: dict[str, Any], place: str, tools: Sequence[Any] = ()
+    ) -> list[Example]:
+        """The whole chat as rendered by the template, with the turns that it shows to be the assistant's trained.
+
+        Some templates rewrite earlier turns, which are then context only, unless there are tool calls: in such a chat
+        these turns are what is to be learnt.
         """
         try:
             at_most = self.max_tokens + _MAX_SUFFIX_TOKENS
-            whole = np.array(render_chat(messages, self.tokenizer, self.rendering, at_most=at_most), np.int32)
-            if len(whole) > at_most:
-                return []
-            turns = []
-            for number, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                before = render_chat(messages[:number], self.tokenizer, self.rendering, reply_follows=True)
-                after = render_chat(messages[: number + 1], self.tokenizer, self.rendering)
-                if whole[: len(before)].tolist() == before and whole[: len(after)].tolist() == after:
-                    turns.append((len(before), len(after)))
+            chat = render_conversation(
+                messages, self.tokenizer, self.rendering, self.stop_ids, tools=list(tools) or None, at_most=at_most
+            )
         except TooLongError:
             return []
         except PromptError as error:
             raise PromptError(f"{place}: {error}") from None
-        if not turns:
+        if len(chat.ids) > at_most:
+            return []
+        if chat.faults and (not chat.turns or any("tool_calls" in message for message in messages)):
             raise PromptError(
-                f"{place}: the chat template does not render the last assistant turn as a continuation of its "
-                "generation prompt, so its tokens are unknown; set prompts.template_args, or give prompt and response"
+                f"{place}: {chat.faults[-1] if not chat.turns else chat.faults[0]}, so its tokens are not known; set "
+                "prompts.template_args, use a template that keeps every turn as it was written, or remove the line"
             )
-        return self._example(about | {"messages": messages[:-1]}, whole, turns)
+        context = about | {"messages": messages[:-1]} | ({"tools": list(tools)} if tools else {})
+        return self._example(context, chat.ids, chat.trained)
 
     def _example(
-        self, record: dict[str, Any], ids: npt.NDArray[np.int32], turns: Iterable[tuple[int, int | None]]
+        self, record: dict[str, Any], ids: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_]
     ) -> list[Example]:
-        trained = np.zeros(len(ids), bool)
-        for start, end in turns:
-            # a template may append text after the token that ends the turn, which no student samples
-            ends = np.flatnonzero(np.isin(ids[start:end], self.stop_ids))
-            trained[start : start + ends[-1] + 1 if len(ends) else end] = True
         places = np.flatnonzero(trained)
         first, last = int(places[0]), int(places[-1]) + 1
         if last > self.max_tokens:

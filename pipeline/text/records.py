@@ -49,10 +49,8 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
         _check_not_empty(record, "prompt", place, "remove the line")
     else:
         raise PromptError(f"{place}: {no_prompt(list(value), 'fields')}")
-    if "tools" in record:
-        _check_tools(record["tools"], place)
-        if not record["tools"]:
-            del record["tools"]
+    if "tools" in record and not check_tools(record["tools"], place):
+        del record["tools"]
     if all(name in record for name in TEACHER_FIELDS):
         raise PromptError(f"{place}: expected either {' or '.join(TEACHER_FIELDS)}, got both; keep one")
     if "teacher_messages" in record:
@@ -122,11 +120,13 @@ def _check_not_empty(record: Mapping[str, Any], name: str, place: str, remedy: s
         raise PromptError(f"{place}: {name}: expected text, got an empty one; {remedy}")
 
 
-def _check_tools(tools: Any, place: str) -> None:
+def check_tools(tools: Any, place: str) -> list[dict[str, Any]]:
+    """The tools of a chat. Raises `PromptError` naming `place`."""
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         came = f"a list of {_kind(tools[0])}" if isinstance(tools, list) else _kind(tools)
         raise PromptError(f"{place}: tools: expected a list of objects (JSON schemas of functions), got {came}")
     _check_column(tools, "tools", place)
+    return tools
 
 
 def _check_asked(messages: Any, place: str, name: str) -> list[dict[str, Any]]:
@@ -187,12 +187,6 @@ def conversations_to_messages(record: dict[str, Any], place: str) -> dict[str, A
 def check_chat(messages: Any, place: str) -> list[dict[str, Any]]:
     """The messages of a chat that ends with the assistant's. Raises `PromptError` naming `place`."""
     checked = _check_messages(messages, place)
-    for number, message in enumerate(checked):
-        if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
-            raise PromptError(
-                f"{place}: messages[{number}]: expected only role and content, both text, in a chat to train on, got "
-                f"{_keys(sorted(message))}; tool calls and names are not supported there"
-            )
     if checked[-1]["role"] != "assistant":
         raise PromptError(
             f"{place}: messages: expected a chat that ends with the assistant's reply, which is trained, got one "
