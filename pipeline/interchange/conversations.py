@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.config import Recipe
 from pipeline.errors import PromptError, RedpenError
-from pipeline.interchange.rows import FileRow, Int32, UInt8
-from pipeline.text.assistant_turns import render_conversation
+from pipeline.interchange.rows import FileRow
+from pipeline.text.assistant_turns import ConversationTokens, Turns, render_conversation
 from pipeline.text.records import check_conversation
-from pipeline.text.rendering import TooLongError
+from pipeline.text.rendering import TooLongError, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,32 +35,36 @@ class FinishedChat:
     messages: list[dict[str, Any]]
     is_longer: bool
 
-    def response(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-    ) -> tuple[Int32, UInt8]:
-        """Ids of what follows the prompt up to the end of the last turn, and 1 where an assistant wrote them.
+    def tokens(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], turns: Turns | None = None
+    ) -> ConversationTokens:
+        """The conversation in token ids, with the assistant's turns.
 
-        Raises `RedpenError` if the chat template does not show which these are.
+        Args:
+            turns: where they are, if an earlier call has found them: to find them, each is tokenized twice.
+
+        Raises:
+            RedpenError: the chat template does not show which tokens they are.
         """
         limits, tools = recipe.rollouts, self.record.get("tools")
         at_most = limits.max_prompt_tokens + limits.max_response_tokens
+        chat = self.messages, tokenizer, recipe.prompts
         try:
-            chat = render_conversation(
-                self.messages, tokenizer, recipe.prompts, stop_ids, tools=tools, at_most=at_most
-            )
+            if turns is not None:
+                return ConversationTokens(np.asarray(render_chat(*chat, tools=tools), np.int32), turns, ())
+            found = render_conversation(*chat, stop_ids, tools=tools, at_most=at_most)
         except TooLongError as error:
             raise RedpenError(
                 f"{self.place}: messages: {error}; remove the row, or set rollouts.max_response_tokens higher"
             ) from None
         except PromptError as error:
             raise RedpenError(f"{self.place}: {error}") from None
-        if chat.faults:
+        if found.faults:
             raise RedpenError(
-                f"{self.place}: {chat.faults[0]}; so the tokens that the assistant wrote are not known: give "
+                f"{self.place}: {found.faults[0]}; so the tokens that the assistant wrote are not known: give "
                 "response_tokens and loss_mask"
             )
-        span = slice(chat.turns[0][0], chat.turns[-1][1])
-        return chat.ids[span], chat.trained[span].astype(np.uint8)
+        return found
 
 
 def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | None:

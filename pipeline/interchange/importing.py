@@ -44,12 +44,13 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
-from pipeline.interchange.conversations import finished_chat
+from pipeline.interchange.conversations import FinishedChat, finished_chat
 from pipeline.interchange.restoring import ChangedError, Export, restore
 from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rounds.manifests import imported_round, imported_scores
+from pipeline.text.assistant_turns import ConversationTokens, Turns
 from pipeline.text.records import check_record
 from pipeline.text.rendering import TooLongError, check_length, render, template_identity, uses_chat
 from pipeline.text.teacher_prompt import kept_columns
@@ -134,11 +135,13 @@ def _write(
     samples: Counter[int] = Counter()
     done = sum(missing[block] for block in np.flatnonzero(~pending).tolist())
     with graceful() as stop, progress("import", total, "rollouts", done=done) as bar:
-        for row, prompt in zip(read_rows(reader.path), found.prompt_of_row, strict=True):
+        for row, prompt, turns in zip(read_rows(reader.path), found.prompt_of_row, found.turns, strict=True):
             block, within = divmod(prompt, per_block)
             if not pending[block]:
                 continue
-            waiting[block].append(reader.response(row, within, samples[prompt]))
+            finished = finished_chat(row)
+            chat = None if finished is None else reader.tokens(finished, turns)
+            waiting[block].append(reader.response(row, within, samples[prompt], chat))
             samples[prompt] += 1
             if len(waiting[block]) < missing[block]:
                 continue
@@ -173,6 +176,7 @@ class FileSurvey:
     renderings: set[str] = field(default_factory=set)
     prompt_of_row: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    turns: list[Turns | None] = field(default_factory=list)  # of every row that is a conversation
     n_trained: int = 0  # tokens that the student wrote
     n_scored: int = 0  # tokens with a teacher's log-prob
     chats: list[tuple[list[dict[str, Any]], list[Any] | None]] = field(default_factory=list)  # the first, with tools
@@ -211,11 +215,13 @@ class RolloutReader:
                     found.records.append(record)
                     found.prompts.append(ids)
                     found.renderings.add(rendering)
-                rollout, teacher_logprobs = self.response(row)
+                chat = None if finished is None else self.tokens(finished)
+                rollout, teacher_logprobs = self.response(row, chat=chat)
             except RedpenError as fault:
                 first_fault, n_faults = first_fault or str(fault), n_faults + 1
                 continue
             found.prompt_of_row.append(numbers[key])
+            found.turns.append(None if chat is None else chat.turns)
             found.lengths.append(len(teacher_logprobs))
             found.n_trained += int(np.asarray(rollout.trained).sum())
             found.n_scored += int(np.isfinite(teacher_logprobs).sum())
@@ -261,15 +267,23 @@ class RolloutReader:
             return template_identity(self.student.tokenizer, self.recipe.prompts)
         return {"kind": "none"} if renderings == {"text"} else {"kind": "imported"}
 
-    def response(self, row: FileRow, prompt: int = 0, sample_index: int = 0) -> tuple[cs.RolloutRow, Float32]:
-        """The row's rollout and its teacher log-probs, NaN where they are missing. Raises `RedpenError`."""
+    def tokens(self, chat: FinishedChat, turns: Turns | None = None) -> ConversationTokens:
+        """See `FinishedChat.tokens`."""
+        return chat.tokens(self.recipe, self.student.tokenizer, self.stop_ids, turns)
+
+    def response(
+        self, row: FileRow, prompt: int = 0, sample_index: int = 0, chat: ConversationTokens | None = None
+    ) -> tuple[cs.RolloutRow, Float32]:
+        """The row's rollout and its teacher log-probs, NaN where they are missing; `chat` is the row's conversation.
+
+        Raises `RedpenError`.
+        """
         called, reason = row.get("finish_reason")
         if not isinstance(reason, str | None):
             raise row.fault(called, "stop, length or other text", type(reason).__name__, "leave it out if unknown")
-        finished = finished_chat(row)
-        if finished is not None:
-            ids, trained = finished.response(self.recipe, self.student.tokenizer, self.stop_ids)
-            reason = "stop"
+        if chat is not None:
+            span = slice(chat.turns[0][0], chat.turns[-1][1])
+            ids, trained, reason = chat.ids[span], chat.trained[span].astype(np.uint8), "stop"
         else:
             given = row.ids("response_tokens", self.student.vocab_size)
             if given is None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Int32 = npt.NDArray[np.int32]
 Messages = Sequence[dict[str, Any]]
+#: Where turns start and end.
+Turns = tuple[tuple[int, int], ...]
 
 #: Tokens of either text that a fault shows.
 _SHOWN = 12
@@ -49,7 +51,7 @@ class ConversationTokens:
     """
 
     ids: Int32
-    turns: tuple[tuple[int, int], ...]
+    turns: Turns
     faults: tuple[str, ...]
 
     @property
