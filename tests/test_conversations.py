@@ -23,6 +23,7 @@ from helpers.tool_templates import QWEN3, call, family_tokenizer, two_calls
 from helpers.training import curve
 from pipeline import cli
 from pipeline.config import PromptsConfig, Recipe, load_recipe
+from pipeline.diagnose.read import read_round
 from pipeline.errors import PromptError, RedpenError
 from pipeline.interchange import importing
 from pipeline.models.resolve import resolve
@@ -385,6 +386,12 @@ def test_every_figure_is_over_the_assistants_tokens_alone(
     cli.main(["diagnose", str(trained / "c"), "--json"])  # it finds that the toys know nothing of such text
     figures = json.loads(capsys.readouterr().out)["figures"]["teacher"]
     assert figures["reverse_kl"] == pytest.approx(np.mean(kl), rel=1e-5)
+    sample, rollouts = read_round(cache.round(), ["teacher"]), cache.round().rollouts.read(0)
+    assert sample is not None
+    own = np.where(rollouts.trained == 1, cache.round().scores("student").read(0).sampling_logprobs, 0.0)
+    by_row = [own[rollouts.response_slice(row)].sum(dtype=np.float64) for row in range(3)]
+    assert sample.responses.logprob.tolist() == pytest.approx(by_row)
+    assert sample.pairs["teacher"].tokens.stop.sum() == 5, "at the end of each turn"
 
 
 def test_the_page_has_the_text_and_what_is_trained(trained: Path) -> None:

@@ -133,9 +133,10 @@ def _check_complete(
 
 def _without_parts(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each part of a turn that has several, and the turn without it. A name is not part of what was written."""
-    for key in message.keys() - {"role", "name"}:
-        value = message[key]
-        if value in (None, "", [], {}) or message.keys() <= {"role", "name", "content"}:
+    if message.keys() <= {"role", "name", "content"}:
+        return
+    for key, value in message.items():
+        if key in ("role", "name") or value in (None, "", [], {}):
             continue
         yield key, {name: item for name, item in message.items() if name != key}
         if key == "tool_calls" and isinstance(value, list) and len(value) > 1:
