@@ -420,7 +420,6 @@ def test_an_answer_is_what_the_assistant_said_last() -> None:
     ]
     block = cs.RolloutBlock.from_rows([(0, [65])], rows)
     assert response_texts(block, tokenizer) == ["bbb", "2aa", "bbb", "4........"]
-    assert response_texts(block, tokenizer, [1]) == ["2aa"]
 
 
 def test_inspect_says_what_is_not_trained(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,8 +38,8 @@ class ResponseColumns(_Table):
 
     Attributes:
         response: hash of the token ids: equal responses, equal hashes.
-        logprob: of the response's trained tokens together, at the sampling temperature, nats.
-        entropy: summed over these tokens, nats; likewise
+        logprob: of the response's trained tokens at the sampling temperature, nats.
+        entropy: summed over the response's trained tokens, nats; likewise
         surprise: of log-prob + entropy at temperature 1, 0 on average if the student itself was sampled from;
         spread: the variance that this then has (the rest outside the candidates as one token).
     """
@@ -159,7 +159,7 @@ def _responses(block: ScoredBlock) -> ResponseColumns:
         finish=rollouts.finish_reason.astype(np.int64),
         loops=np.array(loops),
         response=np.array([hash(rollouts.response(row).tobytes()) for row in range(rollouts.n_rows)]),
-        logprob=np.add.reduceat(np.where(trained, student.sampling_logprobs.astype(np.float64), 0.0), starts),
+        logprob=np.add.reduceat(trained * student.sampling_logprobs.astype(np.float64), starts),
         entropy=np.add.reduceat(trained * student.entropy.astype(np.float64), starts),
         surprise=np.add.reduceat(trained * (student.logprobs.astype(np.float64) + student.entropy), starts),
         spread=np.add.reduceat(trained * spread(student), starts),

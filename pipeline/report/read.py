@@ -45,9 +45,9 @@ def answer_check(manifest: cs.RoundManifest, checker: Checker) -> AnswerCheck | 
         right = np.full(rollouts.n_rows, UNKNOWN, np.int8)
         if not accepted:
             return right  # batch_decode of an empty list returns one empty text
-        texts = response_texts(rollouts, tokenizer, list(accepted))
-        for (row, answer), text in zip(accepted.items(), texts, strict=True):
-            right[row] = RIGHT if checker.is_right(text, answer) else WRONG
+        texts = response_texts(rollouts, tokenizer)
+        for row, answer in accepted.items():
+            right[row] = RIGHT if checker.is_right(texts[row], answer) else WRONG
         return right
 
     return check

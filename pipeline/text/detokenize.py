@@ -48,22 +48,24 @@ def load_decoder(manifest: cs.RoundManifest) -> Decoder:
     return Verbatim(tokenizer)
 
 
-def response_texts(rollouts: cs.RolloutBlock, tokenizer: Any, rows: Sequence[int] | None = None) -> list[str]:
-    """The response of every row (or of these) as text, without special tokens; of several turns the student's last.
-
-    Answers are looked for in it: one in a tool's result is not the student's.
-    """
-    ids = [_last_turn(rollouts, row) for row in (range(rollouts.n_rows) if rows is None else rows)]
+def response_texts(rollouts: cs.RolloutBlock, tokenizer: Any) -> list[str]:
+    """The response of every row as text, without special tokens; of several turns the student's last one."""
+    ids = [rollouts.response(row)[last_turn(rollouts, row)] for row in range(rollouts.n_rows)]
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
 
 
-def _last_turn(rollouts: cs.RolloutBlock, row: int) -> Sequence[int]:
-    """The last trained tokens that follow one another; the whole response if none is trained."""
-    ids, trained = rollouts.response(row), rollouts.trained[rollouts.response_slice(row)] == 1
-    changes = np.flatnonzero(np.diff(trained, prepend=False, append=False))
-    found: list[int] = (ids[changes[-2] : changes[-1]] if len(changes) else ids).tolist()
-    return found
+def last_turn(rollouts: cs.RolloutBlock, row: int) -> slice:
+    """Where the student's last turn lies in a response: its own tokens after the last that are not. If none are its
+    own, the whole response.
+    """
+    trained = rollouts.trained[rollouts.response_slice(row)] == 1
+    own = np.flatnonzero(trained)
+    if len(own) in (0, len(trained)):
+        return slice(0, len(trained))
+    end = int(own[-1]) + 1
+    others = np.flatnonzero(~trained[:end])
+    return slice(int(others[-1]) + 1 if len(others) else 0, end)
 
 
 def pieces(token_ids: Sequence[int], tokenizer: Decoder) -> list[str]:
