@@ -214,6 +214,15 @@ def advantage(student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, clip: floa
     return (teacher_logprobs_T - student_logprobs_T).detach().clamp(-clip, clip)
 
 
+def constant_advantage(old_logprobs_T: Tensor, below: float) -> Tensor:
+    """-1 at tokens with p_old(x_t) < below, 0 at the others: a control without a teacher (arXiv:2608.31046).
+
+    With `importance_sampling` the gradient's expectation over x_t ~ p_old is that of the mass that S gives to all
+    tokens with p_old < below. Which tokens these are does not change while a round is replayed.
+    """
+    return -(old_logprobs_T < math.log(below)).to(old_logprobs_T)
+
+
 def importance_sampling(
     logprobs_T: Tensor,
     old_logprobs_T: Tensor,
