@@ -4,8 +4,8 @@
     python benchmarks/toy_seeds.py --losses forward_kl forward_kl,entry_clip=0.05
 
 A loss may have settings of [train] after it. A seed decides the rollouts, the replay order and the new LoRA weights;
-all losses of a seed replay one cache. One line a run: held-out greedy accuracy and fresh reverse KL, before and after,
-sampled accuracy, optimizer steps, and seconds by command (start-up and imports included).
+all losses of a seed replay one cache. One line a run: greedy and sampled accuracy on held-out prompts and fresh
+reverse KL, before and after, optimizer steps, and seconds by command (start-up and imports included).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["reverse_kl", "importance_sampling"])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    print("| loss | seed | greedy accuracy | sampled | fresh reverse KL | steps | rollouts + score + train + eval, s |")
+    print(
+        "| loss | seed | greedy accuracy | sampled | fresh reverse KL | steps | rollouts + score + train + eval, s |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for seed in args.seeds:
