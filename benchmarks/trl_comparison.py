@@ -20,19 +20,17 @@ Results are kept in DIR/results.json, and a run that was cut goes on from there;
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from toy_lab import Cost, Results, curve, evaluate, measured, redpen
+import trl_trainer
+from toy_lab import Cost, Results, curve, evaluate, redpen
+from trl_trainer import TrlRun
 
 from pipeline.toy import asset_path
 
@@ -41,65 +39,23 @@ RANK, LEARNING_RATE, RESPONSE_TOKENS = 32, 1e-3, 32
 LINES = asset_path("prompts/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def child_trl(out: Path, seed: int, steps: int, prompts: int) -> None:
-    """TRL's trainer in this process; its adapter and the seconds of its steps go to `out`."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationConfig, DistillationTrainer
-
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(asset_path(name), dtype=torch.float32) for name in ("student", "teacher")
-    )
-    rows = [{"prompt": json.loads(line)["prompt"]} for line in LINES[:prompts]]
-    rows *= max(1, ROUND_ROLLOUTS // prompts)
-    config = DistillationConfig(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=STEP_ROLLOUTS,
-        max_completion_length=RESPONSE_TOKENS,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        beta=1.0,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    clock: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            clock.append(time.perf_counter())
-
-    trainer = DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(asset_path("student")),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear", bias="none"
-        ),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    trainer.save_model(str(out / "adapter"))
-    (out / "steps.json").write_text(json.dumps([b - a for a, b in pairwise(clock)]))
-
-
 def run_trl(out: Path, seed: int, steps: int, prompts: int) -> dict[str, Any]:
-    cost = measured(__file__, "--child", out, seed, steps, prompts)
-    seconds = json.loads((out / "steps.json").read_text())
+    rows = out / "prompts.jsonl"
+    rows.write_text("".join(LINES[:prompts] * max(1, ROUND_ROLLOUTS // prompts)), encoding="utf-8")
+    run = TrlRun(
+        student=str(asset_path("student")),
+        teacher=str(asset_path("teacher")),
+        dtype="float32",
+        prompts=str(rows),
+        rollouts=STEP_ROLLOUTS,
+        max_response_tokens=RESPONSE_TOKENS,
+        rank=RANK,
+        learning_rate=LEARNING_RATE,
+        steps=steps,
+        seed=seed,
+    )
+    cost = trl_trainer.train(out, run)
+    seconds = trl_trainer.step_seconds(out)
     figures = {"total": cost.seconds, "work": sum(seconds), "step": statistics.median(seconds)}
     return figures | {"anonymous": cost.anonymous} | evaluate(out / "eval.json", out / "adapter")
 
@@ -209,7 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child_trl(Path(sys.argv[2]), *map(int, sys.argv[3:]))
-    else:
-        main()
+    main()

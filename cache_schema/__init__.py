@@ -40,6 +40,7 @@ from .errors import (
     UncommittedError,
 )
 from .group import BlockGroup
+from .hub import HUB_URL
 from .manifest import ModelIdentity, RoundManifest, ScoresManifest, TokenizerIdentity
 from .prompts import PromptTable, encode_prompts, prompts_sha256
 from .verify import Finding, block_groups, repair, verify
@@ -50,6 +51,7 @@ __all__ = [
     "FINISH_NAMES",
     "FINISH_OTHER",
     "FINISH_STOP",
+    "HUB_URL",
     "ROLLOUT_ARRAYS",
     "STUDENT",
     "STUDENT_ARRAYS",

@@ -20,13 +20,14 @@ from zarr.abc.store import ByteRequest, Store
 from .errors import NotACacheError, StorageError
 from .local import LocalDirectory
 
-_URL = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^@?#\s]+))?")
+#: A published cache; to publish one, without a revision.
+HUB_URL = re.compile(r"hf://datasets/(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[^@?#\s]+))?")
 
 
 @functools.cache
 def open_hub(url: str) -> HubStore:
     """The store at `url`. Raises `StorageError`, and `NotACacheError` if there is no such repository."""
-    match = _URL.fullmatch(url)
+    match = HUB_URL.fullmatch(url)
     if match is None:
         raise StorageError(f"cache {url}: expected hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME@REVISION")
     try:

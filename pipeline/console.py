@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 import time
@@ -77,7 +78,7 @@ class _Stdout(io.TextIOBase):
 #: Only the first of several ranks writes to it.
 console = Console(file=cast("IO[str]", _Stderr()), highlight=False, soft_wrap=True, quiet=RANK > 0)
 
-_SUGGESTIONS: ContextVar[bool] = ContextVar("without_suggestions", default=False)
+_SUGGESTIONS: ContextVar[bool] = ContextVar("without_suggestions", default=os.environ.get("REDPEN_SUGGEST") == "0")
 
 #: C0 and C1 controls, and the invisible characters that reorder or hide text
 _CONTROLS = re.compile(
@@ -131,7 +132,7 @@ def fail(line: str) -> None:
 
 
 def suggest(line: str) -> None:
-    """Print the next command to run, unless `without_suggestions` is active."""
+    """Print the next command to run, unless `without_suggestions` is active or REDPEN_SUGGEST is 0."""
     if not _SUGGESTIONS.get():
         say(f"next: {line}")
 

@@ -100,7 +100,7 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
     with contextlib.ExitStack() as stack, join_ranks() as ranks:
         run, result, n_slices = ranks.broadcast(lambda: _open(stack, recipe, cache_url, run_dir))
         rounds: list[RoundResult] = []
-        has_teachers = recipe.reward.teacher_weight > 0
+        has_teachers = recipe.has_teacher
         while result is None:
             index = len(rounds)
             round_recipe, directory = _round_recipe(recipe, run, index, n_slices), _round_directory(run, index)

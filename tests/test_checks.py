@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config import Recipe, checks, load_recipe, recipe_names
 from pipeline.errors import ConfigError
+from pipeline.train.checks import check_single_pass
 
 TWO = {
     "student": {"model": "a"},
@@ -32,8 +33,10 @@ CONFLICTS: dict[str, list[tuple[list[str], str]]] = {
     "format_reward_needs_format": [([*REWARDS, "reward.verifier=format"], "eval.format")],
     "importance_sampling_settings_need_it": [
         (["train.advantage=cached"], "train.advantage"),
+        (["train.advantage=constant", "train.loss=forward_kl"], "train.advantage"),
         (["train.ppo_clip=0.2"], "train.ppo_clip"),
     ],
+    "a_constant_advantage_is_the_only_one": [([*REWARDS, "train.advantage=constant"], "reward.coefficient = 1")],
     "clips_need_a_divergence": [
         (["train.loss=importance_sampling", f"train.{name}=0.05"], f"train.{name} = 0.05")
         for name in ("entry_clip", "token_clip")
@@ -47,6 +50,7 @@ CONFLICTS: dict[str, list[tuple[list[str], str]]] = {
     "heldout_reverse_kl_needs_a_teacher": [
         (["train.heldout_metric=reverse_kl", "train.loss=cross_entropy"], "train.loss"),
         ([*REWARDS, "train.heldout_metric=reverse_kl", "reward.teacher_weight=0"], "reward.teacher_weight"),
+        ([SAMPLED, "train.heldout_metric=reverse_kl", "train.advantage=constant"], "train.advantage"),
     ],
     "heldout_answers_need_prompts": [(["train.heldout_metric=accuracy"], "eval.path")],
     "heldout_format_needs_format": [(["train.heldout_metric=format", "eval.path=p"], "eval.format")],
@@ -111,6 +115,7 @@ def test_a_contradiction_is_one_line(overrides: list[str], message: str) -> None
         ["train.teacher_weights={big = 1, code = 0}"],
         ['train.teacher=["code", "big"]', 'train.route={"*" = "code", math = "big"}'],
         ["train.steps=10", "train.warmup_steps=10"],
+        [SAMPLED, "train.advantage=constant", 'train.teacher=["big", "big"]'],
     ],
 )
 def test_what_fits_is_accepted(overrides: list[str]) -> None:
@@ -145,6 +150,9 @@ def test_warnings(overrides: list[str], message: str) -> None:
         (["train.loss=jsd", "train.forward_weight=0.2"], "train.forward_weight"),
         (["train.advantage_clip=2"], "train.advantage_clip"),
         (["reward.coefficient=1", "train.advantage=cached"], "train.advantage"),
+        ([SAMPLED, "train.constant_below=0.2"], "train.constant_below"),
+        ([SAMPLED, "train.advantage=constant", "train.advantage_clip=2"], "train.advantage_clip"),
+        ([SAMPLED, "train.advantage=constant", "train.teacher=teacher"], "train.teacher"),
         (["train.loss=cross_entropy", "train.teacher=teacher"], "train.teacher"),
         (["train.loss=cross_entropy", "train.stale_ess=0.5"], "train.stale_ess"),
         (["train.loss=cross_entropy", "train.stop_reverse_kl=0.5"], "train.stop_reverse_kl"),
@@ -184,7 +192,7 @@ def test_cached_advantage_may_be_used_once() -> None:
         "train.steps=8",
         "train.prompts_per_step=64",
     ]
-    checks.require_single_pass(load_recipe("toy", cached), 512)
+    check_single_pass(load_recipe("toy", cached), 512)
     with pytest.raises(ConfigError, match=r"8 steps x 64 prompts need 512 prompts, the round holds 511; .* to 7 or"):
-        checks.require_single_pass(load_recipe("toy", cached), 511)
-    checks.require_single_pass(load_recipe("toy", [*cached, "train.advantage=current"]), 64)
+        check_single_pass(load_recipe("toy", cached), 511)
+    check_single_pass(load_recipe("toy", [*cached, "train.advantage=current"]), 64)

@@ -281,6 +281,37 @@ show()"""
         assert run.stdout.strip() == str(expected), run.stderr
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("goals", "suggested"),
+    [("rollouts", ["rollouts"]), ("score", ["score"]), ("train", ["eval"]), ("train report", ["report"])],
+)
+def test_make_suggests_no_command_that_it_runs_itself(goals: str, suggested: list[str], tmp_path: Path) -> None:
+    """With a `redpen` that only suggests, in place of the installed one."""
+    command = tmp_path / "bin/redpen"
+    command.parent.mkdir()
+    code = "import sys; from pipeline.console import suggest; suggest(sys.argv[1])"
+    command.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' $1\n")
+    command.chmod(0o755)
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / ".installed").touch()  # newer than pyproject.toml: nothing to install
+    made = subprocess.run(
+        [
+            "make",
+            *goals.split(),
+            f"PYTHON={sys.executable}",
+            f"VENV={tmp_path}",
+            f"RUN={tmp_path}/runs/toy",
+            f"CACHE={tmp_path}/c.zarr",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0 and made.stderr.splitlines() == [f"next: {name}" for name in suggested]
+
+
 def test_an_extra_is_installed_by_the_command_that_works_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from pipeline.config import Recipe, load_recipe, load_stored_recipe, recipe_names, recipe_text, schema
-from pipeline.config.checks import require_single_pass
 from pipeline.errors import ConfigError
+from pipeline.train.checks import check_single_pass
 
 MINIMAL = {"student": {"model": "a"}, "teacher": {"model": "b"}, "prompts": {"path": "p.jsonl"}}
 TWO_TEACHERS = MINIMAL | {"teacher": [{"model": "b", "name": "big"}, {"model": "c", "name": "code"}]}
@@ -52,7 +52,7 @@ def test_shipped_recipes_are_what_they_are_named_for() -> None:
     assert all(
         key in recorded for key in ("rollouts.temperature", "train.learning_rate", 'train.advantage = "cached"')
     )
-    require_single_pass(source, 9600)
+    check_single_pass(source, 9600)
 
 
 @pytest.mark.parametrize(("name", "field"), all_fields())

@@ -357,6 +357,24 @@ def test_importance_sampling_with_the_current_advantage_is_the_gradient_of_the_k
     torch.testing.assert_close(expected_gradient(scores, old, loss_of_token), expected)
 
 
+@pytest.mark.parametrize("below", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_constant_advantage_is_the_gradient_of_the_mass_of_unlikely_tokens(stale: bool, below: float) -> None:
+    scores = distributions(0).requires_grad_()
+    old = distributions(5) if stale else scores.detach().log_softmax(1)
+
+    def loss_of_token(student: Tensor, token: Tensor) -> Tensor:
+        old_T = old.gather(1, token[:, None])[:, 0]
+        return losses.importance_sampling(student, old_T, losses.constant_advantage(old_T, below))
+
+    unlikely = old.exp() < below
+    assert unlikely.any() and (below == 1) == bool(unlikely.all())
+    mass = (scores.log_softmax(1).exp() * unlikely).sum()
+    torch.testing.assert_close(
+        expected_gradient(scores, old, loss_of_token), torch.autograd.grad(mass, scores)[0], rtol=1e-7, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_k2_is_the_gradient_of_the_kl(stale: bool) -> None:
     scores, teacher = distributions(0).requires_grad_(), distributions(1)

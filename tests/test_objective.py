@@ -145,6 +145,30 @@ def test_gradient_of_corrected_importance_sampling_is_that_of_the_formula(
     assert max(coefficients) > 0.01, "the fixture would not notice a missing correction"
 
 
+def test_a_constant_advantage_needs_no_teacher(unscored: Path, tmp_path: Path, recipe: Make) -> None:
+    """-1 at tokens below the threshold for the student that sampled, whatever it thinks of them now."""
+    control = ("train.loss=importance_sampling", "train.advantage=constant", "train.constant_below=0.6")
+    trainer, replay = trainer_of(unscored, recipe(*control))
+    batch, counts = replay.batch(0), []
+
+    def formula(rollout: Rollout, logp: Tensor) -> Tensor:
+        sampled = logp.gather(1, torch.from_numpy(rollout.token_ids).long()[len(rollout.prompt_ids) :, None])[:, 0]
+        old = columns(rollout, "student/logprobs")
+        counts.append(((old.exp() < 0.6).sum(), (old.exp() >= 0.6).sum()))
+        return ((sampled - old).exp() * (old.exp() < 0.6)).sum()
+
+    moved(trainer).gradient(batch)
+    assert distance(flat_gradient(trainer), naive_gradient_of(trainer, batch, formula)) < 1e-5
+    assert all(sum(kind) > 0 for kind in zip(*counts, strict=True))
+
+    assert (
+        stage.run(recipe(*control, "train.steps=6", "train.learning_rate=3e-3"), str(unscored), tmp_path / "r") == 0
+    )
+    steps = curve(tmp_path / "r")
+    assert steps[-1]["loss"] < steps[0]["loss"] and "reverse_kl" not in steps[0]
+    assert "a control" in (tmp_path / "r/adapter/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "settings",
     [["train.loss=jsd"], ["train.loss=forward_kl"], ["train.loss=importance_sampling", *SAMPLED["decoupled"]]],

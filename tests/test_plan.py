@@ -338,6 +338,43 @@ def test_prompts_that_are_here_are_counted(tmp_path: Path) -> None:
         assert count == expected and ("not here" in how) == ("gone.jsonl" in settings[0])
 
 
+def test_what_a_teacher_reads_of_its_own_takes_time_and_memory(tmp_path: Path) -> None:
+    """Of the toys a token is a byte. The student reads what it did, and so is trained for as long."""
+    rows = [{"prompt": f"{n}+2*3=", "hint": "7" * n} for n in (11, 200)]
+    own = [row | {"teacher_prompt": "x" * len(str(row["hint"])) + str(row["prompt"])} for row in rows]
+    file, with_rows = tmp_path / "p.jsonl", tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_rows.write_text("".join(json.dumps(row) + "\n" for row in own))
+    lengths, tile = [11 + 7, 200 + 8], "score.tile_tokens=64"
+
+    def planned(path: Path, *settings: str) -> tuple[memory.PlannedModels, dict[str, Any], dict[str, Any]]:
+        recipe = load_recipe("toy", [f"prompts.path={path}", "prompts.limit=", tile, *settings])
+        models = memory.PlannedModels.of(recipe)
+        needs = memory.by_step(recipe, models, Device())
+        steps = cost.costs(recipe, models, Device(), Lengths.of(recipe, None, None), needs).steps
+        assumed = "".join(table.assumptions(recipe, models, Device(), Lengths.of(recipe, None, None)))
+        assert ("113 tokens on average, at most 208, in the first 2" in assumed) == bool(models.own_prompts)
+        return models, {need.step: need for need in needs}, {step.step: step for step in steps}
+
+    _, needs, steps = planned(file)
+    assert "activations of a tile of 64 tokens" in needs["scoring, teacher"].parts
+    for path, *settings in ((file, "teacher.prompt={{ hint }}{{ prompt }}"), (with_rows,)):
+        models, own_needs, own_steps = planned(path, *settings)
+        scoring = "scoring, teacher"
+        assert own_steps[scoring].tokens == 4 * (sum(lengths) + 2 * 32)
+        assert own_steps[scoring].flops > 2 * steps[scoring].flops
+        forward = meta_model.forward_bytes(models.meta_models["teacher"], max(lengths) + 32)
+        assert own_needs[scoring].parts["activations of a tile of 240 tokens"] == forward
+        for same in ("sampling", "scoring, student", "training"):
+            assert own_steps[same] == steps[same] and own_needs[same] == needs[same]
+
+
+def test_own_prompts_that_are_not_here_are_stated(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["prompts.path=gone.jsonl", "prompts.limit=9", "teacher.prompt_prefix=Think."]
+    assert cli.main(["plan", "toy", *(part for setting in settings for part in ("--set", setting))]) == 0
+    assert "gone.jsonl is not here to measure them" in capsys.readouterr().out
+
+
 def _unlimited(settings: list[str]) -> list[str]:
     return settings if any("limit" in setting for setting in settings) else [*settings, "prompts.limit="]
 

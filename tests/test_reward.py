@@ -18,20 +18,16 @@ import pipeline.rollouts.stage
 import pipeline.score.stage
 from helpers import cache_factory as factory
 from helpers.caches import make_cache, small_recipe
-from helpers.training import buckets, columns, distance, flat_gradient, kl, moved, naive_gradient_of
+from helpers.training import buckets, columns, distance, flat_gradient, kl, moved, naive_gradient_of, trainer_of
 from pipeline import distill
 from pipeline.cli import main
 from pipeline.config import Recipe
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
-from pipeline.models import lora
 from pipeline.toy import world
 from pipeline.train import checks, stage
-from pipeline.train.build import make_objective, make_replay
-from pipeline.train.replay import Replay, Rollout
+from pipeline.train.replay import Rollout
 from pipeline.train.reward import ADVANTAGE, VALUE, group_advantages
-from pipeline.train.teachers import select_teachers
-from pipeline.train.trainer import StudentTrainer
 
 Make = Callable[..., Recipe]
 REWARD = ("reward.coefficient=0.5", "rollouts.temperature=2")
@@ -42,14 +38,6 @@ ALONE = (*REWARD, "reward.teacher_weight=0", "train.loss=importance_sampling")
 def mixed_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rollouts warm enough that some of a prompt's are right and others wrong."""
     return make_cache(tmp_path_factory.mktemp("warm") / "c.zarr", small_recipe(*REWARD))
-
-
-def made(cache: Path, recipe: Recipe) -> tuple[StudentTrainer, Replay]:
-    """As `redpen train` makes them, whichever teachers that needs."""
-    round_ = cs.open(cache).round()
-    objective = make_objective(recipe, round_, select_teachers(recipe, round_, str(cache)))
-    model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
-    return StudentTrainer(model, objective, recipe.train), make_replay(recipe, round_, objective)
 
 
 def is_right(rollout: Rollout) -> bool:
@@ -64,7 +52,7 @@ def is_right(rollout: Rollout) -> bool:
 def test_advantages_are_of_right_rollouts_against_their_prompts_others(
     normalise: str, mixed_cache: Path, recipe: Make
 ) -> None:
-    _, replay = made(mixed_cache, recipe(*REWARD, f"reward.normalise={normalise}"))
+    _, replay = trainer_of(mixed_cache, recipe(*REWARD, f"reward.normalise={normalise}"))
     rollouts = [rollout for step in range(6) for rollout in replay.batch(step).rollouts]
     by_prompt: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
@@ -139,7 +127,7 @@ def alone(rollout: Rollout, logp: Tensor) -> Tensor:
 def test_gradient_is_that_of_the_formula(
     settings: tuple[str, ...], formula: Callable[[Rollout, Tensor], Tensor], mixed_cache: Path, recipe: Make
 ) -> None:
-    trainer, replay = made(mixed_cache, recipe(*settings))
+    trainer, replay = trainer_of(mixed_cache, recipe(*settings))
     batch = replay.batch(1)
     assert any(rollout.column(ADVANTAGE).any() for rollout in batch.rollouts)
     assert len(batch.distinct) < len(batch.rollouts) or "select.first_tokens=1" not in settings
@@ -159,7 +147,7 @@ def test_rewards_alone_need_no_teacher_and_make_right_responses_likelier(tmp_pat
     assert "reverse_kl" not in steps[0]
     card = (run / "adapter/README.md").read_text()
     assert "trained on rewards" in card and "- reinforcement" not in card
-    _, replay = made(cache, recipe)
+    _, replay = trainer_of(cache, recipe)
     learnt = models.load_model(recipe.student.model_copy(update={"adapter": str(run / "adapter")}))
     gains: dict[bool, list[float]] = {True: [], False: []}
     for rollout in (rollout for step in range(6) for rollout in replay.batch(step).rollouts):

@@ -365,8 +365,8 @@ def plan(
 ) -> None:
     """Estimate memory, FLOPs, disk and time that a recipe takes.
 
-    From the models' configs alone: no weights are downloaded or loaded. For each step, memory by part, whether it
-    fits, and the largest micro-batch that does.
+    From the models' configs, and the prompts of teachers that read their own: no weights are downloaded or loaded.
+    For each step, memory by part, whether it fits, and the largest micro-batch that does.
 
     \b
     redpen plan qwen3-8b-from-32b --gpu-memory 24 --mean-response-tokens 900

@@ -12,7 +12,6 @@ from pipeline.config.messages import did_you_mean
 from pipeline.config.schema import first_repeated
 from pipeline.config.training import CLIPS, POLICY_GRADIENT, TrainConfig
 from pipeline.config.unused import unused_settings
-from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import Recipe
@@ -125,6 +124,16 @@ def importance_sampling_settings_need_it(recipe: Recipe) -> str | None:
 
 
 @_conflict
+def a_constant_advantage_is_the_only_one(recipe: Recipe) -> str | None:
+    if recipe.train.advantage == "constant" and recipe.has_rewards:
+        return (
+            'train.advantage = "constant" is a control without another signal, got reward.coefficient = '
+            f'{recipe.reward.coefficient:g}; set that to 0, or train.advantage to "current"'
+        )
+    return None
+
+
+@_conflict
 def clips_need_a_divergence(recipe: Recipe) -> str | None:
     train = recipe.train
     for name in CLIPS:
@@ -171,8 +180,9 @@ def full_training_excludes_quantisation(recipe: Recipe) -> str | None:
 @_conflict
 def heldout_reverse_kl_needs_a_teacher(recipe: Recipe) -> str | None:
     if recipe.train.heldout_metric == "reverse_kl" and not recipe.has_teacher:
-        is_sft = recipe.train.loss == "cross_entropy"
-        found = 'train.loss = "cross_entropy"' if is_sft else "reward.teacher_weight = 0"
+        found = "reward.teacher_weight = 0" if recipe.has_rewards else 'train.advantage = "constant"'
+        if recipe.train.loss == "cross_entropy":
+            found = 'train.loss = "cross_entropy"'
         return f'train.heldout_metric = "reverse_kl" needs a teacher, got {found}; use "accuracy" or "format"'
     return None
 
@@ -338,21 +348,6 @@ def weights_are_of_the_chosen_teachers(recipe: Recipe) -> str | None:
     if not any(weights.values()):
         return "train.teacher_weights: expected one above 0, got 0 for every teacher"
     return None
-
-
-def require_single_pass(recipe: Recipe, n_prompts: int) -> None:
-    """Refuse `train.advantage = "cached"` if training would use a round of `n_prompts` prompts more than once.
-
-    In a second pass the advantage is no longer the student's: its optimum is all mass on the best rollout.
-    """
-    train, needed = recipe.train, recipe.train.steps * recipe.train.prompts_per_step
-    if train.loss == "importance_sampling" and train.advantage == "cached" and needed > n_prompts:
-        steps = max(n_prompts // train.prompts_per_step, 1)
-        raise ConfigError(
-            f'train.advantage = "cached" is right for one pass only: {train.steps} steps x '
-            f"{train.prompts_per_step} prompts need {needed} prompts, the round holds {n_prompts}; "
-            f'set train.steps to {steps} or train.advantage to "current"'
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- warnings

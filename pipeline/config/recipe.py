@@ -110,7 +110,8 @@ class Recipe(Section):
     @property
     def has_teacher(self) -> bool:
         """Whether training uses a teacher's scores."""
-        return self.train.loss != "cross_entropy" and self.reward.teacher_weight > 0
+        train = self.train
+        return train.loss != "cross_entropy" and train.advantage != "constant" and self.reward.teacher_weight > 0
 
     @property
     def teacher_names(self) -> list[str]:

@@ -47,9 +47,17 @@ class TrainConfig(Section):
         description="reverse_kl, forward_kl, jsd, mixed_kl: upper bound on a token's loss, in nats; above it there "
         "is no gradient; default: none",
     )
-    advantage: Literal["current", "cached"] = Field(
+    advantage: Literal["current", "cached", "constant"] = Field(
         default="current",
-        description="importance_sampling: advantage of the current student, or the cached one (one pass only)",
+        description="importance_sampling: the teacher's log-prob minus that of the current student, or of the cached "
+        "one (one pass only); constant: -1 at tokens below constant_below, 0 at others, without a teacher",
+    )
+    constant_below: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description='advantage = "constant": probability, for the student that sampled, below which a token has '
+        "advantage -1",
     )
     advantage_clip: float = Field(
         default=10.0, gt=0, le=LARGE, description="advantages are clipped to +- this, in nats"

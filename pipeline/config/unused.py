@@ -45,7 +45,10 @@ def _uses(recipe: Recipe) -> Iterator[tuple[Sequence[str], bool, str]]:
     yield ["train.forward_weight"], train.loss == "mixed_kl", f'train.loss is "{train.loss}", not "mixed_kl"'
     teacher_advantage = has_teacher and train.loss == "importance_sampling"
     needs_it = "it needs importance sampling with a teacher's scores"
-    yield ["train.advantage", "train.advantage_clip"], teacher_advantage, needs_it
+    is_constant = train.advantage == "constant"
+    yield ["train.advantage"], teacher_advantage or is_constant, needs_it
+    yield ["train.advantage_clip"], teacher_advantage, needs_it
+    yield ["train.constant_below"], is_constant, f'train.advantage is "{train.advantage}", not "constant"'
     no_teacher = "training uses no teacher"
     yield ["train.teacher", "train.mixture", "train.teacher_weights", "train.route"], has_teacher, no_teacher
     if train.stop_reverse_kl > 0:

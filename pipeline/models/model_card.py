@@ -34,7 +34,9 @@ def run_card(recipe: Recipe, round_: cs.Round, teachers: tuple[str, ...], result
         "on-policy distillation from cached log-probs of its teacher",
     )
     tags: tuple[str, ...] = DISTILLED
-    if not teachers and recipe.train.loss != "cross_entropy":
+    if recipe.train.advantage == "constant":
+        tags, made, how = (), "trained away from unlikely tokens", "a policy gradient without a teacher, a control"
+    elif not teachers and recipe.train.loss != "cross_entropy":
         tags, made, how = ("reinforcement-learning",), "trained on rewards", "a policy gradient on verified answers"
     elif not teachers:
         tags = ("sft",)

@@ -1,4 +1,4 @@
-"""`redpen plan`: memory, FLOPs, cache size and time of a recipe, from model configs alone.
+"""`redpen plan`: memory, FLOPs, cache size and time of a recipe, from model configs and prompts alone.
 
 No weights are loaded or downloaded. Activations are measured by running the model's code on torch's meta device
 (`pipeline.models.meta_model`); all other assumptions are printed with the figures.
@@ -29,6 +29,7 @@ def run(
     Raises:
         ConfigError: the recipe does not allow these mean lengths.
         ModelError: a model's config cannot be loaded, or is not that of a causal language model.
+        PromptError: a prompt cannot be read, or rendered for a teacher that reads its own.
     """
     lengths = Lengths.of(recipe, mean_prompt_tokens, mean_response_tokens)
     from pipeline.plan import cost, memory, table
@@ -38,6 +39,7 @@ def run(
     costs = cost.costs(recipe, models, device, lengths, needs)
     if as_json:
         plan = {"device": asdict(device), "lengths": asdict(lengths), "parameters": models.parameters()}
+        plan["teacher_prompts"] = {name: own and asdict(own) for name, own in models.own_prompts.items()}
         show(json.dumps(plan | {"memory": [need.as_dict() for need in needs], "cost": costs.as_dict()}))
     else:
         table.show(recipe, models, device, lengths, needs, costs)

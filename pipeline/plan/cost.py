@@ -67,9 +67,9 @@ def costs(
             "sampling", sampled, sampling, _sampling_seconds(models, device, lengths, samples, together, sampling)
         )
     ]
-    read = samples * (lengths.prompt + lengths.response)
     teachers = 0.0
     for name, weights in models.weights.items():
+        read = samples * (models.prompt_tokens(name, lengths.prompt) + lengths.response)
         scoring = flops.forward(weights.multiplied, read)
         teachers += 0.0 if name == cs.STUDENT else scoring
         seconds: float | None = scoring / flops_per_second
@@ -79,13 +79,14 @@ def costs(
         elif recipe.placement(models.configs[name]) == "server":
             seconds = None
         steps.append(StepCost(f"scoring, {name}", read, scoring, seconds))
-    trained = train.steps * min(train.prompts_per_step, prompts) * read / prompts
+    replayed = samples * (lengths.prompt + lengths.response)
+    trained = train.steps * min(train.prompts_per_step, prompts) * replayed / prompts
     training = flops.training(student.multiplied, models.adapter, trained, recomputed=train.gradient_checkpointing)
     steps.append(StepCost("training", trained, training, training / flops_per_second))
     return RecipeCost(
         prompts=prompts,
         rollouts=samples,
-        epochs=trained / read,
+        epochs=trained / replayed,
         steps=tuple(steps),
         cache=cache_bytes(recipe, samples * lengths.response, prompts * lengths.prompt),
         student_flops=sum(cost.flops for cost in steps) - teachers,

@@ -16,7 +16,7 @@ from pipeline.forward.packing import decoder_body
 from pipeline.models import meta_model
 from pipeline.models.lora import checkpoint_gradients, make_trainable, trainable, training_mode
 from pipeline.models.peak_memory import PeakBytes, bytes_of
-from pipeline.plan.assumed import Device
+from pipeline.plan.assumed import Device, OwnPrompts, own_prompts
 from pipeline.streaming.layered import LayeredModel
 from pipeline.streaming.layers import SLOTS
 from pipeline.streaming.memory import WaveBudget
@@ -67,9 +67,10 @@ class StepMemory:
 
 @dataclass
 class PlannedModels:
-    """A recipe's models on torch's meta device, and their weight counts, by name.
+    """A recipe's models on torch's meta device, their weight counts and teachers' own prompts, by name.
 
     Attributes:
+        own_prompts: see the function of that name.
         adapter: parameters of the LoRA; None with train.method = "full".
         trainer: the student with its LoRA or trainable weights.
     """
@@ -77,12 +78,13 @@ class PlannedModels:
     configs: dict[str, ModelConfig]
     meta_models: dict[str, Any]
     weights: dict[str, meta_model.Weights]
+    own_prompts: dict[str, OwnPrompts | None]
     adapter: int | None
     trainer: Any = field(repr=False)
 
     @classmethod
     def of(cls, recipe: Recipe) -> PlannedModels:
-        """Build them from their configs. Raises `ModelError`."""
+        """Build them from their configs. Raises `ModelError`, and `PromptError` as `own_prompts`."""
         configs: dict[str, ModelConfig] = {"student": recipe.student} | {t.name: t for t in recipe.teacher}
         meta_models = {name: meta_model.load_meta_model(cfg) for name, cfg in configs.items()}
         weights = {name: meta_model.Weights.of(meta_models[name], cfg.quantisation) for name, cfg in configs.items()}
@@ -91,7 +93,18 @@ class PlannedModels:
             checkpoint_gradients(trainer)
         training_mode(trainer)
         adapter = sum(p.numel() for p in trainable(trainer).values()) if recipe.train.method == "lora" else None
-        return cls(configs, meta_models, weights, adapter, trainer)
+        return cls(configs, meta_models, weights, own_prompts(recipe), adapter, trainer)
+
+    def prompt_tokens(self, name: str, students: float) -> float:
+        """Mean tokens of a prompt as this model reads it; `students`: as the student does."""
+        own = self.own_prompts.get(name)
+        return students if own is None else own.mean
+
+    def tile_tokens(self, recipe: Recipe, name: str) -> int:
+        """Tokens of the largest tile that this model scores: a rollout that is longer than a tile has one alone."""
+        own, rollouts = self.own_prompts.get(name), recipe.rollouts
+        prompt = rollouts.max_prompt_tokens if own is None else own.longest
+        return max(recipe.score.tile_tokens, prompt + rollouts.max_response_tokens)
 
     def parameters(self) -> dict[str, dict[str, float]]:
         found = {
@@ -139,11 +152,11 @@ def _sampling(recipe: Recipe, models: PlannedModels, device: Device) -> StepMemo
 
 
 def _resident(recipe: Recipe, models: PlannedModels, name: str) -> StepMemory:
-    model, score = models.meta_models[name], recipe.score
+    model, tile = models.meta_models[name], models.tile_tokens(recipe, name)
     parts = {
         "context and libraries": CONTEXT_BYTES,
         "weights": models.weights[name].nbytes,
-        f"activations of a tile of {score.tile_tokens:,} tokens": meta_model.forward_bytes(model, score.tile_tokens),
+        f"activations of a tile of {tile:,} tokens": meta_model.forward_bytes(model, tile),
         "logits of a chunk": _scored_logits(recipe, model),
     }
     return StepMemory(f"scoring, {name}", parts)
@@ -170,7 +183,7 @@ def _streamed(recipe: Recipe, models: PlannedModels, device: Device, name: str) 
                 layered.step(0, noted)
         waiting = bytes_of([noted.hidden, noted.calls]) / tokens
         head = _scored_logits(recipe, model)
-        wave = memory.take_wave(recipe.score.tile_tokens, waiting, peak.nbytes / tokens, head)
+        wave = memory.take_wave(models.tile_tokens(recipe, name), waiting, peak.nbytes / tokens, head)
     except ConfigError as error:
         return StepMemory(step, memory.taken, refused=str(error))
     parts: dict[str, float] = {"context": CONTEXT_BYTES - memory.taken["libraries"], **memory.taken}

@@ -105,6 +105,13 @@ def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: 
     if rollouts.engine == "vllm":
         fraction = recipe.vllm.gpu_memory_utilization or 0.9
         found.append(f"vLLM reserves {fraction:.0%} of the GPU in any case, and uses the rest for more KV cache")
+    for name, own in models.own_prompts.items():
+        line = f"{name} reads prompts of its own: "
+        if own is None:
+            line += f"{recipe.prompts.path} is not here to measure them, so they are counted as the student's"
+        else:
+            line += f"{own.mean:,.0f} tokens on average, at most {own.longest:,}, in the first {own.rendered:,}"
+        found.append(line)
     for name, cfg in models.configs.items():
         if cfg.quantisation is None and (method := resolve(cfg).quantisation):
             found.append(f"{name}: its checkpoint is quantised ({method}), its weights are counted as {cfg.dtype}")

@@ -34,8 +34,8 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
         ConfigError: `url` is no such URL. CacheError: not a cache, or it is locked. RedpenError: it is damaged, it
             holds nothing, or the Hub refuses or cannot be reached.
     """
-    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)", url)
-    if match is None:
+    match = cs.HUB_URL.fullmatch(url)
+    if match is None or match["revision"]:
         raise ConfigError(f"HUB_ID: expected hf://datasets/OWNER/NAME for a cache, got {url!r}")
     cache = cs.open(cache_path, writable=True)
     if cache.path is None:
@@ -44,7 +44,7 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
         _refuse_damage(cache)
         files: dict[str, str | bytes] = {name: str(path) for name, path in _files(cache)}
         files[_CARD] = _card(cache, url).encode()
-        revision = upload(match[1], files, public=public, repo_type="dataset")
+        revision = upload(match["repository"], files, public=public, repo_type="dataset")
     suggest(f"redpen train RECIPE --cache {url}@{revision} --run DIR")
     return 0
 

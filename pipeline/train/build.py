@@ -17,7 +17,7 @@ from pipeline.train.teachers import load_teachers
 
 
 def make_objective(recipe: Recipe, round_: cs.Round, teacher_names: Sequence[str]) -> Objective:
-    """The objective of a recipe on a round; without teachers, cross-entropy or the policy gradient of rewards."""
+    """The objective of a recipe on a round; without teachers, cross-entropy or a policy gradient."""
     if not teacher_names:
         cross_entropy = recipe.train.loss == "cross_entropy"
         return CrossEntropy() if cross_entropy else PolicyGradient(recipe.train, recipe.reward)

@@ -8,7 +8,6 @@ import numpy as np
 
 import cache_schema as cs
 from pipeline.config import Recipe, RewardConfig
-from pipeline.config.checks import require_single_pass
 from pipeline.config.training import CLIPS
 from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
@@ -38,7 +37,7 @@ def check_committed(loss: str, round_: cs.Round, teachers: Sequence[str], cache_
 def check_round(recipe: Recipe, round_: cs.Round) -> None:
     """What the loss requires of how this round was sampled. Raises `ConfigError`."""
     train, reward = recipe.train, recipe.reward
-    require_single_pass(recipe, round_.n_prompts - n_held_back(recipe))
+    check_single_pass(recipe, round_.n_prompts - n_held_back(recipe))
     if train.loss == "importance_sampling":
         check_sampling(recipe, round_, "importance_sampling")
     elif reward.coefficient:
@@ -48,6 +47,21 @@ def check_round(recipe: Recipe, round_: cs.Round) -> None:
         check_answers(round_, reward)
     if train.behaviour_correction:
         check_behaviour(round_)
+
+
+def check_single_pass(recipe: Recipe, n_prompts: int) -> None:
+    """Refuse `train.advantage = "cached"` if training would use a round of `n_prompts` prompts more than once.
+
+    In a second pass the advantage is no longer the student's: its optimum is all mass on the best rollout.
+    """
+    train, needed = recipe.train, recipe.train.steps * recipe.train.prompts_per_step
+    if train.loss == "importance_sampling" and train.advantage == "cached" and needed > n_prompts:
+        steps = max(n_prompts // train.prompts_per_step, 1)
+        raise ConfigError(
+            f'train.advantage = "cached" is right for one pass only: {train.steps} steps x '
+            f"{train.prompts_per_step} prompts need {needed} prompts, the round holds {n_prompts}; "
+            f'set train.steps to {steps} or train.advantage to "current"'
+        )
 
 
 def check_sampling(recipe: Recipe, round_: cs.Round, loss: str) -> None:

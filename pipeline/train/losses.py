@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +22,8 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 
-
-class Divergence(Protocol):
-    """A function as `reverse_kl`."""
-
-    def __call__(
-        self,
-        student_logprobs_TC: Tensor,
-        student_rest_T: Tensor,
-        teacher_logprobs_TC: Tensor,
-        teacher_rest_T: Tensor,
-        valid_TC: Tensor | None = None,
-        *,
-        entry_clip: float | None = None,
-    ) -> Tensor: ...
+#: A function with the arguments of `reverse_kl`.
+Divergence = Callable[..., Tensor]
 
 
 def reverse_kl(
@@ -212,6 +199,15 @@ def advantage(student_logprobs_T: Tensor, teacher_logprobs_T: Tensor, clip: floa
     cached prefixes; with the cached student's ("cached") this holds for one pass over a round only.
     """
     return (teacher_logprobs_T - student_logprobs_T).detach().clamp(-clip, clip)
+
+
+def constant_advantage(old_logprobs_T: Tensor, below: float) -> Tensor:
+    """-1 at tokens with p_old(x_t) < below, 0 at the others: a control without a teacher (arXiv:2608.31046).
+
+    With `importance_sampling` the gradient's expectation over x_t ~ p_old is that of the mass that S gives to all
+    tokens with p_old < below. Which tokens these are does not change while a round is replayed.
+    """
+    return -(old_logprobs_T < math.log(below)).to(old_logprobs_T)
 
 
 def importance_sampling(

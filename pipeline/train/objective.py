@@ -85,12 +85,12 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Rewards alone, without a teacher: REINFORCE and GRPO on cached rollouts, as a baseline.
+    """A policy gradient without a teacher: of rewards alone (REINFORCE and GRPO on cached rollouts), or a control.
 
         -(r_t A_t),   r_t = p_S(x_t) / p_old(x_t)
 
-    with the advantages of `pipeline.train.reward`, and the truncation, PPO clip and behaviour correction of
-    `losses.importance_sampling`.
+    with the advantages of `pipeline.train.reward` or `losses.constant_advantage`, and the truncation, PPO clip and
+    behaviour correction of `losses.importance_sampling`.
     """
 
     train: TrainConfig
@@ -103,8 +103,12 @@ class PolicyGradient:
         return _policy_targets(self.train, self.reward, micro_batch, device)
 
     def token_loss(self, targets: Targets, student_nC: Tensor, rest_n: Tensor) -> Tensor:
-        assert targets.reward_T is not None
-        return _policy_gradient(self.train, targets, student_nC[:, 0], targets.reward_T)
+        assert targets.old_T is not None
+        advantage_n = targets.reward_T
+        if self.train.advantage == "constant":
+            advantage_n = losses.constant_advantage(targets.old_T, self.train.constant_below)
+        assert advantage_n is not None
+        return _policy_gradient(self.train, targets, student_nC[:, 0], advantage_n)
 
 
 @dataclass(frozen=True)

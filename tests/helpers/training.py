@@ -19,12 +19,14 @@ from pipeline.models import load as models
 from pipeline.models import lora
 from pipeline.train.build import make_objective, make_replay
 from pipeline.train.replay import Batch, Replay, Rollout
+from pipeline.train.teachers import select_teachers
 from pipeline.train.trainer import StudentTrainer
 
 
 def trainer_of(cache: Path, recipe: Recipe, *teachers: str) -> tuple[StudentTrainer, Replay]:
+    """As `redpen train` makes them, with the teachers that the recipe selects unless they are named."""
     round_ = cs.open(cache).round()
-    objective = make_objective(recipe, round_, teachers or ("teacher",))
+    objective = make_objective(recipe, round_, teachers or select_teachers(recipe, round_, str(cache)))
     model = lora.make_trainable(models.load_model(recipe.student, trainable=True), recipe.train)
     return StudentTrainer(model, objective, recipe.train), make_replay(recipe, round_, objective)
 
