@@ -55,12 +55,24 @@ _DRAW_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
-class _Rollout:
-    """One rollout to sample: its prompt within the block and in the round, and its number among the prompt's."""
+class _Request:
+    """Tokens to sample after `token_ids`; requests of the same array share its forward pass.
 
-    prompt: int
-    prompt_index: int
-    sample_index: int
+    Attributes:
+        uniforms: [at most this many tokens] in [0, 1), for each token to be sampled.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    uniforms: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What was sampled for a request: [T] token ids and log-probs, and whether a stop token ends them."""
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    stopped: bool
 
 
 class _Tokens:
@@ -117,49 +129,68 @@ class TransformersSampler:
     def sample_block(self, block: PromptBlock) -> cs.RolloutBlock:
         """Every rollout of a block's prompts."""
         rollouts = [
-            _Rollout(prompt, index, sample)
-            for prompt, (index, _) in enumerate(block.prompts)
+            (prompt, sample, _Request(ids, self._sampling.uniforms(index, sample)))
+            for prompt, (index, ids) in enumerate(block.prompts)
             for sample in range(self._sampling.rollouts_per_prompt)
         ]
-        rollouts.sort(key=lambda rollout: len(block.prompts[rollout.prompt][1]))
         if not self._is_probed:
             self._caches, self._is_probed = self._can_continue(block.prompts[0][1]), True
-        rows: list[cs.RolloutRow] = []
-        for alike in [rollouts] if self._pads_left else _of_equal_length(block, rollouts):
-            for start in range(0, len(alike), self._batch_size):
-                rows += self._decode(block, alike[start : start + self._batch_size])
+        rollouts.sort(key=lambda rollout: len(rollout[2].token_ids))
+        sampled = self._answer([request for *_, request in rollouts])
+        rows = [
+            cs.RolloutRow(
+                prompt=prompt,
+                sample_index=sample,
+                token_ids=found.token_ids,
+                logprobs=found.logprobs,
+                finish_reason=cs.FINISH_STOP if found.stopped else cs.FINISH_LENGTH,
+            )
+            for (prompt, sample, _), found in zip(rollouts, sampled, strict=True)
+        ]
         return cs.RolloutBlock.from_rows(block.prompts, rows)
 
+    def _answer(self, requests: Sequence[_Request]) -> list[_Sampled]:
+        """What is sampled for requests in order of their length."""
+        sampled: list[_Sampled] = []
+        for alike in [requests] if self._pads_left else _of_equal_length(requests):
+            for start in range(0, len(alike), self._batch_size):
+                sampled += self._decode(alike[start : start + self._batch_size])
+        return sampled
+
     @torch.inference_mode()
-    def _decode(self, block: PromptBlock, rollouts: Sequence[_Rollout]) -> list[cs.RolloutRow]:
-        limit = self._sampling.max_response_tokens
-        uniforms = np.stack([self._sampling.uniforms(r.prompt_index, r.sample_index) for r in rollouts])
-        tokens = np.full((len(rollouts), limit), -1, np.int32)
-        logprobs = np.full((len(rollouts), limit), np.nan, np.float32)
-        lengths = np.zeros(len(rollouts), np.int64)
-        stopped = np.zeros(len(rollouts), bool)
+    def _decode(self, requests: Sequence[_Request]) -> list[_Sampled]:
+        limits = np.array([len(request.uniforms) for request in requests])
+        shape = len(requests), int(limits.max())
+        uniforms = np.zeros(shape)
+        for row, request in enumerate(requests):
+            uniforms[row, : limits[row]] = request.uniforms
+        tokens = np.full(shape, -1, np.int32)
+        logprobs = np.full(shape, np.nan, np.float32)
+        lengths = np.zeros(len(requests), np.int64)
+        stopped, done = np.zeros(len(requests), bool), np.zeros(len(requests), bool)
 
         cache: _Cache = DynamicCache(config=self._config) if self._caches else _Tokens()
-        hidden_BD, mask_BS = self._prefill(block, rollouts, cache)
+        hidden_BD, mask_BS = self._prefill(requests, cache)
         position_B = mask_BS.sum(1)
-        live = np.arange(len(rollouts))  # the rollouts of the batch, some of which may have ended
-        for step in range(limit):
+        live = np.arange(len(requests))  # the requests of the batch, some of which may be done
+        for step in range(shape[1]):
             uniform_B = torch.from_numpy(uniforms[live, step]).to(self._device)
             token_B, logprob_B = self._draw(hidden_BD, uniform_B)
             ended = np.isin(drawn := token_B.cpu().numpy(), self._sampling.stop_token_ids)
-            going = ~stopped[live]
+            going = ~done[live]
             drawn_logprobs = logprob_B.cpu().numpy()[going]
             if not np.isfinite(drawn_logprobs).all():
                 raise not_finite(self._model, f"sampling token {step + 1} of a response")
             tokens[live[going], step] = drawn[going]
             logprobs[live[going], step] = drawn_logprobs
             lengths[live[going]] += 1
-            stopped[live] |= ended
-            last = step + 1 == limit
-            self._on_step(int((going & (ended | last)).sum()), int(going.sum()))
+            stopped[live[going]] = ended[going]
+            last = ended | (step + 1 == limits[live])
+            done[live] |= last
+            self._on_step(int((going & last).sum()), int(going.sum()))
 
-            going &= ~ended
-            if last or not going.any():
+            going &= ~last
+            if not going.any():
                 break
             if going.mean() <= 1 - _FINISHED_FRACTION:
                 keep = torch.from_numpy(np.flatnonzero(going)).to(self._device)
@@ -175,23 +206,18 @@ class TransformersSampler:
             position_B = position_B + 1
 
         return [
-            cs.RolloutRow(
-                prompt=rollout.prompt,
-                sample_index=rollout.sample_index,
-                token_ids=tokens[row, : lengths[row]],
-                logprobs=logprobs[row, : lengths[row]],
-                finish_reason=cs.FINISH_STOP if stopped[row] else cs.FINISH_LENGTH,
-            )
-            for row, rollout in enumerate(rollouts)
+            _Sampled(tokens[row, :length], logprobs[row, :length], bool(stopped[row]))
+            for row, length in enumerate(lengths)
         ]
 
-    def _prefill(self, block: PromptBlock, rollouts: Sequence[_Rollout], cache: _Cache) -> tuple[Tensor, Tensor]:
-        """Run each prompt once, padded on the left, and copy its state to all its rollouts.
+    def _prefill(self, requests: Sequence[_Request], cache: _Cache) -> tuple[Tensor, Tensor]:
+        """Run each prompt once, padded on the left, and copy its state to all its requests.
 
-        Returns the hidden row of every rollout's last prompt token [B, D] and the attention mask [B, S].
+        Returns the hidden row of every request's last prompt token [B, D] and the attention mask [B, S].
         """
-        row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(r.prompt for r in rollouts))}
-        sequences = [block.prompts[prompt][1] for prompt in row_of]
+        prompts = {id(request.token_ids): request.token_ids for request in requests}
+        row_of = {prompt: row for row, prompt in enumerate(prompts)}
+        sequences = list(prompts.values())
         longest = max(len(ids) for ids in sequences)
         ids_PS = np.zeros((len(sequences), longest), np.int64)
         mask_PS = np.zeros((len(sequences), longest), np.int64)
@@ -202,7 +228,7 @@ class TransformersSampler:
         mask = torch.from_numpy(mask_PS).to(self._device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         hidden_PD = self._forward(torch.from_numpy(ids_PS).to(self._device), mask, positions, cache)
-        prompt_of = torch.tensor([row_of[rollout.prompt] for rollout in rollouts], device=self._device)
+        prompt_of = torch.tensor([row_of[id(request.token_ids)] for request in requests], device=self._device)
         cache.reorder_cache(prompt_of)
         return hidden_PD[prompt_of], mask[prompt_of]
 
@@ -310,8 +336,8 @@ def _rounded_once_more(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
-def _of_equal_length(block: PromptBlock, rollouts: Sequence[_Rollout]) -> list[list[_Rollout]]:
-    groups = itertools.groupby(rollouts, key=lambda rollout: len(block.prompts[rollout.prompt][1]))
+def _of_equal_length(requests: Sequence[_Request]) -> list[list[_Request]]:
+    groups = itertools.groupby(requests, key=lambda request: len(request.token_ids))
     return [list(group) for _, group in groups]
 
 
