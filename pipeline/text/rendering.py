@@ -56,7 +56,7 @@ def render(
             raise PromptError(f"prompts.system needs a chat template, {_no_template(cfg)}; remove it")
         return plain_ids(record["prompt"], tokenizer, at_most)
     tools = record.get("tools")
-    return render_chat(_chat_of(record), tokenizer, cfg, tools=tools, reply_follows=True, at_most=at_most)
+    return render_chat(chat_of(record), tokenizer, cfg, tools=tools, reply_follows=True, at_most=at_most)
 
 
 def render_chat(
@@ -142,7 +142,7 @@ def render_all(
     """
     if cfg.template != "none":
         warn_without_effect(
-            [(_chat_of(record), record.get("tools")) for record in _first(records)], tokenizer, cfg, named
+            [(chat_of(record), record.get("tools")) for record in _first(records)], tokenizer, cfg, named
         )
     limit = max_prompt_tokens if context is None else min(max_prompt_tokens, context - 1)
     rendered, lengths, least = [], [], False
@@ -255,7 +255,7 @@ def _written(parts: Sequence[dict[str, str]], text: str) -> bool:
     return any(str(part) in text or json.dumps(part, ensure_ascii=False) in text for part in parts)
 
 
-def _chat_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+def chat_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return record.get("messages") or [{"role": "user", "content": record["prompt"]}]
 
 
