@@ -163,6 +163,8 @@ def _differences(cached: dict[str, Any], now: dict[str, Any], prefix: str = "") 
             if inner and a.get("name") != b.get("name"):
                 inner.append(f"{label}.name: cached {a.get('name')}, now {b.get('name')}")
             found += inner
+        elif isinstance(a, dict) and isinstance(b, dict) and key in ("sampler_settings", "environment"):
+            found += _differences(a, b, f"{label}.")
         elif a != b and not (isinstance(a, tuple | list) and isinstance(b, tuple | list) and list(a) == list(b)):
             found.append(f"{label}: cached {shown(a)}, now {shown(b)}")
     return found

@@ -140,6 +140,11 @@ class Student:
                 f'rollouts.engine = {settings.engine!r}: expected "transformers", vLLM cannot sample a student that '
                 "is being trained"
             )
+        if settings.environment is not None:
+            raise ConfigError(
+                "rollouts.environment: expected none, sample() takes one turn; use `redpen rollouts`, whose rounds "
+                "`Student.cached` reads"
+            )
         if not prompts:
             raise PromptError("prompts: expected at least one, got none")
         records = [check_record({"prompt": prompt}, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]

@@ -112,7 +112,7 @@ def test_scores_record_the_quantisation_and_training_keeps_to_it(
         stage.run(small_recipe(NF4), str(toy_cache), tmp_path / "run")
     with pytest.raises(cs.ProvenanceError, match="quantisation"):
         pipeline.score.stage.run(small_recipe(), str(nf4_cache), only=cs.STUDENT)
-    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings: .*nf4"):
+    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.quantisation: .*nf4"):
         pipeline.rollouts.stage.run(small_recipe(), str(nf4_cache), round_index=0)
 
 

@@ -46,6 +46,19 @@ class RolloutsConfig(Section):
         default=64, ge=1, le=2**16, description="prompts in a block, the unit of writing and resuming"
     )
     batch_size: int = Field(default=256, ge=1, le=2**20, description="rollouts decoded together")
+    environment: str | None = Field(
+        default=None,
+        max_length=PATH,
+        description="module:factory of your own code that answers the student's turns, e.g. a tool; "
+        "max_response_tokens is then of all turns together; default: a rollout is one turn",
+    )
+    max_turns: int = Field(default=4, ge=1, le=1024, description="with environment: the student's turns in a rollout")
+    environment_timeout: float = Field(
+        default=60.0, gt=0, le=86400, description="time that the environment has for one reply, in seconds"
+    )
+    environment_workers: int = Field(
+        default=4, ge=1, le=1024, description="processes that run the environment of one sampler"
+    )
     format_check_prompts: int = Field(
         default=32,
         ge=0,
@@ -55,6 +68,13 @@ class RolloutsConfig(Section):
     format_check_min: float = Field(
         default=0.5, ge=0, le=1, description="fraction of them that must be legal, or the round does not start"
     )
+
+    @field_validator("environment")
+    @classmethod
+    def _environment(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+            raise ValueError("must be module:factory, e.g. calculator:Calculator")
+        return name
 
 
 class ScoreConfig(Section):

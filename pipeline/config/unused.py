@@ -39,6 +39,8 @@ def _uses(recipe: Recipe) -> Iterator[tuple[Sequence[str], bool, str]]:
     yield format_check, recipe.eval.format is not None, "eval.format is not set"
     no_check = "rollouts.format_check_prompts is 0"
     yield ["rollouts.format_check_min"], rollouts.format_check_prompts > 0, no_check
+    of_environment = ["rollouts.max_turns", "rollouts.environment_timeout", "rollouts.environment_workers"]
+    yield of_environment, rollouts.environment is not None, "rollouts.environment is not set"
     yield ["score.candidate_kind"], score.candidates > 1, "score.candidates is 1, the sampled token alone"
 
     yield ["train.jsd_beta"], train.loss == "jsd", f'train.loss is "{train.loss}", not "jsd"'

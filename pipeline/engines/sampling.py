@@ -8,9 +8,9 @@ A sampler has one method. It may return blocks in any order, each as soon as its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,11 @@ class DecodingProgress:
 
 @dataclass(frozen=True)
 class PromptBlock:
-    """The prompts of one block: `(index in the round, token ids)` each."""
+    """The prompts of one block: `(index in the round, token ids)` each, and for an environment their records."""
 
     block: int
     prompts: list[tuple[int, npt.NDArray[np.int32]]]
+    records: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

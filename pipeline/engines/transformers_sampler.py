@@ -34,6 +34,7 @@ from transformers import (
 
 import cache_schema as cs
 from pipeline.console import warn
+from pipeline.engines.episodes import Episodes, Rollout
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.forward.finite import name_of, not_finite
 from pipeline.forward.head import Head, logits
@@ -101,6 +102,8 @@ class TransformersSampler:
         batch_size: rollouts decoded together; rollouts of similar prompt length share a batch.
         on_step: called between decode steps with the rollouts that ended and the tokens sampled since the last call;
             what it raises stops the sampling, and the current block is lost.
+        episodes: replies to the student's turns. A turn is a request with a longer prompt, and its uniforms are those
+            of its positions in the response.
     """
 
     def __init__(
@@ -110,7 +113,9 @@ class TransformersSampler:
         *,
         batch_size: int = 256,
         on_step: Callable[[int, int], None] = lambda rollouts, tokens: None,
+        episodes: Episodes | None = None,
     ):
+        self._episodes = episodes
         self._model, self._config = model, model.config
         self._body, self._head = decoder_body(model), _cast_once(Head.of(model))
         self._device = self._head.weight_VD.device
@@ -127,27 +132,31 @@ class TransformersSampler:
             yield block.block, rollouts, time.perf_counter() - started
 
     def sample_block(self, block: PromptBlock) -> cs.RolloutBlock:
-        """Every rollout of a block's prompts."""
+        """Every rollout of a block's prompts. Raises `RedpenError` if the environment failed in all of them."""
         rollouts = [
-            (prompt, sample, _Request(ids, self._sampling.uniforms(index, sample)))
+            Rollout(prompt, index, sample, ids)
             for prompt, (index, ids) in enumerate(block.prompts)
             for sample in range(self._sampling.rollouts_per_prompt)
         ]
         if not self._is_probed:
             self._caches, self._is_probed = self._can_continue(block.prompts[0][1]), True
-        rollouts.sort(key=lambda rollout: len(rollout[2].token_ids))
-        sampled = self._answer([request for *_, request in rollouts])
-        rows = [
-            cs.RolloutRow(
-                prompt=prompt,
-                sample_index=sample,
-                token_ids=found.token_ids,
-                logprobs=found.logprobs,
-                finish_reason=cs.FINISH_STOP if found.stopped else cs.FINISH_LENGTH,
-            )
-            for (prompt, sample, _), found in zip(rollouts, sampled, strict=True)
-        ]
-        return cs.RolloutBlock.from_rows(block.prompts, rows)
+        going, longest = rollouts, self._sampling.max_response_tokens
+        while going:
+            going = sorted(going, key=lambda rollout: len(rollout.context))
+            for rollout, turn in zip(going, self._answer([self._request(one) for one in going]), strict=True):
+                finish = cs.FINISH_STOP if turn.stopped else cs.FINISH_LENGTH
+                rollout.add_turn(turn.token_ids, turn.logprobs, finish)
+            if self._episodes is None:
+                break
+            n_asked = len(going)
+            going = self._episodes.next_turns(going, block.records, longest, lambda: self._on_step(0, 0))
+            self._on_step(n_asked - len(going), 0)
+        kept = rollouts if self._episodes is None else self._episodes.kept(rollouts)
+        return cs.RolloutBlock.from_rows(block.prompts, [rollout.row() for rollout in kept])
+
+    def _request(self, rollout: Rollout) -> _Request:
+        uniforms = self._sampling.uniforms(rollout.index, rollout.sample)
+        return _Request(rollout.context, uniforms[len(rollout.token_ids) :])
 
     def _answer(self, requests: Sequence[_Request]) -> list[_Sampled]:
         """What is sampled for requests in order of their length."""
@@ -187,7 +196,8 @@ class TransformersSampler:
             stopped[live[going]] = ended[going]
             last = ended | (step + 1 == limits[live])
             done[live] |= last
-            self._on_step(int((going & last).sum()), int(going.sum()))
+            n_ended = 0 if self._episodes is not None else int((going & last).sum())
+            self._on_step(n_ended, int(going.sum()))
 
             going &= ~last
             if not going.any():

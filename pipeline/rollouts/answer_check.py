@@ -61,8 +61,11 @@ def check_held_out(
         return
     with progress("answer check", len(accepted), "responses") as bar:
         sampler = make_sampler(DecodingProgress(bar, len(accepted), recipe.rollouts.max_response_tokens))
-        ((_, rollouts, _),) = sampler.sample([PromptBlock(0, [(index, ids[index]) for index in accepted])])
-    _warn(recipe, response_texts(rollouts, student.tokenizer), list(accepted.values()), f"{recipe.eval.path}: ")
+        block = PromptBlock(0, [(index, ids[index]) for index in accepted], [records[index] for index in accepted])
+        ((_, rollouts, _),) = sampler.sample([block])
+    wanted = list(accepted.values())
+    answered = [wanted[prompt] for prompt in rollouts.row_prompt.tolist()]
+    _warn(recipe, response_texts(rollouts, student.tokenizer), answered, f"{recipe.eval.path}: ")
 
 
 def _warn(recipe: Recipe, texts: list[str], accepted: list[list[str]], where: str) -> None:

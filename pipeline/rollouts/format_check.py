@@ -6,10 +6,8 @@ correct, which would otherwise show only hours later; a little fine-tuning on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 import cache_schema as cs
@@ -28,22 +26,22 @@ def check_format(
     recipe: Recipe,
     checker: Checker,
     make_sampler: Callable[[Callable[[int, int], None]], Sampler],
-    prompts: Sequence[npt.NDArray[np.int32]],
+    first: PromptBlock,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Sample one response to each of the first `rollouts.format_check_prompts` prompts and check their form.
+    """Sample one response to each of the round's first prompts and check their form.
 
     Args:
         make_sampler: from an `on_step`, the round's sampler with one rollout a prompt.
+        first: `rollouts.format_check_prompts` prompts.
 
     Raises:
         RedpenError: fewer than the fraction `rollouts.format_check_min` are legal by `eval.format`.
     """
     settings = recipe.rollouts
-    first = prompts[: settings.format_check_prompts]
-    with progress("format check", len(first), "responses") as bar:
-        sampler = make_sampler(DecodingProgress(bar, len(first), settings.max_response_tokens))
-        ((_, rollouts, _),) = sampler.sample([PromptBlock(0, list(enumerate(first)))])
+    with progress("format check", len(first.prompts), "responses") as bar:
+        sampler = make_sampler(DecodingProgress(bar, len(first.prompts), settings.max_response_tokens))
+        ((_, rollouts, _),) = sampler.sample([first])
     texts = response_texts(rollouts, tokenizer)
     illegal = [row for row, text in enumerate(texts) if not checker.is_legal(text)]
     n_legal = len(texts) - len(illegal)

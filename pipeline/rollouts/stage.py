@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,13 +34,14 @@ from pipeline.console import Bar, progress, say, show, speed, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.blocks import OnProgress, open_for_writing, run_blocks
 from pipeline.distributed.ranks import Launcher, Ranks, join_ranks
+from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampler, Sampling, require_room
 from pipeline.errors import ConfigError
 from pipeline.models import load as models
 from pipeline.models.identity import created_by
 from pipeline.models.resolve import ResolvedModel, resolve
 from pipeline.rollouts.answer_check import check_held_out, check_round
-from pipeline.rollouts.finished import nothing_to_do
+from pipeline.rollouts.finished import n_left_out, nothing_to_do
 from pipeline.rollouts.format_check import check_format
 from pipeline.rollouts.model_check import Prompts, check_architectures, check_scoring, check_student, check_teachers
 from pipeline.rounds import known_manifests
@@ -111,7 +112,11 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, context)
     require_room(prompts, settings.max_response_tokens, context, "rollouts.max_response_tokens")
     check_prompts(recipe, records, recipe.prompts.path)
-    manifest = sampled_round(recipe, student, records)
+    environment = None
+    if settings.environment is not None:
+        with closing(Episodes(recipe, student, records[0])) as episodes:
+            environment = episodes.identity
+    manifest = sampled_round(recipe, student, records, environment)
     if unknown := [token for token in manifest.stop_token_ids if token >= student.vocab_size]:
         raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")
     known_manifests.remember(before, known_manifests.of_round(recipe), manifest)
@@ -193,6 +198,7 @@ class RolloutsSession:
         self._on_progress: OnProgress = lambda rollouts, tokens: None
         recipe, settings, manifest = work.recipe, work.recipe.rollouts, self._round.manifest
         student, sampling = resolve(recipe.student), Sampling.of(manifest, self._round.index)
+        self._episodes: Episodes | None = None
         rollouts = _BATCHES_PER_CALL * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
         is_first = work.checks and not self._round.rollouts.committed().any()
@@ -201,24 +207,40 @@ class RolloutsSession:
         if is_first:
             check_teachers(recipe, work.prompts)
         with ExitStack() as stack:
-            make_sampler = _load_sampler(recipe, student, stack, work.prompts, is_first)
+            if settings.environment is not None:
+                self._episodes = stack.enter_context(closing(Episodes(recipe, student, self._round.prompts[0])))
+                if self._episodes.identity != manifest.sampler_settings["environment"]:
+                    raise ConfigError(
+                        f'rollouts.environment = "{settings.environment}": its module has changed since the command '
+                        "started, or is another one on this machine; start it again with the same one everywhere"
+                    )
+            make_sampler = _load_sampler(recipe, student, stack, work.prompts, is_first, self._episodes)
             once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
             if is_first and not self._round.index and recipe.eval.path is not None and not _has_answers(self._round):
                 check_held_out(recipe, once, student)
             if checker is not None:
-                check_format(recipe, checker, once, work.prompts, student.tokenizer)
+                first = self._block(0, range(min(settings.format_check_prompts, len(work.prompts))))
+                check_format(recipe, checker, once, first, student.tokenizer)
             self._sampler = make_sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
 
     def run(self, blocks: Sequence[int], on_progress: OnProgress) -> None:
         """Sample blocks and commit each as soon as it is complete."""
         self._on_progress = on_progress
-        prompts = (PromptBlock(b, [(i, self._prompts[i]) for i in self._round.block_prompts(b)]) for b in blocks)
-        for block, rollouts, seconds in self._sampler.sample(prompts):
-            self._round.rollouts.write(block, rollouts, elapsed_seconds=seconds)
+        prompts = (self._block(block, self._round.block_prompts(block)) for block in blocks)
+        try:
+            for block, rollouts, seconds in self._sampler.sample(prompts):
+                self._round.rollouts.write(block, rollouts, elapsed_seconds=seconds)
+        finally:
+            if self._episodes is not None:
+                self._episodes.report_failures()
 
     def close(self) -> None:
         self._engine.close()
+
+    def _block(self, block: int, numbers: range) -> PromptBlock:
+        records = [] if self._episodes is None else [self._round.prompts[i] for i in numbers]
+        return PromptBlock(block, [(i, self._prompts[i]) for i in numbers], records)
 
 
 def _has_answers(round_: cs.Round) -> bool:
@@ -226,7 +248,12 @@ def _has_answers(round_: cs.Round) -> bool:
 
 
 def _load_sampler(
-    recipe: Recipe, student: ResolvedModel, stack: ExitStack, prompts: Prompts, is_first: bool
+    recipe: Recipe,
+    student: ResolvedModel,
+    stack: ExitStack,
+    prompts: Prompts,
+    is_first: bool,
+    episodes: Episodes | None,
 ) -> Callable[[Sampling, OnProgress], Sampler]:
     """Load the student, and check it if the round is new; returns what makes samplers of it. An engine is closed with
     `stack`.
@@ -234,6 +261,8 @@ def _load_sampler(
     Raises `ModelError` for an adapter that vLLM does not apply as training does.
     """
     settings = recipe.rollouts
+    if settings.engine == "vllm" and episodes is not None:
+        raise ConfigError('rollouts.environment needs rollouts.engine = "transformers", got "vllm"')
     if settings.engine == "vllm":
         from pipeline.engines.adapter_check import AdapterEffect
         from pipeline.engines.vllm import Engine
@@ -257,16 +286,17 @@ def _load_sampler(
     if is_first:
         check_student(recipe, model, prompts)
     return lambda sampling, on_step: TransformersSampler(
-        model, sampling, batch_size=settings.batch_size, on_step=on_step
+        model, sampling, batch_size=settings.batch_size, on_step=on_step, episodes=episodes
     )
 
 
 def _summarize(round_: cs.Round) -> str:
     """What the finished round holds; warns if the length limit cut many responses."""
-    names = ("response_length", "finish_reason", "rollout_logprobs")
+    names = ("response_length", "finish_reason", "rollout_logprobs", "trained")
     group = round_.rollouts
     blocks = list(cs.read_ahead(lambda block: group.read_arrays(block, names), range(round_.n_blocks), [group]))
-    length, reason, logprobs = (np.concatenate([block[name] for block in blocks]) for name in names)
+    length, reason, logprobs, trained = (np.concatenate([block[name] for block in blocks]) for name in names)
+    own, missing = trained == 1, n_left_out(round_)
     cut = float((reason == cs.FINISH_LENGTH).mean())
     limit = round_.manifest.max_response_tokens
     if cut > MANY_TRUNCATED:
@@ -277,5 +307,7 @@ def _summarize(round_: cs.Round) -> str:
     return (
         f"{round_.n_prompts:,} prompts x {round_.manifest.rollouts_per_prompt} in {round_.cache.url} "
         f"round {round_.index}, {length.sum():,} tokens, mean length {length.mean():.1f}, "
-        f"{cut:.1%} cut at {limit}, mean log-prob {logprobs.mean(dtype=np.float64):.4g}"
+        f"{cut:.1%} cut at {limit}, mean log-prob {logprobs[own].mean(dtype=np.float64):.4g}"
+        + (f", {1 - own.mean():.1%} of the tokens by the environment" if not own.all() else "")
+        + (f", {missing:,} rollouts left out" if missing else "")
     )

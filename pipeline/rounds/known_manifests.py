@@ -64,7 +64,11 @@ class Sources:
 
 
 def of_round(recipe: Recipe) -> Sources | None:
-    """What the manifest of a sampled round depends on; None if that cannot be said without reading it."""
+    """What the manifest of a sampled round depends on; None if that cannot be said without reading it, as of an
+    environment's module.
+    """
+    if recipe.rollouts.environment is not None:
+        return None
     return _sources(recipe, [recipe.student], {"round": True}, with_prompts=True)
 
 

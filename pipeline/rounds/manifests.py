@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 Records = Sequence[dict[str, Any]]
 
 
-def sampled_round(recipe: Recipe, student: ResolvedModel, records: Records) -> cs.RoundManifest:
-    """A round that `recipe.rollouts` samples."""
+def sampled_round(
+    recipe: Recipe, student: ResolvedModel, records: Records, environment: dict[str, Any] | None = None
+) -> cs.RoundManifest:
+    """A round that `recipe.rollouts` samples.
+
+    Args:
+        environment: its identity, if the recipe has one.
+    """
     settings = recipe.rollouts
     # vLLM loads the student unquantised.
     quantised = recipe.student.quantisation is not None and settings.engine != "vllm"
@@ -36,7 +42,8 @@ def sampled_round(recipe: Recipe, student: ResolvedModel, records: Records) -> c
         stop_token_ids=student.stop_token_ids(settings),
         rollouts_per_prompt=settings.rollouts_per_prompt,
         engine=settings.engine,
-        sampler_settings={"quantisation": recipe.student.quantisation} if quantised else {},
+        sampler_settings=({"quantisation": recipe.student.quantisation} if quantised else {})
+        | ({} if environment is None else {"environment": environment}),
         **_sampling(settings),
     )
 
@@ -91,7 +98,13 @@ def examples_round(
 
 
 def evaluated_round(
-    recipe: Recipe, student: ResolvedModel, records: Records, sampling: Sampling, *, prompts_per_block: int
+    recipe: Recipe,
+    student: ResolvedModel,
+    records: Records,
+    sampling: Sampling,
+    *,
+    prompts_per_block: int,
+    environment: dict[str, Any] | None = None,
 ) -> cs.RoundManifest:
     """A round of the fresh rollouts that an evaluation measured."""
     return _round(
@@ -107,6 +120,7 @@ def evaluated_round(
         prompts_per_block=prompts_per_block,
         seed=sampling.seed,
         engine="eval",
+        sampler_settings={} if environment is None else {"environment": environment},
     )
 
 

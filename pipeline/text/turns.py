@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from pipeline.config import PromptsConfig
 from pipeline.config.messages import show_value
-from pipeline.errors import ConfigError, PromptError
+from pipeline.errors import ConfigError, PromptError, one_line
 from pipeline.text.chat_template import chat_text
 from pipeline.text.rendering import chat_of, uses_chat
 from pipeline.text.template_effect import with_system
@@ -100,8 +100,11 @@ class TurnTemplate:
         return with_system(chat_of(dict(record)), self._cfg.system)
 
     def ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        """The token ids of a rendered chat. Raises `PromptError`."""
+        try:
+            return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        except Exception as error:  # for text such as half a surrogate pair
+            raise PromptError(f"the tokenizer refuses what the chat template writes: {one_line(error)}") from None
 
     def _fault(self, record: Mapping[str, Any], stop_token: int) -> str | None:
         """Why no chat can go on after this token; None if it can."""

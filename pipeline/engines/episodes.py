@@ -1,0 +1,217 @@
+"""Rollouts of several turns: what a rollout holds so far, and its environment's replies.
+
+A turn of the student ends with a stop token. Then the environment replies, and the token ids of its messages
+(`pipeline.text.turns`), which are not the student's, stand between this turn and the next. The rollout ends with the
+turn after which the environment has nothing to say, the last one of `rollouts.max_turns`, one that ends with a stop
+token that no turn of the chat template ends with, or at `rollouts.max_response_tokens`, which counts all tokens. If a
+reply does not fit there with a token to follow, it is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import cache_schema as cs
+from pipeline.config import Recipe
+from pipeline.console import warn
+from pipeline.errors import ConfigError, PromptError, RedpenError
+from pipeline.models.resolve import ResolvedModel
+from pipeline.text.environments import Environment, EnvironmentFailedError, Reply
+from pipeline.text.turns import Conversation, TurnTemplate
+
+# Seconds between two looks at whether the sampling is to stop, while environments reply.
+_LOOK_EVERY = 0.5
+# An environment that fails so often, and never does anything else, is not used further.
+_NEVER_REPLIED = 8
+
+
+@dataclass
+class Rollout:
+    """A rollout while it is sampled.
+
+    Attributes:
+        prompt, sample: its prompt, counted within the block, and its number among the prompt's.
+        index: of the prompt in the round.
+        prompt_ids: i4 [S]
+        turn_start: where the student's latest turn starts.
+        token_ids, logprobs, trained: of the response so far [T]; tokens of an environment have log-prob NaN.
+        finish_reason: None while it goes on.
+        failure: why it has no end: the environment failed.
+    """
+
+    prompt: int
+    index: int
+    sample: int
+    prompt_ids: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    logprobs: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    trained: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    n_turns: int = 0
+    turn_start: int = 0
+    finish_reason: int | None = None
+    failure: str | None = None
+    conversation: Conversation | None = None
+    n_messages: list[int] = field(default_factory=list)  # after each turn of the student
+
+    @property
+    def context(self) -> npt.NDArray[np.int32]:
+        """i4: what the student reads, prompt and response so far; at first the array of the prompt itself."""
+        return np.concatenate([self.prompt_ids, self.token_ids]) if self.n_turns else self.prompt_ids
+
+    def add_turn(
+        self, token_ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], finish_reason: int
+    ) -> None:
+        """Add a turn of the student, with which the rollout ends if nothing follows."""
+        self.turn_start = len(self.token_ids)
+        self._add(token_ids, logprobs, 1)
+        self.n_turns, self.finish_reason = self.n_turns + 1, finish_reason
+
+    def add_reply(self, token_ids: npt.NDArray[np.int32]) -> None:
+        """Add what stands between the student's latest turn and its next one."""
+        self._add(token_ids, np.full(len(token_ids), np.nan, np.float32), 0)
+        self.finish_reason = None
+
+    def row(self) -> cs.RolloutRow:
+        assert self.finish_reason is not None
+        return cs.RolloutRow(
+            self.prompt, self.sample, self.token_ids, self.logprobs, self.finish_reason, self.trained
+        )
+
+    def _add(self, token_ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32], trained: int) -> None:
+        self.token_ids = np.concatenate([self.token_ids, token_ids])
+        self.logprobs = np.concatenate([self.logprobs, logprobs])
+        self.trained = np.concatenate([self.trained, np.full(len(token_ids), trained, np.uint8)])
+
+
+class Episodes:
+    """Continues rollouts by the replies of their environment.
+
+    Args:
+        record: a prompt, with which it is checked that the chat template can write the replies.
+        keep_failed: a rollout whose environment fails ends there, with finish_reason other; else it is left out.
+
+    Raises:
+        ConfigError: the environment cannot be imported, or the template cannot continue a chat.
+    """
+
+    def __init__(
+        self, recipe: Recipe, student: ResolvedModel, record: Mapping[str, Any], *, keep_failed: bool = False
+    ):
+        settings = recipe.rollouts
+        assert settings.environment is not None
+        if recipe.score.alignment == "spans":
+            raise ConfigError(
+                'rollouts.environment needs score.alignment = "tokens", got "spans": a teacher with another '
+                "tokenizer does not know the student's chat template, which is a part of such responses"
+            )
+        self.keep_failed = keep_failed
+        self._settings, self._failures, self._has_replied = settings, list[str](), False
+        self._template = TurnTemplate(student.tokenizer, recipe.prompts, student.stop_token_ids(settings), record)
+        self._environment = Environment(
+            settings.environment, settings.environment_timeout, settings.environment_workers
+        )
+        try:
+            self._source = self._environment.source_file()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the replies, as JSON for the round's provenance."""
+        digest = hashlib.sha256(self._source.read_bytes()).hexdigest()
+        return {"name": self._settings.environment, "max_turns": self._settings.max_turns, "sha256": digest}
+
+    def close(self) -> None:
+        """End the environment's processes."""
+        self._environment.close()
+
+    def ask(self, rollout: Rollout, row: Mapping[str, Any]) -> Future[Reply] | None:
+        """Ask for the reply to a rollout's latest turn; None if the rollout has ended with it."""
+        last = int(rollout.token_ids[-1])
+        ended = rollout.finish_reason != cs.FINISH_STOP or last not in self._template.turn_ends
+        if ended or rollout.n_turns == self._settings.max_turns:
+            return None
+        if rollout.conversation is None:
+            rollout.conversation = self._template.begin(row)
+        rollout.conversation.student(rollout.token_ids[rollout.turn_start :])
+        rollout.n_messages.append(len(rollout.conversation.messages))
+        return self._environment.submit(
+            (rollout.index, rollout.sample), row, rollout.conversation.messages, rollout.n_messages
+        )
+
+    def add(self, rollout: Rollout, reply: Future[Reply], longest: int) -> bool:
+        """Add a reply; whether the student has another turn.
+
+        Args:
+            longest: tokens that a response may have.
+        """
+        assert rollout.conversation is not None
+        try:
+            messages = reply.result()
+            self._has_replied = True
+            if not messages:
+                return False
+            token_ids = rollout.conversation.reply(messages)
+        except (EnvironmentFailedError, PromptError) as error:
+            self._failures.append(str(error))
+            rollout.failure = str(error)
+            rollout.finish_reason = cs.FINISH_OTHER
+            return False
+        if len(rollout.token_ids) + len(token_ids) >= longest:
+            rollout.finish_reason = cs.FINISH_LENGTH
+            return False
+        rollout.add_reply(token_ids)
+        return True
+
+    def next_turns(
+        self,
+        rollouts: Sequence[Rollout],
+        rows: Sequence[Mapping[str, Any]],
+        longest: int,
+        look: Callable[[], None],
+    ) -> list[Rollout]:
+        """The rollouts that go on after their latest turn, replies added.
+
+        Args:
+            rows: the records of the block's prompts.
+            look: called now and then while environments reply; what it raises stops the waiting.
+        """
+        asked = [(rollout, self.ask(rollout, rows[rollout.prompt])) for rollout in rollouts]
+        waiting = {reply for _, reply in asked if reply is not None}
+        while waiting:
+            look()
+            waiting = wait(waiting, _LOOK_EVERY).not_done
+        return [rollout for rollout, reply in asked if reply is not None and self.add(rollout, reply, longest)]
+
+    def kept(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """A block's rollouts without those that are left out. Raises `RedpenError` if none is left, or if the
+        environment has never replied.
+        """
+        if self.keep_failed:
+            return list(rollouts)
+        kept = [rollout for rollout in rollouts if rollout.failure is None]
+        n_failed = len(self._failures)
+        if n_failed and (not kept or (not self._has_replied and n_failed >= _NEVER_REPLIED)):
+            raise RedpenError(
+                f'rollouts.environment = "{self._settings.environment}" failed in all of {n_failed:,} rollouts, the '
+                f"first: {self._failures[0]}; correct it, and run the same command again"
+            )
+        return kept
+
+    def report_failures(self) -> None:
+        """One line about the rollouts whose environment failed since the last call."""
+        failures, self._failures = self._failures, []
+        if failures:
+            happened = "ended there" if self.keep_failed else "are left out"
+            warn(
+                f'rollouts.environment = "{self._settings.environment}" failed, and {len(failures):,} rollouts '
+                f"{happened}, the first: {failures[0]}"
+            )

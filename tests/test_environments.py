@@ -1,0 +1,339 @@
+"""Rollouts of several turns: what is sampled, what the environment may do, and what a round records of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cache_schema as cs
+from helpers.caches import assert_same_cache
+from helpers.turns import END, ENVIRONMENT, STOP, chat_recipe, tokenizer
+from pipeline.config import load_recipe
+from pipeline.engines.episodes import Episodes
+from pipeline.engines.sampling import PromptBlock, Sampling
+from pipeline.engines.transformers_sampler import TransformersSampler
+from pipeline.errors import ConfigError, Interrupted, RedpenError
+from pipeline.models.resolve import resolve
+from pipeline.rollouts import stage
+from pipeline.text.detokenize import response_texts
+from pipeline.text.environments import Environment, EnvironmentFailedError
+from pipeline.text.prompts import load_prompts
+from pipeline.text.rendering import render_all
+
+USER = {"role": "user", "content": "2+2?"}
+SAID = {"role": "assistant", "content": "5"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, where environments are imported from."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# -- the environment in its process --------------------------------------------------------------------------
+
+
+def ask(environment: Environment, *turns: dict[str, Any], rollout: tuple[int, int] = (0, 0)) -> Any:
+    """The reply after each of the student's turns so far: the chat is a prompt, then what was said."""
+    messages = [USER, *turns]
+    ends = [n + 1 for n, message in enumerate(messages) if message["role"] == "assistant"]
+    return environment.submit(rollout, {"prompt": "2+2?", "answer": "4"}, messages, ends).result(timeout=30)
+
+
+@pytest.fixture
+def made(here: Path) -> Any:
+    """`made(code)`: an environment of this body of `env_response`, which may take 2 s."""
+    opened: list[Environment] = []
+
+    def make(body: str, seconds: float = 2.0) -> Environment:
+        (here / "mine.py").write_text(
+            "import json, os, sys, time, multiprocessing, signal\n"
+            "class Mine:\n"
+            "    def __init__(self, row): self.row, self.calls = row, []\n"
+            "    def env_response(self, messages):\n"
+            "        self.calls.append(len(messages))\n"
+            f"        {body}\n"
+        )
+        opened.append(Environment("mine:Mine", seconds, 2))
+        return opened[-1]
+
+    yield make
+    for environment in opened:
+        environment.close()
+
+
+def test_an_object_serves_one_rollout_and_outlives_its_process(made: Any, here: Path) -> None:
+    reply = "json.dumps([self.row['answer'], self.calls, os.getpid()])"
+    body = f"print('noise'); return [{{'role': 'tool', 'content': {reply}}}]"
+    environment = made(body)
+    assert environment.source_file() == here / "mine.py"
+    (first,) = ask(environment, SAID)
+    answer, calls, process = json.loads(first["content"])
+    assert answer == "4" and calls == [2] and first["role"] == "tool"
+    (second,) = ask(environment, SAID, first, SAID)
+    assert json.loads(second["content"]) == ["4", [2, 4], process]
+    assert json.loads(ask(environment, SAID, rollout=(2, 0))[0]["content"])[1] == [2]  # another object
+    os.kill(process, 9)
+    with pytest.raises(EnvironmentFailedError, match=r"ended its process \(exit code -9\)"):
+        ask(environment, SAID, first, SAID, second, SAID)
+    (third,) = ask(environment, SAID, first, SAID, second, SAID)  # made anew, and called for the earlier turns
+    assert json.loads(third["content"])[1] == [2, 4, 6] and json.loads(third["content"])[2] != process
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return {}['x']", r"KeyError: 'x' \(mine\.py:6\)"),
+        ("sys.exit(3)", r"SystemExit: 3 \(mine\.py:6\)"),
+        ("os._exit(3)", r"ended its process \(exit code 3\)"),
+        ("time.sleep(60)", r"took longer than rollouts\.environment_timeout = 0\.5 s"),
+        ("signal.alarm(0); 9 ** 9 ** 9", r"took longer than rollouts\.environment_timeout"),
+        ("multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)).start(); time.sleep(60)",
+         "took longer than"),
+        ("return 'text'", 'expected a list of messages, or None, got "text"'),
+        ("return [{'role': 'tool'}]", r'expected messages with role and content, both text, got {"role": "tool"}'),
+        ("return [{'role': 'tool', 'content': [1]}]", "both text"),
+        ("return [{'role': 'assistant', 'content': 'a'}]", r'got "assistant", whose turns are the student\'s'),
+        ("return [{'role': 'tool', 'content': 'a', 'x': {1, 2}}]", "TypeError: Object of type set"),
+    ],
+)  # fmt: skip
+def test_what_an_environment_may_do_is_a_failure_of_one_line(made: Any, body: str, message: str) -> None:
+    environment = made(body, 0.5)
+    started = time.monotonic()
+    with pytest.raises(EnvironmentFailedError, match=message) as error:
+        ask(environment, SAID)
+    assert time.monotonic() - started < 5 and "\n" not in str(error.value)
+
+
+def test_nothing_to_say_ends_a_rollout(made: Any) -> None:
+    assert ask(made("return None"), SAID) == ask(made("return []"), SAID) == []
+
+
+# -- what is sampled -----------------------------------------------------------------------------------------
+
+
+class Chats:
+    """A sampler with an environment, and the block that it samples."""
+
+    def __init__(self, here: Path, *overrides: str):
+        self.recipe = chat_recipe(here, *overrides)
+        self.student, self.records = resolve(self.recipe.student), load_prompts(self.recipe.prompts)
+        self.model = AutoModelForCausalLM.from_pretrained(here / "student", attn_implementation="sdpa").eval()
+        ids = render_all(self.records, self.student.tokenizer, self.recipe.prompts, 64)
+        self.block = PromptBlock(0, list(enumerate(ids)), self.records)
+        self.double = AutoModelForCausalLM.from_pretrained(here / "student", dtype=torch.float64).eval()
+        self.sampling = Sampling(1.0, 1.0, (END, STOP), 4, self.recipe.rollouts.max_response_tokens, seed=3)
+        self.episodes = Episodes(self.recipe, self.student, self.records[0])
+
+    @torch.inference_mode()
+    def logprobs(self, prompt: np.ndarray, response: list[int]) -> np.ndarray:
+        """float64 [T + 1, V]: of the distributions of every token of a response, and of one more."""
+        ids = torch.tensor([[*prompt.tolist(), *response]])
+        return self.double(ids).logits[0, len(prompt) - 1 :].log_softmax(-1).numpy()
+
+    def sample(self, batch_size: int = 256, on_step: Callable[[int, int], None] = lambda *_: None) -> cs.RolloutBlock:
+        sampler = TransformersSampler(
+            self.model, self.sampling, batch_size=batch_size, on_step=on_step, episodes=self.episodes
+        )
+        return sampler.sample_block(self.block)
+
+
+def expected_response(chats: Chats, rollout: tuple[int, int, np.ndarray]) -> tuple[list[int], list[int], int]:
+    """Token by token in float64: ids, trained, finish_reason. The environment runs here, and the template is written
+    out.
+    """
+    prompt, sample, prompt_ids = rollout
+    code: dict[str, Any] = {}
+    exec(ENVIRONMENT, code)
+    record, settings = chats.records[prompt], chats.recipe.rollouts
+    environment, messages = code["Counting"](record), [{"role": "user", "content": record["prompt"]}]
+    uniforms = chats.sampling.uniforms(prompt, sample)
+    ids: list[int] = []
+    trained: list[int] = []
+    for n_turns in range(1, settings.max_turns + 1):
+        start = len(ids)
+        while True:
+            cumulative = np.exp(chats.logprobs(prompt_ids, ids)[-1]).cumsum()
+            ids.append(int(np.searchsorted(cumulative, uniforms[len(ids)] * cumulative[-1], side="right")))
+            trained.append(1)
+            if ids[-1] in (END, STOP):
+                break
+            if len(ids) == settings.max_response_tokens:
+                return ids, trained, cs.FINISH_LENGTH
+        if ids[-1] == STOP or n_turns == settings.max_turns:
+            break
+        messages.append({"role": "assistant", "content": tokenizer().decode(ids[start:-1])})
+        if (reply := environment.env_response(messages)) is None:
+            break
+        messages += reply
+        added = [*tokenizer()(f"t{reply[0]['content']}")["input_ids"], END, 0]
+        if len(ids) + len(added) >= settings.max_response_tokens:
+            return ids, trained, cs.FINISH_LENGTH
+        ids, trained = [*ids, *added], [*trained, *(0 for _ in added)]
+    return ids, trained, cs.FINISH_STOP
+
+
+def test_a_rollout_is_what_the_oracle_samples_turn_by_turn(here: Path) -> None:
+    chats = Chats(here)
+    rollouts = chats.sample()
+    assert rollouts.n_rows == 24
+    reasons, n_turns = set(), set()
+    for row in range(rollouts.n_rows):
+        prompt, sample = int(rollouts.row_prompt[row]), int(rollouts.sample_index[row])
+        ids, trained, finish = expected_response(chats, (prompt, sample, rollouts.prompt(row)))
+        span = rollouts.response_slice(row)
+        assert rollouts.response(row).tolist() == ids and rollouts.trained[span].tolist() == trained
+        assert rollouts.finish_reason[row] == finish
+        logprobs, own = rollouts.rollout_logprobs[span], np.array(trained) == 1
+        oracle = chats.logprobs(rollouts.prompt(row), ids)[np.arange(len(ids)), ids]
+        np.testing.assert_allclose(logprobs[own], oracle[own], atol=1e-4)
+        assert np.isnan(logprobs[~own]).all()
+        n_turns.add(1 + int((np.diff(trained) == -1).sum()))
+        reasons.add((finish, ids[-1]) if finish == cs.FINISH_STOP else (finish, len(ids) == 40))
+    assert n_turns == {1, 2, 3}
+    # ended by either stop token, cut within a turn, or before a reply that does not fit
+    assert {(cs.FINISH_STOP, END), (cs.FINISH_STOP, STOP), (cs.FINISH_LENGTH, True)} <= reasons
+
+    text = response_texts(rollouts, tokenizer())
+    for row in range(rollouts.n_rows):
+        trained = rollouts.trained[rollouts.response_slice(row)]
+        start = len(trained) - int(np.argmin(trained[::-1])) if not trained.all() else 0
+        assert text[row] == tokenizer().decode(rollouts.response(row)[start:], skip_special_tokens=True)
+    for batch_size in (1, 5):
+        again = chats.sample(batch_size)
+        np.testing.assert_array_equal(again.token_ids, rollouts.token_ids)
+        np.testing.assert_array_equal(again.trained, rollouts.trained)
+    chats.episodes.close()
+
+
+def test_progress_counts_rollouts_once_and_can_stop_a_waiting_sampler(here: Path) -> None:
+    chats, counted = Chats(here), np.zeros(2, np.int64)
+
+    def count(rollouts: int, tokens: int) -> None:
+        counted[:] += rollouts, tokens
+
+    rollouts = chats.sample(on_step=count)
+    assert counted.tolist() == [rollouts.n_rows, int(rollouts.trained.sum())]
+    chats.episodes.close()
+    (here / "counting.py").write_text("import time\n" + ENVIRONMENT.replace("self.calls += 1", "time.sleep(60)"))
+    waits = Chats(here)
+
+    def stop(rollouts: int, tokens: int) -> None:
+        if tokens == 0:  # nothing is decoded: the environment is being waited for
+            raise Interrupted(15)
+
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        waits.sample(on_step=stop)
+    waits.episodes.close()
+    assert time.monotonic() - started < 20
+
+
+# -- the stage -----------------------------------------------------------------------------------------------
+
+
+def sampled(cache: str | Path) -> cs.Round:
+    return cs.open(cache).round()
+
+
+def test_the_stage_records_the_environment_and_refuses_an_edited_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(here)
+    assert stage.run(recipe, "c.zarr") == 0
+    out = capsys.readouterr().out
+    assert "6 prompts x 4" in out and "of the tokens by the environment" in out and "nan" not in out
+    settings = sampled("c.zarr").manifest.sampler_settings
+    assert settings["environment"].keys() == {"name", "max_turns", "sha256"}
+    assert settings["environment"]["name"] == "counting:Counting" and settings["environment"]["max_turns"] == 3
+    assert stage.run(chat_recipe(here, "rollouts.environment_timeout=5"), "c.zarr") == 0
+    assert capsys.readouterr().out.strip().endswith("nothing to do")
+    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.environment\.max_turns: cached 3, now 2"):
+        stage.run(chat_recipe(here, "rollouts.max_turns=2"), "c.zarr")
+    (here / "counting.py").write_text(ENVIRONMENT + "# edited\n")
+    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.environment\.sha256: cached"):
+        stage.run(recipe, "c.zarr")
+    assert stage.run(chat_recipe(here, "rollouts.environment="), "plain.zarr") == 0
+    assert sampled("plain.zarr").manifest.sampler_settings == {}  # as ever
+
+
+def test_rollouts_whose_environment_fails_are_left_out_and_counted(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = chat_recipe(here)
+    stage.run(recipe, "whole.zarr")
+    fails = ENVIRONMENT.replace("self.calls += 1", "self.calls += 1; 1 / (self.row['prompt'] != 'h')")
+    (here / "counting.py").write_text(fails)
+    capsys.readouterr()
+    assert stage.run(recipe, "c.zarr") == 0
+    out, err = capsys.readouterr()
+    whole, fewer = sampled("whole.zarr"), sampled("c.zarr")
+    n_left_out = 0
+    for block in range(3):
+        ours, all_of_it = fewer.rollouts.read(block), whole.rollouts.read(block)
+        kept = {(int(p), int(s)) for p, s in zip(ours.row_prompt, ours.sample_index, strict=True)}
+        for row in range(all_of_it.n_rows):
+            key = int(all_of_it.row_prompt[row]), int(all_of_it.sample_index[row])
+            of_h = whole.prompts[int(all_of_it.prompt_index[key[0]])]["prompt"] == "h"
+            # asked after a turn that ends with <end>
+            first_end = np.flatnonzero(np.isin(all_of_it.response(row), (END, STOP)))[:1]
+            asked = len(first_end) and all_of_it.response(row)[first_end[0]] == END
+            assert (key in kept) == (not (of_h and asked))
+            n_left_out += key not in kept
+    assert n_left_out and f"{n_left_out} rollouts left out" in out
+    line = next(line for line in err.splitlines() if "are left out" in line)
+    assert f"{n_left_out} rollouts are left out, the first: ZeroDivisionError" in line and "counting.py:" in line
+    assert not list(cs.verify(cs.open("c.zarr")))
+    assert stage.run(recipe, "c.zarr") == 0
+    assert f"{n_left_out} rollouts left out; nothing to do" in capsys.readouterr().out
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(here: Path) -> None:
+    chat_recipe(here)
+    (here / "broken.py").write_text("import no_such_module\nmake = 1\n")
+    (here / "plain.py").write_text("make = 1\n")
+    for override, message in {
+        "rollouts.environment=missing:make": "cannot|can be imported.*No module named 'missing'",
+        "rollouts.environment=broken:make": r"no_such_module.*\(broken\.py:1\)",
+        "rollouts.environment=plain:other": "has no attribute 'other'",
+        "rollouts.environment=plain:make": "make is not callable, but int",
+        "prompts.template=none": r"rollouts\.environment needs a chat template",
+        "rollouts.stop_token_ids=[5]": r'rollouts\.environment: .*expected the stop token "<stop>"',
+        "score.alignment=spans": r'rollouts\.environment needs score\.alignment = "tokens"',
+    }.items():
+        with pytest.raises(ConfigError, match=message) as error:
+            stage.run(chat_recipe(here, override), "c.zarr")
+        assert "rollouts.environment" in str(error.value) and "\n" not in str(error.value)
+    assert not Path("c.zarr").exists()
+    with pytest.raises(ConfigError, match=r"rollouts\.environment must be module:factory"):
+        load_recipe("toy", ["rollouts.environment=calculator"])
+
+
+def test_an_environment_that_always_fails_stops_the_first_block(here: Path) -> None:
+    recipe = chat_recipe(here, "rollouts.stop_token_ids=[3]", "rollouts.prompts_per_block=6")
+    (here / "counting.py").write_text("class Counting:\n    def __init__(self, row): raise RuntimeError('down')\n")
+    with pytest.raises(
+        RedpenError, match=r"failed in all of \d+ rollouts, the first: RuntimeError: down \(counting\.py:2\)"
+    ):
+        stage.run(recipe, "c.zarr")
+    assert not sampled("c.zarr").rollouts.committed().any()
+    (here / "counting.py").write_text(ENVIRONMENT)
+
+
+def test_assertions_of_the_environment_hold(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs are equal, and the environment found what it asserts: its calls in order, the row of its prompt."""
+    recipe = chat_recipe(here)
+    stage.run(recipe, "a.zarr")
+    stage.run(recipe, "b.zarr")
+    assert "left out" not in capsys.readouterr().err
+    assert_same_cache(Path("a.zarr"), Path("b.zarr"), ["rollouts"])
