@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import cache_schema as cs
 from helpers.caches import assert_same_cache
-from helpers.turns import END, ENVIRONMENT, STOP, chat_recipe, tokenizer
+from helpers.turns import END, ENVIRONMENT, STOP, chat_recipe, replayed, tokenizer
 from pipeline.config import load_recipe
 from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -148,67 +148,33 @@ class Chats:
         return sampler.sample_block(self.block)
 
 
-def expected_response(chats: Chats, rollout: tuple[int, int, np.ndarray]) -> tuple[list[int], list[int], int]:
-    """Token by token in float64: ids, trained, finish_reason. The environment runs here, and the template is written
-    out.
-    """
-    prompt, sample, prompt_ids = rollout
-    code: dict[str, Any] = {}
-    exec(ENVIRONMENT, code)
-    record, settings = chats.records[prompt], chats.recipe.rollouts
-    environment, messages = code["Counting"](record), [{"role": "user", "content": record["prompt"]}]
-    uniforms = chats.sampling.uniforms(prompt, sample)
-    ids: list[int] = []
-    trained: list[int] = []
-    for n_turns in range(1, settings.max_turns + 1):
-        start = len(ids)
-        while True:
-            cumulative = np.exp(chats.logprobs(prompt_ids, ids)[-1]).cumsum()
-            ids.append(int(np.searchsorted(cumulative, uniforms[len(ids)] * cumulative[-1], side="right")))
-            trained.append(1)
-            if ids[-1] in (END, STOP):
-                break
-            if len(ids) == settings.max_response_tokens:
-                return ids, trained, cs.FINISH_LENGTH
-        if ids[-1] == STOP or n_turns == settings.max_turns:
-            break
-        messages.append({"role": "assistant", "content": tokenizer().decode(ids[start:-1])})
-        if (reply := environment.env_response(messages)) is None:
-            break
-        messages += reply
-        added = [*tokenizer()(f"t{reply[0]['content']}")["input_ids"], END, 0]
-        if len(ids) + len(added) >= settings.max_response_tokens:
-            return ids, trained, cs.FINISH_LENGTH
-        ids, trained = [*ids, *added], [*trained, *(0 for _ in added)]
-    return ids, trained, cs.FINISH_STOP
-
-
 def test_a_rollout_is_what_the_oracle_samples_turn_by_turn(here: Path) -> None:
-    chats = Chats(here)
+    """Every token of the student's is drawn by its position's number, and every other is the environment's."""
+    chats = Chats(here, "rollouts.max_response_tokens=16")
     rollouts = chats.sample()
     assert rollouts.n_rows == 24
-    reasons, n_turns = set(), set()
+    texts, ends, n_turns = response_texts(rollouts, tokenizer()), set(), set()
     for row in range(rollouts.n_rows):
-        prompt, sample = int(rollouts.row_prompt[row]), int(rollouts.sample_index[row])
-        ids, trained, finish = expected_response(chats, (prompt, sample, rollouts.prompt(row)))
-        span = rollouts.response_slice(row)
-        assert rollouts.response(row).tolist() == ids and rollouts.trained[span].tolist() == trained
-        assert rollouts.finish_reason[row] == finish
-        logprobs, own = rollouts.rollout_logprobs[span], np.array(trained) == 1
-        oracle = chats.logprobs(rollouts.prompt(row), ids)[np.arange(len(ids)), ids]
-        np.testing.assert_allclose(logprobs[own], oracle[own], atol=1e-4)
-        assert np.isnan(logprobs[~own]).all()
-        n_turns.add(1 + int((np.diff(trained) == -1).sum()))
-        reasons.add((finish, ids[-1]) if finish == cs.FINISH_STOP else (finish, len(ids) == 40))
-    assert n_turns == {1, 2, 3}
-    # ended by either stop token, cut within a turn, or before a reply that does not fit
-    assert {(cs.FINISH_STOP, END), (cs.FINISH_STOP, STOP), (cs.FINISH_LENGTH, True)} <= reasons
+        prompt, ids, span = int(rollouts.row_prompt[row]), rollouts.response(row), rollouts.response_slice(row)
+        trained, end = replayed(chats.records[prompt], ids.tolist(), 3, 16)
+        own = np.array(trained) == 1
+        assert rollouts.trained[span].tolist() == trained
+        assert rollouts.finish_reason[row] == (cs.FINISH_STOP if end == "stop" else cs.FINISH_LENGTH)
 
-    text = response_texts(rollouts, tokenizer())
-    for row in range(rollouts.n_rows):
-        trained = rollouts.trained[rollouts.response_slice(row)]
-        start = len(trained) - int(np.argmin(trained[::-1])) if not trained.all() else 0
-        assert text[row] == tokenizer().decode(rollouts.response(row)[start:], skip_special_tokens=True)
+        logprobs_TV = chats.logprobs(rollouts.prompt(row), ids.tolist())[:-1]
+        found, expected = rollouts.rollout_logprobs[span], logprobs_TV[np.arange(len(ids)), ids]
+        np.testing.assert_allclose(found[own], expected[own], atol=1e-4)
+        assert np.isnan(found[~own]).all()
+        cumulative_TV = np.exp(logprobs_TV).cumsum(1)
+        uniforms = chats.sampling.uniforms(prompt, int(rollouts.sample_index[row]))[: len(ids)]
+        drawn = (cumulative_TV <= uniforms[:, None] * cumulative_TV[:, -1:]).sum(1)
+        np.testing.assert_array_equal(drawn[own], ids[own])
+
+        last = ids[len(ids) - int(np.argmin(trained[::-1])) if not own.all() else 0 :]
+        assert texts[row] == tokenizer().decode(last, skip_special_tokens=True)
+        ends.add((end, int(ids[-1]) if end == "stop" else None))
+        n_turns.add(1 + int((np.diff(trained) == -1).sum()))
+    assert n_turns == {1, 2, 3} and {("stop", END), ("stop", STOP), ("length", None), ("reply", None)} == ends
     for batch_size in (1, 5):
         again = chats.sample(batch_size)
         np.testing.assert_array_equal(again.token_ids, rollouts.token_ids)

@@ -25,6 +25,7 @@ import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
 from helpers.caches import wait_for_commits
 from helpers.sampling import oracle_logits, processed_logprobs, prompt_block, sampling
+from helpers.turns import chat_recipe, replayed
 from pipeline.config import Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -300,6 +301,31 @@ class TestStart:
         expected, unadapted = (scores.sampling_logprobs for scores in scored)
         np.testing.assert_allclose(rollouts.rollout_logprobs, expected, atol=TOLERANCE)
         assert np.abs(rollouts.rollout_logprobs - unadapted).mean() > 0.1
+
+    def test_turns_are_requests_of_their_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What they sample is the model's, and what stands between them the environment's."""
+        monkeypatch.chdir(tmp_path)
+        chats = chat_recipe(tmp_path, "rollouts.engine=vllm", "rollouts.max_response_tokens=16", *SETTINGS)
+        assert rollouts_stage.run(chats, "c.zarr") == 0
+        round_ = cs.open("c.zarr").round()
+        scorer = ResidentScorer(models.load_model(chats.student), ScoreOptions(sampling_temperature=1.0))
+        ends, several = set(), 0
+        for number in range(round_.n_blocks):
+            block = round_.rollouts.read(number)
+            scores = scorer.compute_logprobs(block)
+            own = block.trained == 1
+            np.testing.assert_allclose(block.rollout_logprobs[own], scores.sampling_logprobs[own], atol=TOLERANCE)
+            assert np.isnan(block.rollout_logprobs[~own]).all()
+            for row in range(block.n_rows):
+                record = round_.prompts[int(block.prompt_index[block.row_prompt[row]])]
+                trained, end = replayed(record, block.response(row).tolist(), 3, 16)
+                assert block.trained[block.response_slice(row)].tolist() == trained
+                assert block.finish_reason[row] == (cs.FINISH_STOP if end == "stop" else cs.FINISH_LENGTH)
+                ends.add(end)
+                several += 0 in trained
+            assert block.n_rows == 8
+        assert several > 3 and ends >= {"stop", "reply"}
+        assert len({sampling().key(3, 1, turn) for turn in range(3)}) == 3  # each turn has its seed
 
     def test_an_adapter_that_vllm_does_not_know_is_refused(self, student: Path, tmp_path: Path) -> None:
         """Its layers are called otherwise, as those of a wrapper are; vLLM starts without a word."""

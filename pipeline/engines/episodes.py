@@ -26,8 +26,8 @@ from pipeline.models.resolve import ResolvedModel
 from pipeline.text.environments import Environment, EnvironmentFailedError, Reply
 from pipeline.text.turns import Conversation, TurnTemplate
 
-# Seconds between two looks at whether the sampling is to stop, while environments reply.
-_LOOK_EVERY = 0.5
+#: Seconds between two looks at whether the sampling is to stop, while environments reply.
+LOOK_EVERY = 0.5
 # An environment that fails so often, and never does anything else, is not used further.
 _NEVER_REPLIED = 8
 
@@ -188,7 +188,7 @@ class Episodes:
         waiting = {reply for _, reply in asked if reply is not None}
         while waiting:
             look()
-            waiting = wait(waiting, _LOOK_EVERY).not_done
+            waiting = wait(waiting, LOOK_EVERY).not_done
         return [rollout for rollout, reply in asked if reply is not None and self.add(rollout, reply, longest)]
 
     def kept(self, rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -83,9 +83,9 @@ class Sampling:
             round_index=round_index,
         )
 
-    def key(self, prompt_index: int, sample_index: int) -> int:
-        """128 bits that name one rollout."""
-        name = f"{self.seed}/{self.round_index}/{prompt_index}/{sample_index}"
+    def key(self, prompt_index: int, sample_index: int, turn: int = 0) -> int:
+        """128 bits that name one rollout, or a later turn of it."""
+        name = f"{self.seed}/{self.round_index}/{prompt_index}/{sample_index}" + (f"/{turn}" if turn else "")
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
 
     def uniforms(self, prompt_index: int, sample_index: int) -> npt.NDArray[np.float64]:

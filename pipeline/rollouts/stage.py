@@ -261,8 +261,6 @@ def _load_sampler(
     Raises `ModelError` for an adapter that vLLM does not apply as training does.
     """
     settings = recipe.rollouts
-    if settings.engine == "vllm" and episodes is not None:
-        raise ConfigError('rollouts.environment needs rollouts.engine = "transformers", got "vllm"')
     if settings.engine == "vllm":
         from pipeline.engines.adapter_check import AdapterEffect
         from pipeline.engines.vllm import Engine
@@ -278,7 +276,7 @@ def _load_sampler(
         if effect is not None:
             effect.check(engine, f"{student.setting('adapter')}: in vLLM it")
         return lambda sampling, on_step: VllmSampler(
-            engine, sampling, batch_size=settings.batch_size, on_step=on_step
+            engine, sampling, batch_size=settings.batch_size, on_step=on_step, episodes=episodes
         )
     from pipeline.engines.transformers_sampler import TransformersSampler
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -51,14 +53,14 @@ def chat_model(path: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(TOKENS),
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # vLLM has no kernels for smaller ones
         max_position_embeddings=96,
-        initializer_range=0.4,
+        initializer_range=0.3,
         tie_word_embeddings=False,
         eos_token_id=[END, STOP],
         pad_token_id=STOP,
@@ -102,3 +104,34 @@ def chat_recipe(path: Path, *overrides: str) -> Recipe:
             *overrides,
         ],
     )
+
+
+def replayed(record: dict[str, Any], response: Sequence[int], max_turns: int, longest: int) -> tuple[list[int], str]:
+    """What `trained` must be for a response, and how it ended: "stop", "length" or "reply" (which did not fit).
+
+    Asserts that the tokens that are not the student's are the environment's reply to the turns before.
+    """
+    code: dict[str, Any] = {}
+    exec(ENVIRONMENT, code)
+    environment, messages = code["Counting"](record), [{"role": "user", "content": record["prompt"]}]
+    ids, trained = list(response), list[int]()
+    for turn in range(1, max_turns + 1):
+        start = len(trained)
+        end = next((n for n in range(start, len(ids)) if ids[n] in (END, STOP)), None)
+        if end is None:
+            assert len(ids) == longest
+            return [*trained, *[1] * (len(ids) - start)], "length"
+        trained += [1] * (end + 1 - start)
+        messages.append({"role": "assistant", "content": tokenizer().decode(ids[start:end])})
+        reply = environment.env_response(messages) if turn < max_turns and ids[end] == END else None
+        if reply is None:
+            break
+        messages += reply
+        added = [*tokenizer()(f"t{reply[0]['content']}")["input_ids"], END, 0]
+        if len(trained) + len(added) >= longest:
+            assert len(trained) == len(ids)
+            return trained, "reply"
+        assert ids[end + 1 : end + 1 + len(added)] == added
+        trained += [0] * len(added)
+    assert len(trained) == len(ids)
+    return trained, "stop"
