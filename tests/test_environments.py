@@ -15,8 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cache_schema as cs
+import pipeline.evaluate.stage
+import pipeline.report.stage
+import pipeline.score.stage
+import pipeline.train.stage
 from helpers.caches import assert_same_cache
 from helpers.turns import END, ENVIRONMENT, STOP, chat_recipe, replayed, tokenizer
+from pipeline.cli import main
 from pipeline.config import load_recipe
 from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import PromptBlock, Sampling
@@ -24,6 +29,7 @@ from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, Interrupted, RedpenError
 from pipeline.models.resolve import resolve
 from pipeline.rollouts import stage
+from pipeline.rounds.scored_block import scored_blocks
 from pipeline.text.detokenize import response_texts
 from pipeline.text.environments import Environment, EnvironmentFailedError
 from pipeline.text.prompts import load_prompts
@@ -303,3 +309,40 @@ def test_assertions_of_the_environment_hold(here: Path, capsys: pytest.CaptureFi
     stage.run(recipe, "b.zarr")
     assert "left out" not in capsys.readouterr().err
     assert_same_cache(Path("a.zarr"), Path("b.zarr"), ["rollouts"])
+
+
+def test_a_round_with_an_environment_goes_through_every_stage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One prompt has no rollout left, since its environment always fails."""
+    broken = ENVIRONMENT.replace("self.calls += 1", "self.calls += 1; 1 / (self.row['prompt'] != 'h')")
+    held_out = [f"eval.path={here / 'prompts.jsonl'}", "eval.samples=2", "train.heldout_metric=accuracy"]
+    recipe = chat_recipe(here, "rollouts.stop_token_ids=[3]", "rollouts.max_response_tokens=80", *held_out)
+    (here / "counting.py").write_text(broken)
+    assert stage.run(recipe, "c.zarr") == 0 and pipeline.score.stage.run(recipe, "c.zarr") == 0
+    round_ = sampled("c.zarr")
+    blocks = [round_.rollouts.read(block) for block in range(3)]
+    indices = {int(block.prompt_index[prompt]) for block in blocks for prompt in block.row_prompt}
+    assert indices == {0, 2, 3, 4, 5} and round_.prompts[1]["prompt"] == "h"
+    capsys.readouterr()
+
+    for command in (["inspect", "c.zarr"], ["diagnose", "c.zarr"], ["inspect", "c.zarr", "--rollout", "0"]):
+        assert main(command) == (command[0] == "diagnose")  # which finds that random models do not fit
+        out = capsys.readouterr().out
+        assert out and "nan" not in out.lower()
+    assert pipeline.train.stage.run(recipe, "c.zarr", here / "run") == 0
+    n_own = sum(int((block.trained == 1).sum()) for block in blocks)
+    metrics = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
+    assert 0 < sum(line["tokens"] for line in metrics) <= n_own < sum(block.n_tokens for block in blocks)
+
+    assert pipeline.evaluate.stage.run(str(here / "run")) == 0
+    captured = capsys.readouterr()
+    assert "rollouts ended there, the first: ZeroDivisionError" in captured.err
+    figures = json.loads((here / "run/eval.json").read_text())
+    fresh = cs.open(here / "run/eval.zarr").round(1)
+    assert fresh.manifest.sampler_settings == round_.manifest.sampler_settings
+    found = list(scored_blocks(fresh))
+    reverse_kl = np.concatenate([block.reverse_kl["teacher"][block.mask("teacher")] for block in found])
+    assert len(reverse_kl) < sum(block.rollouts.n_tokens for block in found)
+    assert figures["after"]["reverse_kl"]["value"] == pytest.approx(reverse_kl.mean(), rel=1e-6)
+    assert cs.FINISH_OTHER in found[0].rollouts.finish_reason  # of the prompt whose environment fails
+    assert pipeline.report.stage.run([str(here / "run")], here / "page.html") == 0
+    assert (here / "page.html").stat().st_size > 10_000

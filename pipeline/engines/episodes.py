@@ -130,7 +130,7 @@ class Episodes:
         return {"name": self._settings.environment, "max_turns": self._settings.max_turns, "sha256": digest}
 
     def close(self) -> None:
-        """End the environment's processes."""
+        """End the environment's processes, until it is asked again."""
         self._environment.close()
 
     def ask(self, rollout: Rollout, row: Mapping[str, Any]) -> Future[Reply] | None:

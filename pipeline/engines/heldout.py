@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import Recipe
+from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import PromptBlock, Sampling, require_room
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError
@@ -99,6 +100,27 @@ def legal_responses(texts: Sequence[str], n_prompts: int, checker: Checker) -> n
     return np.array([checker.is_legal(text) for text in texts]).reshape(n_prompts, -1)
 
 
+def episodes_of(recipe: Recipe, student: ResolvedModel, records: Sequence[dict[str, Any]]) -> Episodes | None:
+    """Replies of the recipe's environment, if it has one. A response whose environment fails ends there.
+
+    Raises `ConfigError` if it cannot be used.
+    """
+    if recipe.rollouts.environment is None:
+        return None
+    return Episodes(recipe, student, records[0], keep_failed=True)
+
+
+@contextmanager
+def using(episodes: Episodes | None) -> Iterator[None]:
+    """Afterwards report what failed, and end the environment's processes."""
+    try:
+        yield
+    finally:
+        if episodes is not None:
+            episodes.report_failures()
+            episodes.close()
+
+
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
     """Put a model that is loaded for packed rollouts, or is in training, into the state for generation: padded
@@ -122,6 +144,8 @@ class HeldOutPrompts:
     sampling: Sampling
     checker: Checker
     batch_size: int
+    records: tuple[dict[str, Any], ...]
+    episodes: Episodes | None
 
     @classmethod
     def load(cls, recipe: Recipe, metric: str, limit: int, setting: str = "eval.path") -> HeldOutPrompts:
@@ -135,19 +159,22 @@ class HeldOutPrompts:
             greedy_sampling(recipe, student),
             Checker.of(recipe.eval),
             recipe.eval.batch_size,
+            tuple(records),
+            episodes_of(recipe, student, records),
         )
 
     def shard(self, rank: int, world: int) -> HeldOutPrompts:
         """Every `world`-th prompt, from `rank`."""
-        return replace(self, prompts=self.prompts[rank::world])
+        return replace(self, prompts=self.prompts[rank::world], records=self.records[rank::world])
 
     def count(self, model: PreTrainedModel) -> int:
         """The number of greedy responses that are right, or legal."""
         if not self.prompts:
             return 0
-        block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)])
-        with generating(model):
-            rollouts = TransformersSampler(model, self.sampling, batch_size=self.batch_size).sample_block(block)
+        block = PromptBlock(0, [(index, ids) for index, (ids, _) in enumerate(self.prompts)], self.records)
+        with generating(model), using(self.episodes):
+            sampler = TransformersSampler(model, self.sampling, batch_size=self.batch_size, episodes=self.episodes)
+            rollouts = sampler.sample_block(block)
         texts = response_texts(rollouts, self.tokenizer)
         if self.metric == "format":
             return int(legal_responses(texts, len(self.prompts), self.checker).sum())

@@ -50,6 +50,11 @@ class PromptBlock:
     prompts: list[tuple[int, npt.NDArray[np.int32]]]
     records: Sequence[Mapping[str, Any]] = ()
 
+    def part(self, numbers: Sequence[int]) -> PromptBlock:
+        """Some of the prompts, counted within the block."""
+        records = [self.records[number] for number in numbers] if self.records else ()
+        return PromptBlock(self.block, [self.prompts[number] for number in numbers], records)
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -13,6 +13,7 @@ from typing import Any
 
 import cache_schema as cs
 from pipeline.config import Recipe, TeacherConfig
+from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import Sampling
 from pipeline.engines.scoring import TokenBatch
 from pipeline.models.identity import created_by
@@ -30,12 +31,20 @@ class EvalCacheWriter:
 
     Args:
         directory: an empty one, of `atomic_directory`.
+        episodes: with the environment that replied to the students, if any.
         records: the prompts' records, in the order of the rollouts' prompt numbers.
     """
 
     def __init__(
-        self, directory: Path, recipe: Recipe, teacher: ResolvedModel, records: Sequence[dict[str, Any]], view: View
+        self,
+        directory: Path,
+        recipe: Recipe,
+        teacher: ResolvedModel,
+        records: Sequence[dict[str, Any]],
+        view: View,
+        episodes: Episodes | None = None,
     ):
+        self._environment = None if episodes is None else episodes.identity
         self._recipe, self._teacher, self._records, self._view = recipe, teacher, records, view
         self._cache = cs.create(directory, created_by=created_by())
 
@@ -53,7 +62,14 @@ class EvalCacheWriter:
         assert isinstance(cfg, TeacherConfig)
         per_prompt = sampling.rollouts_per_prompt * sampling.max_response_tokens * candidates
         prompts_per_block = max(1, min(recipe.rollouts.prompts_per_block, _SLOT_ELEMENTS // per_prompt))
-        manifest = evaluated_round(recipe, student, self._records, sampling, prompts_per_block=prompts_per_block)
+        manifest = evaluated_round(
+            recipe,
+            student,
+            self._records,
+            sampling,
+            prompts_per_block=prompts_per_block,
+            environment=self._environment,
+        )
         round_ = self._cache.start_round(manifest, self._records, index := len(self._cache.round_indices()))
         assert round_.index == index
         batch = TokenBatch(
@@ -89,6 +105,7 @@ def _part(rollouts: cs.RolloutBlock, prompts: range) -> cs.RolloutBlock:
             token_ids=rollouts.response(row),
             logprobs=rollouts.rollout_logprobs[rollouts.response_slice(row)],
             finish_reason=int(rollouts.finish_reason[row]),
+            trained=rollouts.trained[rollouts.response_slice(row)],
         )
         for row in range(rollouts.n_rows)
         if rollouts.row_prompt[row] in prompts

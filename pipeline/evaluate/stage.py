@@ -39,7 +39,9 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import progress, say, suggest, warn
 from pipeline.distributed.signals import graceful
+from pipeline.engines.episodes import Episodes
 from pipeline.engines.heldout import (
+    episodes_of,
     generating,
     greedy_sampling,
     held_out_prompts,
@@ -47,6 +49,7 @@ from pipeline.engines.heldout import (
     max_response_tokens,
     response_setting,
     right_answers,
+    using,
 )
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.sampling import DecodingProgress, PromptBlock, Sampling, require_room
@@ -83,6 +86,7 @@ class EvalPrompts:
     records: list[dict[str, Any]]
     block: PromptBlock
     view: View
+    episodes: Episodes | None
 
     @cached_property
     def answers(self) -> list[list[str] | None]:
@@ -211,7 +215,8 @@ def _load_prompts(
     if settings.path is None:
         return replace(job, teacher=None), None
     records, ids = held_out_prompts(job.recipe, settings.limit, student)
-    prompts = EvalPrompts(records, PromptBlock(0, list(enumerate(ids))), View())
+    block = PromptBlock(0, list(enumerate(ids)), records)
+    prompts = EvalPrompts(records, block, View(), episodes_of(job.recipe, student, records))
     n_answers = len(prompts.with_answer)
     if n_answers < len(records):
         counted = "accuracy is of the others" if n_answers else "accuracy is not measured"
@@ -263,16 +268,18 @@ def _respond(
     every = prompts.block
     wanted = {"sampled": (sampled, every)}
     if prompts.with_answer:
-        wanted["greedy"] = greedy, PromptBlock(every.block, [every.prompts[index] for index in prompts.with_answer])
+        wanted["greedy"] = greedy, every.part(prompts.with_answer)
     if job.teacher is not None and fresh is not sampled:
         wanted["fresh"] = fresh, every
 
     rollouts: dict[str, cs.RolloutBlock] = {}
     total = sum(len(block.prompts) * sampling.rollouts_per_prompt for sampling, block in wanted.values())
-    with progress(f"{label}: responses", total, "responses") as bar, generating(model):
+    with progress(f"{label}: responses", total, "responses") as bar, generating(model), using(prompts.episodes):
         shown = DecodingProgress(bar, total, greedy.max_response_tokens)
         for name, (sampling, block) in wanted.items():
-            sampler = TransformersSampler(model, sampling, batch_size=settings.batch_size, on_step=shown)
+            sampler = TransformersSampler(
+                model, sampling, batch_size=settings.batch_size, on_step=shown, episodes=prompts.episodes
+            )
             rollouts[name] = sampler.sample_block(block)
     fresh_rollouts = rollouts.get("fresh", rollouts["sampled"])
     scores = None
@@ -323,7 +330,8 @@ def _reverse_kl(
     estimates, writer = {}, None
     if job.run is not None:
         directory = results.enter_context(atomic_directory(job.run / EVAL_CACHE))
-        writer = EvalCacheWriter(directory, job.recipe, teacher, prompts.records, prompts.view)
+        view, episodes = prompts.view, prompts.episodes
+        writer = EvalCacheWriter(directory, job.recipe, teacher, prompts.records, view, episodes)
     make = _load_teacher(job.recipe, teacher)
     for label, done in responses.items():
         student, rollouts = done.scores, done.fresh
@@ -331,14 +339,15 @@ def _reverse_kl(
         options = _options(job.recipe)
         scores = _score(make, rollouts, student.candidate_ids, options, f"teacher: {label}", prompts.view)
         kl_T = scores_reverse_kl(student, scores)
-        if unknown := int((~np.isfinite(kl_T)).sum()):
+        own_T = rollouts.trained == 1
+        if unknown := int((~np.isfinite(kl_T[own_T])).sum()):
             raise ModelError(
                 f"{teacher.settings.model}: {unknown} of {len(kl_T)} tokens of {label} have no finite reverse KL to "
                 "it, so its log-probs are not finite; load it in another dtype (teacher.dtype)"
             )
         prompt_T = rollouts.token_prompts
-        totals_P = np.asarray(np.bincount(prompt_T, weights=kl_T, minlength=rollouts.n_prompts), np.float64)
-        tokens_P = np.bincount(prompt_T, minlength=rollouts.n_prompts).astype(np.float64)
+        totals_P = np.bincount(prompt_T, np.where(own_T, kl_T, 0.0), rollouts.n_prompts).astype(np.float64)
+        tokens_P = np.bincount(prompt_T, own_T, rollouts.n_prompts).astype(np.float64)
         estimate = mean_per_token(totals_P, tokens_P)
         estimates[label] = replace(estimate, low=float(np.maximum(estimate.low, 0.0)))  # no divergence is below 0
         if writer is not None:

@@ -61,7 +61,7 @@ def check_held_out(
         return
     with progress("answer check", len(accepted), "responses") as bar:
         sampler = make_sampler(DecodingProgress(bar, len(accepted), recipe.rollouts.max_response_tokens))
-        block = PromptBlock(0, [(index, ids[index]) for index in accepted], [records[index] for index in accepted])
+        block = PromptBlock(0, list(enumerate(ids)), records).part(list(accepted))
         ((_, rollouts, _),) = sampler.sample([block])
     wanted = list(accepted.values())
     answered = [wanted[prompt] for prompt in rollouts.row_prompt.tolist()]

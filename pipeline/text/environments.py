@@ -51,7 +51,7 @@ class Environment:
     def __init__(self, name: str, seconds: float, n_workers: int):
         self.name = name
         self._workers = [_Worker(name, seconds) for _ in range(n_workers)]
-        self._threads = [ThreadPoolExecutor(1, "environment") for _ in range(n_workers)]
+        self._threads: list[ThreadPoolExecutor] = []
         atexit.register(self.close)
 
     def source_file(self) -> Path:
@@ -80,13 +80,15 @@ class Environment:
 
         The future raises `EnvironmentFailedError`.
         """
+        self._threads = self._threads or [ThreadPoolExecutor(1, "environment") for _ in self._workers]
         worker = sum(rollout) % len(self._workers)
         question = {"key": str(rollout), "row": row, "messages": list(messages), "turns": list(turns)}
         return self._threads[worker].submit(lambda: _messages(self._workers[worker].ask(question)["messages"]))
 
     def close(self) -> None:
-        """End the processes; a call that is running fails."""
-        for thread in self._threads:
+        """End the processes; a call that is running fails. The next call starts them again."""
+        threads, self._threads = self._threads, []
+        for thread in threads:
             thread.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.close()

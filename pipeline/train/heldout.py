@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config import Recipe
 from pipeline.engines.heldout import HeldOutPrompts
+from pipeline.errors import ConfigError
 from pipeline.train.metrics import MetricSums
 from pipeline.train.replay import Replay
 from pipeline.train.trainer import StudentTrainer
@@ -36,6 +37,11 @@ def heldout_metric(recipe: Recipe, trainer: StudentTrainer, replay: Replay) -> M
             return MetricSums.merge(measured).metrics()["reverse_kl"]
 
         return reverse_kl
+    if trainer.sharding.mesh is not None and recipe.rollouts.environment is not None:
+        raise ConfigError(
+            f'train.heldout_metric = "{train.heldout_metric}" with rollouts.environment needs train.parallel = '
+            '"ddp", got "fsdp", whose ranks would have to get equal replies; use "ddp", or "reverse_kl"'
+        )
     prompts = HeldOutPrompts.load(recipe, train.heldout_metric, train.heldout_prompts)
     # Sharded weights are gathered by all ranks at once, so every rank then answers all prompts.
     mine = prompts.shard(ranks.rank, ranks.size) if trainer.sharding.mesh is None else prompts
