@@ -1,7 +1,7 @@
 """Kill every stage again and again, run the same command each time, and compare with runs that nobody disturbed.
 
     python benchmarks/kill_trials.py [--kills 20] [--signal KILL] [--stage rollouts score train] [--seed 0]
-                                     [--processes 1]
+                                     [--processes 1] [--recipe toy] [--set section.key=value ...]
 
 For each stage: one undisturbed run; then the same command, killed at `--kills` random moments spread over its working
 time, and once more to its end. With `--processes`, training is a torchrun job of so many, and a kill meets one of its
@@ -40,12 +40,13 @@ SETTINGS = (
 )
 
 
-def command(stage: str, cache: Path, run: Path, processes: int) -> list[str]:
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+def command(stage: str, cache: Path, run: Path, args: argparse.Namespace) -> list[str]:
+    processes = args.processes
+    settings = [part for setting in (*SETTINGS, *args.set) for part in ("--set", setting)]
     where = ["--cache", str(cache), *(("--run", str(run)) if stage == "train" else ())]
     job = stage == "train" and processes > 1
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if job else []
-    return [sys.executable, *torchrun, "-m", "pipeline", "--", stage, "toy", *where, *settings]
+    return [sys.executable, *torchrun, "-m", "pipeline", "--", stage, args.recipe, *where, *settings]
 
 
 def victim(process: subprocess.Popen[bytes], processes: int, rng: random.Random) -> int:
@@ -70,12 +71,12 @@ def progress(stage: str, cache: Path, run: Path) -> int:
         return 0
 
 
-def undisturbed(stage: str, cache: Path, run: Path, processes: int) -> tuple[float, float]:
+def undisturbed(stage: str, cache: Path, run: Path, args: argparse.Namespace) -> tuple[float, float]:
     """Run a stage to its end; seconds until its first progress, and until its end."""
     start = time.monotonic()
     before = progress(stage, cache, run)
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command(stage, cache, run, processes), stdout=output, stderr=output)
+        process = subprocess.Popen(command(stage, cache, run, args), stdout=output, stderr=output)
         first = None
         while process.poll() is None:
             if first is None and progress(stage, cache, run) > before:
@@ -103,7 +104,7 @@ def disturbed(
     for kill in range(args.kills):
         due = total * (kill + 0.5) / (args.kills + 1)
         process = subprocess.Popen(
-            command(stage, cache, run, args.processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(stage, cache, run, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if rng.random() < 0.25:
             wait(process, rng.uniform(0, first))
@@ -116,7 +117,7 @@ def disturbed(
             os.kill(victim(process, args.processes if stage == "train" else 1, rng), args.signal)
         process.wait()
         reached.append(progress(stage, cache, run) if met else -1)
-    finish = subprocess.run(command(stage, cache, run, args.processes), capture_output=True, text=True)
+    finish = subprocess.run(command(stage, cache, run, args), capture_output=True, text=True)
     if finish.returncode:
         sys.exit(f"{stage} does not finish after the kills:\n{finish.stdout}{finish.stderr}")
     return reached
@@ -162,14 +163,16 @@ def main() -> None:
     parser.add_argument("--stage", nargs="+", default=["rollouts", "score", "train"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="that train together")
+    parser.add_argument("--recipe", default="toy")
+    parser.add_argument("--set", action="append", default=[], help="as of redpen; the last of a setting counts")
     args = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="redpen-kills-"))
     calm, killed = root / "calm", root / "killed"
     failures = 0
     for stage in ("rollouts", "score", "train"):
-        times = undisturbed(stage, calm / "cache", calm / "run", args.processes)
+        times = undisturbed(stage, calm / "cache", calm / "run", args)
         if stage not in args.stage:
-            undisturbed(stage, killed / "cache", killed / "run", args.processes)
+            undisturbed(stage, killed / "cache", killed / "run", args)
             continue
         reached = disturbed(
             stage, killed / "cache", killed / "run", times, progress(stage, calm / "cache", calm / "run"), args

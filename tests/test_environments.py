@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ import pipeline.evaluate.stage
 import pipeline.report.stage
 import pipeline.score.stage
 import pipeline.train.stage
-from helpers.caches import assert_same_cache
+from helpers import preloaded
+from helpers.caches import assert_same_cache, wait_for_commits
 from helpers.turns import END, ENVIRONMENT, STOP, chat_recipe, replayed, tokenizer
 from pipeline.cli import main
 from pipeline.config import load_recipe
@@ -346,3 +349,36 @@ def test_a_round_with_an_environment_goes_through_every_stage(here: Path, capsys
     assert cs.FINISH_OTHER in found[0].rollouts.finish_reason  # of the prompt whose environment fails
     assert pipeline.report.stage.run([str(here / "run")], here / "page.html") == 0
     assert (here / "page.html").stat().st_size > 10_000
+
+
+def test_two_kills_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, rng = chat_recipe(here, "rollouts.prompts_per_block=1"), random.Random()
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert stage.run(recipe, "calm.zarr") == 0
+    (here / "recipe.toml").write_text(recipe.to_toml())
+    killed = here / "killed.zarr"
+    for _ in range(2):
+        process = start(here, killed)
+        wait_for_commits(process, killed / "rounds/00000/rollouts", rng.randint(1, 2))
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert not list(cs.verify(cs.open(killed)))
+    _, err = start(here, killed).communicate(timeout=120)
+    assert "next: redpen score" in err, err
+    assert_same_cache(killed, Path("calm.zarr"), ["rollouts"])
+
+
+def start(here: Path, cache: Path) -> preloaded.Process:
+    return preloaded.python("-m", "pipeline", "rollouts", str(here / "recipe.toml"), "--cache", str(cache))
+
+
+def test_the_calculator_of_the_documentation_calculates(here: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/stage-one.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(# calculator\.py.*?)^```", page, re.M | re.S)
+    (here / "calculator.py").write_text(code)
+    environment = Environment("calculator:Calculator", 10.0, 1)
+    asks = {"role": "assistant", "content": "I ask: <calc>12 * 7</calc>"}
+    assert ask(environment, asks) == [{"role": "tool", "content": "84"}]
+    assert ask(environment, SAID, rollout=(1, 0)) == []
+    environment.close()

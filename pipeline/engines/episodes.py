@@ -210,8 +210,8 @@ class Episodes:
         """One line about the rollouts whose environment failed since the last call."""
         failures, self._failures = self._failures, []
         if failures:
-            happened = "ended there" if self.keep_failed else "are left out"
+            happened = "rollouts ended there" if self.keep_failed else "rollouts are left out"
             warn(
-                f'rollouts.environment = "{self._settings.environment}" failed, and {len(failures):,} rollouts '
-                f"{happened}, the first: {failures[0]}"
+                f'rollouts.environment = "{self._settings.environment}" failed, and {len(failures):,} {happened}, '
+                f"the first: {failures[0]}"
             )
