@@ -235,6 +235,28 @@ def test_largest_micro_batch_is_the_last_that_fits(planned: Planned) -> None:
     assert total(largest) <= 8 < total(largest + 512)
 
 
+def test_a_later_turn_reads_every_rollout_from_its_start(planned: Planned) -> None:
+    """Where a first turn reads a prompt once for all of its rollouts."""
+    settings = ["rollouts.engine=transformers", "rollouts.batch_size=64", "rollouts.rollouts_per_prompt=4"]
+    settings += ["rollouts.max_prompt_tokens=1000", "rollouts.max_response_tokens=3000"]
+
+    def activations(*overrides: str) -> tuple[float, int, int]:
+        recipe, models = planned(*settings, *overrides)
+        model = models.meta_models["student"]
+        found = next(need for need in memory.by_step(recipe, models, Device()) if need.step == "sampling")
+        first, later = (meta_model.forward_bytes(model, tokens) for tokens in (16 * 1000, 64 * 4000))
+        assert later > first
+        return found.parts["activations"], first, later
+
+    found, first, _ = activations()
+    assert found == first
+    found, _, later = activations("rollouts.environment=a:b")
+    assert found == later
+    recipe, models = planned(*settings, "rollouts.environment=a:b")
+    lines = table.assumptions(recipe, models, Device(), Lengths.of(recipe, None, None))
+    assert any(line.startswith("rollouts.environment: its time to reply") for line in lines)
+
+
 def test_too_small_a_gpu_is_reported_with_what_would_help(planned: Planned) -> None:
     recipe, models = planned("train.tokens_per_microbatch=8192")
     device = Device(gib=6)

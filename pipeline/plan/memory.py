@@ -144,9 +144,11 @@ def _sampling(recipe: Recipe, models: PlannedModels, device: Device) -> StepMemo
         if together < 1:
             return StepMemory("sampling", parts | {"one rollout's cache": a_rollout, "activations": working})
     else:
-        prompts = -(-together // rollouts.rollouts_per_prompt)
+        prefilled = -(-together // rollouts.rollouts_per_prompt) * rollouts.max_prompt_tokens
+        if rollouts.environment is not None:  # a later turn reads all that came before, for each rollout
+            prefilled = together * longest
         logits = together * _vocabulary(model) * 4
-        working = max(meta_model.forward_bytes(model, prompts * rollouts.max_prompt_tokens), 2 * logits)
+        working = max(meta_model.forward_bytes(model, prefilled), 2 * logits)
     cache = f"cache of {together} rollouts of {longest:,} tokens"
     return StepMemory("sampling", parts | {cache: together * a_rollout, "activations": working}, together=together)
 

@@ -102,6 +102,10 @@ def assumptions(recipe: Recipe, models: PlannedModels, device: Device, lengths: 
         "cache: before compression",
         n_prompts(recipe)[1],
     ]
+    if rollouts.environment is not None:
+        found.append(
+            "rollouts.environment: its time to reply is left out, and so is reading a rollout again in each turn"
+        )
     if rollouts.engine == "vllm":
         fraction = recipe.vllm.gpu_memory_utilization or 0.9
         found.append(f"vLLM reserves {fraction:.0%} of the GPU in any case, and uses the rest for more KV cache")

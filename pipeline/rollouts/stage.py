@@ -3,7 +3,8 @@
     y_t ~ q(. | x, y_<t),   q = top_p(softmax(z / temperature)),   rollout_logprobs = log q(y_t | x, y_<t)
 
 for `rollouts_per_prompt` responses y of each prompt x. Ids are stored as sampled, the stop token included; text is
-never tokenized again. A rollout's random numbers are a function of (seed, round, prompt, sample), a block's content
+never tokenized again. With `rollouts.environment` a response has several turns (`pipeline.engines.episodes`), and
+rollouts in which it fails are left out. A rollout's random numbers are a function of (seed, round, prompt, sample), a block's content
 of the block alone, and a block is committed when it is complete: a killed run loses the block at hand, the same
 command continues, and the result is that of an undisturbed run. If `eval.format` defines legal responses, the
 student's first responses are checked before anything is written; if no response is right, a warning says why.
