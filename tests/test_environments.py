@@ -229,15 +229,17 @@ def test_the_stage_records_the_environment_and_refuses_an_edited_one(
     out = capsys.readouterr().out
     assert "6 prompts x 4" in out and "of the tokens by the environment" in out and "nan" not in out
     settings = sampled("c.zarr").manifest.sampler_settings
-    assert settings["environment"].keys() == {"name", "max_turns", "sha256"}
+    assert settings["environment"].keys() == {"name", "max_turns", "source_digest"}
     assert settings["environment"]["name"] == "counting:Counting" and settings["environment"]["max_turns"] == 3
     assert stage.run(chat_recipe(here, "rollouts.environment_timeout=5"), "c.zarr") == 0
     assert capsys.readouterr().out.strip().endswith("nothing to do")
     with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.environment\.max_turns: cached 3, now 2"):
         stage.run(chat_recipe(here, "rollouts.max_turns=2"), "c.zarr")
-    (here / "counting.py").write_text(ENVIRONMENT + "# edited\n")
-    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.environment\.sha256: cached"):
+    (here / "counting.py").write_text(ENVIRONMENT + "Other = Counting\n")
+    with pytest.raises(cs.ProvenanceError, match=r"sampler_settings\.environment\.source_digest: cached"):
         stage.run(recipe, "c.zarr")
+    with pytest.raises(cs.ProvenanceError, match=r"environment\.name: cached counting:Counting, now counting:Other"):
+        stage.run(chat_recipe(here, "rollouts.environment=counting:Other"), "c.zarr")
     assert stage.run(chat_recipe(here, "rollouts.environment="), "plain.zarr") == 0
     assert sampled("plain.zarr").manifest.sampler_settings == {}  # as ever
 

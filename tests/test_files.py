@@ -297,6 +297,7 @@ ELSEWHERE = {
     "runs/checkpoint.py": "fills a directory that replaces another, and removes old checkpoints",
     "runs/lock.py": "locks a directory",
     "streaming/weights.py": "reads tensors by position",
+    "text/environment_worker.py": "opens the standard streams",
     "text/math_worker.py": "opens a standard stream",
     "text/prompts.py": "streams prompts",
     "text/template_worker.py": "opens a standard stream",

@@ -9,7 +9,6 @@ reply does not fit there with a token to follow, it is left out.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, PromptError, RedpenError
+from pipeline.files import file_digest
 from pipeline.models.resolve import ResolvedModel
 from pipeline.text.environments import Environment, EnvironmentFailedError, Reply
 from pipeline.text.turns import Conversation, TurnTemplate
@@ -126,8 +126,9 @@ class Episodes:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the replies, as JSON for the round's provenance."""
-        digest = hashlib.sha256(self._source.read_bytes()).hexdigest()
-        return {"name": self._settings.environment, "max_turns": self._settings.max_turns, "sha256": digest}
+        name, max_turns = self._settings.environment, self._settings.max_turns
+        digest = file_digest(self._source.resolve(), error=ConfigError)
+        return {"name": name, "max_turns": max_turns, "source_digest": digest}
 
     def close(self) -> None:
         """End the environment's processes, until it is asked again."""

@@ -4,10 +4,12 @@
 
 for `rollouts_per_prompt` responses y of each prompt x. Ids are stored as sampled, the stop token included; text is
 never tokenized again. With `rollouts.environment` a response has several turns (`pipeline.engines.episodes`), and
-rollouts in which it fails are left out. A rollout's random numbers are a function of (seed, round, prompt, sample), a block's content
-of the block alone, and a block is committed when it is complete: a killed run loses the block at hand, the same
-command continues, and the result is that of an undisturbed run. If `eval.format` defines legal responses, the
-student's first responses are checked before anything is written; if no response is right, a warning says why.
+rollouts in which it fails are left out.
+
+A rollout's random numbers are a function of (seed, round, prompt, sample), a block's content of the block alone, and
+a block is committed when it is complete: a killed run loses the block at hand, the same command continues, and the
+result is that of an undisturbed run. If `eval.format` defines legal responses, the student's first responses are
+checked before anything is written; if no response is right, a warning says why.
 
 Departures from the source: temperature 1 instead of 0.3 by default, since tempered rollouts miss most of the
 student's support; a model's own generation defaults (top_k, penalties) never apply, so that q is what the
