@@ -18,7 +18,7 @@ import cache_schema as cs
 from helpers.caches import make_cache
 from pipeline.api import Rollouts, Student, Teacher, Trainer
 from pipeline.config import ModelConfig, Recipe, RolloutsConfig, TrainConfig
-from pipeline.errors import ModelError, PromptError, RedpenError
+from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
 from pipeline.rounds.metrics import scores_reverse_kl
 from pipeline.toy import asset_path
 
@@ -234,6 +234,11 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         student.sample(["1+1*1=", " "])
     with pytest.raises(RedpenError, match=r"max_response_tokens: expected at most 506 .*, got 2048"):
         student.sample(["1+1*1="])
+
+
+def test_an_environment_is_refused_here() -> None:
+    with pytest.raises(ConfigError, match=r"rollouts\.environment: expected none, .* use `redpen rollouts`"):
+        toy_student().sample(PROMPTS, RolloutsConfig(environment="calculator:Calculator"))
 
 
 def test_a_cached_round_is_read_as_rollouts(toy_cache: Path, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
