@@ -209,7 +209,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
         contexts.append(context)
         shown = context.new_page()
-        shown.set_default_timeout(5000)
+        shown.set_default_timeout(30000)
         shown.on(
             "console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None
         )

@@ -140,7 +140,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(toy_cache: Path, tmp_path
     pipeline.score.stage.run(twin, str(cache), "twin")
     for loss in ("reverse_kl", "importance_sampling"):
         settings = recipe(f"train.loss={loss}", "train.prompts_per_step=24", "train.tokens_per_microbatch=8192")
-        normal, replay = trainer_of(cache, settings)
+        normal, replay = trainer_of(cache, settings, "teacher")
         reference = float(gradient(normal, replay.batch(0)).norm())
         trainer, replay = trainer_of(cache, settings, "twin")
         batch = replay.batch(0)
