@@ -20,6 +20,7 @@ import numpy.typing as npt
 import cache_schema as cs
 from pipeline.config import Recipe
 from pipeline.console import warn
+from pipeline.engines.sampling import PromptBlock
 from pipeline.errors import ConfigError, PromptError, RedpenError
 from pipeline.files import file_digest
 from pipeline.models.resolve import ResolvedModel
@@ -88,6 +89,15 @@ class Rollout:
         self.token_ids = np.concatenate([self.token_ids, token_ids])
         self.logprobs = np.concatenate([self.logprobs, logprobs])
         self.trained = np.concatenate([self.trained, np.full(len(token_ids), trained, np.uint8)])
+
+
+def rollouts_of(block: PromptBlock, per_prompt: int) -> list[Rollout]:
+    """The rollouts of a block's prompts, to be sampled; those of a prompt follow one another."""
+    return [
+        Rollout(prompt, index, sample, ids)
+        for prompt, (index, ids) in enumerate(block.prompts)
+        for sample in range(per_prompt)
+    ]
 
 
 class Episodes:

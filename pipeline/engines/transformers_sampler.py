@@ -34,7 +34,7 @@ from transformers import (
 
 import cache_schema as cs
 from pipeline.console import warn
-from pipeline.engines.episodes import Episodes, Rollout
+from pipeline.engines.episodes import Episodes, Rollout, rollouts_of
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.forward.finite import name_of, not_finite
 from pipeline.forward.head import Head, logits
@@ -133,16 +133,12 @@ class TransformersSampler:
 
     def sample_block(self, block: PromptBlock) -> cs.RolloutBlock:
         """Every rollout of a block's prompts. Raises `RedpenError` if the environment failed in all of them."""
-        rollouts = [
-            Rollout(prompt, index, sample, ids)
-            for prompt, (index, ids) in enumerate(block.prompts)
-            for sample in range(self._sampling.rollouts_per_prompt)
-        ]
+        rollouts = rollouts_of(block, self._sampling.rollouts_per_prompt)
         if not self._is_probed:
             self._caches, self._is_probed = self._can_continue(block.prompts[0][1]), True
         going, longest = rollouts, self._sampling.max_response_tokens
         while going:
-            going = sorted(going, key=lambda rollout: len(rollout.context))
+            going = sorted(going, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.token_ids))
             for rollout, turn in zip(going, self._answer([self._request(one) for one in going]), strict=True):
                 finish = cs.FINISH_STOP if turn.stopped else cs.FINISH_LENGTH
                 rollout.add_turn(turn.token_ids, turn.logprobs, finish)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import cache_schema as cs
-from pipeline.engines.episodes import LOOK_EVERY, Episodes, Rollout
+from pipeline.engines.episodes import LOOK_EVERY, Episodes, Rollout, rollouts_of
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.vllm import Engine
 from pipeline.errors import ModelError
@@ -148,12 +148,8 @@ class VllmSampler:
         )
 
     def _add(self, block: PromptBlock) -> dict[str, _Request]:
-        """Queue all rollouts of a block. Those of a prompt follow one another and share its prefix in the engine."""
-        rollouts = [
-            Rollout(prompt, index, sample, ids)
-            for prompt, (index, ids) in enumerate(block.prompts)
-            for sample in range(self._sampling.rollouts_per_prompt)
-        ]
+        """Queue all rollouts of a block. Those of a prompt share its prefix in the engine."""
+        rollouts = rollouts_of(block, self._sampling.rollouts_per_prompt)
         opened, requests = _OpenBlock(block, rollouts, n_waiting=len(rollouts)), dict[str, _Request]()
         for rollout in rollouts:
             requests |= self._start(_Request(opened, rollout))

@@ -36,7 +36,8 @@ def report_finished(recipe: Recipe, cache_url: str, round_index: int | None = No
 def nothing_to_do(round_: cs.Round) -> str:
     """The line of a round whose blocks are all committed, from its commits alone."""
     commits = round_.rollouts.commits()
-    n_rows, n_tokens, missing = int(commits["rows"].sum()), int(commits["tokens"].sum()), n_left_out(round_)
+    n_rows, n_tokens = int(commits["rows"].sum()), int(commits["tokens"].sum())
+    missing = n_left_out(round_, n_rows)
     return (
         f"rollouts: {round_.n_prompts:,} prompts x {round_.manifest.rollouts_per_prompt} in {round_.cache.url} "
         f"round {round_.index}, {n_tokens:,} tokens, mean length {n_tokens / n_rows:.1f}"
@@ -45,7 +46,6 @@ def nothing_to_do(round_: cs.Round) -> str:
     )
 
 
-def n_left_out(round_: cs.Round) -> int:
-    """Rollouts that a sampled round lacks, since their environment failed."""
-    n_rows = int(round_.rollouts.commits()["rows"].sum())
+def n_left_out(round_: cs.Round, n_rows: int) -> int:
+    """Rollouts that a finished round of `n_rows` lacks, since their environment failed."""
     return round_.n_prompts * round_.manifest.rollouts_per_prompt - n_rows

@@ -293,11 +293,11 @@ def _load_sampler(
 
 def _summarize(round_: cs.Round) -> str:
     """What the finished round holds; warns if the length limit cut many responses."""
-    names = ("response_length", "finish_reason", "rollout_logprobs", "trained")
+    names = ("response_length", "finish_reason", "rollout_logprobs")
     group = round_.rollouts
     blocks = list(cs.read_ahead(lambda block: group.read_arrays(block, names), range(round_.n_blocks), [group]))
-    length, reason, logprobs, trained = (np.concatenate([block[name] for block in blocks]) for name in names)
-    own, missing = trained == 1, n_left_out(round_)
+    length, reason, logprobs = (np.concatenate([block[name] for block in blocks]) for name in names)
+    own, missing = ~np.isnan(logprobs), n_left_out(round_, len(length))  # an environment's tokens have no log-prob
     cut = float((reason == cs.FINISH_LENGTH).mean())
     limit = round_.manifest.max_response_tokens
     if cut > MANY_TRUNCATED:

@@ -23,15 +23,14 @@ import numpy.typing as npt
 
 from pipeline.config import PromptsConfig
 from pipeline.config.messages import show_value
-from pipeline.errors import ConfigError, PromptError, one_line
-from pipeline.text.chat_template import chat_text
-from pipeline.text.rendering import chat_of, uses_chat
+from pipeline.errors import ConfigError, PromptError
+from pipeline.text.rendering import chat_as_text, chat_ids, chat_of, uses_chat
 from pipeline.text.template_effect import with_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 
 _ANSWER, _REASONING = "redpen", "reasons"
 # What stands for the student's turn: an answer, or one after reasoning if the template begins the turn with it.
@@ -70,7 +69,8 @@ class TurnTemplate:
         stop_token_ids: Sequence[int],
         record: Mapping[str, Any],
     ):
-        self.tokenizer, self._cfg = tokenizer, cfg
+        self.tokenizer, self._system = tokenizer, cfg.system
+        self._cfg = cfg.model_copy(update={"system": None})  # `messages` have it, which the environment reads too
         if not uses_chat(tokenizer, cfg):
             raise ConfigError(
                 "rollouts.environment needs a chat template, which writes its messages, and the student's tokenizer "
@@ -92,19 +92,11 @@ class TurnTemplate:
 
     def text(self, messages: Sequence[Message], tools: Any) -> str:
         """The chat as the template writes it, ready for the student's turn. Raises `PromptError`."""
-        args = self._cfg.template_args if tools is None else {**self._cfg.template_args, "tools": tools}
-        return chat_text(messages, self.tokenizer, args, reply_follows=True)
+        return chat_as_text(messages, self.tokenizer, self._cfg, tools=tools, reply_follows=True)
 
     def messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The messages of a prompt, the recipe's system message included."""
-        return with_system(chat_of(dict(record)), self._cfg.system)
-
-    def ids(self, text: str) -> list[int]:
-        """The token ids of a rendered chat. Raises `PromptError`."""
-        try:
-            return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        except Exception as error:  # for text such as half a surrogate pair
-            raise PromptError(f"the tokenizer refuses what the chat template writes: {one_line(error)}") from None
+        return with_system(chat_of(dict(record)), self._system)
 
     def _fault(self, record: Mapping[str, Any], stop_token: int) -> str | None:
         """Why no chat can go on after this token; None if it can."""
@@ -189,7 +181,8 @@ class Conversation:
         spaces, found, following = after.partition(stop)
         if not found or spaces.strip():
             raise TurnError(f"the chat template writes {_quote(after)}, expected the stop token {show_value(stop)}")
-        ids, until_stop = template.ids(text), template.ids(text[: len(text) - len(following)])
+        tokenizer = template.tokenizer
+        ids, until_stop = chat_ids(text, tokenizer), chat_ids(text[: len(text) - len(following)], tokenizer)
         if ids[: len(until_stop)] != until_stop or until_stop[-1] != self._stop_token:
             raise TurnError(f"text that follows the stop token {show_value(stop)} changes the token ids before it")
         return ids[len(until_stop) :]
