@@ -2,9 +2,10 @@
 
     python benchmarks/scale.py [--prompts 512000] [--rollouts 4] [--tokens 100] [--per-block 64]
 
-Makes a file of prompts, and a round in which a student and a teacher have committed every block: one real block,
-whose commits are linked as those of all others. Prints seconds, CPU seconds and peak memory of each step that reads
-or writes something of the whole round, in a process of its own, imports included; then the objects of such a cache.
+Writes a prompts file and a round in which a student and a teacher have committed every block. Only block 0 is real:
+the commits of the others are hard links to its own. Each step that reads or writes something of the whole round runs
+in a separate process; printed are its seconds, CPU seconds and peak memory, imports included, and at the end the
+number of objects in such a cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TRL's online `DistillationTrainer` in a process of its own, which redpen is compared with; needs trl.
+"""Runs TRL's online `DistillationTrainer` in a separate process, to compare redpen with it. Needs trl.
 
 It minimises reverse KL over the full vocabulary on new rollouts at every step, with a LoRA on all linear layers and a
 constant learning rate, on the CPU.

@@ -18,7 +18,7 @@ from .nodes import damaged, open_group
 
 #: Limit of the prompts of a round, in bytes.
 MOST_PROMPT_BYTES = 2**36
-# Prompts whose bytes are copied at a time, to take the digest.
+# The digest is computed over so many prompts at a time, since their bytes are copied for it.
 _HASHED_AT_ONCE = 2**16
 
 
