@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, MemoryStore
 import cache_schema as cs
 from helpers import cache_factory as factory
 
-SETTINGS = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def assert_same_record(a: object, b: object) -> None:

@@ -554,7 +554,7 @@ def test_an_export_of_another_student_is_imported_without_scores(
     assert "it was sampled by a different student (student.digest" in " ".join(capsys.readouterr().err.split())
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), n_prompts=st.integers(1, 9), per_block=st.integers(1, 5))
 def test_round_trip(seed: int, n_prompts: int, per_block: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prompts may be equal, have unlike numbers of rollouts, be chats; behaviour may be unknown, tokens untrained."""
