@@ -138,15 +138,17 @@ def measured_row(lab: Lab, row: Row, name: str, seed: int, weights: str) -> Figu
 
 
 def cost_line(seed: int, run: Figures) -> str:
-    """Where and when, and minutes of CPU by command."""
+    """Where and when, minutes of CPU by command, and the most memory."""
     parts, about = run["commands"], run["about"]
     by_command = ", ".join(f"{name} {cost['cpu_seconds'] / 60:.1f}" for name, cost in parts.items())
     cpu, wall = (sum(cost[key] for cost in parts.values()) / 60 for key in ("cpu_seconds", "seconds"))
     cut = [name for name, cost in parts.items() if cost["continued"]]
+    largest = max(parts, key=lambda name: parts[name]["gb"])
     text = (
         f"Seed {seed}: {about['date']}, redpen as of {about['code']}, {about['machine']}; "
         f"weights {about['weights']}. "
-        f"{cpu:.0f} CPU minutes ({wall:.0f} by the clock): {by_command}."
+        f"{cpu:.0f} CPU minutes ({wall:.0f} by the clock): {by_command}. "
+        f"Memory of a process: {parts[largest]['gb']:.1f} GB at most ({largest})."
     )
     return f"{text} Cut and continued, with the time of the last attempt: {', '.join(cut)}." if cut else text
 
