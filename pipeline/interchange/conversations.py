@@ -11,12 +11,17 @@ import numpy as np
 from pipeline.config import Recipe
 from pipeline.errors import PromptError, RedpenError
 from pipeline.interchange.rows import FileRow
+from pipeline.interchange.verifiers_traces import SampledTurns
 from pipeline.text.assistant_turns import ConversationTokens, Turns, render_conversation
 from pipeline.text.records import check_conversation
 from pipeline.text.rendering import TooLongError, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+#: What to do if messages of a trace are not enough.
+RECORD_IDS = "sample with `vf-eval --client.type train`, which records the ids"
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,14 @@ class FinishedChat:
         record: of its prompt, the messages before the first assistant turn.
         messages: all of them, up to the last assistant turn.
         is_longer: whether the file has more messages after that.
+        sampled: of a trace, which messages the assistant wrote, and the tokens that the server counted.
     """
 
     place: str
     record: dict[str, Any]
     messages: list[dict[str, Any]]
     is_longer: bool
+    sampled: SampledTurns | None = None
 
     def tokens(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], turns: Turns | None = None
@@ -52,7 +59,8 @@ class FinishedChat:
         try:
             if turns is not None:
                 return ConversationTokens(np.asarray(render_chat(*chat, tools=tools), np.int32), turns, ())
-            found = render_conversation(*chat, stop_ids, tools=tools, at_most=at_most)
+            written = None if self.sampled is None else self.sampled.counts
+            found = render_conversation(*chat, stop_ids, tools=tools, at_most=at_most, written=written)
         except TooLongError as error:
             raise RedpenError(
                 f"{self.place}: messages: {error}; remove the row, or set rollouts.max_response_tokens higher"
@@ -60,11 +68,30 @@ class FinishedChat:
         except PromptError as error:
             raise RedpenError(f"{self.place}: {error}") from None
         if found.faults:
+            remedy = "give response_tokens and loss_mask" if self.sampled is None else RECORD_IDS
             raise RedpenError(
-                f"{self.place}: {found.faults[0]}; so the tokens that the assistant wrote are not known: give "
-                "response_tokens and loss_mask"
+                f"{self.place}: {found.faults[0]}; so the tokens that the assistant wrote are not known: {remedy}"
             )
+        self._check_prompts(found.turns)
         return found
+
+    def n_other(self, turns: Turns) -> int:
+        """How many turns have another number of tokens than the server counted."""
+        counts = () if self.sampled is None else self.sampled.counts.values()
+        return sum(
+            count is not None and count[1] != end - start for count, (start, end) in zip(counts, turns, strict=False)
+        )
+
+    def _check_prompts(self, turns: Turns) -> None:
+        """What precedes each turn has as many tokens as the server counted."""
+        counts = {} if self.sampled is None else self.sampled.counts
+        for (number, count), (start, _) in zip(counts.items(), turns, strict=False):
+            if count is not None and count[0] != start:
+                raise RedpenError(
+                    f"{self.place}: messages[{number}]: expected {count[0]} tokens before it, as the server counted, "
+                    f"got {start} by the chat template of the recipe, so the student read another text; set "
+                    f"student.model and [prompts] to what was served, or {RECORD_IDS}"
+                )
 
 
 def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | None:
@@ -74,7 +101,8 @@ def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | N
     """
     if row.get("response_tokens")[1] is not None:
         return None
-    checked = check_conversation(row.values, row.place, columns)
+    written = () if row.sampled is None else row.sampled.counts
+    checked = check_conversation(row.values, row.place, columns, min(written, default=None))
     if checked is None:
         return None
     for name in ("prompt_tokens", "rollout_logprobs", "teacher_logprobs", "trained"):
@@ -85,5 +113,5 @@ def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | N
     if reason == "length":  # the template would end a turn that the assistant did not end
         raise row.fault(called, "a conversation that ended", reason, "remove the row, or give response_tokens")
     record, messages = checked
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    return FinishedChat(row.place, record, messages[: last + 1], last + 1 < len(messages))
+    last = max(written or (number for number, message in enumerate(messages) if message["role"] == "assistant"))
+    return FinishedChat(row.place, record, messages[: last + 1], last + 1 < len(messages), row.sampled)

@@ -17,6 +17,8 @@ A finished conversation, with tool calls or without: what precedes the first ass
 to the end of the last one the response, and the assistant turns are trained. The recipe's chat template must show
 which tokens these are (`pipeline.text.assistant_turns`); if it does not, the row is refused.
 
+Lines of the `traces.jsonl` of verifiers become rows of either kind (`pipeline.interchange.verifiers_traces`).
+
 Values that the file lacks are recorded as missing, never as 0. The file is read twice: the first pass checks all of
 it, so that nothing is written if a row is wrong; the second writes each block after its last row. The rows of a
 prompt may be anywhere, but those of incomplete blocks are held in memory, 13 bytes a token: one block if the rows of
@@ -44,7 +46,7 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
-from pipeline.interchange.conversations import FinishedChat, finished_chat
+from pipeline.interchange.conversations import RECORD_IDS, FinishedChat, finished_chat
 from pipeline.interchange.restoring import ChangedError, Export, restore
 from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
@@ -197,12 +199,14 @@ class RolloutReader:
         found, numbers = FileSurvey(), dict[tuple[object, ...], int]()
         n_ids = max(self.student.vocab_size, self.student.tokenizer_identity.vocab_size)
         first_fault = ""
-        n_rows = n_faults = n_unended = n_certain = n_open = n_longer = 0
+        n_rows = n_faults = n_unended = n_certain = n_open = n_longer = n_other = n_unsaid = 0
         columns = kept_columns(self.recipe)
-        for row in read_rows(self.path, columns):
+        left_out = Counter[str]()
+        for row in read_rows(self.path, columns, left_out):
             n_rows += 1
             found.left_out = found.left_out or exported_scorers(row.values)
             try:
+                self._check_sampling(row)
                 finished = finished_chat(row, columns)
                 record = check_record(row.values, row.place, columns) if finished is None else finished.record
                 given = row.ids("prompt_tokens", n_ids)
@@ -230,13 +234,21 @@ class RolloutReader:
                 n_unended += row.get("finish_reason")[1] == "stop" and is_unended
             else:
                 n_open, n_longer = n_open + is_unended, n_longer + finished.is_longer
+                n_other += 0 if chat is None else finished.n_other(chat.turns)
                 if len(found.chats) < N_CHATS:
                     found.chats.append((finished.messages[:-1], record.get("tools")))
+            n_unsaid += row.sampled is not None and "temperature" not in dict(row.sampled.settings)
             n_certain += len(teacher_logprobs) > 1 and not teacher_logprobs.any()
         if n_faults:
             raise RedpenError(f"{first_fault} ({n_faults} of {n_rows} rows are at fault; nothing was written)")
+        of_traces = "; ".join(f"{reason}: {n}" for reason, n in sorted(left_out.items()))
         if not n_rows:
-            raise RedpenError(f"{self.path}: expected at least one rollout, the file holds none")
+            raise RedpenError(
+                f"{self.path}: expected at least one rollout, the file holds none"
+                + (f" (left out: {of_traces})" if of_traces else "")
+            )
+        if of_traces:
+            warn(f"{self.path}: left out: {of_traces}")
         self._check_lengths(found)
         if found.chats:
             warn_without_effect(found.chats, self.student.tokenizer, self.recipe.prompts)
@@ -254,6 +266,16 @@ class RolloutReader:
             )
         if n_longer:
             warn(f"{n_longer} conversations have messages after the last assistant turn, which are left out")
+        if n_unsaid:
+            warn(
+                f"{n_unsaid} of {n_rows} rollouts do not say at which temperature they were sampled; it is taken to "
+                f"be rollouts.temperature, {self.recipe.rollouts.temperature:g} (vf-eval --sampling.temperature)"
+            )
+        if n_other:
+            warn(
+                f"{n_other} turns have another number of tokens than the server counted, so these are not the tokens "
+                f"that the student sampled; {RECORD_IDS}"
+            )
         if n_certain:
             warn(
                 f"{n_certain} of {n_rows} rollouts have teacher log-probs of 0 throughout, probability 1; if 0 "
@@ -339,6 +361,16 @@ class RolloutReader:
                 'set prompts.template to "none"',
             )
         return "recipe", np.asarray(render(record, tokenizer, cfg, limit), np.int32)
+
+    def _check_sampling(self, row: FileRow) -> None:
+        """Refuse a trace that was sampled with other settings than the recipe's, which describe the round."""
+        for name, value in () if row.sampled is None else sorted(row.sampled.settings):
+            expected = getattr(self.recipe.rollouts, name)
+            if value != expected:
+                raise RedpenError(
+                    f"{row.place}: {name}: expected {expected:g}, as rollouts.{name}, got {value:g}; set "
+                    f"rollouts.{name} to it"
+                )
 
     def _check_lengths(self, found: FileSurvey) -> None:
         """Refuse rollouts beyond the recipe's limits or the student's context."""

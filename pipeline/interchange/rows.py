@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pyarrow import parquet
 import cache_schema as cs
 from cache_schema.blocks import LOGPROB_TOLERANCE
 from pipeline.errors import RedpenError, one_line
+from pipeline.interchange.verifiers_traces import SampledTurns, TraceReader, is_episode
 from pipeline.text.prompts import json_lines
 from pipeline.text.records import FIELDS
 
@@ -47,10 +49,15 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class FileRow:
-    """One rollout of a file, and its place for messages. Bad values raise `RedpenError`, one line."""
+    """One rollout of a file, and its place for messages. Bad values raise `RedpenError`, one line.
+
+    Attributes:
+        sampled: of traces, how they were sampled.
+    """
 
     place: str
     values: dict[str, Any]
+    sampled: SampledTurns | None = None
 
     def get(self, name: str) -> tuple[str, Any]:
         """The field's name in this file, and its value; None if it is missing."""
@@ -141,22 +148,31 @@ def exported_scorers(names: Iterable[str]) -> list[str]:
     return sorted({each[1] for each in found if each is not None})
 
 
-def read_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[FileRow]:
+def read_rows(path: Path, columns: Sequence[str] = (), left_out: Counter[str] | None = None) -> Iterator[FileRow]:
     """Every row of a `.parquet` file or of one with a JSON object on each line; of Parquet also these `columns`.
 
-    Raises `RedpenError`.
+    Args:
+        left_out: of traces, counts what becomes no row.
+
+    Raises:
+        RedpenError: the file cannot be read, or a line is not what it should be.
     """
     if not os.path.isfile(path):  # False also for a name that cannot be
         came = "a directory" if os.path.isdir(path) else "no such file"
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:200]}..."
         raise RedpenError(f"{shown}: expected a Parquet or JSONL file of finished rollouts, got {came}")
-    return _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path, columns)
+    return _json_rows(path, TraceReader(columns, Counter() if left_out is None else left_out))
 
 
-def _json_rows(path: Path) -> Iterator[FileRow]:
+def _json_rows(path: Path, traces: TraceReader) -> Iterator[FileRow]:
     for place, value in json_lines(path, str(path)):
         if not isinstance(value, dict):
             raise RedpenError(f"{place}: expected one JSON object on each line, got {type(value).__name__}")
+        if is_episode(value):
+            yield from (FileRow(*row) for row in traces.rows(place, value))
+            continue
         metadata = value.get("metadata")
         within = {f"metadata.{key}": item for key, item in metadata.items()} if isinstance(metadata, dict) else {}
         yield FileRow(place, within | value)

@@ -15,7 +15,7 @@ a model that is trained on that text learns what it never wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +71,14 @@ def render_conversation(
     *,
     tools: Sequence[Any] | None = None,
     at_most: int | None = None,
+    written: Collection[int] | None = None,
 ) -> ConversationTokens:
     """Tokenize a conversation that ends with an assistant turn, and find the tokens of these turns.
 
     Args:
         stop_ids: tokens that end a turn.
         at_most: tokens; a text that certainly has more is not tokenized.
+        written: the messages that the assistant wrote itself, by default all with its role.
 
     Raises:
         TooLongError: it has more than `at_most` tokens.
@@ -85,7 +87,7 @@ def render_conversation(
     whole = render_chat(messages, tokenizer, cfg, tools=tools, at_most=at_most)
     turns, faults = [], []
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or (written is not None and number not in written):
             continue
         before = render_chat(messages[:number], tokenizer, cfg, tools=tools, reply_follows=True)
         text = chat_as_text(messages[: number + 1], tokenizer, cfg, tools=tools)

@@ -71,10 +71,10 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
 
 
 def check_conversation(
-    value: Mapping[str, Any], place: str, columns: Sequence[str] = ()
+    value: Mapping[str, Any], place: str, columns: Sequence[str] = (), first: int | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """A finished conversation: the record of its prompt, which are the messages before the first assistant turn, and
-    all messages; None if `messages` hold no assistant turn.
+    """A finished conversation: the record of its prompt, which are the messages before the first assistant turn, or
+    before message `first`, and all messages; None if `messages` hold no assistant turn.
 
     Raises `PromptError` naming `place`.
     """
@@ -82,7 +82,8 @@ def check_conversation(
     if "messages" not in record or "prompt" in record:
         return None
     messages = _check_messages(record["messages"], place)
-    first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), None)
+    if first is None:
+        first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         return None
     if first == 0:
