@@ -1,8 +1,8 @@
 """The traces of verifiers as rollouts: recorded ones by hand, branches and agents, and what is refused or left out.
 
-`fixtures/verifiers_traces.jsonl` is what `vf-eval` 0.4 wrote of real runs, one line of each kind, unchanged except for
-the traceback of the last: `helpers.turns.chat_model` behind vLLM with token ids and without, in an environment that
-answers "kk" once; a chat model of 0.5B that calls a tool after an example in its prompt; and one that failed.
+`fixtures/verifiers_traces.jsonl` is what `vf-eval` 0.4 wrote of runs with vLLM, except for paths and addresses:
+`helpers.turns.chat_model` with token ids and without, in an environment that says "kk" after the first turn, and a
+chat model of 0.5B that had to call a tool in each of four turns.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,17 @@ import numpy as np
 import pytest
 
 import cache_schema as cs
-from helpers.tool_templates import QWEN3
 from helpers.turns import END, TOKENS, chat_model
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import importing
 from pipeline.models.resolve import resolve
+from pipeline.toy import asset_path
 
-RECORDED = [json.loads(line) for line in (Path(__file__).parent / "fixtures/verifiers_traces.jsonl").read_text().splitlines()]
-WITH_IDS, WITHOUT, WITH_TOOL, FAILED = RECORDED
+RECORDED = [
+    json.loads(line) for line in (Path(__file__).parent / "fixtures/verifiers_traces.jsonl").read_text().splitlines()
+]
+WITH_IDS, WITHOUT, WITH_TOOL = RECORDED
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,63 @@ def refused(episodes: Sequence[Any], student: Path, path: Path, *overrides: str)
     return str(error.value).removeprefix(f"{path / 'x.jsonl'}:")
 
 
+# ------------------------------------------------------------------------------------------------------ recorded
+
+
+def test_recorded_ids_by_hand(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [(prompt, pairs, logprobs, reason)] = imported([WITH_IDS], student, tmp_path)
+    assert prompt == letters("uh.a") and pairs == marked("IH!ukk.aI!") and reason == cs.FINISH_STOP
+    np.testing.assert_allclose([p for p in logprobs if p is not None], [-0.3819, -5.3354, -0.2583, -0.1577, -1.0452])
+    assert [p is not None for p in logprobs] == [is_trained == 1 for is_trained, _ in pairs]
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_recorded_messages_by_hand(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [(prompt, pairs, logprobs, reason)] = imported([WITHOUT], student, tmp_path)
+    assert prompt == letters("uh.a") and pairs == marked("IT!ukk.aIL!") and reason == cs.FINISH_STOP
+    assert logprobs == [None] * 11
+    assert "warning" not in capsys.readouterr().err, "as many tokens as the server counted"
+
+
+CALLING = (
+    "{% if tools %}<|im_start|>{{ tools[0].function.name }}<|im_end|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_recorded_tool_by_hand(tmp_path: Path) -> None:
+    """With another template than the recorded model's, so it is refused until the server's counts are removed."""
+    student = tmp_path / "student"
+    shutil.copytree(asset_path("student"), student)
+    (student / "chat_template.jinja").write_text(CALLING)
+    longer = ("rollouts.max_prompt_tokens=600", "rollouts.max_response_tokens=700")
+    assert refused([WITH_TOOL], student, tmp_path, *longer).startswith(
+        "1: traces[0]: branch at nodes[7]: messages[1]: expected 213 tokens before it, as the server counted, got "
+    )
+    uncounted = copy.deepcopy(WITH_TOOL)
+    for call in uncounted["traces"][0]["calls"]:
+        del call["usage"]
+    [(prompt, pairs, _, _)] = imported([uncounted], student, tmp_path, *longer)
+    tokenizer = resolve(recipe(student).student).tokenizer
+    text = tokenizer.convert_tokens_to_string(prompt)
+    [tool] = WITH_TOOL["traces"][0]["nodes"][0]["tools"]
+    schema = {"type": "function", "function": {key: tool[key] for key in ("name", "description", "parameters")}}
+    [record] = cs.open(str(tmp_path / "c")).round().prompts
+    assert record["tools"] == [schema] and record["answer"] == "28" and text.startswith("<|im_start|>code<|im_end|>")
+    asked = WITH_TOOL["traces"][0]["task"]["data"]["prompt"]
+    assert text.endswith(f"<|im_end|><|im_start|>user\n{asked}<|im_end|><|im_start|>assistant\n")
+    pieces = [
+        (is_trained, tokenizer.convert_tokens_to_string([token for _, token in group]))
+        for is_trained, group in itertools.groupby(pairs, key=lambda pair: pair[0])
+    ]
+    calls, results = ("12", "28", "732", "708"), ("28", "732", "708")
+    expected = [(1, f'{{"name": "code", "arguments": {{"room": {room}}}}}<|im_end|>') for room in calls]
+    between = [(0, f"<|im_start|>tool\n{said}<|im_end|><|im_start|>assistant\n") for said in results]
+    assert pieces == [piece for both in itertools.zip_longest(expected, between) for piece in both if piece]
+
+
 # ------------------------------------------------------------------------------------------------------- by hand
 
 
@@ -92,7 +153,14 @@ def called(number: int, **more: Any) -> dict[str, Any]:
 def episode(*nodes: dict[str, Any], trace: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """An episode of one trace; `trace` has other fields of it."""
     calls = [called(number) for number, each in enumerate(nodes) if each.get("sampled")]
-    made = {"version": 1, "task": {"data": {}}, "agent": {"trainable": True}, "ok": True, "nodes": nodes, "calls": calls}
+    made = {
+        "version": 1,
+        "task": {"data": {}},
+        "agent": {"trainable": True},
+        "ok": True,
+        "nodes": nodes,
+        "calls": calls,
+    }
     return {"task": {"data": {}}, "ok": True, "traces": [made | (trace or {})], **more}
 
 
@@ -101,7 +169,8 @@ def with_ids(*nodes: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         each
         | {
-            "token_ids": [TOKENS.index(token) for token in (each["message"]["role"][0], *each["message"]["content"])] + [END],
+            "token_ids": [TOKENS.index(token) for token in (each["message"]["role"][0], *each["message"]["content"])]
+            + [END],
             "mask": [False] + [each.get("sampled", False)] * (len(each["message"]["content"]) + 1),
             "logprobs": [-0.5] * (len(each["message"]["content"]) + 1) if each.get("sampled") else [],
         }
@@ -236,9 +305,7 @@ def test_log_probs_of_another_distribution_are_left_out(
     assert "left out: log-probs of branches that were not sampled at temperature 1 from all tokens: 1" in said
 
 
-def test_what_is_not_known_is_said(
-    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_known_is_said(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usage = {"prompt_tokens": 1, "cached_input_tokens": 3, "completion_tokens": 7}
     calls = [called(1, sampling=None, usage=usage)]
     imported([episode(node("user", "e", None), turn("f", 0), trace={"calls": calls})], student, tmp_path)
@@ -254,7 +321,7 @@ AT = "1: traces[0]: "
 REFUSED = {
     "other temperature": (
         episode(node("user", "e", None), turn("f", 0), trace={"calls": [called(1, sampling={"temperature": 0.5})]}),
-        f"{AT}branch at nodes[1]: temperature: expected 1, as rollouts.temperature, got 0.5; set rollouts.temperature",
+        f"{AT}branch at nodes[1]: temperature: expected 1, as rollouts.temperature, got 0.5; set rollouts.",
     ),
     "two models": (
         episode(node("user", "e", None), turn("f", 0), node("user", "g", 1), turn("h", 2), trace=CALLS_OF_TWO),
@@ -303,3 +370,49 @@ REFUSED = {
 def test_what_cannot_be_right_is_refused(name: str, student: Path, tmp_path: Path) -> None:
     bad, message = REFUSED[name]
     assert refused([bad], student, tmp_path).startswith(message)
+
+
+# ------------------------------------------------------------------------------------------------------- hostile
+
+VALUES = (None, -1, 2**70, "x", [], {}, True, 0.5, "\ud800", [[]])
+#: Fields of a trace that are not read, of which a change changes nothing.
+NOT_READ = {"id", "verifiers", "tools", "rewards", "metrics", "info", "extra_usage", "timing", "is_completed", "type"}
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            if key not in NOT_READ:
+                yield from paths(value[key], (*path, key))
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    made = copy.deepcopy(value)
+    inner = made
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return made
+
+
+@pytest.mark.parametrize("name", ["with ids", "without"])
+def test_a_changed_line_is_refused_in_one_line_or_trains_nothing_more(
+    name: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    episode, settings = WITH_IDS if name == "with ids" else WITHOUT, recipe(student)
+    model, file = resolve(settings.student), tmp_path / "x.jsonl"
+    reader = importing.RolloutReader(file, settings, model, model.stop_token_ids(settings.rollouts))
+    written(file, [episode])
+    n_trained = reader.survey().n_trained
+    outcomes = Counter[str]()
+    for number, path in enumerate(path for path in paths(episode) if "traces" in path and path != ("traces",)):
+        for new in (VALUES[number % len(VALUES)], VALUES[(number + 3) % len(VALUES)]):
+            written(file, [changed(episode, path, new)])
+            try:
+                assert reader.survey().n_trained <= n_trained, (path, new)
+                outcomes["imported"] += 1
+            except RedpenError as error:
+                assert "\n" not in str(error) and str(file) in str(error), (path, new)
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20 and len(outcomes) == 2, outcomes

@@ -129,8 +129,9 @@ class _Look:
         for (chat, text, args), tools in zip(self._rendered(), self._tools, strict=True):
             if tools and ignored.get("tools", True):
                 ignored["tools"] = not self._changes(chat, text, self._cfg.template_args)
-            # an id only names the call, which comes right before in any case
-            for key in {key for message in chat for key in message} - {"role", "content", "tool_call_id"}:
+            # the id and the name in a tool's message only name the call, which comes right before in any case
+            keys = {key for message in chat for key in message if (message["role"], key) != ("tool", "name")}
+            for key in keys - {"role", "content", "tool_call_id"}:
                 if ignored.get(f"{key} of messages", True):
                     other = [{name: item for name, item in message.items() if name != key} for message in chat]
                     ignored[f"{key} of messages"] = not self._changes(other, text, args)
