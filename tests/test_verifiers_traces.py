@@ -310,7 +310,7 @@ def test_what_is_not_known_is_said(student: Path, tmp_path: Path, capsys: pytest
     calls = [called(1, sampling=None, usage=usage)]
     imported([episode(node("user", "e", None), turn("f", 0), trace={"calls": calls})], student, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
-    assert "1 of 1 rollouts do not say at which temperature they were sampled" in said
+    assert "1 of 1 rollouts record no temperature" in said
     assert "1 turns have another number of tokens than the server counted" in said
 
 

@@ -388,7 +388,8 @@ def import_(recipe: Recipe, file: str, cache_url: str, **chosen: Any) -> int | N
 
     FILE is Parquet or JSONL, one rollout a row: prompt or messages, response_tokens (ids), and optionally
     rollout_logprobs, teacher_log_probs, loss_mask, finish_reason; files of Lightning-OPD need no conversion. A row
-    may also be a finished conversation: messages with tool calls or without, of which the assistant's are trained.
+    may also be a finished conversation: messages with tool calls or without, of which the assistant's are trained,
+    and a line an episode in the traces.jsonl of the library verifiers.
     RECIPE names the student that sampled them. Columns that FILE lacks remain to be scored. A file of `redpen
     export-cache` is restored whole, scores included.
 

@@ -75,7 +75,7 @@ class FinishedChat:
         self._check_prompts(found.turns)
         return found
 
-    def n_other(self, turns: Turns) -> int:
+    def n_retokenized(self, turns: Turns) -> int:
         """How many turns have another number of tokens than the server counted."""
         counts = () if self.sampled is None else self.sampled.counts.values()
         return sum(

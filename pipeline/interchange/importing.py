@@ -199,7 +199,7 @@ class RolloutReader:
         found, numbers = FileSurvey(), dict[tuple[object, ...], int]()
         n_ids = max(self.student.vocab_size, self.student.tokenizer_identity.vocab_size)
         first_fault = ""
-        n_rows = n_faults = n_unended = n_certain = n_open = n_longer = n_other = n_unsaid = 0
+        n_rows = n_faults = n_unended = n_certain = n_open = n_longer = n_retokenized = n_no_temperature = 0
         columns = kept_columns(self.recipe)
         left_out = Counter[str]()
         for row in read_rows(self.path, columns, left_out):
@@ -234,10 +234,10 @@ class RolloutReader:
                 n_unended += row.get("finish_reason")[1] == "stop" and is_unended
             else:
                 n_open, n_longer = n_open + is_unended, n_longer + finished.is_longer
-                n_other += 0 if chat is None else finished.n_other(chat.turns)
+                n_retokenized += 0 if chat is None else finished.n_retokenized(chat.turns)
                 if len(found.chats) < N_CHATS:
                     found.chats.append((finished.messages[:-1], record.get("tools")))
-            n_unsaid += row.sampled is not None and "temperature" not in dict(row.sampled.settings)
+            n_no_temperature += row.sampled is not None and "temperature" not in dict(row.sampled.settings)
             n_certain += len(teacher_logprobs) > 1 and not teacher_logprobs.any()
         if n_faults:
             raise RedpenError(f"{first_fault} ({n_faults} of {n_rows} rows are at fault; nothing was written)")
@@ -266,15 +266,15 @@ class RolloutReader:
             )
         if n_longer:
             warn(f"{n_longer} conversations have messages after the last assistant turn, which are left out")
-        if n_unsaid:
+        if n_no_temperature:
             warn(
-                f"{n_unsaid} of {n_rows} rollouts do not say at which temperature they were sampled; it is taken to "
-                f"be rollouts.temperature, {self.recipe.rollouts.temperature:g} (vf-eval --sampling.temperature)"
+                f"{n_no_temperature} of {n_rows} rollouts record no temperature; they are taken to be sampled at "
+                f"rollouts.temperature, {self.recipe.rollouts.temperature:g} (vf-eval --sampling.temperature)"
             )
-        if n_other:
+        if n_retokenized:
             warn(
-                f"{n_other} turns have another number of tokens than the server counted, so these are not the tokens "
-                f"that the student sampled; {RECORD_IDS}"
+                f"{n_retokenized} turns have another number of tokens than the server counted, so these are not the "
+                f"tokens that the student sampled; {RECORD_IDS}"
             )
         if n_certain:
             warn(

@@ -28,10 +28,10 @@ from pipeline.text.records import FIELDS
 _OF_BRANCH = {"prompt", "messages", "conversations", "tools"}
 #: Settings with which log-probs, which a server has at temperature 1 and of all tokens, are of the distribution that
 #: was sampled from. With any other setting they may be of another.
-_AS_IT_IS: dict[str, tuple[Any, ...]] = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
-_AS_IT_IS |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
-_AS_IT_IS |= {"tool_choice": ("auto", "none"), "n": (1,)}
-_NO_MATTER = {"max_tokens", "seed", "stop", "logprobs", "top_logprobs", "parallel_tool_calls", "service_tier"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
+_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
+_NEUTRAL |= {"tool_choice": ("auto", "none"), "n": (1,)}
+_UNRELATED = {"max_tokens", "seed", "stop", "logprobs", "top_logprobs", "parallel_tool_calls", "service_tier"}
 
 
 class _TraceModel(BaseModel):
@@ -248,7 +248,7 @@ class TraceReader:
         start = mask.index(True)
         row |= {"messages": messages[: new[0]], "prompt_tokens": ids[:start], "response_tokens": ids[start:]}
         row |= {"loss_mask": [int(flag) for flag in mask[start:]]}
-        if all(name in _NO_MATTER or value is None or value in _AS_IT_IS.get(name, ()) for name, value in settings):
+        if all(name in _UNRELATED or value is None or value in _NEUTRAL.get(name, ()) for name, value in settings):
             row["rollout_logprobs"] = logprobs[start:]
         else:
             self.left_out["log-probs of branches that were not sampled at temperature 1 from all tokens"] += 1
