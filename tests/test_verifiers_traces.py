@@ -223,6 +223,49 @@ def test_a_turn_on_two_branches_is_trained_once(ids: bool, student: Path, tmp_pa
     ]
 
 
+FORGETFUL = (
+    "{% set ns = namespace(last=0) %}"
+    '{% for m in messages %}{% if m.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}'
+    "{% for m in messages %}{{ m.role[0] }}"
+    "{% if loop.index0 > ns.last and m.reasoning_content %}{{ m.reasoning_content }}b{% endif %}"
+    "{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+def test_turns_of_a_template_that_drops_reasoning_are_rollouts(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has read what the template writes before it; the answer is the last one's."""
+    forgetful = tmp_path / "student"
+    shutil.copytree(student, forgetful)
+    (forgetful / "chat_template.jinja").write_text(FORGETFUL)
+
+    def thought(content: str, thoughts: str, parent: int) -> dict[str, Any]:
+        made = turn(content, parent)
+        return made | {"message": made["message"] | {"reasoning_content": thoughts}}
+
+    nodes = [node("user", "e", None), thought("f", "gh", 0), node("tool", "i", 1), thought("j", "k", 2)]
+    nodes += [node("user", "l", 3), thought("", "m", 4), node("user", "n", 5), thought("o", "p", 6)]
+    counts = zip((1, 3, 5, 7), ((4, 5), (13, 4), (16, 3), (21, 4)), strict=True)
+    calls = [called(at, usage={"prompt_tokens": read, "completion_tokens": own}) for at, (read, own) in counts]
+    chat = episode(*nodes, trace={"calls": calls, "task": {"data": {"answer": "o"}}})
+    short = episode(node("user", "q", None), thought("r", "s", 0))
+    found = imported([chat, short], forgetful, tmp_path)
+    assert [(prompt, pairs) for prompt, pairs, _, _ in found] == [
+        (letters("ue.a"), marked("GHBF!")),
+        (letters("ue.aghbf.ti.a"), marked("KBJ!")),
+        (letters("ue.af.ti.aj.ul.a.un.a"), marked("PBO!")),
+        (letters("uq.a"), marked("SBR!")),
+    ]
+    records = cs.open(str(tmp_path / "c")).round().prompts
+    assert [record.get("answer") for record in records] == [None, None, "o", None]
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "1 conversations are imported turn by turn" in said and "left out: empty turns, without token ids: 1" in said
+    )
+    assert "another number of tokens" not in said
+
+
 LEFT_OUT = {
     "an error": ({"ok": False}, {}, "traces with an error"),
     "another agent": ({"agent": {"trainable": False}}, {}, "traces of agents that are not to be trained"),

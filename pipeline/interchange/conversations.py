@@ -13,7 +13,7 @@ from pipeline.errors import PromptError, RedpenError
 from pipeline.interchange.rows import FileRow
 from pipeline.interchange.verifiers_traces import SampledTurns
 from pipeline.text.assistant_turns import ConversationTokens, Turns, render_conversation
-from pipeline.text.records import check_conversation
+from pipeline.text.records import check_conversation, content_text
 from pipeline.text.rendering import TooLongError, render_chat
 
 if TYPE_CHECKING:
@@ -53,14 +53,11 @@ class FinishedChat:
         Raises:
             RedpenError: the chat template does not show which tokens they are.
         """
-        limits, tools = recipe.rollouts, self.record.get("tools")
-        at_most = limits.max_prompt_tokens + limits.max_response_tokens
-        chat = self.messages, tokenizer, recipe.prompts
         try:
             if turns is not None:
-                return ConversationTokens(np.asarray(render_chat(*chat, tools=tools), np.int32), turns, ())
-            written = None if self.sampled is None else self.sampled.counts
-            found = render_conversation(*chat, stop_ids, tools=tools, at_most=at_most, written=written)
+                ids = render_chat(self.messages, tokenizer, recipe.prompts, tools=self.record.get("tools"))
+                return ConversationTokens(np.asarray(ids, np.int32), turns, ())
+            found = self._render(recipe, tokenizer, stop_ids)
         except TooLongError as error:
             raise RedpenError(
                 f"{self.place}: messages: {error}; remove the row, or set rollouts.max_response_tokens higher"
@@ -75,11 +72,34 @@ class FinishedChat:
         self._check_prompts(found.turns)
         return found
 
+    def is_rewritten(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> bool:
+        """Whether the turns of a trace can be imported one by one only: the chat template changes earlier ones."""
+        if self.sampled is None or len(self.sampled.counts) < 2:
+            return False
+        try:
+            return bool(self._render(recipe, tokenizer, stop_ids).faults)
+        except (PromptError, TooLongError):  # `tokens` will raise it, with the place
+            return False
+
     def n_retokenized(self, turns: Turns) -> int:
         """How many turns have another number of tokens than the server counted."""
         counts = () if self.sampled is None else self.sampled.counts.values()
         return sum(
             count is not None and count[1] != end - start for count, (start, end) in zip(counts, turns, strict=False)
+        )
+
+    def _render(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    ) -> ConversationTokens:
+        limits = recipe.rollouts
+        return render_conversation(
+            self.messages,
+            tokenizer,
+            recipe.prompts,
+            stop_ids,
+            tools=self.record.get("tools"),
+            at_most=limits.max_prompt_tokens + limits.max_response_tokens,
+            written=None if self.sampled is None else self.sampled.counts,
         )
 
     def _check_prompts(self, turns: Turns) -> None:
@@ -115,3 +135,20 @@ def finished_chat(row: FileRow, columns: Sequence[str] = ()) -> FinishedChat | N
     record, messages = checked
     last = max(written or (number for number, message in enumerate(messages) if message["role"] == "assistant"))
     return FinishedChat(row.place, record, messages[: last + 1], last + 1 < len(messages), row.sampled)
+
+
+def turn_rows(row: FileRow) -> list[FileRow]:
+    """A row of a trace for each turn that the model wrote, with all before it as the prompt; none for an empty turn.
+
+    The last alone has the task's answer.
+    """
+    assert row.sampled is not None
+    rows, counts = [], row.sampled.counts
+    for number, count in counts.items():
+        messages = row.values["messages"][: number + 1]
+        if not ("tool_calls" in messages[-1] or content_text(messages[-1]).strip()):
+            continue
+        values = {name: value for name, value in row.values.items() if name != "answer" or number == max(counts)}
+        sampled = SampledTurns({number: count}, row.sampled.settings)
+        rows.append(FileRow(row.place, values | {"messages": messages}, sampled))
+    return rows

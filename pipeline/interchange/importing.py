@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from pipeline.console import progress, say, show, suggest, warn
 from pipeline.disk import bytes_per_token, require_free
 from pipeline.distributed.signals import graceful
 from pipeline.errors import ConfigError, PromptError, RedpenError
-from pipeline.interchange.conversations import RECORD_IDS, FinishedChat, finished_chat
+from pipeline.interchange.conversations import RECORD_IDS, FinishedChat, finished_chat, turn_rows
 from pipeline.interchange.restoring import ChangedError, Export, restore
 from pipeline.interchange.rows import FileRow, Float32, Int32, exported_scorers, read_rows
 from pipeline.models.identity import created_by
@@ -137,7 +138,7 @@ def _write(
     samples: Counter[int] = Counter()
     done = sum(missing[block] for block in np.flatnonzero(~pending).tolist())
     with graceful() as stop, progress("import", total, "rollouts", done=done) as bar:
-        for row, prompt, turns in zip(read_rows(reader.path), found.prompt_of_row, found.turns, strict=True):
+        for row, prompt, turns in zip(reader.rows(found), found.prompt_of_row, found.turns, strict=True):
             block, within = divmod(prompt, per_block)
             if not pending[block]:
                 continue
@@ -178,6 +179,7 @@ class FileSurvey:
     renderings: set[str] = field(default_factory=set)
     prompt_of_row: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    by_turn: list[bool] = field(default_factory=list)  # of every branch or line: whether its turns are rows
     turns: list[Turns | None] = field(default_factory=list)  # of every row that is a conversation
     n_trained: int = 0  # tokens that the student wrote
     n_scored: int = 0  # tokens with a teacher's log-prob
@@ -202,7 +204,7 @@ class RolloutReader:
         n_rows = n_faults = n_unended = n_certain = n_open = n_longer = n_retokenized = n_no_temperature = 0
         columns = kept_columns(self.recipe)
         left_out = Counter[str]()
-        for row in read_rows(self.path, columns, left_out):
+        for row in self._first_read(found, columns, left_out):
             n_rows += 1
             found.left_out = found.left_out or exported_scorers(row.values)
             try:
@@ -266,6 +268,11 @@ class RolloutReader:
             )
         if n_longer:
             warn(f"{n_longer} conversations have messages after the last assistant turn, which are left out")
+        if n_by_turn := sum(found.by_turn):
+            warn(
+                f"{n_by_turn} conversations are imported turn by turn, each with all before it as its prompt: the "
+                "chat template writes earlier turns in another way"
+            )
         if n_no_temperature:
             warn(
                 f"{n_no_temperature} of {n_rows} rollouts record no temperature; they are taken to be sampled at "
@@ -282,6 +289,32 @@ class RolloutReader:
                 "stands for missing values, write null instead"
             )
         return found
+
+    def rows(self, found: FileSurvey) -> Iterator[FileRow]:
+        """The rows again, as `survey` had them."""
+        for row, is_by_turn in zip(read_rows(self.path), found.by_turn, strict=True):
+            yield from turn_rows(row) if is_by_turn else (row,)
+
+    def _first_read(self, found: FileSurvey, columns: Sequence[str], left_out: Counter[str]) -> Iterator[FileRow]:
+        """The rows, traces turn by turn where the chat template changes earlier turns."""
+        for row in read_rows(self.path, columns, left_out):
+            found.by_turn.append(self._is_by_turn(row, columns))
+            if row.sampled is None or not found.by_turn[-1]:
+                yield row
+                continue
+            rows = turn_rows(row)
+            if n_empty := len(row.sampled.counts) - len(rows):
+                left_out["empty turns, without token ids"] += n_empty
+            yield from rows
+
+    def _is_by_turn(self, row: FileRow, columns: Sequence[str]) -> bool:
+        if row.sampled is None:
+            return False
+        try:
+            finished = finished_chat(row, columns)
+        except RedpenError:  # as for any row
+            return False
+        return finished is not None and finished.is_rewritten(self.recipe, self.student.tokenizer, self.stop_ids)
 
     def template(self, renderings: set[str]) -> dict[str, Any]:
         """How the prompts became tokens, for provenance."""

@@ -4,6 +4,7 @@ An episode holds traces, one for each agent that ran in it. A trace is a graph o
 path from a root to a leaf, a branch, is a chat. A harness that changes what came before, to shorten it or to leave
 out the reasoning of earlier turns, starts a new branch. Each branch is a rollout: the messages before the first turn
 that the model wrote are its prompt. A turn on several branches is trained on the first, and only read on the others.
+The task's answer is that of the last branch, on which the trace ends.
 
 Traces of `--client.type train` have the token ids, a mask and log-probs, which are taken as they are. Others have
 messages only, and their branches are finished conversations (`pipeline.interchange.conversations`) of which only the
@@ -186,10 +187,9 @@ class TraceReader:
         parents = {node.parent for node in trace.nodes}
         links = [link for node in trace.nodes for link in node.semantic_parents]
         compacted = {link.node for link in links if link.type == "compaction"}
+        leaves = [number for number in range(len(trace.nodes)) if number not in parents]
         trained = set[int]()  # nodes
-        for leaf in range(len(trace.nodes)):
-            if leaf in parents:
-                continue
+        for leaf in leaves:
             kinds = {link.type for link in trace.nodes[leaf].semantic_parents}
             if "compaction_attempt" in kinds and leaf not in compacted:
                 self.left_out["branches with a summary that the harness did not use"] += 1
@@ -208,6 +208,8 @@ class TraceReader:
                 self.left_out[row] += 1
                 continue
             trained.update(path)
+            if leaf != leaves[-1]:
+                row[0].pop("answer", None)  # it is not the end of the trace that answers
             yield f"{place}: branch at nodes[{leaf}]", *row
 
     def _row(
