@@ -266,6 +266,16 @@ def test_turns_of_a_template_that_drops_reasoning_are_rollouts(
     assert "another number of tokens" not in said
 
 
+@pytest.mark.parametrize(("reply", "answers"), [(None, [None, "k"]), (" f\n", ["k", None]), ("i", [None, None])])
+def test_the_answer_is_that_of_the_branch_that_answers(
+    reply: str | None, answers: list[str | None], student: Path, tmp_path: Path
+) -> None:
+    nodes = [node("user", "e", None), turn("f", 0), node("user", "g", None), turn("h", 2)]
+    imported([episode(*nodes, trace={"task": {"data": {"answer": "k"}}, "root_reply": reply})], student, tmp_path)
+    records = cs.open(str(tmp_path / "c")).round().prompts
+    assert [record.get("answer") for record in records] == answers
+
+
 LEFT_OUT = {
     "an error": ({"ok": False}, {}, "traces with an error"),
     "another agent": ({"agent": {"trainable": False}}, {}, "traces of agents that are not to be trained"),
@@ -377,6 +387,10 @@ REFUSED = {
     "other version": (
         episode(node("user", "e", None), turn("f", 0), trace={"version": 2}),
         "1: traces.0.version: input should be 1, found 2",
+    ),
+    "too many": (
+        episode(*[node("user", "e", None)] * 10_001),
+        "1: traces.0.nodes: list should have at most 10000 items after validation, not 10001",
     ),
     "circle": (
         episode(node("user", "e", 1), turn("f", 0)),

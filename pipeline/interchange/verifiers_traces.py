@@ -4,7 +4,7 @@ An episode holds traces, one for each agent that ran in it. A trace is a graph o
 path from a root to a leaf, a branch, is a chat. A harness that changes what came before, to shorten it or to leave
 out the reasoning of earlier turns, starts a new branch. Each branch is a rollout: the messages before the first turn
 that the model wrote are its prompt. A turn on several branches is trained on the first, and only read on the others.
-The task's answer is that of the last branch, on which the trace ends.
+The task's answer is that of the branch on which the trace ends.
 
 Traces of `--client.type train` have the token ids, a mask and log-probs, which are taken as they are. Others have
 messages only, and their branches are finished conversations (`pipeline.interchange.conversations`) of which only the
@@ -33,6 +33,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {"temperature": (1,), "top_p": (1,), "top
 _NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
 _NEUTRAL |= {"tool_choice": ("auto", "none"), "n": (1,)}
 _UNRELATED = {"max_tokens", "seed", "stop", "logprobs", "top_logprobs", "parallel_tool_calls", "service_tier"}
+
+
+_OTHER_THINGS = "branches with other things than text and calls of functions"
+#: Messages of a trace: every branch is walked from its end.
+_MOST_NODES = 10_000
 
 
 class _TraceModel(BaseModel):
@@ -98,9 +103,10 @@ class _Trace(_TraceModel):
     version: Literal[1]
     task: _Reference
     agent: _Agent
-    nodes: list[_Node]
+    nodes: list[_Node] = Field(max_length=_MOST_NODES)
     calls: list[_ModelCall] = Field(default_factory=list)
     response_rewrites: list[Any] = Field(default_factory=list)
+    root_reply: str | None = None  # of the agent that answers, if there are several in the trace
     ok: bool
 
 
@@ -188,7 +194,8 @@ class TraceReader:
         links = [link for node in trace.nodes for link in node.semantic_parents]
         compacted = {link.node for link in links if link.type == "compaction"}
         leaves = [number for number in range(len(trace.nodes)) if number not in parents]
-        trained = set[int]()  # nodes
+        chat = [_chat_message(node.message) for node in trace.nodes]
+        answering, trained = _answering(trace, leaves), set[int]()
         for leaf in leaves:
             kinds = {link.type for link in trace.nodes[leaf].semantic_parents}
             if "compaction_attempt" in kinds and leaf not in compacted:
@@ -203,24 +210,33 @@ class TraceReader:
                 if not trained:
                     self.left_out["branches without a turn of the model"] += 1
                 continue
-            row = self._row(trace, path[: new[-1] + 1], new, calls)
+            path = path[: new[-1] + 1]
+            messages = [message for node in path if (message := chat[node]) is not None]
+            if len(messages) < len(path):
+                self.left_out[_OTHER_THINGS] += 1
+                continue
+            row = self._row(trace, path, messages, new, calls)
             if isinstance(row, str):
                 self.left_out[row] += 1
                 continue
             trained.update(path)
-            if leaf != leaves[-1]:
-                row[0].pop("answer", None)  # it is not the end of the trace that answers
+            if leaf != answering:
+                row[0].pop("answer", None)
             yield f"{place}: branch at nodes[{leaf}]", *row
 
     def _row(
-        self, trace: _Trace, path: list[int], new: list[int], calls: Mapping[int, _ModelCall]
+        self,
+        trace: _Trace,
+        path: list[int],
+        messages: list[dict[str, Any]],
+        new: list[int],
+        calls: Mapping[int, _ModelCall],
     ) -> tuple[dict[str, Any], SampledTurns] | str:
         """The rollout of a branch, in which `new` are the places of turns to train, or why it is none."""
         nodes = [trace.nodes[node] for node in path]
-        messages = [_chat_message(node.message) for node in nodes]
         tools = [_tool(tool) for tool in nodes[0].tools]
-        if None in messages or None in tools:
-            return "branches with other things than text and calls of functions"
+        if None in tools:
+            return _OTHER_THINGS
         data = trace.task.data
         row = {name: data[name] for name in {*FIELDS, *self.columns} - _OF_BRANCH if name in data}
         if not _is_answer(row.get("answer")):
@@ -267,6 +283,15 @@ def _fault(label: str, expected: str, got: int | str) -> RedpenError:
 def is_episode(value: Mapping[str, Any]) -> bool:
     """Whether a line is an episode, not a rollout."""
     return isinstance(value.get("traces"), list) and "task" in value and "messages" not in value
+
+
+def _answering(trace: _Trace, leaves: Sequence[int]) -> int | None:
+    """The leaf of the branch with the answer to the task; None if it is not known."""
+    if trace.root_reply is None or len(leaves) == 1:
+        return leaves[-1] if leaves else None
+    reply = trace.root_reply.strip()
+    texts = {leaf: trace.nodes[leaf].message.content for leaf in leaves}
+    return next((leaf for leaf, text in texts.items() if isinstance(text, str) and text.strip() == reply), None)
 
 
 def _is_answer(value: Any) -> bool:
