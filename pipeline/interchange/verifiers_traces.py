@@ -23,17 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.config.messages import show_value
 from pipeline.errors import RedpenError
 from pipeline.files import parse_model
-from pipeline.text.records import FIELDS
+from pipeline.text.records import FIELDS, TEACHER_FIELDS
 
-#: Fields that are of the branch, not of the task's data.
-_OF_BRANCH = {"prompt", "messages", "conversations", "tools"}
+#: Fields that are of the branch, or would have to be: the task's data are of all its branches.
+_OF_BRANCH = {"prompt", "messages", "conversations", "tools", *TEACHER_FIELDS}
 #: Settings with which log-probs, which a server has at temperature 1 and of all tokens, are of the distribution that
 #: was sampled from. With any other setting they may be of another.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,)}
 _NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
 _NEUTRAL |= {"tool_choice": ("auto", "none"), "n": (1,)}
 _UNRELATED = {"max_tokens", "seed", "stop", "logprobs", "top_logprobs", "parallel_tool_calls", "service_tier"}
-
 
 _OTHER_THINGS = "branches with other things than text and calls of functions"
 #: Messages of a trace: every branch is walked from its end.
