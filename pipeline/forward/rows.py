@@ -121,9 +121,21 @@ def native_attention(model: nn.Module) -> str:
 
 
 def sampling_attention(model: nn.Module) -> str:
-    """The same for generation; scores are capped by redpen's attention if it can be used, in blocks of queries."""
+    """The same for generation; scores are capped by redpen's attention if it can be used, in blocks of queries, and
+    keys are not repeated for grouped queries (`pipeline.forward.decoding`).
+    """
     base = unwrapped(model)
-    return ATTENTION if _caps_scores(base) and pads_left(base) else native_attention(base)
+    native = native_attention(base)
+    if not pads_left(base):
+        return native
+    if _caps_scores(base):
+        return ATTENTION
+    if native != "sdpa":
+        return native
+    from pipeline.forward.decoding import DECODING_ATTENTION, register_decoding_attention
+
+    register_decoding_attention()
+    return DECODING_ATTENTION
 
 
 @contextmanager
