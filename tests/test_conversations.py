@@ -31,6 +31,7 @@ from pipeline.report import inspect
 from pipeline.score.summary import summarize
 from pipeline.text.assistant_turns import ConversationTokens, render_conversation
 from pipeline.text.detokenize import response_texts
+from pipeline.text.prompts import raw_rows
 from pipeline.text.rendering import render
 from pipeline.toy import asset_path
 
@@ -238,6 +239,30 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 WITH_TOOLS = '<|im_start|>system\n[{"type": "function", "function": {"name": "add"}}]<|im_end|>\n'
+
+
+def test_fields_that_arrow_fills_in_are_not_part_of_a_call(student: Path, tmp_path: Path) -> None:
+    """Parquet has one type for the arguments of all calls, so that each gets the fields of the others, as null."""
+
+    def asked(arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        called = {**call("f", arguments), "reasoning_content": "e"}
+        return {"messages": [{"role": "user", "content": "u"}, called], "tools": tools}
+
+    found = [asked({"x": 1}, {"x": {"type": "integer"}}), asked({"city": "Rome"}, {"city": {"type": "string"}})]
+    written(tmp_path / "a.jsonl", found)
+    parquet.write_table(pa.Table.from_pylist(found), tmp_path / "a.parquet")
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() != found
+    for name in ("a.jsonl", "a.parquet"):
+        assert [value for _, value in raw_rows(PromptsConfig(path=str(tmp_path / name)))] == found
+        importing.run(str(tmp_path / name), recipe_of(student), str(tmp_path / f"{name}.zarr"))
+    assert_same_blocks(*(cs.open(tmp_path / f"a.{kind}.zarr").round() for kind in ("jsonl", "parquet")))
+
+
+def assert_same_blocks(ours: cs.Round, theirs: cs.Round) -> None:
+    assert ours.manifest.prompts_sha256 == theirs.manifest.prompts_sha256
+    np.testing.assert_equal(vars(ours.rollouts.read(0)), vars(theirs.rollouts.read(0)))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])

@@ -25,7 +25,7 @@ from cache_schema.blocks import LOGPROB_TOLERANCE
 from pipeline.errors import RedpenError, one_line
 from pipeline.interchange.verifiers_traces import SampledTurns, TraceReader, is_episode
 from pipeline.text.prompts import json_lines
-from pipeline.text.records import FIELDS
+from pipeline.text.records import FIELDS, without_filled_nulls
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -194,7 +194,7 @@ def _parquet_rows(path: Path, more: Sequence[str]) -> Iterator[FileRow]:
                 for row in range(batch.num_rows):
                     number += 1
                     values = {name: _value(column[row]) for name, column in columns.items()}
-                    yield FileRow(f"{path}: row {number}", dict.fromkeys(schema.names) | values)
+                    yield FileRow(f"{path}: row {number}", dict.fromkeys(schema.names) | without_filled_nulls(values))
     except RedpenError:
         raise
     except Exception as error:  # Arrow's own, and Python's for values that it has no type for, such as a far date

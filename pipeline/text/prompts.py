@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError, one_line
-from pipeline.text.records import FIELDS, check_record, no_prompt
+from pipeline.text.records import FIELDS, check_record, no_prompt, without_filled_nulls
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 # Rows of a Parquet file that are Python objects at the same time.
@@ -163,7 +163,7 @@ def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[t
                     number += 1
                     for name in narrow:  # 0.1 and not 0.10000000149
                         value[name] = None if value[name] is None else float(str(np.float32(value[name])))
-                    yield f"{path}: row {number}", value
+                    yield f"{path}: row {number}", without_filled_nulls(value)
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
     except PromptError:
@@ -183,7 +183,8 @@ def _hub_rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:
         rows: Iterable[Any] = datasets.load_dataset(cfg.path, split=cfg.split)
     except Exception as error:  # `datasets` raises whatever its network and file layers raise
         raise PromptError(f"Hub dataset {cfg.path}, split {cfg.split}: {one_line(error)}") from None
-    return ((f"{cfg.path}[{cfg.split}]: row {number}", value) for number, value in enumerate(rows, 1))
+    numbered = enumerate(map(without_filled_nulls, rows), 1)
+    return ((f"{cfg.path}[{cfg.split}]: row {number}", value) for number, value in numbered)
 
 
 def _show(text: str) -> str:

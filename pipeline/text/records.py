@@ -4,8 +4,9 @@ A record is a JSON object with either `prompt` (text) or `messages` (a chat that
 optionally `tools` (their JSON schemas, for the chat template), `answer` (text, or a list of texts of which each is
 right), `source` and `id`, and `teacher_prompt` (text) or `teacher_messages` (a chat), which teachers read instead.
 ShareGPT's `conversations` are converted to `messages`. Messages keep all of their fields, for the chat template. Of
-the record other fields are dropped unless they are asked for. Nulls and NaN count as absent. Each error is one line
-with the place, what was expected and what was found.
+the record other fields are dropped unless they are asked for. Nulls and NaN count as absent; within chats and tools
+only those of Parquet (`without_filled_nulls`). Each error is one line with the place, what was expected and what was
+found.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TEACHER_FIELDS = ("teacher_prompt", "teacher_messages")
 FIELDS = ("prompt", "messages", "conversations", "tools", "answer", "source", "id", *TEACHER_FIELDS)
 #: Fields that may also be the text of their JSON, as in Parquet, which has one type a column.
 _JSON_FIELDS = ("messages", "teacher_messages", "tools")
+# A prompt may be a chat, too.
+_OF_CHATS = (*_JSON_FIELDS, "conversations", "prompt")
 #: Roles by ShareGPT's `from`.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
@@ -107,6 +110,21 @@ def known_fields(value: Mapping[str, Any], place: str, names: Sequence[str]) -> 
             with contextlib.suppress(ValueError, RecursionError):
                 record[name] = json.loads(record[name])
     return record
+
+
+def without_filled_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as Arrow returns it, its chats and tools without the null fields of objects at any depth.
+
+    Arrow has one type a column: every object gets the fields of all others in the column, null where it had none, and
+    a chat template would write them, `{"x": 1, "city": null}`. A null that was meant cannot be distinguished.
+    """
+    return {name: _without_nulls(value) if name in _OF_CHATS else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def content_text(message: Mapping[str, Any]) -> str:
