@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipeline.engines.episodes import Episodes
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, Interrupted, RedpenError
+from pipeline.files import file_digest
 from pipeline.models.resolve import resolve
 from pipeline.rollouts import stage
 from pipeline.rounds.scored_block import scored_blocks
@@ -85,7 +87,7 @@ def test_an_object_serves_one_rollout_and_outlives_its_process(made: Any, here: 
     reply = "json.dumps([self.row['answer'], self.calls, os.getpid()])"
     body = f"print('noise'); return [{{'role': 'tool', 'content': {reply}}}]"
     environment = made(body)
-    assert environment.source_file() == here / "mine.py"
+    assert environment.source_digest == file_digest(here / "mine.py")
     (first,) = ask(environment, SAID)
     answer, calls, process = json.loads(first["content"])
     assert answer == "4" and calls == [2] and first["role"] == "tool"
@@ -122,6 +124,30 @@ def test_what_an_environment_may_do_is_a_failure_of_one_line(made: Any, body: st
     with pytest.raises(EnvironmentFailedError, match=message) as error:
         ask(environment, SAID)
     assert time.monotonic() - started < 5 and "\n" not in str(error.value)
+
+
+def test_earlier_turns_that_are_called_again_have_their_own_time(made: Any) -> None:
+    """One rollout ends the process of another, whose three turns together take longer than a call may."""
+    environment = made(
+        "time.sleep(0.4 if self.row['prompt'] else 60); return [{'role': 'tool', 'content': 'x'}]", 0.7
+    )
+    turns = [SAID]
+    for _ in range(2):
+        turns += [*ask(environment, *turns), SAID]
+    with pytest.raises(EnvironmentFailedError, match="took longer"):
+        environment.submit((2, 0), {"prompt": ""}, [USER, SAID], [2]).result(timeout=30)
+    assert ask(environment, *turns) == [{"role": "tool", "content": "x"}]
+
+
+def test_a_module_that_is_edited_meanwhile_is_not_used(made: Any, here: Path) -> None:
+    environment = made("os._exit(1) if len(self.calls) > 1 else None")
+    assert environment.source_digest and ask(environment, SAID) == []
+    (here / "mine.py").write_text((here / "mine.py").read_text() + "# other\n")
+    with pytest.raises(EnvironmentFailedError, match="ended its process"):
+        ask(environment, SAID, USER, SAID)
+    for _ in range(2):  # not the second time either
+        with pytest.raises(ConfigError, match=r'"mine:Mine": \S+mine\.py is not the module that'):
+            ask(environment, SAID)
 
 
 def test_nothing_to_say_ends_a_rollout(made: Any) -> None:
@@ -300,11 +326,57 @@ def test_an_environment_that_always_fails_stops_the_first_block(here: Path) -> N
     recipe = chat_recipe(here, "rollouts.stop_token_ids=[3]", "rollouts.prompts_per_block=6")
     (here / "counting.py").write_text("class Counting:\n    def __init__(self, row): raise RuntimeError('down')\n")
     with pytest.raises(
-        RedpenError, match=r"failed in all of \d+ rollouts, the first: RuntimeError: down \(counting\.py:2\)"
+        RedpenError, match=r"failed in all of the \d+ rollouts .*, the first: RuntimeError: down \(counting\.py:2\)"
     ):
         stage.run(recipe, "c.zarr")
     assert not sampled("c.zarr").rollouts.committed().any()
     (here / "counting.py").write_text(ENVIRONMENT)
+
+
+def test_a_block_of_one_prompt_that_always_fails_does_not_end_the_round(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rollouts end where the environment failed, also if a killed command begins again with just this block."""
+    recipe = chat_recipe(
+        here, "rollouts.stop_token_ids=[3]", "rollouts.prompts_per_block=5", "rollouts.max_response_tokens=80"
+    )
+    (here / "counting.py").write_text(
+        ENVIRONMENT.replace("self.calls += 1", "self.calls += 1; 1 / (self.row['prompt'] != 'v')")
+    )
+    assert stage.run(recipe, "c.zarr") == 0
+    assert re.search(r"failed, and 4 rollouts ended there, the first: ZeroDivisionError", capsys.readouterr().err)
+    block = sampled("c.zarr").rollouts.read(1)
+    assert block.finish_reason.tolist() == [cs.FINISH_OTHER] * 4
+    shutil.copytree("c.zarr", "again.zarr")
+    cs.open("again.zarr", writable=True).round().rollouts.uncommit(1)
+    assert stage.run(recipe, "again.zarr") == 0
+    assert_same_cache(Path("c.zarr"), Path("again.zarr"), ["rollouts"])
+
+
+def test_what_is_imported_for_the_checks_is_not_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The module is imported once to be checked, and once by each process that replies; failures while answers are
+    checked are not rollouts."""
+    fails = ENVIRONMENT.replace("self.calls += 1", "self.calls += 1; 1 / ('held' not in self.row)")
+    (here / "held.jsonl").write_text('{"prompt": "ab", "answer": "c"}\n{"prompt": "v", "answer": "c", "held": 1}\n')
+    recipe = chat_recipe(
+        here, f"eval.path={here / 'held.jsonl'}", "prompts.columns=['held']", "rollouts.stop_token_ids=[3]"
+    )
+    (here / "prompts.jsonl").write_text('{"prompt": "efg"}\n{"prompt": "h"}\n')
+    (here / "counting.py").write_text(
+        "open('imports', 'a').write('.')\n" + fails.replace('self.row["answer"]', "self.row['prompt']")
+    )
+    assert stage.run(recipe, "c.zarr") == 0
+    err = capsys.readouterr().err
+    assert "failed, and 1 responses of the checks are left out" in err and "rollouts are left out" not in err
+    assert (here / "imports").read_text() == "..."
+
+
+def test_failures_of_one_block_are_not_those_of_all(here: Path) -> None:
+    recipe = chat_recipe(here, "rollouts.stop_token_ids=[3]", "rollouts.max_response_tokens=80")
+    fails = "self.calls += 1; 1 / (self.row['prompt'] in ('efg', 'h', 'klmnop') and self.calls < 3)"
+    (here / "counting.py").write_text(ENVIRONMENT.replace("self.calls += 1", fails))
+    with pytest.raises(RedpenError, match="failed in all of the 8 rollouts of a block"):
+        stage.run(recipe, "c.zarr")
 
 
 def test_assertions_of_the_environment_hold(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

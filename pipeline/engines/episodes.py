@@ -22,7 +22,6 @@ from pipeline.config import Recipe
 from pipeline.console import warn
 from pipeline.engines.sampling import PromptBlock
 from pipeline.errors import ConfigError, PromptError, RedpenError
-from pipeline.files import file_digest
 from pipeline.models.resolve import ResolvedModel
 from pipeline.text.environments import Environment, EnvironmentFailedError, Reply
 from pipeline.text.turns import Conversation, TurnTemplate
@@ -106,13 +105,22 @@ class Episodes:
     Args:
         record: a prompt, with which it is checked that the chat template can write the replies.
         keep_failed: a rollout whose environment fails ends there, with finish_reason other; else it is left out.
+        has_replied: whether it did so for an earlier part of the round.
+        source_digest: of the environment's module, if it is known, and checked when it is first asked.
 
     Raises:
-        ConfigError: the environment cannot be imported, or the template cannot continue a chat.
+        ConfigError: the template cannot continue a chat, or the environment cannot be imported.
     """
 
     def __init__(
-        self, recipe: Recipe, student: ResolvedModel, record: Mapping[str, Any], *, keep_failed: bool = False
+        self,
+        recipe: Recipe,
+        student: ResolvedModel,
+        record: Mapping[str, Any],
+        *,
+        keep_failed: bool = False,
+        has_replied: bool = False,
+        source_digest: str | None = None,
     ):
         settings = recipe.rollouts
         assert settings.environment is not None
@@ -122,13 +130,14 @@ class Episodes:
                 "tokenizer does not know the student's chat template, which is a part of such responses"
             )
         self.keep_failed = keep_failed
-        self._settings, self._failures, self._has_replied = settings, list[str](), False
+        self._settings, self._failures, self._n_ended = settings, list[str](), 0
+        self._has_replied, self._had_replied = False, has_replied  # now, and before
+        self._n_in_a_row = 0  # failures since its last reply
         self._template = TurnTemplate(student.tokenizer, recipe.prompts, student.stop_token_ids(settings), record)
-        self._environment = Environment(
-            settings.environment, settings.environment_timeout, settings.environment_workers
-        )
+        seconds, n_workers = settings.environment_timeout, settings.environment_workers
+        self._environment = Environment(settings.environment, seconds, n_workers, source_digest)
         try:
-            self._source = self._environment.source_file()
+            self._digest = self._environment.source_digest
         except BaseException:
             self.close()
             raise
@@ -137,8 +146,7 @@ class Episodes:
     def identity(self) -> dict[str, Any]:
         """What decides the replies, as JSON for the round's provenance."""
         name, max_turns = self._settings.environment, self._settings.max_turns
-        digest = file_digest(self._source.resolve(), error=ConfigError)
-        return {"name": name, "max_turns": max_turns, "source_digest": digest}
+        return {"name": name, "max_turns": max_turns, "source_digest": self._digest}
 
     def close(self) -> None:
         """End the environment's processes, until it is asked again."""
@@ -163,16 +171,19 @@ class Episodes:
 
         Args:
             longest: tokens that a response may have.
+
+        Raises `ConfigError` if the environment's module has another digest.
         """
         assert rollout.conversation is not None
         try:
             messages = reply.result()
-            self._has_replied = True
+            self._has_replied, self._n_in_a_row = True, 0
             if not messages:
                 return False
             token_ids = rollout.conversation.reply(messages)
         except (EnvironmentFailedError, PromptError) as error:
             self._failures.append(str(error))
+            self._n_in_a_row += 1
             rollout.failure = str(error)
             rollout.finish_reason = cs.FINISH_OTHER
             return False
@@ -203,26 +214,45 @@ class Episodes:
         return [rollout for rollout, reply in asked if reply is not None and self.add(rollout, reply, longest)]
 
     def kept(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """A block's rollouts without those that are left out. Raises `RedpenError` if none is left, or if the
-        environment has never replied.
+        """A block's rollouts without those that are left out.
+
+        If none is left of a block of one prompt, while the environment replies to others, all are kept as they ended:
+        a block cannot be empty, and the round could never be finished.
+
+        Raises `RedpenError` if none is left of a larger block, or if the environment has never replied.
         """
         if self.keep_failed:
             return list(rollouts)
         kept = [rollout for rollout in rollouts if rollout.failure is None]
-        n_failed = len(self._failures)
-        if n_failed and (not kept or (not self._has_replied and n_failed >= _NEVER_REPLIED)):
-            raise RedpenError(
-                f'rollouts.environment = "{self._settings.environment}" failed in all of {n_failed:,} rollouts, the '
-                f"first: {self._failures[0]}; correct it, and run the same command again"
-            )
-        return kept
+        if kept and (self._has_replied or self._n_in_a_row < _NEVER_REPLIED):
+            return kept
+        one_prompt = len({rollout.prompt for rollout in rollouts}) == 1
+        is_down = self._n_in_a_row >= max(_NEVER_REPLIED, 2 * len(rollouts))
+        if not kept and one_prompt and (self._has_replied or self._had_replied) and not is_down:
+            self._n_ended += len(rollouts)
+            return list(rollouts)
+        failed = f"{self._n_in_a_row:,} rollouts that asked it" if kept else f"{len(rollouts):,} rollouts of a block"
+        first = self._failures[0] if kept else rollouts[0].failure
+        raise RedpenError(
+            f'rollouts.environment = "{self._settings.environment}" failed in all of the {failed}, the first: '
+            f"{first}; correct it, and run the same command again (a round with finished blocks goes on only with an "
+            "unedited module)"
+        )
 
-    def report_failures(self) -> None:
-        """One line about the rollouts whose environment failed since the last call."""
-        failures, self._failures = self._failures, []
+    def report_failures(self, what: str = "rollouts") -> None:
+        """One line about the rollouts whose environment failed since the last call.
+
+        Args:
+            what: they are.
+        """
+        failures, n_ended = self._failures, self._n_ended
+        self._failures, self._n_ended = [], 0
+        if self.keep_failed:
+            n_ended = len(failures)
+        counts = [(len(failures) - n_ended, "are left out"), (n_ended, "ended there")]
         if failures:
-            happened = "rollouts ended there" if self.keep_failed else "rollouts are left out"
+            happened = " and ".join(f"{count:,} {what} {how}" for count, how in counts if count)
             warn(
-                f'rollouts.environment = "{self._settings.environment}" failed, and {len(failures):,} {happened}, '
-                f"the first: {failures[0]}"
+                f'rollouts.environment = "{self._settings.environment}" failed, and {happened}, the first: '
+                f"{failures[0]}"
             )

@@ -204,19 +204,18 @@ class RolloutsSession:
         self._episodes: Episodes | None = None
         rollouts = _BATCHES_PER_CALL * settings.batch_size if settings.engine == "vllm" else 1
         self.batch_blocks = math.ceil(rollouts / (manifest.prompts_per_block * manifest.rollouts_per_prompt))
-        is_first = work.checks and not self._round.rollouts.committed().any()
+        begun = bool(self._round.rollouts.committed().any())
+        is_first = work.checks and not begun
         checks_format = is_first and recipe.eval.format is not None and settings.format_check_prompts > 0
         checker = Checker.of(recipe.eval) if checks_format else None
         if is_first:
             check_teachers(recipe, work.prompts)
         with ExitStack() as stack:
             if settings.environment is not None:
-                self._episodes = stack.enter_context(closing(Episodes(recipe, student, self._round.prompts[0])))
-                if self._episodes.identity != manifest.sampler_settings["environment"]:
-                    raise ConfigError(
-                        f'rollouts.environment = "{settings.environment}": its module has changed since the command '
-                        "started, or is another one on this machine; start it again with the same one everywhere"
-                    )
+                known = manifest.sampler_settings["environment"]["source_digest"]
+                first_record = self._round.prompts[0]
+                episodes = Episodes(recipe, student, first_record, has_replied=begun, source_digest=known)
+                self._episodes = stack.enter_context(closing(episodes))
             make_sampler = _load_sampler(recipe, student, stack, work.prompts, is_first, self._episodes)
             once = functools.partial(make_sampler, replace(sampling, rollouts_per_prompt=1))
             if is_first and not self._round.index and recipe.eval.path is not None and not _has_answers(self._round):
@@ -224,6 +223,8 @@ class RolloutsSession:
             if checker is not None:
                 first = self._block(0, range(min(settings.format_check_prompts, len(work.prompts))))
                 check_format(recipe, checker, once, first, student.tokenizer)
+            if self._episodes is not None:
+                self._episodes.report_failures("responses of the checks")
             self._sampler = make_sampler(sampling, lambda *counts: self._on_progress(*counts))
             self._engine = stack.pop_all()
 

@@ -3,8 +3,8 @@
 The environment is the user's code, and trusted. It may hang, end its process or print: what it prints is dropped. A
 question that takes longer than it may ends the process, even if redpen was killed meanwhile.
 
-An object serves one rollout, turn after turn. If it is not here, because this process is new or held too many, it is
-made anew, and called for the earlier turns first.
+An object serves one rollout, turn after turn. If it is not here, because this process is new or held too many, the
+reply is `{"lacks": true}`, and it has to be asked for the earlier turns first: each call has its own time.
 """
 
 import faulthandler
@@ -52,14 +52,14 @@ def _answer(question: dict[str, Any], objects: OrderedDict[str, tuple[Any, int]]
         if (file := getattr(sys.modules[module], "__file__", None)) is None:
             raise TypeError(f"{module} is not a module with a file")
         return {"file": file}
-    key, messages, turns = question["key"], question["messages"], question["turns"]
+    key, messages, n_earlier = question["key"], question["messages"], question["n_earlier"]
     made, n_called = objects.pop(key, (None, 0))
-    if made is None or n_called != len(turns) - 1:
-        made, n_called = factory(question["row"]), 0
-    reply = None
-    for n_messages in turns[n_called:]:
-        reply = made.env_response([dict(message) for message in messages[:n_messages]])
-    objects[key] = made, len(turns)
+    if not n_earlier:
+        made = factory(question["row"])
+    elif made is None or n_called != n_earlier:
+        return {"lacks": True}
+    reply = made.env_response(messages)
+    objects[key] = made, n_earlier + 1
     if len(objects) > _MOST:
         objects.popitem(last=False)
     return {"messages": reply}

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config.messages import show_value
 from pipeline.errors import ConfigError, RedpenError, shorten
+from pipeline.files import file_digest
 from pipeline.text.worker import Worker, WorkerEndedError
 
 # The worker ends itself this much later than it is ended, in case nobody is left to do so, in seconds.
@@ -37,23 +38,26 @@ class Environment:
     Args:
         name: "module:factory"; the module is imported from the current directory or as usual.
         seconds: that one call may take.
+        digest: what `source_digest` of its module must be; by default it is imported once to find out.
     """
 
-    def __init__(self, name: str, seconds: float, n_workers: int):
-        self.name, self._seconds = name, seconds
+    def __init__(self, name: str, seconds: float, n_workers: int, digest: str | None = None):
+        self.name, self._seconds, self._digest = name, seconds, digest
         self._workers = [Worker("environment_worker.py", seconds) for _ in range(n_workers)]
         self._threads: list[ThreadPoolExecutor] = []
 
-    def source_file(self) -> Path:
-        """The file of the module. Raises `ConfigError` if it cannot be imported or has no such factory."""
-        try:
-            found = self._imported(self._workers[0])["file"]
-        except EnvironmentFailedError as error:
-            raise ConfigError(
-                f'rollouts.environment = "{self.name}": expected a factory that can be imported, as module:factory: '
-                f"{error}"
-            ) from None
-        return Path(found)
+    @property
+    def source_digest(self) -> str:
+        """blake2b of the module's file. Raises `ConfigError` if it cannot be imported or has no such factory."""
+        if self._digest is None:
+            try:
+                self._digest = self._import(self._workers[0])
+            except EnvironmentFailedError as error:
+                raise ConfigError(
+                    f'rollouts.environment = "{self.name}": expected a factory that can be imported, as '
+                    f"module:factory: {error}"
+                ) from None
+        return self._digest
 
     def submit(
         self,
@@ -68,12 +72,13 @@ class Environment:
             rollout: prompt and sample number, which name its object.
             turns: for each turn of the student, how many messages there were after it.
 
-        The future raises `EnvironmentFailedError`.
+        The future raises `EnvironmentFailedError`, and `ConfigError` if the module has another digest.
         """
         self._threads = self._threads or [ThreadPoolExecutor(1, "environment") for _ in self._workers]
         number = sum(rollout) % len(self._workers)
-        question = {"key": str(rollout), "row": row, "messages": list(messages), "turns": list(turns)}
-        return self._threads[number].submit(self._reply, self._workers[number], question)
+        return self._threads[number].submit(
+            self._reply, self._workers[number], str(rollout), row, list(messages), list(turns)
+        )
 
     def close(self) -> None:
         """End the processes; a call that is running fails. The next call starts them again."""
@@ -83,16 +88,42 @@ class Environment:
         for worker in self._workers:
             worker.close(patience=0.2)
 
-    def _reply(self, worker: Worker, question: Mapping[str, Any]) -> Reply:
+    def _reply(
+        self,
+        worker: Worker,
+        key: str,
+        row: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        turns: Sequence[int],
+    ) -> Reply:
         if not worker.is_running:
-            self._imported(worker)
+            self._import(worker)
             if not worker.is_running:  # closed meanwhile
                 raise EnvironmentFailedError("it was ended")
         limit = f"rollouts.environment_timeout = {self._seconds:g} s"
-        return _messages(self._ask(worker, question, self._seconds, limit)["messages"])
 
-    def _imported(self, worker: Worker) -> dict[str, Any]:
-        return self._ask(worker, {}, _IMPORT_SECONDS, f"{_IMPORT_SECONDS:g} s to import")
+        def reply_to(turn: int) -> dict[str, Any]:
+            question = {"key": key, "row": row, "messages": messages[: turns[turn]], "n_earlier": turn}
+            return self._ask(worker, question, self._seconds, limit)
+
+        found = reply_to(len(turns) - 1)
+        if "lacks" in found:  # another rollout has ended the process, with this one's object
+            for turn in range(len(turns)):
+                found = reply_to(turn)
+        return _messages(found["messages"])
+
+    def _import(self, worker: Worker) -> str:
+        """Start a worker with the module; returns the digest of its file."""
+        file = Path(self._ask(worker, {}, _IMPORT_SECONDS, f"{_IMPORT_SECONDS:g} s to import")["file"]).resolve()
+        digest = file_digest(file, error=ConfigError)
+        if self._digest not in (None, digest):
+            worker.close()
+            raise ConfigError(
+                f'rollouts.environment = "{self.name}": {file} is not the module that the command started with: it '
+                "was edited since, or is another one on this machine; set it back and run the same command again, or "
+                "start a new round"
+            )
+        return digest
 
     def _ask(self, worker: Worker, question: Mapping[str, Any], seconds: float, limit: str) -> dict[str, Any]:
         """The worker's reply to a question, or to {} the file of the module. Raises `EnvironmentFailedError`."""
