@@ -496,8 +496,15 @@ def test_an_export_is_restored_whole(
     first, file = exported
     again = imported(str(file), tmp_path / "b")
     assert not capsys.readouterr().err.count("warning")
-    assert again.manifest == first.manifest and again.scorer_names() == first.scorer_names()
     assert set(first.scorer_names()) == {"student", "teacher", "partial", "alone", "own"}
+    assert_same_round(first, again)
+    before = tree_digest(tmp_path / "b")
+    assert importing.run(str(file), toy(), str(tmp_path / "b")) == 0
+    assert tree_digest(tmp_path / "b") == before and "nothing to do" in capsys.readouterr().out
+
+
+def assert_same_round(first: cs.Round, again: cs.Round) -> None:
+    assert again.manifest == first.manifest and again.scorer_names() == first.scorer_names()
     groups = [(first.rollouts, again.rollouts)]
     groups += [(first.scores(name), again.scores(name)) for name in first.scorer_names()]  # type: ignore[misc]
     for ours, theirs in groups:
@@ -507,9 +514,38 @@ def test_an_export_is_restored_whole(
             for a, b in zip(astuple(ours.read(block)), astuple(theirs.read(block)), strict=True):
                 assert (a is None and b is None) or a.tobytes() == b.tobytes()
     assert [again.prompts[i] for i in range(again.n_prompts)] == [first.prompts[i] for i in range(first.n_prompts)]
-    before = tree_digest(tmp_path / "b")
-    assert importing.run(str(file), toy(), str(tmp_path / "b")) == 0
-    assert tree_digest(tmp_path / "b") == before and "nothing to do" in capsys.readouterr().out
+
+
+def test_prompts_without_rollouts_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those whose environment failed every time: the first and the last of a block, and one of another."""
+    student, records, rng = resolve(toy().student), factory.prompts(10), np.random.default_rng(5)
+    identity = {"student": student.identity, "tokenizer": student.tokenizer_identity}
+    manifest = factory.round_manifest(records, rollouts_per_prompt=2, **identity)
+    round_ = cs.create(tmp_path / "a").start_round(manifest, records)
+    scores = round_.start_scores("student", factory.scores_manifest("student"))
+    for block, without in enumerate(({0, 3}, set(), {1})):
+        whole = factory.rollout_block(manifest, block, rng)
+        prompts = [(int(index), whole.prompt_ids(n)) for n, index in enumerate(whole.prompt_index)]
+        spans = [
+            (row, whole.response_slice(row)) for row in range(whole.n_rows) if whole.row_prompt[row] not in without
+        ]
+        rows = [
+            cs.RolloutRow(
+                int(whole.row_prompt[row]),
+                int(whole.sample_index[row]),
+                whole.token_ids[span],
+                whole.rollout_logprobs[span],
+                int(whole.finish_reason[row]),
+            )
+            for row, span in spans
+        ]
+        rollouts = cs.RolloutBlock.from_rows(prompts, rows)
+        round_.rollouts.write(block, rollouts)
+        scores.write(block, factory.score_block(scores.manifest, rollouts, rng))
+    assert exporting.run(str(tmp_path / "a"), str(tmp_path / "x.parquet")) == 0
+    assert parquet.read_table(tmp_path / "x.parquet").num_rows == 2 * 7
+    assert_same_round(round_, imported(str(tmp_path / "x.parquet"), tmp_path / "b"))
+    assert "warning" not in capsys.readouterr().err
 
 
 def _with(table: pa.Table, column: str, values: list[Any]) -> pa.Table:

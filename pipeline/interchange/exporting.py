@@ -10,9 +10,10 @@
                                                 there are K values a token
 
 Unknown and unscored values are null; so is the whole list if a scorer has not scored the block. NAMEs are
-those of the cache (cache_schema/SPEC.md); the manifests of round and scorers, and digests of their blocks, are JSON
-under `redpen` in the schema's metadata. One block is in memory at a time and makes one row group; the file appears
-when it is complete. `redpen import` restores round and scores from it (`pipeline.interchange.restoring`).
+those of the cache (cache_schema/SPEC.md). JSON under `redpen` in the schema's metadata has the manifests of round and
+scorers, digests of their blocks, and the prompts without any rollout, which have no row. One block is in memory at a
+time and makes one row group; the file appears when it is complete. `redpen import` restores round and scores from it
+(`pipeline.interchange.restoring`).
 
     redpen export-cache CACHE -o DIR_OR_FILE
 """
@@ -116,6 +117,7 @@ class BlockExporter:
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
             "format_version": round_.cache.version,
             "columns": [*self._more],
+            "without_rollouts": _without_rollouts(round_, records),
             "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
@@ -182,6 +184,24 @@ def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Ma
         except (pa.ArrowException, OverflowError):
             pass
         warn(f"{round_.cache.url}: column {name} of the prompts {problem}; it is left out")
+    return found
+
+
+def _without_rollouts(
+    round_: cs.Round, records: Sequence[dict[str, Any]]
+) -> list[tuple[int, dict[str, Any], list[int]]]:
+    """Number, record and token ids of the prompts that have no rollout in a finished block."""
+    group, per_prompt, found = round_.rollouts, round_.manifest.rollouts_per_prompt, []
+    names = ("row_prompt", "prompt_index", "prompt_start", "prompt_length", "prompt_token_ids")
+    rows = group.commits()["rows"]
+    for block in np.flatnonzero(group.committed()).tolist():
+        if rows[block] > (len(round_.block_prompts(block)) - 1) * per_prompt:
+            continue
+        read = group.read_arrays(block, names)
+        for prompt in np.setdiff1d(np.arange(len(read["prompt_index"])), read["row_prompt"]).tolist():
+            index, start = int(read["prompt_index"][prompt]), int(read["prompt_start"][prompt])
+            ids = read["prompt_token_ids"][start : start + int(read["prompt_length"][prompt])].tolist()
+            found.append((index, records[index], ids))
     return found
 
 

@@ -8,8 +8,8 @@ other, with its rollouts alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Export:
         digests: by group and block; 0: not in the file.
         version: of the cache's format, which decides the digests; files from before it was exported are of version 1.
         columns: of the prompts, beside the usual ones.
+        without_rollouts: record and token ids of the prompts that have no row, by their numbers.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Export:
     digests: dict[str, list[int]]
     version: int
     columns: tuple[str, ...] = ()
+    without_rollouts: Mapping[int, tuple[dict[str, Any], Sequence[int]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path) -> Export | None:
@@ -60,7 +62,12 @@ class Export:
             digests = {name: [int(digest, 16) for digest in each] for name, each in about["digests"].items()}
             manifest, version = cs.RoundManifest.from_json(about["manifest"], "round"), about.get("format_version", 1)
             columns = tuple(map(str, about.get("columns", ())))
-            return cls(path, manifest, scores, digests, version, columns) if 1 <= version <= cs.VERSION else None
+            no_row = {
+                int(index): (dict(record), list(ids)) for index, record, ids in about.get("without_rollouts", ())
+            }
+            if not 1 <= version <= cs.VERSION:
+                return None
+            return cls(path, manifest, scores, digests, version, columns, no_row)
         except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError, ValueError):
             return None
 
@@ -75,15 +82,21 @@ class Export:
         if 0 in self.digests["rollouts"]:
             raise ChangedError("it was exported before all rollouts were sampled")
         records: dict[int, dict[str, Any]] = {}
+
+        def add(index: int, record: dict[str, Any]) -> None:
+            if index not in records:
+                try:
+                    records[index] = check_record(record, str(self.path), self.columns)
+                except PromptError as error:
+                    raise ChangedError(str(error)) from None
+
+        for index, (record, _) in self.without_rollouts.items():
+            add(index, record)
         for block, table in self._tables(["prompt_index", *FIELDS, *self.columns]):
             for row in table.to_pylist():
                 if row["prompt_index"] not in self.manifest.block_prompts(block):
                     raise ChangedError("its rows were changed")
-                if row["prompt_index"] not in records:
-                    try:
-                        records[row["prompt_index"]] = check_record(row, str(self.path), self.columns)
-                    except PromptError as error:
-                        raise ChangedError(str(error)) from None
+                add(row["prompt_index"], row)
         prompts = [records[index] for index in sorted(records)]
         if len(prompts) != self.manifest.n_prompts or cs.prompts_sha256(prompts) != self.manifest.prompts_sha256:
             raise ChangedError("its prompts were changed")
@@ -97,7 +110,9 @@ class Export:
         """
         for block, table in self._tables(None):
             try:
-                rollouts = _rollouts(table, self.manifest.block_prompts(block))
+                prompts = self.manifest.block_prompts(block)
+                no_row = {index: ids for index, (_, ids) in self.without_rollouts.items() if index in prompts}
+                rollouts = _rollouts(table, prompts, no_row)
                 digests = {"rollouts": round_.rollouts.record_digest(rollouts, version=self.version)}
                 scored = {}
                 for name in self.scores:
@@ -108,7 +123,7 @@ class Export:
                             **{each: _values(table, column_name(name, spec), spec) for each, spec in specs.items()}
                         )
                         digests[name] = group.record_digest(scored[name], rollouts, self.version)
-            except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException):  # columns that were changed
+            except (KeyError, ValueError, TypeError, AttributeError, OverflowError, pa.ArrowException):
                 raise ChangedError("its columns were changed") from None
             if changed := [name for name, digest in digests.items() if digest != self.digests[name][block]]:
                 raise ChangedError(f"{' and '.join(changed)} were changed since, in block {block}")
@@ -166,14 +181,15 @@ def restore(export: Export, prompts: list[dict[str, Any]], cache_url: str, round
     return 0
 
 
-def _rollouts(table: Any, prompts: range) -> cs.RolloutBlock:
+def _rollouts(table: Any, prompts: range, no_row: Mapping[int, Sequence[int]]) -> cs.RolloutBlock:
+    """A block from its rows, and the ids of its prompts that have none."""
     columns = {name: table.column(name).to_pylist() for name in ("prompt_index", "sample_index", "finish_reason")}
     lists = {
         name: [scalar.values for scalar in table.column(name)]
         for name in ("prompt_token_ids", "response_token_ids", "rollout_logprobs", "trained")
     }
     codes = {name: code for code, name in cs.FINISH_NAMES.items()}
-    rows, ids = [], {}
+    rows, ids = [], dict[int, npt.ArrayLike](no_row)
     for row, prompt in enumerate(columns["prompt_index"]):
         ids[prompt] = lists["prompt_token_ids"][row].to_numpy(zero_copy_only=False)
         rows.append(
