@@ -140,6 +140,16 @@ def test_warnings(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "signal", [["train.advantage=constant"], ["reward.coefficient=1", "reward.teacher_weight=0"]], ids=" ".join
+)
+def test_without_a_teacher_no_warning_is_about_reverse_kl(signal: list[str]) -> None:
+    """Tempered rollouts make a policy gradient biased, whatever it is of."""
+    tempered = [SAMPLED, "rollouts.temperature=0.7", *signal]
+    (line,) = [line for line in load_recipe("toy", tempered).warnings() if "rollouts.temperature" in line]
+    assert "biased, unless train.behaviour_correction" in line and "reverse KL" not in line
+
+
+@pytest.mark.parametrize(
     ("overrides", "idle"),
     [
         (["rollouts.temperature=0", "rollouts.top_p=0.9"], "rollouts.top_p"),

@@ -194,6 +194,23 @@ def test_a_round_with_nothing_to_compare_is_refused(sampled: dict[str, float], t
         checks.check_round(recipe(*REWARD), round_)
 
 
+@pytest.mark.parametrize("settings", [[], ["train.loss=importance_sampling"], [*ALONE[2:]], [ALONE[1]]], ids=str)
+def test_a_tempered_round_makes_the_gradient_of_rewards_biased(
+    settings: list[str], tmp_path: Path, recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a teacher there is no reverse KL that could rise, nor does the part of a reward raise it. Above 1 the
+    recipe says nothing of it."""
+    temperature = 2.0 if ALONE[1] in settings else 0.5
+    records = factory.prompts(2)
+    manifest = factory.round_manifest(records, temperature=temperature)
+    round_ = cs.create(tmp_path / "c.zarr").start_round(manifest, records)
+    checks.check_round(recipe("reward.coefficient=0.5", *settings), round_)
+    said = " ".join(capsys.readouterr().err.split())
+    of_teacher = settings == ["train.loss=importance_sampling"]
+    assert f"was sampled at temperature {temperature:g}" in said
+    assert ("reverse KL" in said) == of_teacher and ("biased, unless train.behaviour" in said) != of_teacher
+
+
 def test_without_answers_nothing_can_be_rewarded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1+2*3="}\n{"prompt": "2+2*3="}\n')

@@ -371,6 +371,8 @@ def low_temperature(recipe: Recipe) -> str | None:
     effect = "training then only corrects tokens that the student was already confident of"
     if recipe.train.loss == "importance_sampling" and not recipe.train.behaviour_correction:
         effect = "under importance sampling the on-policy reverse KL then rises instead of falling"
+        if not recipe.has_teacher:
+            effect = "the policy gradient is then biased, unless train.behaviour_correction is true"
     return (
         f"rollouts.temperature = {recipe.rollouts.temperature:g}: rollouts miss most of the student's support; "
         f"{effect}; 1 is recommended"

@@ -17,6 +17,8 @@ from pipeline.train.build import make_objective, n_held_back
 from pipeline.train.objective import DistillationObjective
 from pipeline.train.teachers import Teachers
 
+_OF_REWARD, _K2 = "a reward's policy gradient", "reverse_kl without candidates"
+
 
 def check_committed(loss: str, round_: cs.Round, teachers: Sequence[str], cache_url: str) -> None:
     """Training needs every block of the rollouts, of the teachers' scores and of the student's; cross-entropy of the
@@ -41,7 +43,7 @@ def check_round(recipe: Recipe, round_: cs.Round) -> None:
     if train.loss == "importance_sampling":
         check_sampling(recipe, round_, "importance_sampling")
     elif reward.coefficient:
-        check_sampling(recipe, round_, "a reward's policy gradient")
+        check_sampling(recipe, round_, _OF_REWARD)
     if reward.coefficient:
         check_groups(round_)
         check_answers(round_, reward)
@@ -72,9 +74,13 @@ def check_sampling(recipe: Recipe, round_: cs.Round, loss: str) -> None:
             f"train.loss: {where} top_p {sampled.top_p:g}, and tokens outside the nucleus have no ratio, which "
             f'{loss} needs; set it to "reverse_kl" over candidates, or sample a round at top_p 1'
         )
-    recipe_warned = recipe.rollouts.temperature != 1
-    if sampled.temperature != 1 and not recipe.train.behaviour_correction and not recipe_warned:
-        warn(f"{where} temperature {sampled.temperature:g}: {loss} then raises the on-policy reverse KL")
+    if sampled.temperature == 1 or recipe.train.behaviour_correction or recipe.rollouts.temperature < 1:
+        return  # of the last the recipe has warned
+    if sampled.temperature < 1 and recipe.has_teacher and loss != _OF_REWARD:
+        effect = "raises the on-policy reverse KL"
+    else:
+        effect = "is biased" + (", unless train.behaviour_correction is true" if loss != _K2 else "")
+    warn(f"{where} temperature {sampled.temperature:g}: {loss} then {effect}")
 
 
 def check_behaviour(round_: cs.Round) -> None:
@@ -149,7 +155,7 @@ def check_sampled_token_only(recipe: Recipe, round_: cs.Round, teachers: Teacher
             "teacher score the cache itself under another name"
         )
     if loss == "reverse_kl":
-        check_sampling(recipe, round_, "reverse_kl without candidates")
+        check_sampling(recipe, round_, _K2)
         found += ", so reverse_kl is differentiated at the sampled token alone (k2)"
     warn(
         f"{found}; reverse KL is measured over the sampled token and everything else, a loose lower bound; set "
