@@ -27,7 +27,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
-from helpers.caches import arrays_of
+from helpers.caches import arrays_of, small_recipe
 from helpers.models import FAMILIES, SMALL_CONFIG, random_model
 from pipeline.config import ModelConfig, Recipe, load_recipe
 from pipeline.engines.resident import ResidentScorer
@@ -359,6 +359,33 @@ def test_the_wave_follows_from_the_memory(saved: Callable[..., Path], capsys: py
         in said
     )
     assert "of 8.0 GiB expected in use" in said
+
+
+def test_a_wave_has_room_for_a_rollout_that_is_longer_than_a_tile(saved: Callable[..., Path]) -> None:
+    cfg, short = config(saved("qwen3")), ScoreOptions(tile_tokens=16, rows_per_chunk=32)
+    assert StreamedScorer(cfg, short, memory_gib=0.0635).wave_tokens < 6000
+    with pytest.raises(ConfigError, match=r"score\.memory_gib = 0\.0635: .* a tile of 6,000 tokens"):
+        StreamedScorer(cfg, short, memory_gib=0.0635, longest=6000)
+    assert StreamedScorer(cfg, short, memory_gib=0.1, longest=6000).wave_tokens >= 6000
+
+
+def test_scoring_takes_the_longest_rollout_into_account(
+    toy_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a teacher that reads more than the student, the longest that it reads."""
+    found: list[int] = []
+
+    class Recorded(StreamedScorer):
+        def __init__(self, *args: Any, longest: int = 0, **kwargs: Any):
+            found.append(longest)
+            super().__init__(*args, longest=longest, **kwargs)
+
+    monkeypatch.setattr(streamed, "StreamedScorer", Recorded)
+    cache = shutil.copytree(toy_cache, tmp_path / "c.zarr")
+    own = ["teacher.name=other", "teacher.placement=streamed", "teacher.prompt_prefix=0123456789"]
+    assert stage.run(small_recipe(*own, "score.tile_tokens=16"), str(cache), only="other") == 0
+    blocks = [cs.open(cache).round().rollouts.read(block) for block in range(cs.open(cache).round().n_blocks)]
+    assert found == [max(int((b.prompt_length[b.row_prompt] + b.response_length).max()) for b in blocks) + 10]
 
 
 def test_measured_memory_is_what_a_layer_takes() -> None:

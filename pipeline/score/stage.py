@@ -335,12 +335,23 @@ def _load_scorer(work: ScoreWork, round_: cs.Round, on_tile: Callable[[int], Non
     if placement == "streamed":
         from pipeline.streaming.streamed import StreamedScorer
 
-        streamed = StreamedScorer(scorer, options, memory_gib=recipe.score.memory_gib, on_tile=on_tile)
+        memory, longest = recipe.score.memory_gib, _longest(round_, view, options.tile_tokens)
+        streamed = StreamedScorer(scorer, options, memory_gib=memory, longest=longest, on_tile=on_tile)
         say(streamed.settle_layout(*sample))
         return view.scorer(streamed)
     model = models.load_model(scorer)
     say(settle_layout(model, *sample))
     return view.scorer(ResidentScorer(model, options, on_tile=on_tile))
+
+
+def _longest(round_: cs.Round, view: View | SpanView, tile_tokens: int) -> int:
+    """Tokens of the longest rollout in the teacher's view; at most `tile_tokens` if none can be longer."""
+    sampled = round_.manifest
+    if isinstance(view, View):
+        prompt = sampled.max_prompt_tokens if view.prompts is None else max(map(len, view.prompts))
+        if prompt + sampled.max_response_tokens <= tile_tokens:
+            return prompt + sampled.max_response_tokens
+    return max(longest_of(round_, block, view) for block in np.flatnonzero(round_.rollouts.committed()).tolist())
 
 
 def _checked_rollouts(rollouts: cs.RolloutBlock, cfg: ModelConfig) -> tuple[list[npt.NDArray[np.int32]], list[int]]:

@@ -40,14 +40,15 @@ class WaveBudget:
             given = f"score.memory_gib = {self._gib:g}" if self._gib else f"free memory ({self._device.type})"
             raise ConfigError(
                 f"{given}: expected at least {needed / _GIB:.2f} GiB to stream this model ({shown}), got "
-                f"{self.budget / _GIB:.2f}; give it more, or lower score.tile_tokens or score.rows_per_chunk"
+                f"{self.budget / _GIB:.2f}; give it more, or lower score.rows_per_chunk, or score.tile_tokens if no "
+                "rollout is as long"
             )
 
     def take_wave(self, tile_tokens: int, waiting: float, working: float, head: float) -> int:
         """Take the memory of a wave that is as long as is useful, and return its tokens.
 
         Args:
-            tile_tokens: what a wave has at least.
+            tile_tokens: what a wave has at least: the longest tile's tokens.
             waiting: bytes of a token while other tiles are computed.
             working: bytes of a token in the tile that a layer works on, beside those.
             head: bytes for the logits.

@@ -65,6 +65,7 @@ class StreamedScorer:
         model: a decoder of the transformers library, its weights in safetensors.
         memory_gib: what it may take of the device's memory, or of the host's on the CPU; most of what is free
             where None.
+        longest: tokens of the longest rollout, prompt included, which is a tile by itself if it is longer than one.
         on_tile: called before each tile of each layer with the response tokens that the work since the last call
             amounts to; what it raises stops it.
 
@@ -85,6 +86,7 @@ class StreamedScorer:
         options: ScoreOptions = ScoreOptions(),  # noqa: B008  frozen
         *,
         memory_gib: float | None = None,
+        longest: int = 0,
         on_tile: Callable[[int], None] = lambda tokens: None,
     ):
         self._source = source = resolve(model)
@@ -111,7 +113,8 @@ class StreamedScorer:
         self._stream = LayerStream(transfer, layers, _beyond_file_cache(layers))
         self._model = self._with_adapter(skeleton, layers)
         self._head = Head.of(self._model)
-        self.batch_tokens = self.wave_tokens = self._memory.take_wave(options.tile_tokens, *self._measure(layers))
+        most = max(options.tile_tokens, longest)
+        self.batch_tokens = self.wave_tokens = self._memory.take_wave(most, *self._measure(layers, most))
         in_bits = f" in {source.quantisation}, dequantised to {source.dtype}," if source.formats else ""
         say(
             f"{setting_name(cfg, 'model').rpartition('.')[0]}: {cfg.model} streamed to {self._device.type}: "
@@ -215,9 +218,9 @@ class StreamedScorer:
         return model.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def _measure(self, layers: Sequence[Group]) -> tuple[float, float, float]:
+    def _measure(self, layers: Sequence[Group], tile_tokens: int) -> tuple[float, float, float]:
         """Bytes of a token that waits, of one that a layer works on besides, and of the logits of a chunk."""
-        n_tokens = min(self._options.tile_tokens, _PROBE_TOKENS[self._device.type])
+        n_tokens = min(tile_tokens, _PROBE_TOKENS[self._device.type])
         lengths = [min(_PROBE_LENGTH, n_tokens - start) for start in range(0, n_tokens, _PROBE_LENGTH)]
         probes = [np.zeros(length, np.int32) for length in lengths]
         tokens = lay_out(self._model, probes, [1] * len(lengths), self._device, one_forward=True)
@@ -238,7 +241,7 @@ class StreamedScorer:
             working, most = max(working, peak.nbytes), max(most, dequantising.nbytes)
         if most:
             self._memory.take("dequantising", most)
-        rows = min(self._options.rows_per_chunk, self._options.tile_tokens)
+        rows = min(self._options.rows_per_chunk, tile_tokens)
         logits = rows * self._head.vocab_size * self._head.logits_dtype.itemsize
         return bytes_of([noted.hidden, noted.calls]) / n_tokens, working / n_tokens, 2.0 * logits
 
