@@ -105,12 +105,16 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _memory() -> dict[str, int]:
-    """Of the host; what Linux can give to programs counts as free, although it caches files in it now."""
+    """Of the host, or of this container; what Linux can give to programs counts as free, although it caches files in
+    it now.
+    """
+    from pipeline.models.load import memory_limits
+
     found = {name: os.sysconf(f"SC_{pages}") * os.sysconf("SC_PAGE_SIZE") for name, pages in _PAGES.items()}
     with contextlib.suppress(OSError, ValueError, IndexError):
         available = re.findall(r"^MemAvailable:\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE)
         found["free"] = int(available[0]) * 1024
-    return found
+    return {name: min([nbytes, *memory_limits()]) for name, nbytes in found.items()}
 
 
 def _version(name: str) -> str | None:

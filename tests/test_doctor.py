@@ -35,6 +35,11 @@ def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["recipes"]["qwen3-8b-from-32b"]["fits"] is None
 
 
+def test_a_container_has_the_memory_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.models.load.memory_limits", lambda: [2**62, 3 * 2**20])
+    assert doctor._memory() == {"total": 3 * 2**20, "free": 3 * 2**20}
+
+
 def other_machine() -> dict[str, Any]:
     card = {"name": "Card \x1b[2J", "free": 2**30, "total": 2**34}
     return {

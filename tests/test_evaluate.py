@@ -18,18 +18,18 @@ import cache_schema as cs
 from helpers import killing, preloaded
 from helpers.caches import overwrite_with_zeros, small_recipe, tree_digest
 from pipeline import cli
-from pipeline.config import PromptsConfig, Recipe
+from pipeline.config import PromptsConfig, Recipe, load_recipe
 from pipeline.engines.sampling import PromptBlock, Sampling
 from pipeline.engines.transformers_sampler import TransformersSampler
 from pipeline.errors import ConfigError, ModelError, PromptError, RedpenError
-from pipeline.evaluate import stage
+from pipeline.evaluate import job, stage
 from pipeline.evaluate.reread import reread
 from pipeline.models import load as models
 from pipeline.models.paths import resolve_path
 from pipeline.models.resolve import resolve
 from pipeline.report.runs import read_run
 from pipeline.rounds.scored_block import scored_blocks
-from pipeline.runs.files import fault, read_record, write_record
+from pipeline.runs.files import RECORD, fault, read_record, write_record
 from pipeline.runs.lock import locked
 from pipeline.text.prompts import load_prompts
 from pipeline.text.rendering import render
@@ -618,3 +618,13 @@ def test_a_run_outlives_its_teacher(run_dir: Path, tmp_path: Path, capsys: pytes
     assert "accuracy" in said.out and "reverse_kl" not in json.loads(out.read_text())["after"]
     with pytest.raises(ModelError, match="no such directory"):
         stage.run(str(run_dir), teacher=str(tmp_path / "gone"), overrides=SMALL)
+
+
+def test_a_run_that_learned_from_no_teacher_is_compared_with_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A control, or rewards alone: its record names none."""
+    (tmp_path / RECORD).write_text(json.dumps({"cache": {"url": "c", "teacher": ""}}))
+    assert job._run_teacher(load_recipe("toy-ensemble"), tmp_path).name == "teacher"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path} learned from no teacher; reverse KL is to teacher alone" in said

@@ -65,7 +65,12 @@ def test_a_merged_model_is_published_as_it_is(trained: Path, hub: Hub, tmp_path:
 
 
 def test_what_is_wrong_is_one_line_and_nothing_is_published(
-    trained: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    toy_cache: Path,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused(*arguments: str) -> str:
         assert main(["push", *arguments]) == 1
@@ -77,6 +82,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_published(
     assert "expected OWNER/NAME" in refused(str(trained), "not a name", "--base", "me/toy")
     assert "give --base" in refused(str(trained), "me/mine")
     assert "expected a run" in refused(str(tmp_path), "me/mine")
+    assert "found a cache; publish it as hf://datasets/OWNER/NAME" in refused(str(toy_cache), "me/mine")
+    assert "is a run, whose model is published as OWNER/NAME" in refused(str(trained), URL)
     damaged = Path(shutil.copytree(trained, tmp_path / "run"))
     (damaged / "adapter/adapter_model.safetensors").write_bytes(b"other")
     assert "digest" in refused(str(damaged), *named[1:])

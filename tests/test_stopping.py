@@ -31,6 +31,9 @@ def test_when_training_ends(recipe: Make) -> None:
     assert stale is not None and stale.exit_code == 3 and "0.450 of the tokens" in stale.sentence
     ended = stop_result(train, 5, after(HIGH, HIGH))
     assert ended is not None and ended.exit_code == 0 and ended.sentence.startswith("max steps: 5 done")
+    control = recipe("train.loss=importance_sampling", "train.advantage=constant").train
+    without = stop_result(control, control.steps, TrainingHistory([{"loss": 0.5, "ess": 0.9}], {}))
+    assert without is not None and "the loss is 0.50000 a token" in without.sentence, "of an advantage without a unit"
     off = recipe("train.stop_reverse_kl=0").train
     assert stop_result(off, 3, after(*[(0.0, 0.0)] * off.stop_window)) is None
 

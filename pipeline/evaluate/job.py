@@ -160,7 +160,7 @@ def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
         name = read_json(run_dir / RECORD)["cache"]["teacher"]
     except (OSError, ValueError, KeyError, TypeError):
         name = recipe.train.teacher
-    return _teacher_named(recipe, name, f"{run_dir} learned from {name}")
+    return _teacher_named(recipe, name, f"{run_dir} learned from {name or 'no teacher'}")
 
 
 def _recipe_teacher(recipe: Recipe, target: str) -> TeacherConfig | None:

@@ -66,10 +66,13 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     lines = read_text(Path("/proc/meminfo")).splitlines()
     available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := read_text(limit).strip()).isdigit():
-            available = min(available, int(text))
-    return available
+    return min([available, *memory_limits()])
+
+
+def memory_limits() -> list[int]:
+    """Bytes of host memory that this container may use, if it has a limit."""
+    files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return [int(text) for limit in files if limit.is_file() and (text := read_text(limit).strip()).isdigit()]
 
 
 def pick_device(cfg: ModelConfig) -> torch.device:

@@ -105,6 +105,11 @@ def _files(directory: Path) -> dict[str, Path]:
     else:
         model = directory
     if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if (directory / "zarr.json").is_file():
+            raise ModelError(
+                f"{directory}: expected a run or a model for this HUB_ID, found a cache; publish it as "
+                "hf://datasets/OWNER/NAME"
+            )
         raise ModelError(
             f"{directory}: expected a run, or a directory with config.json or adapter_config.json, found neither"
         )

@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError, RedpenError, shorten
 from pipeline.files import PARTIAL, refuse_link
 from pipeline.models.push import upload
 from pipeline.report.inspect import summary
+from pipeline.runs.files import is_run
 
 _CHUNK = re.compile(r"(?P<group>rounds/\d+/(rollouts|scores/[^/]+))/[^/]+/c/(?P<block>\d+)(/.*)?")
 _CARD = "README.md"
@@ -37,6 +38,8 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
     match = cs.HUB_URL.fullmatch(url)
     if match is None or match["revision"]:
         raise ConfigError(f"HUB_ID: expected hf://datasets/OWNER/NAME for a cache, got {url!r}")
+    if is_run(cache_path):
+        raise ConfigError(f"HUB_ID: {cache_path} is a run, whose model is published as OWNER/NAME, got {url!r}")
     cache = cs.open(cache_path, writable=True)
     if cache.path is None:
         raise ConfigError(f"CACHE: expected a local cache to publish, got {cache_path!r}; copy it here first")

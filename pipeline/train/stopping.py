@@ -86,7 +86,8 @@ def stop_result(train: TrainConfig, step: int, history: TrainingHistory) -> Resu
     elif step >= train.steps:
         name = "reverse KL on the cached rollouts" if "reverse_kl" in means else "the loss"
         mean = means.get("reverse_kl", means.get("loss", math.nan))
-        sentence = f"max steps: {step} done; {name} is {mean:.5f} nats a token ({over})"
+        unit = " nats" if "reverse_kl" in means or train.loss == "cross_entropy" else ""  # an advantage has none
+        sentence = f"max steps: {step} done; {name} is {mean:.5f}{unit} a token ({over})"
     else:
         return None
     return Result(step, sentence + kept, code)
