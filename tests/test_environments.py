@@ -392,7 +392,8 @@ def test_a_round_with_an_environment_goes_through_every_stage(here: Path, capsys
     """One prompt has no rollout left, since its environment always fails."""
     broken = ENVIRONMENT.replace("self.calls += 1", "self.calls += 1; 1 / (self.row['prompt'] != 'h')")
     held_out = [f"eval.path={here / 'prompts.jsonl'}", "eval.samples=2", "train.heldout_metric=accuracy"]
-    recipe = chat_recipe(here, "rollouts.stop_token_ids=[3]", "rollouts.max_response_tokens=80", *held_out)
+    settings = ["rollouts.stop_token_ids=[3]", "rollouts.max_response_tokens=80", *held_out]
+    recipe = chat_recipe(here, *settings)
     (here / "counting.py").write_text(broken)
     assert stage.run(recipe, "c.zarr") == 0 and pipeline.score.stage.run(recipe, "c.zarr") == 0
     round_ = sampled("c.zarr")
@@ -405,6 +406,10 @@ def test_a_round_with_an_environment_goes_through_every_stage(here: Path, capsys
         assert main(command) == (command[0] == "diagnose")  # which finds that random models do not fit
         out = capsys.readouterr().out
         assert out and "nan" not in out.lower()
+    alone = ["train.prompts_per_step=1", "train.steps=6"]
+    with pytest.raises(ConfigError, match=r"train\.prompts_per_step = 1: 1 of 6 prompts of round 0 have no rollout"):
+        pipeline.train.stage.run(chat_recipe(here, *settings, *alone), "c.zarr", here / "alone")
+    assert not (here / "alone").exists()
     assert pipeline.train.stage.run(recipe, "c.zarr", here / "run") == 0
     n_own = sum(int((block.trained == 1).sum()) for block in blocks)
     metrics = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,8 @@ class VllmSampler:
                 if not requests and not replies:
                     return
                 outputs = self._step() if requests else []
-                replied = wait(replies, 0 if requests else LOOK_EVERY).done if replies else ()
+                patience = 0 if requests else LOOK_EVERY
+                replied = wait(replies, patience, FIRST_COMPLETED).done if replies else ()
                 now, unfinished = time.perf_counter(), [*requests.values(), *replies.values()]
                 for request in unfinished:
                     request.block.seconds += (now - since) / len(unfinished)

@@ -36,6 +36,7 @@ from pipeline.disk import readable
 from pipeline.errors import RedpenError, shorten
 from pipeline.files import atomic_file
 from pipeline.interchange.rows import column_name
+from pipeline.rounds.scored_block import prompts_without_rollouts
 from pipeline.text.answers import answers_of
 
 _TEXTS = ("prompt", "answer", "source", "id")
@@ -117,7 +118,7 @@ class BlockExporter:
             "scores": {name: group.manifest.to_json() for name, group in self.scorers.items()},
             "format_version": round_.cache.version,
             "columns": [*self._more],
-            "without_rollouts": _without_rollouts(round_, records),
+            "without_rollouts": _without_rollouts(round_),
             "digests": {"rollouts": _digests(round_.rollouts)} | {n: _digests(g) for n, g in self.scorers.items()},
         }
         self.schema = pa.schema(list(fields.items()), metadata={"redpen": json.dumps(about)})
@@ -187,21 +188,14 @@ def _more_columns(records: Sequence[dict[str, Any]], round_: cs.Round, known: Ma
     return found
 
 
-def _without_rollouts(
-    round_: cs.Round, records: Sequence[dict[str, Any]]
-) -> list[tuple[int, dict[str, Any], list[int]]]:
-    """Number, record and token ids of the prompts that have no rollout in a finished block."""
-    group, per_prompt, found = round_.rollouts, round_.manifest.rollouts_per_prompt, []
-    names = ("row_prompt", "prompt_index", "prompt_start", "prompt_length", "prompt_token_ids")
-    rows = group.commits()["rows"]
-    for block in np.flatnonzero(group.committed()).tolist():
-        if rows[block] > (len(round_.block_prompts(block)) - 1) * per_prompt:
-            continue
-        read = group.read_arrays(block, names)
-        for prompt in np.setdiff1d(np.arange(len(read["prompt_index"])), read["row_prompt"]).tolist():
-            index, start = int(read["prompt_index"][prompt]), int(read["prompt_start"][prompt])
-            ids = read["prompt_token_ids"][start : start + int(read["prompt_length"][prompt])].tolist()
-            found.append((index, records[index], ids))
+def _without_rollouts(round_: cs.Round) -> list[tuple[int, dict[str, Any], list[int]]]:
+    """Number, record and token ids of the prompts without rollouts."""
+    names, found = ("prompt_start", "prompt_length", "prompt_token_ids"), []
+    for index in prompts_without_rollouts(round_).tolist():
+        block, prompt = divmod(index, round_.manifest.prompts_per_block)
+        read = round_.rollouts.read_arrays(block, names)
+        start, length = int(read["prompt_start"][prompt]), int(read["prompt_length"][prompt])
+        found.append((index, round_.prompts[index], read["prompt_token_ids"][start : start + length].tolist()))
     return found
 
 

@@ -128,6 +128,18 @@ def rollout_numbers(round_: cs.Round, rollouts: cs.RolloutBlock) -> Int64:
     return np.asarray(rollouts.prompt_index[rollouts.row_prompt] * per_prompt + rollouts.sample_index, np.int64)
 
 
+def prompts_without_rollouts(round_: cs.Round) -> Int64:
+    """Numbers of the prompts in finished blocks that have no rollout: their environment failed in all of them."""
+    group, per_prompt, found = round_.rollouts, round_.manifest.rollouts_per_prompt, [np.empty(0, np.int64)]
+    rows = group.commits()["rows"]
+    for block in np.flatnonzero(group.committed()).tolist():
+        prompts = np.array(round_.block_prompts(block))
+        if rows[block] <= (len(prompts) - 1) * per_prompt:
+            with_one = group.read_arrays(block, ["row_prompt"])["row_prompt"]
+            found.append(np.delete(prompts, np.unique(with_one)))
+    return np.concatenate(found)
+
+
 def part_of(scores: cs.ScoreBlock, span: slice) -> cs.ScoreBlock:
     """The scores of some tokens of a block, such as those of one rollout."""
     return cs.ScoreBlock(**{name: value[span] for name, value in vars(scores).items() if value is not None})

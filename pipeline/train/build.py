@@ -30,14 +30,6 @@ def make_objective(recipe: Recipe, round_: cs.Round, teacher_names: Sequence[str
 def make_replay(recipe: Recipe, round_: cs.Round, objective: Objective) -> Replay:
     """The round's batches for an objective. Raises `ConfigError` if every prompt is held back."""
     train, select = recipe.train, recipe.select
-    order = Order(
-        round_.n_prompts,
-        round_.manifest.prompts_per_block,
-        train.prompts_per_step,
-        train.shuffle_window_blocks,
-        train.seed,
-        n_held_back(recipe),
-    )
     student, stop_ids, special_ids = resolve(recipe.student), round_.manifest.stop_token_ids, ()
     if not select.special_tokens:
         special_ids = tuple(set(student.tokenizer.all_special_ids) - set(stop_ids))
@@ -48,7 +40,21 @@ def make_replay(recipe: Recipe, round_: cs.Round, objective: Objective) -> Repla
     if train.behaviour_correction:
         derived.append(behaviour)
     selection = Selection(select, stop_ids, special_ids)
+    order = make_order(recipe, round_)
     return Replay(round_, objective.arrays, order, selection=selection, taught=taught, derived=derived)
+
+
+def make_order(recipe: Recipe, round_: cs.Round) -> Order:
+    """The order of the round's prompts. Raises `ConfigError` if every prompt is held back."""
+    train = recipe.train
+    return Order(
+        round_.n_prompts,
+        round_.manifest.prompts_per_block,
+        train.prompts_per_step,
+        train.shuffle_window_blocks,
+        train.seed,
+        n_held_back(recipe),
+    )
 
 
 def n_held_back(recipe: Recipe) -> int:

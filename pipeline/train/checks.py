@@ -13,7 +13,8 @@ from pipeline.console import warn
 from pipeline.errors import ConfigError, ModelError
 from pipeline.models.identity import IMPORTED
 from pipeline.models.resolve import resolve
-from pipeline.train.build import make_objective, n_held_back
+from pipeline.rounds.scored_block import prompts_without_rollouts
+from pipeline.train.build import make_objective, make_order, n_held_back
 from pipeline.train.objective import DistillationObjective
 from pipeline.train.teachers import Teachers
 
@@ -39,6 +40,7 @@ def check_committed(loss: str, round_: cs.Round, teachers: Sequence[str], cache_
 def check_round(recipe: Recipe, round_: cs.Round) -> None:
     """What the loss requires of how this round was sampled. Raises `ConfigError`."""
     train, reward = recipe.train, recipe.reward
+    check_steps(recipe, round_)
     check_single_pass(recipe, round_.n_prompts - n_held_back(recipe))
     if train.loss == "importance_sampling":
         check_sampling(recipe, round_, "importance_sampling")
@@ -49,6 +51,20 @@ def check_round(recipe: Recipe, round_: cs.Round) -> None:
         check_answers(round_, reward)
     if train.behaviour_correction:
         check_behaviour(round_)
+
+
+def check_steps(recipe: Recipe, round_: cs.Round) -> None:
+    """Refuse steps of prompts that have no rollout at all, since their environment failed."""
+    if "environment" not in round_.manifest.sampler_settings or not len(lost := prompts_without_rollouts(round_)):
+        return
+    order = make_order(recipe, round_)
+    for step in range(recipe.train.steps):
+        if np.isin(order.step(step), lost).all():
+            raise ConfigError(
+                f"train.prompts_per_step = {order.prompts_per_step}: {len(lost):,} of {round_.n_prompts:,} prompts "
+                f"of round {round_.index} have no rollout, since their environment failed, and step {step + 1} would "
+                "have no others; raise it"
+            )
 
 
 def check_single_pass(recipe: Recipe, n_prompts: int) -> None:
