@@ -11,6 +11,7 @@ The base model is in memory once if an adapter was trained on it, otherwise each
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ def chat(run: str, overrides: Sequence[str] = ()) -> int:
     if not is_chat:
         warn("prompts are plain text (no chat template), so every line is a prompt of its own")
     say(_HELP)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # an error of decoding would lose the lines after it
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             text = _read_line()
@@ -169,13 +172,14 @@ class _Terminal(TextStreamer):  # type: ignore[misc]  # transformers has no type
 
 
 def _read_line() -> str | None:
-    """The next line of the input; None at its end."""
+    """The next line of the input; None at its end. Raises `PromptError`, and the next call returns the line after."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        text = input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the message: expected UTF-8, got byte 0x{error.object[error.start]:02x}") from None
+    if wrong := next((character for character in text if "\udc80" <= character <= "\udcff"), ""):
+        raise PromptError(f"the message: expected UTF-8, got byte 0x{ord(wrong) - 0xDC00:02x}")
+    return text
 
 
 def _check(text: str, name: str) -> None:

@@ -87,6 +87,16 @@ def test_a_long_conversation_is_one_warning(
     assert "context of" in said.err and said.out.startswith("before:\n") and said.out.count("after:") == 1
 
 
+def test_a_line_that_is_no_text_costs_no_other(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.BytesIO(b"a\xff\n" + PROMPT.encode() + b"\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, "utf-8", "strict"))
+    assert cli.main(["chat", str(run_dir), *GREEDY, "--set", "rollouts.max_response_tokens=2"]) == 0
+    said = capsys.readouterr()
+    assert "the message: expected UTF-8, got byte 0xff" in said.err and said.out.count("after:") == 1
+
+
 def test_ctrl_c_stops_a_response_and_then_the_conversation(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
