@@ -76,6 +76,8 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str], data: S
                 run.start()
             with without_suggestions():
                 if trained_student(recipe.student, run.path / SFT) is None:
+                    # better now than after fine-tuning
+                    ranks.broadcast(lambda: distill.check_settings(recipe, cache_url))
                     sft.run(recipe, (), run.path / SFT)
                     models.free_memory()
                 tuned = trained_student(recipe.student, run.path / SFT)

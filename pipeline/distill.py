@@ -39,6 +39,7 @@ from pipeline.console import say, show, without_suggestions
 from pipeline.distributed.ranks import join_ranks
 from pipeline.files import atomic_directory, write_atomically
 from pipeline.models import load as models
+from pipeline.models.identity import created_by
 from pipeline.models.model_card import suggest_uses
 from pipeline.rollouts import stage as rollouts
 from pipeline.rounds.scored_block import scored_blocks
@@ -128,6 +129,12 @@ def run(recipe: Recipe, cache_url: str, run_dir: str | os.PathLike[str]) -> int:
     return 0
 
 
+def check_settings(recipe: Recipe, cache_url: str) -> None:
+    """Refuse what the first round would refuse before it loads a model. Raises as `run`."""
+    cs.create(cache_url, created_by=created_by())
+    rollouts.check_settings(recipe)
+
+
 def final_result(recipe: Recipe, rounds: Sequence[RoundResult]) -> Result | None:
     """The result after these rounds, or None if another one follows; the last round may not have trained yet.
 
@@ -212,6 +219,7 @@ def _open(
     """The run, locked until `stack` closes; its result, if it has ended; how many slices of `prompts.limit` prompts
     the file has.
     """
+    cs.create(cache_url, created_by=created_by())  # refused here, nothing is left of the run
     limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
         every = load_prompts(recipe.prompts.model_copy(update={"limit": None}), columns=kept_columns(recipe))

@@ -161,6 +161,24 @@ def test_a_gate_that_does_not_hold_is_an_exit_code_and_a_line(
     shutil.copytree(tmp_path / "kept", run)
 
 
+@pytest.mark.parametrize(
+    ("cache", "override", "message"),
+    [
+        ("hf://datasets/me/sums", "prompts.skip=0", "a published cache cannot be written"),
+        ("c.zarr", "prompts.path=no.jsonl", r"no\.jsonl: no such file"),
+        ("c.zarr", "rollouts.max_response_tokens=4000", r"rollouts\.max_response_tokens: expected at most"),
+    ],
+)
+def test_what_distillation_refuses_is_refused_before_fine_tuning(
+    cache: str, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("company", [*SHORT, HOLDS, override])
+    with pytest.raises((RedpenError, cs.CacheError), match=message):
+        continual.run(recipe, cache, tmp_path / "run")
+    assert not (tmp_path / "run/sft").exists()
+
+
 def test_the_next_documents_start_where_these_ended(
     failed: tuple[Path, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,8 @@ def test_a_published_cache_that_cannot_be_read_is_one_line(
     assert main(["push", str(toy_cache), URL]) == 0
     assert "hf://datasets/OWNER/NAME" in refused("inspect", "hf://datasets/sums")
     assert "cannot be written" in refused("rollouts", "toy", "--cache", URL)
+    assert "cannot be written" in refused("distill", "toy", "--cache", URL, "--run", str(tmp_path / "rounds"))
+    assert not (tmp_path / "rounds").exists()
     assert "HUB_ID" in refused("push", str(toy_cache), f"{URL}@main"), "a revision is made, not chosen"
     hub.fails = 403
     assert "cannot be fetched" in refused("inspect", URL)

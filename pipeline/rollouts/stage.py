@@ -97,6 +97,11 @@ def run(
     return 0
 
 
+def check_settings(recipe: Recipe) -> None:
+    """Refuse what `run` refuses before it loads a model: prompts, lengths, architectures, the environment."""
+    _plan_round(recipe)
+
+
 def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]], list[npt.NDArray[np.int32]]]:
     """The round's manifest, its prompt records, and their token ids."""
     before = known_manifests.of_round(recipe)
