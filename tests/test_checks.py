@@ -158,6 +158,7 @@ def test_without_a_teacher_no_warning_is_about_reverse_kl(signal: list[str]) -> 
         (["rollouts.max_turns=2"], "rollouts.max_turns"),
         (["rollouts.environment_timeout=2"], "rollouts.environment_timeout"),
         (["rollouts.environment_workers=2"], "rollouts.environment_workers"),
+        (["rollouts.environment=a:b", "rollouts.max_turns=1"], "rollouts.environment"),
         (["score.candidates=1", "score.candidate_kind=sampled"], "score.candidate_kind"),
         (["train.jsd_beta=0.2"], "train.jsd_beta"),
         (["train.loss=jsd", "train.forward_weight=0.2"], "train.forward_weight"),

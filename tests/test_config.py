@@ -87,7 +87,7 @@ def test_every_setting_says_what_it_means(name: str, field: FieldInfo) -> None:
         ('student.model=""', 'must be a non-empty string, got ""'),
         ("teacher.name=a/b", "teacher.name must be letters, digits"),
         ("teacher.name=student", "teacher.name must be letters, digits"),
-        ("rollouts.stop_token_ids=[-1]", "must be a list of integers >= 0, got -1"),
+        ("rollouts.stop_token_ids=[-1]", "must be a non-empty list of integers >= 0, got -1"),
         ("rollouts.top_p=0", "must be a number > 0 and <= 1, got 0"),
         ("prompts.template_args=3", "prompts.template_args must be a table, got 3"),
         ("prompts.template_args.day=2020-01-01", "prompts.template_args must hold only text, numbers"),

@@ -317,7 +317,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(here: Path) -> N
         with pytest.raises(ConfigError, match=message) as error:
             stage.run(chat_recipe(here, override), "c.zarr")
         assert "rollouts.environment" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^rollouts\.stop_token_ids: expected ids below 24, got 99"):
+        stage.run(chat_recipe(here, "rollouts.stop_token_ids=[99]"), "c.zarr")
     assert not Path("c.zarr").exists()
+    with pytest.raises(ConfigError, match=r"rollouts\.stop_token_ids must be a non-empty list of integers"):
+        chat_recipe(here, "rollouts.stop_token_ids=[]")
     with pytest.raises(ConfigError, match=r"rollouts\.environment must be module:factory"):
         load_recipe("toy", ["rollouts.environment=calculator"])
 

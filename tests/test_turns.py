@@ -133,6 +133,15 @@ def test_a_template_that_does_not_continue_a_chat_is_refused(template: str, mess
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_stop_token_without_text_is_refused() -> None:
+    """Such as one of the rows that pad the vocabulary of a model."""
+    tokenizer = tokenizer_with(_CHATML + _GENERATION)
+    assert tokenizer.decode([5000]) == ""
+    assert TurnTemplate(tokenizer, CFG, (IM_END, 5000), RECORD).turn_ends == {IM_END}
+    with pytest.raises(ConfigError, match="the stop token 5000 has no text"):
+        TurnTemplate(tokenizer, CFG, (5000,), RECORD)
+
+
 def test_a_message_that_the_template_leaves_out_is_refused() -> None:
     template = _CHATML.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}")
     conversation = TurnTemplate(tokenizer_with(template + _GENERATION), CFG, (IM_END,), RECORD).begin(RECORD)

@@ -34,7 +34,7 @@ class RolloutsConfig(Section):
     max_prompt_tokens: int = Field(default=1024, ge=1, le=CONTEXT, description="longer prompts are refused")
     max_response_tokens: int = Field(default=2048, ge=1, le=CONTEXT, description="longer responses are truncated")
     stop_token_ids: list[Annotated[int, Field(ge=0, le=MANY)]] | None = Field(
-        default=None, description="token ids that end a response; default: the model's EOS ids"
+        default=None, min_length=1, description="token ids that end a response; default: the model's EOS ids"
     )
     seed: int = Field(
         default=0,

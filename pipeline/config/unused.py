@@ -41,6 +41,8 @@ def _uses(recipe: Recipe) -> Iterator[tuple[Sequence[str], bool, str]]:
     yield ["rollouts.format_check_min"], rollouts.format_check_prompts > 0, no_check
     of_environment = ["rollouts.max_turns", "rollouts.environment_timeout", "rollouts.environment_workers"]
     yield of_environment, rollouts.environment is not None, "rollouts.environment is not set"
+    asked = "rollouts.max_turns is 1, so nothing follows the student's turn"
+    yield ["rollouts.environment", *of_environment[1:]], rollouts.max_turns > 1, asked
     yield ["score.candidate_kind"], score.candidates > 1, "score.candidates is 1, the sampled token alone"
 
     yield ["train.jsd_beta"], train.loss == "jsd", f'train.loss is "{train.loss}", not "jsd"'

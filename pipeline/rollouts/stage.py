@@ -120,13 +120,13 @@ def _plan_round(recipe: Recipe) -> tuple[cs.RoundManifest, list[dict[str, Any]],
     prompts = render_all(records, tokenizer, recipe.prompts, settings.max_prompt_tokens, context)
     require_room(prompts, settings.max_response_tokens, context, "rollouts.max_response_tokens")
     check_prompts(recipe, records, recipe.prompts.path)
+    if unknown := [token for token in student.stop_token_ids(settings) if token >= student.vocab_size]:
+        raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")
     environment = None
     if settings.environment is not None:
         with closing(Episodes(recipe, student, records[0])) as episodes:
             environment = episodes.identity
     manifest = sampled_round(recipe, student, records, environment)
-    if unknown := [token for token in manifest.stop_token_ids if token >= student.vocab_size]:
-        raise ConfigError(f"rollouts.stop_token_ids: expected ids below {student.vocab_size}, got {unknown[0]}")
     known_manifests.remember(before, known_manifests.of_round(recipe), manifest)
     return manifest, records, prompts
 

@@ -178,6 +178,8 @@ class Conversation:
                 "given"
             )
         stop = self._template.tokenizer.decode([self._stop_token], skip_special_tokens=False)
+        if not stop:
+            raise TurnError(f"the stop token {self._stop_token} has no text, so the chat template does not write it")
         spaces, found, following = after.partition(stop)
         if not found or spaces.strip():
             raise TurnError(f"the chat template writes {_quote(after)}, expected the stop token {show_value(stop)}")
