@@ -44,7 +44,7 @@ from pipeline.models.model_card import suggest_uses
 from pipeline.rollouts import stage as rollouts
 from pipeline.rounds.scored_block import scored_blocks
 from pipeline.runs.directory import Result, RunDirectory, open_run
-from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, read_record, read_steps
+from pipeline.runs.files import CHECKPOINTS, METRICS, ROUNDS, check, is_run, read_record, read_steps
 from pipeline.runs.trained_student import trained_student
 from pipeline.score import stage as score
 from pipeline.teachers.prompts import check_prompts
@@ -219,7 +219,8 @@ def _open(
     """The run, locked until `stack` closes; its result, if it has ended; how many slices of `prompts.limit` prompts
     the file has.
     """
-    cs.create(cache_url, created_by=created_by())  # refused here, nothing is left of the run
+    if not is_run(run_dir):  # if its cache is refused, nothing is left of it
+        cs.create(cache_url, created_by=created_by())
     limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
         every = load_prompts(recipe.prompts.model_copy(update={"limit": None}), columns=kept_columns(recipe))
