@@ -140,6 +140,28 @@ def test_sharegpt_and_what_cannot_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert reader(template="none").read({"prompt": "a", "response": long}, "f:1", "f") == []
 
 
+@pytest.mark.parametrize(
+    ("writes", "message"),
+    [
+        ("{{ m.content }}<|im_end|>", "expected tokens before the assistant's first turn"),
+        ("{% if m.role != 'assistant' %}{{ m.content }}{% endif %}", "expected tokens of the assistant's turns"),
+    ],
+)
+def test_a_template_that_writes_nothing_to_read_or_to_learn(writes: str, message: str) -> None:
+    made = reader()
+    made.tokenizer.chat_template = "{% for m in messages %}" + writes + "{% endfor %}"
+    with pytest.raises(PromptError, match=rf"^d:1: messages: {message}, the chat template writes none"):
+        made.read({"messages": [{"role": "assistant", "content": "a"}]}, "d:1", "d")
+
+
+def test_what_is_left_out_is_counted_by_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 80}]}
+    lines = [(f"d:{n}", value) for n, value in enumerate([{"text": ""}, chat, {"text": "a"}, {"text": ""}])]
+    assert len(stage._read(reader(), "d.jsonl", lines)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 of 4 documents are empty, left out" in said and "1 of 4 chats are longer than 64 tokens" in said
+
+
 def test_prompt_and_response_with_and_without_a_template() -> None:
     record = {"prompt": "1+1=", "response": "2", "source": "sums", "id": 7}
     (plain,) = reader(template="none").read(record, "f:1", "f")

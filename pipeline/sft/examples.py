@@ -148,6 +148,12 @@ class ExampleReader:
                 f"{place}: {chat.faults[-1] if not chat.turns else chat.faults[0]}, so its tokens are not known; set "
                 "prompts.template_args, use a template that keeps every turn as it was written, or remove the line"
             )
+        if not chat.trained.any() or not chat.turns[0][0]:
+            found = "before the assistant's first turn" if chat.trained.any() else "of the assistant's turns"
+            raise PromptError(
+                f"{place}: messages: expected tokens {found}, the chat template writes none; use a template that "
+                "writes every message and a generation prompt, or remove the line"
+            )
         context = about | {"messages": messages[:-1]} | ({"tools": list(tools)} if tools else {})
         return self._example(context, chat.ids, chat.trained)
 

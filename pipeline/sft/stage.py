@@ -169,7 +169,10 @@ def _examples(recipe: Recipe, sources: Sequence[Sequence[Line]], reader: Example
 def _read(reader: ExampleReader, path: str, lines: Sequence[Line]) -> list[Example]:
     """Every example of a file. Raises `PromptError` if it has none."""
     by_line = [reader.read(value, place, Path(path).stem) for place, value in lines]
-    if left_out := sum(not examples for examples in by_line):
+    nothing = [value for (_, value), examples in zip(lines, by_line, strict=True) if not examples]
+    if n_empty := sum(value.get("text") is not None for value in nothing):
+        warn(f"{path}: {n_empty:,} of {len(lines):,} documents are empty, left out")
+    if left_out := len(nothing) - n_empty:
         warn(f"{path}: {left_out:,} of {len(lines):,} chats are longer than {reader.max_tokens} tokens, left out")
     examples = [example for each in by_line for example in each]
     if not examples:
