@@ -129,7 +129,7 @@ def _version(name: str) -> str | None:
 
 def _free(path: Path) -> int:
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):  # False, where Path's raises, for a path that may not be read or cannot be
         path = path.parent
     return shutil.disk_usage(path).free
 

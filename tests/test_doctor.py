@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,10 @@ def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_container_has_the_memory_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.models.load.memory_limits", lambda: [2**62, 3 * 2**20])
     assert doctor._memory() == {"total": 3 * 2**20, "free": 3 * 2**20}
+
+
+def test_the_disk_of_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    assert doctor._free(tmp_path / ("a" * 300) / "hub") > 0
 
 
 def other_machine() -> dict[str, Any]:
