@@ -146,8 +146,9 @@ def test_a_message_that_the_template_leaves_out_is_refused() -> None:
     template = _CHATML.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}")
     conversation = TurnTemplate(tokenizer_with(template + _GENERATION), CFG, (IM_END,), RECORD).begin(RECORD)
     conversation.student([*b"x", IM_END])
-    with pytest.raises(TurnError, match='leaves out messages of the role "tool"'):
-        conversation.reply([{"role": "tool", "content": "4"}])
+    for content in ("4", "", " \n"):
+        with pytest.raises(TurnError, match='leaves out messages of the role "tool"'):
+            conversation.reply([{"role": "tool", "content": content}])
     assert conversation.reply([{"role": "user", "content": "4"}]).size  # a refused reply leaves no trace
 
 

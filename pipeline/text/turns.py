@@ -156,7 +156,8 @@ class Conversation:
             assert problem is not None
             raise problem
         for message in messages:
-            if (content := message["content"].strip()) and content not in text[len(self._text) :]:
+            content = message["content"].strip()
+            if not content or content not in text[len(self._text) :]:
                 self._check_read(text, shown, message)
         self.messages += [dict(message) for message in messages]
         self._shown, self._text = shown, text
