@@ -146,7 +146,7 @@ def test_a_message_that_the_template_leaves_out_is_refused() -> None:
     template = _CHATML.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'tool' %}")
     conversation = TurnTemplate(tokenizer_with(template + _GENERATION), CFG, (IM_END,), RECORD).begin(RECORD)
     conversation.student([*b"x", IM_END])
-    for content in ("4", "", " \n"):
+    for content in ("4", "", " \n", "a"):  # the last is in what the template writes in any case
         with pytest.raises(TurnError, match='leaves out messages of the role "tool"'):
             conversation.reply([{"role": "tool", "content": content}])
     assert conversation.reply([{"role": "user", "content": "4"}]).size  # a refused reply leaves no trace
