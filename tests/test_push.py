@@ -145,6 +145,25 @@ def test_an_earlier_revision_is_read_and_a_later_commit_does_not_change_an_open_
     assert cs.open(f"{URL}@{hub.revision('me/sums', 1)}").round_indices() == [0]
 
 
+def test_what_an_earlier_cache_had_there_is_not_part_of_the_next(
+    toy_cache: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A commit of the Hub only adds: rounds and blocks of the earlier one would be read as those of the new one."""
+    earlier = Path(shutil.copytree(toy_cache, tmp_path / "c.zarr"))
+    shutil.copytree(earlier / "rounds/00000", earlier / "rounds/00001")
+    assert main(["push", str(earlier), URL]) == 0
+    hub.commits["me/sums"][0]["LICENSE"] = b"mine"
+    cache = Path(shutil.copytree(toy_cache, tmp_path / "d.zarr"))
+    cs.open(cache, writable=True).round().scores("teacher").uncommit(2)
+    assert main(["push", str(cache), URL]) == 0
+    assert "of an earlier one deleted" in capsys.readouterr().out
+    open_hub.cache_clear()
+    published = cs.open(URL)
+    assert published.round_indices() == [0] and hub.commits["me/sums"][1]["LICENSE"] == b"mine"
+    assert not any("scores/teacher" in name and name.endswith("/c/2/0") for name in hub.commits["me/sums"][1])
+    assert list(cs.verify(published)) == []
+
+
 def test_only_whole_blocks_of_an_undamaged_cache_are_published(
     toy_cache: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,22 +59,34 @@ def run(target: str, hub_id: str, *, base: str | None = None, public: bool = Fal
     return 0
 
 
-def upload(repository: str, contents: Mapping[str, str | bytes], *, public: bool, repo_type: str = "model") -> str:
+def upload(
+    repository: str,
+    contents: Mapping[str, str | bytes],
+    *,
+    public: bool,
+    repo_type: str = "model",
+    replacing: str | None = None,
+) -> str:
     """Upload files in one commit, print where to, and return the first digits of the commit's hash.
 
     Args:
         repository: "OWNER/NAME"; made if it does not exist, as private unless `public`.
         contents: paths of local files, or bytes, by their path in the repository.
+        replacing: a folder of the repository: what else is in it is deleted.
 
     Raises `RedpenError` if the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 
     api = HfApi()
     try:
         url = api.create_repo(repository, repo_type=repo_type, private=not public, exist_ok=True)
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
-        commit = api.create_commit(repository, added, commit_message="Upload by redpen", repo_type=repo_type)
+        there = [] if replacing is None else api.list_repo_files(repository, repo_type=repo_type)
+        unwanted = [name for name in there if name.startswith(f"{replacing}/") and name not in contents]
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [*added]
+        operations += [CommitOperationDelete(name) for name in unwanted]
+        commit = api.create_commit(repository, operations, commit_message="Upload by redpen", repo_type=repo_type)
     except Exception as error:  # network, authorisation: the Hub client's errors have no common root
         name = repository if repo_type == "model" else f"hf://datasets/{repository}"
         raise RedpenError(
@@ -82,7 +94,8 @@ def upload(repository: str, contents: Mapping[str, str | bytes], *, public: bool
             "network, and that the token in HF_TOKEN or of `hf auth login` may write there"
         ) from error
     what = "public" if public else "private, if it is new"
-    show(f"{len(added):,} files in one commit: {url} ({what}), revision {commit.oid[:8]}")
+    deleted = f", {len(unwanted):,} of an earlier one deleted" if unwanted else ""
+    show(f"{len(added):,} files in one commit{deleted}: {url} ({what}), revision {commit.oid[:8]}")
     return commit.oid[:8]
 
 

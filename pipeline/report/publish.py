@@ -47,7 +47,8 @@ def run(cache_path: str, url: str, *, public: bool = False) -> int:
         _refuse_damage(cache)
         files: dict[str, str | bytes] = {name: str(path) for name, path in _files(cache)}
         files[_CARD] = _card(cache, url).encode()
-        revision = upload(match["repository"], files, public=public, repo_type="dataset")
+        # a round or a block that an earlier cache had there would be read as one of this
+        revision = upload(match["repository"], files, public=public, repo_type="dataset", replacing="rounds")
     suggest(f"redpen train RECIPE --cache {url}@{revision} --run DIR")
     return 0
 

@@ -82,9 +82,14 @@ class Hub:
         if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/commit/main", path):
             if self.refuses is not None:
                 return self.refuses, {"error": "You don't have the rights to create this repository"}
-            lines = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
             commits = self.commits.setdefault(found[1], [])
-            commits.append({line["path"]: base64.b64decode(line["content"]) for line in lines})
+            files = dict(commits[-1]) if commits else {}
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
+            commits.append(files)
             commit = _commit(len(commits))
             return 200, {"commitUrl": f"{self.url}/{found[1]}/commit/{commit}", "commitOid": commit}
         return 404, {"error": path}
