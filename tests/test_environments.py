@@ -447,8 +447,8 @@ def test_two_kills_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -
         process.kill()
         process.communicate()
         assert not list(cs.verify(cs.open(killed)))
-    _, err = start(here, killed).communicate(timeout=120)
-    assert "next: redpen score" in err, err
+    out, err = start(here, killed).communicate(timeout=120)
+    assert "next: redpen score" in err or "nothing to do" in out, err  # the last block may be there before the kill
     assert_same_cache(killed, Path("calm.zarr"), ["rollouts"])
 
 
