@@ -219,14 +219,14 @@ def _open(
     """The run, locked until `stack` closes; its result, if it has ended; how many slices of `prompts.limit` prompts
     the file has.
     """
-    if not is_run(run_dir):  # if its cache is refused, nothing is left of it
-        cs.create(cache_url, created_by=created_by())
     limit, n_slices = recipe.prompts.limit, 1
     if limit is not None:
         every = load_prompts(recipe.prompts.model_copy(update={"limit": None}), columns=kept_columns(recipe))
         n_slices = max(1, len(every) // limit)
         # better now than in the round that comes to the row
         check_prompts(recipe, every[: limit * min(n_slices, recipe.distill.rounds)], recipe.prompts.path)
+    if not is_run(run_dir):  # if its cache is refused, nothing is left of it
+        cs.create(cache_url, created_by=created_by())
     run = stack.enter_context(open_run(run_dir, recipe, {"url": cache_url, "teacher": recipe.train.teacher}))
     if run.result is not None and load_stored_recipe(run.recipe).distill == recipe.distill:
         return run, run.result, n_slices

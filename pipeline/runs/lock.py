@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -74,9 +75,12 @@ def _directory_lock(path: Path, kind: int) -> Iterator[None]:
 
 
 def _holder(handle: int) -> str:
-    try:
-        found = json.loads(os.pread(handle, 1000, 0))
-        pid, host, activity = int(found["pid"]), str(found["host"]), str(found["doing"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # its name is not written yet
-        return "another process is working on it"
-    return f"process {pid}{'' if host == socket.gethostname() else f' on {host}'} {activity} it"
+    for patience in (0.0, 0.2):  # who has just locked it has perhaps not written its name yet
+        time.sleep(patience)
+        try:
+            found = json.loads(os.pread(handle, 1000, 0))
+            pid, host, activity = int(found["pid"]), str(found["host"]), str(found["doing"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return f"process {pid}{'' if host == socket.gethostname() else f' on {host}'} {activity} it"
+    return "another process is working on it"
