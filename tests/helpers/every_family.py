@@ -81,12 +81,15 @@ def run(log: Path, names: list[str]) -> None:
 
 
 def table(rows: dict[str, Row]) -> list[str]:
-    """The table of the families; one that was not tried again keeps its line."""
+    """The table of the families; one that was not tried again keeps its line, and all keep what vLLM does."""
     known = {
         text.split("|")[1].strip(): text for text in PAGE.read_text(encoding="utf-8").splitlines() if "|" in text
     }
     header = [f"| family | layout | {' | '.join(COLUMNS)} | vLLM |", "|---" * (len(COLUMNS) + 3) + "|"]
-    return header + [f"{line(name, rows[name])} not tried |" if name in rows else known[name] for name in FAMILIES]
+    in_vllm = {name: known.get(name, "| not tried |")[:-2].rpartition("| ")[2] for name in FAMILIES}
+    return header + [
+        f"{line(name, rows[name])} {in_vllm[name]} |" if name in rows else known[name] for name in FAMILIES
+    ]
 
 
 def others(rows: dict[str, Row]) -> list[str]:
