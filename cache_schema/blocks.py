@@ -109,6 +109,11 @@ class RolloutBlock:
     def n_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def rollout_length(self) -> Int32:
+        """i4 [R]: tokens of each rollout, its prompt included."""
+        return self.prompt_length[self.row_prompt] + self.response_length
+
     def prompt(self, row: int) -> Int32:
         """Prompt token ids of rollout `row`."""
         return self.prompt_ids(int(self.row_prompt[row]))

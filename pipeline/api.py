@@ -239,8 +239,8 @@ class Teacher:
             alignment = align(student, self.tokenizer, ("the student", self.config.model), sizes)
             self._view = View(alignment=None if alignment.is_identity(student) else alignment)
             (theirs,) = self._view.of(batch).blocks
-            lengths = theirs.prompt_length[theirs.row_prompt] + theirs.response_length
-            settle_layout(self.model, *sequences(theirs, choose_checked(lengths.tolist(), self.model.device)))
+            checked = choose_checked(theirs.rollout_length.tolist(), self.model.device)
+            settle_layout(self.model, *sequences(theirs, checked))
             self._aligned_with = student
         return self._view.back(_score(self.model, self._view.of(batch), self._options), batch)
 

@@ -1,4 +1,4 @@
-"""Free disk space, checked before a long job starts."""
+"""Room for a long job: free disk space, checked before it starts, and the memory that a container may use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cache_schema as cs
+from pipeline.files import read_text
 
 
 def bytes_per_token(arrays: Iterable[cs.ArraySpec], sizes: Mapping[str, int] | None = None) -> int:
@@ -49,3 +50,9 @@ def readable(n_bytes: float) -> str:
             return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TiB"
+
+
+def memory_limits() -> list[int]:
+    """Bytes of host memory that this container may use, if it has a limit."""
+    files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    return [int(text) for limit in files if limit.is_file() and (text := read_text(limit).strip()).isdigit()]

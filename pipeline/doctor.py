@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import __version__
 from pipeline.config import load_recipe, recipe_names
 from pipeline.console import say, show
-from pipeline.disk import readable
+from pipeline.disk import memory_limits, readable
 from pipeline.environment import extras, install_hint
 from pipeline.errors import ModelNotFoundError, RedpenError, one_line
 from pipeline.files import read_text
@@ -108,8 +108,6 @@ def _memory() -> dict[str, int]:
     """Of the host, or of this container; what Linux can give to programs counts as free, although it caches files in
     it now.
     """
-    from pipeline.models.load import memory_limits
-
     found = {name: os.sysconf(f"SC_{pages}") * os.sysconf("SC_PAGE_SIZE") for name, pages in _PAGES.items()}
     with contextlib.suppress(OSError, ValueError, IndexError):
         available = re.findall(r"^MemAvailable:\s+(\d+) kB$", read_text(Path("/proc/meminfo")), re.MULTILINE)

@@ -37,7 +37,7 @@ def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_container_has_the_memory_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.models.load.memory_limits", lambda: [2**62, 3 * 2**20])
+    monkeypatch.setattr(doctor, "memory_limits", lambda: [2**62, 3 * 2**20])
     assert doctor._memory() == {"total": 3 * 2**20, "free": 3 * 2**20}
 
 

@@ -128,7 +128,7 @@ def test_what_an_environment_may_do_is_a_failure_of_one_line(made: Any, body: st
 
 
 def test_earlier_turns_that_are_called_again_have_their_own_time(made: Any) -> None:
-    """One rollout ends the process of another, whose three turns together take longer than a call may."""
+    """After another rollout has ended the process, replaying three turns takes longer than one call may."""
     environment = made(
         "time.sleep(0.4 if self.row['prompt'] else 60); return [{'role': 'tool', 'content': 'x'}]", 0.7
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.families import COLUMNS, FAMILIES, PAGE, config_of, line, try_model
+from helpers.families import FAMILIES, config_of, line, rows_of_page, try_model
 
 #: One of each kind of layer, layout, wrapper and refusal; `python -m helpers.every_family` tries all.
 QUICK = (
@@ -27,8 +27,7 @@ QUICK = (
 
 def lines() -> dict[str, str]:
     """The families' rows without what vLLM does, which `helpers.vllm_families` tries."""
-    rows = [row for row in PAGE.read_text(encoding="utf-8").splitlines() if row.count("|") > len(COLUMNS)]
-    return {row.split("|")[1].strip(): f"{row[:-2].rpartition(' | ')[0]} |" for row in rows[2:]}
+    return {family: row for family, (row, _) in rows_of_page().items()}
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys", "ignore:fan_in_fan_out is set")  # of peft

@@ -517,7 +517,7 @@ def assert_same_round(first: cs.Round, again: cs.Round) -> None:
 
 
 def test_prompts_without_rollouts_are_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those whose environment failed every time: the first and the last of a block, and one of another."""
+    """The environment failed in all their rollouts: the first and last prompt of a block, and one of another."""
     student, records, rng = resolve(toy().student), factory.prompts(10), np.random.default_rng(5)
     identity = {"student": student.identity, "tokenizer": student.tokenizer_identity}
     manifest = factory.round_manifest(records, rollouts_per_prompt=2, **identity)

@@ -240,10 +240,10 @@ class Episodes:
         )
 
     def report_failures(self, what: str = "rollouts") -> None:
-        """One line about the rollouts whose environment failed since the last call.
+        """Warn, in one line, of environments that failed since the last call.
 
         Args:
-            what: they are.
+            what: the samples are called.
         """
         failures, n_ended = self._failures, self._n_ended
         self._failures, self._n_ended = [], 0

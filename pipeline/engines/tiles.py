@@ -41,8 +41,7 @@ def tiles_of(batch: TokenBatch, tile_tokens: int) -> list[Tile]:
     found: list[Tile] = []
     offset = 0
     for index, rollouts in enumerate(batch.blocks):
-        lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-        for number, rows in enumerate(tiles(lengths.tolist(), tile_tokens)):
+        for number, rows in enumerate(tiles(rollouts.rollout_length.tolist(), tile_tokens)):
             joined, starts = sequences(rollouts, rows)
             n_tokens = sum(map(len, joined)) - sum(starts)
             ids = None if batch.candidate_ids is None else batch.candidate_ids[offset : offset + n_tokens]

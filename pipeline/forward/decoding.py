@@ -1,13 +1,13 @@
-"""Attention of sampling, in which a sequence has one new query and the keys of all its tokens so far.
+"""Attention while sampling: one new query a sequence, and the keys of all its tokens so far.
 
-It is transformers' SDPA. But with grouped queries that repeats the keys and values of the whole cache for every query
-head, in every layer, for each sampled token. On a CPU it does not here: the G query heads of a key head are read as
-G queries of one head,
+For grouped queries, transformers' SDPA repeats the keys and values of the whole cache for every query head, in every
+layer, for each sampled token. On a CPU this module avoids it: the G query heads of a key head are read as G queries
+of one head,
 
     [B, H, 1, D]  ->  [B, H / G, G, D]
 
-which attend to the same keys under the same mask. In fp32 SDPA's own grouping is as fast, and rounds as with repeated
-keys.
+which attend to the same keys under the same mask. In fp32 SDPA's `enable_gqa` is as fast, and gives the bits that
+repeated keys give.
 
 Shapes: B sequences, H query heads, D dimensions of a head.
 """

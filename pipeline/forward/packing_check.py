@@ -226,8 +226,8 @@ def _without_logits(model: nn.Module, ids: Tensor) -> None:
     """A forward of the whole model, with as few logits as it can be asked for."""
     takes = inspect.signature(type(unwrapped(model)).forward).parameters
     # Its index, not the number 1: on a CPU a slice of the hidden states costs a copy of the head for every row.
-    few = {"logits_to_keep": torch.zeros(1, dtype=torch.int64, device=ids.device)}
-    model(input_ids=ids, use_cache=False, **(few if "logits_to_keep" in takes else {}))
+    first = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    model(input_ids=ids, use_cache=False, **({"logits_to_keep": first} if "logits_to_keep" in takes else {}))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers import (
 
 from pipeline.config import ModelConfig
 from pipeline.console import console, say
+from pipeline.disk import memory_limits
 from pipeline.environment import install_hint
 from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
 from pipeline.files import read_text
@@ -67,12 +68,6 @@ def free_bytes(device: torch.device) -> int:
     lines = read_text(Path("/proc/meminfo")).splitlines()
     available = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
     return min([available, *memory_limits()])
-
-
-def memory_limits() -> list[int]:
-    """Bytes of host memory that this container may use, if it has a limit."""
-    files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    return [int(text) for limit in files if limit.is_file() and (text := read_text(limit).strip()).isdigit()]
 
 
 def pick_device(cfg: ModelConfig) -> torch.device:

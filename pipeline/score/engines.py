@@ -105,7 +105,7 @@ def _score_here(recipe: Recipe, model: ResolvedModel, sample: TokenBatch) -> cs.
     if models.pick_device(model.settings).type == "cuda" and (model.formats or model.quantisation is None):
         from pipeline.streaming.streamed import StreamedScorer
 
-        longest = max(int((b.prompt_length[b.row_prompt] + b.response_length).max()) for b in sample.blocks)
+        longest = max(int(rollouts.rollout_length.max()) for rollouts in sample.blocks)
         scorer = StreamedScorer(model, options, memory_gib=recipe.score.memory_gib, longest=longest)
         return scorer.compute_logprobs(sample)
     return ResidentScorer(models.load_model(model), options).compute_logprobs(sample)

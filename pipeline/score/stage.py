@@ -356,8 +356,7 @@ def _longest(round_: cs.Round, view: View | SpanView, tile_tokens: int) -> int:
 
 def _checked_rollouts(rollouts: cs.RolloutBlock, cfg: ModelConfig) -> tuple[list[npt.NDArray[np.int32]], list[int]]:
     """A few rollouts of a block that differ in length, as `sequences` returns them."""
-    lengths = rollouts.prompt_length[rollouts.row_prompt] + rollouts.response_length
-    return sequences(rollouts, choose_checked(lengths.tolist(), models.pick_device(cfg)))
+    return sequences(rollouts, choose_checked(rollouts.rollout_length.tolist(), models.pick_device(cfg)))
 
 
 def _batches(blocks: Sequence[int], n_tokens: IntArray, batch_tokens: int) -> Iterator[list[int]]:

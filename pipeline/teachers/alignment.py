@@ -232,7 +232,7 @@ def longest_of(round_: cs.Round, block: int, view: View | SpanView) -> int:
     """Tokens of a block's longest rollout in the teacher's view."""
     if isinstance(view, SpanView):
         (theirs,) = view.of(TokenBatch((round_.rollouts.read(block),))).blocks
-        return int((theirs.prompt_length[theirs.row_prompt] + theirs.response_length).max())
+        return int(theirs.rollout_length.max())
     rows = round_.rollouts.read_arrays(block, ("prompt_index", "prompt_length", "row_prompt", "response_length"))
     prompts = rows["prompt_length"]
     if view.prompts is not None:

@@ -1,4 +1,4 @@
-"""A script that answers questions in a process of its own, a line of JSON each way.
+"""A script that answers questions in a separate process, one line of JSON each way.
 
 The process starts with the first question. One that ends it (too much CPU time, a crash) raises `WorkerEndedError`,
 and the next question starts another. Questions may come from any thread. With the process ends every process that it

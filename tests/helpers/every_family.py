@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, logging
 
-from helpers.families import COLUMNS, FAMILIES, PAGE, RIGHT, Row, auto_class, config_of, line, try_model
+from helpers.families import COLUMNS, FAMILIES, PAGE, RIGHT, Row, auto_class, config_of, line, rows_of_page, try_model
 from helpers.tiny_configs import tiny_config
 
 #: Of types that are no family of the table: what their configurations need besides tiny sizes.
@@ -82,14 +82,12 @@ def run(log: Path, names: list[str]) -> None:
 
 def table(rows: dict[str, Row]) -> list[str]:
     """The table of the families; one that was not tried again keeps its line, and all keep what vLLM does."""
-    known = {
-        text.split("|")[1].strip(): text for text in PAGE.read_text(encoding="utf-8").splitlines() if "|" in text
-    }
-    header = [f"| family | layout | {' | '.join(COLUMNS)} | vLLM |", "|---" * (len(COLUMNS) + 3) + "|"]
-    in_vllm = {name: known.get(name, "| not tried |")[:-2].rpartition("| ")[2] for name in FAMILIES}
-    return header + [
-        f"{line(name, rows[name])} {in_vllm[name]} |" if name in rows else known[name] for name in FAMILIES
-    ]
+    known = rows_of_page()
+    found = [f"| family | layout | {' | '.join(COLUMNS)} | vLLM |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for name in FAMILIES:
+        before, in_vllm = known.get(name, ("", "not tried"))
+        found.append(f"{line(name, rows[name]) if name in rows else before} {in_vllm} |")
+    return found
 
 
 def others(rows: dict[str, Row]) -> list[str]:

@@ -524,3 +524,14 @@ def gradients_apart(ours: Gradients, theirs: Gradients) -> float:
 def line(family: str, row: Row) -> str:
     """The family's line in docs/models.md, but for what vLLM does."""
     return f"| {family} | {row.layout} | {' | '.join(row.cells[column] for column in COLUMNS)} |"
+
+
+def rows_of_page() -> dict[str, tuple[str, str]]:
+    """Of every family in docs/models.md its `line`, and what vLLM does."""
+    found = {}
+    for row in PAGE.read_text(encoding="utf-8").splitlines():
+        family = row.split("|")[1].strip() if row.startswith("| ") else ""
+        if family in FAMILIES:
+            before, _, in_vllm = row.removesuffix(" |").rpartition(" | ")
+            found[family] = f"{before} |", in_vllm
+    return found

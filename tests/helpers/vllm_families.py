@@ -5,7 +5,7 @@
 A tiny random model of the family with heads that vLLM has kernels for, in fp32, and an adapter on all that redpen
 trains: started as `redpen rollouts` does, the adapter's effect checked, and the log-probs that are stored compared
 with plain transformers forwards. If it does not start with an adapter, it is tried without. Each family runs in a
-process of its own, and LOG gets a line of JSON for each; what has one there is not tried again.
+separate process, and LOG gets a line of JSON for each; what has one there is not tried again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from helpers.families import FAMILIES, PAGE, RIGHT, Trial, all_alone, auto_class, randomize
+from helpers.families import FAMILIES, PAGE, RIGHT, Trial, all_alone, rows_of_page, save_model
 from helpers.tiny_configs import tiny_config
 from pipeline.config.recipe import TrainConfig, VllmConfig
 from pipeline.engines.adapter_check import AdapterEffect
@@ -37,15 +37,6 @@ _WIDER = {"hidden_size": 128, "head_dim": 32}
 # nats: vLLM's kernels against transformers' own forward
 _TOLERANCE = 1e-4
 _SECONDS = 400
-
-
-def save_model(family: str, directory: Path) -> None:
-    model_type, settings = FAMILIES[family]
-    config = tiny_config(model_type, **_WIDER | settings)
-    torch.manual_seed(0)
-    model = auto_class(config).from_config(config).eval()
-    randomize(model)
-    model.save_pretrained(directory)
 
 
 def save_adapter(trial: Trial, adapter: Path) -> None:
@@ -77,7 +68,8 @@ def try_family(family: str) -> str:
     """The family's cell."""
     with tempfile.TemporaryDirectory() as name:
         directory, adapter = Path(name, "model"), Path(name, "adapter")
-        save_model(family, directory)
+        model_type, settings = FAMILIES[family]
+        save_model(tiny_config(model_type, **_WIDER | settings), directory)
         trial = Trial(directory, "float32")
         save_adapter(trial, adapter)
         try:
@@ -123,13 +115,11 @@ def cells_of(log: Path) -> dict[str, str]:
 
 
 def write_page(log: Path) -> None:
-    cells = cells_of(log)
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        family = line.split("|")[1].strip() if line.startswith("| ") else ""
-        if family in cells and family in FAMILIES:
-            lines[number] = " | ".join([line.rstrip(" |").rpartition(" | ")[0], cells[family]]) + " |"
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    for family, cell in cells_of(log).items():
+        row, in_vllm = rows_of_page()[family]
+        text = text.replace(f"{row} {in_vllm} |\n", f"{row} {cell} |\n")
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
