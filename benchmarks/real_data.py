@@ -15,138 +15,127 @@ Row = dict[str, Any]
 #: A problem, its answer, and the steps to it.
 Problem = tuple[str, int, str]
 
-ASKED = "Solve this step by step, and end with the answer as a number."
+ASKED = "Show the calculation in a line or two, and end with the answer as a number."
 TRAIN_NAMES = ["Ada", "Bruno", "Carla", "Dmitri", "Elif", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Kira", "Luis"]
 HELD_OUT_NAMES = ["Quentin", "Rosa", "Saman", "Tove", "Uma", "Viktor", "Wanda", "Xenia", "Yusuf", "Zora"]
 THINGS = ["apples", "pencils", "marbles", "stickers", "books", "shells", "coins", "stamps", "cards", "buttons"]
 
 
-def _boxes(r: random.Random, a: str, b: str) -> Problem:
-    n, each = r.randint(4, 12), r.randint(6, 15)
-    given, things = r.randint(5, n * each // 2), r.choice(THINGS)
-    text = f"{a} has {n} boxes with {each} {things} each and gives {given} {things} to {b}. How many are left?"
-    left = n * each - given
-    return text, left, f"{n} x {each} = {n * each}; {n * each} - {given} = {left}"
-
-
-def _change(r: random.Random, a: str, b: str) -> Problem:
-    price, count = r.randint(3, 19), r.randint(2, 9)
-    paid = (price * count // 50 + 1) * 50
-    return (
-        f"A ticket costs {price} dollars. {a} buys {count} tickets for {b} and friends and pays with {paid} dollars. "
-        "How many dollars of change are there?",
-        paid - price * count,
-        f"{count} x {price} = {count * price}; {paid} - {count * price} = {paid - price * count}",
-    )
-
-
-def _pages(r: random.Random, a: str, b: str) -> Problem:
-    first, days, second, more = r.randint(8, 30), r.randint(3, 9), r.randint(8, 30), r.randint(2, 6)
-    by_a = first * days + second * more
-    return (
-        f"{a} reads {first} pages a day for {days} days, and then {second} pages a day for {more} days. {b} has read "
-        f"{days + more} pages. How many pages have they read together?",
-        by_a + days + more,
-        f"{first} x {days} + {second} x {more} = {by_a}; {by_a} + {days + more} = {by_a + days + more}",
-    )
-
-
-def _loaves(r: random.Random, a: str, b: str) -> Problem:
-    morning, times = r.randint(12, 45), r.randint(2, 4)
-    sold = r.randint(10, morning * (1 + times) - 5)
-    baked = morning * (1 + times)
-    return (
-        f"{a} bakes {morning} loaves in the morning and {times} times as many in the afternoon. {b} sells {sold} of "
-        "them. How many loaves remain?",
-        baked - sold,
-        f"{morning} x {times} = {morning * times}; {morning} + {morning * times} = {baked}; {baked} - {sold} = "
-        f"{baked - sold}",
-    )
-
-
-def _ages(r: random.Random, a: str, b: str) -> Problem:
-    age, older, times, years = r.randint(6, 30), r.randint(2, 12), r.randint(2, 3), r.randint(2, 9)
-    return (
-        f"{a} is {age} years old. {b} is {older} years older than {a}, and their aunt is {times} times as old as "
-        f"{b}. How old will the aunt be in {years} years?",
-        times * (age + older) + years,
-        f"{age} + {older} = {age + older}; {times} x {age + older} = {times * (age + older)}; "
-        f"{times * (age + older)} + {years} = {times * (age + older) + years}",
-    )
-
-
 def _wages(r: random.Random, a: str, b: str) -> Problem:
-    hourly, hours, days = r.randint(9, 25), r.randint(3, 8), r.randint(3, 6)
-    spent = r.randint(20, hourly * hours * days // 2)
-    earned = hourly * hours * days
+    hourly, hours = r.randint(9, 25), r.randint(3, 9)
+    earned = hourly * hours
+    spent = r.randint(10, earned - 5)
     return (
-        f"{a} earns {hourly} dollars an hour and works {hours} hours on each of {days} days. Then {a} spends {spent} "
-        f"dollars on a present for {b}. How many dollars are left?",
+        f"{a} works {hours} hours for {hourly} dollars an hour and spends {spent} dollars on a present for {b}. How "
+        "many dollars are left?",
         earned - spent,
-        f"{hourly} x {hours} x {days} = {earned}; {earned} - {spent} = {earned - spent}",
+        f"{hours} x {hourly} = {earned}; {earned} - {spent} = {earned - spent}",
     )
 
 
 def _bus(r: random.Random, a: str, b: str) -> Problem:
-    start, stops, on, off = r.randint(12, 40), r.randint(3, 6), r.randint(4, 9), r.randint(1, 3)
+    start, on, off = r.randint(22, 60), r.randint(4, 19), r.randint(3, 21)
     return (
-        f"A bus starts with {start} passengers, {a} and {b} among them. At each of {stops} stops {on} people get on "
-        f"and {off} get off. How many passengers are there after the last of these stops?",
-        start + stops * (on - off),
-        f"{on} - {off} = {on - off}; {stops} x {on - off} = {stops * (on - off)}; {start} + {stops * (on - off)} = "
-        f"{start + stops * (on - off)}",
+        f"There are {start} passengers on a bus, {a} and {b} among them. At a stop {off} of them get off and {on} "
+        "others get on. How many passengers are there now?",
+        start - off + on,
+        f"{start} - {off} = {start - off}; {start - off} + {on} = {start - off + on}",
     )
 
 
 def _equal_parts(r: random.Random, a: str, b: str) -> Problem:
-    friends, each, back, things = r.randint(3, 9), r.randint(7, 18), r.randint(1, 5), r.choice(THINGS)
+    children, each, more, things = r.randint(3, 9), r.randint(7, 18), r.randint(2, 9), r.choice(THINGS)
     return (
-        f"{a} and {b} have {friends * each} {things} and divide them equally among {friends} children. Every child "
-        f"gives {back} of them away. How many {things} does each child have now?",
-        each - back,
-        f"{friends * each} / {friends} = {each}; {each} - {back} = {each - back}",
+        f"{a} divides {children * each} {things} equally among {children} children. {b} gives each child {more} "
+        f"more. How many {things} does each child have?",
+        each + more,
+        f"{children * each} / {children} = {each}; {each} + {more} = {each + more}",
     )
 
 
 def _garden(r: random.Random, a: str, b: str) -> Problem:
-    rows, plants, more, beans, lost = (
-        r.randint(4, 12),
-        r.randint(6, 14),
-        r.randint(2, 8),
-        r.randint(5, 12),
-        r.randint(3, 15),
-    )
-    planted = rows * plants + more * beans
+    rows, plants, beans = r.randint(4, 12), r.randint(6, 14), r.randint(5, 40)
     return (
-        f"{a} plants {rows} rows of {plants} tomatoes, and {b} plants {more} rows of {beans} beans. {lost} of "
-        "all the plants die. How many plants are left?",
-        planted - lost,
-        f"{rows} x {plants} + {more} x {beans} = {planted}; {planted} - {lost} = {planted - lost}",
+        f"{a} plants {rows} rows of {plants} tomatoes, and {b} plants {beans} beans. How many plants are there?",
+        *_product_and(rows, plants, beans),
     )
 
 
-def _seats(r: random.Random, a: str, b: str) -> Problem:
-    cars, seats, percent = r.randint(3, 9), 20 * r.randint(2, 5), 10 * r.randint(3, 9)
+def _ages(r: random.Random, a: str, b: str) -> Problem:
+    age, older, times = r.randint(6, 30), r.randint(2, 12), r.randint(2, 3)
     return (
-        f"A train has {cars} cars with {seats} seats each. When {a} and {b} have sat down, {percent} percent of the "
-        "seats are taken. How many seats are free?",
-        cars * seats * (100 - percent) // 100,
-        f"{cars} x {seats} = {cars * seats}; {100 - percent} % of {cars * seats} = "
-        f"{cars * seats * (100 - percent) // 100}",
+        f"{a} is {age} years old. {b} is {older} years older than {a}. Their aunt is {times} times as old as {b}. "
+        "How old is the aunt?",
+        times * (age + older),
+        f"{age} + {older} = {age + older}; {times} x {age + older} = {times * (age + older)}",
     )
+
+
+def _eggs(r: random.Random, a: str, b: str) -> Problem:
+    start, used, boxes, each = r.randint(14, 40), r.randint(3, 12), r.randint(2, 7), r.choice([6, 10, 12])
+    left, bought = start - used, boxes * each
+    return (
+        f"{a} has {start} eggs, uses {used} of them for a cake for {b}, and buys {boxes} boxes with {each} eggs "
+        f"each. How many eggs does {a} have now?",
+        left + bought,
+        f"{start} - {used} = {left}; {boxes} x {each} = {bought}; {left} + {bought} = {left + bought}",
+    )
+
+
+def _savings(r: random.Random, a: str, b: str) -> Problem:
+    weekly, weeks, given = r.randint(6, 24), r.randint(3, 9), r.randint(12, 60)
+    return (
+        f"{a} saves {weekly} dollars a week for {weeks} weeks, and {b} adds {given} dollars. How many dollars are "
+        "there?",
+        *_product_and(weeks, weekly, given),
+    )
+
+
+def _pens(r: random.Random, a: str, b: str) -> Problem:
+    count, price, bag = r.randint(3, 9), r.randint(2, 9), r.randint(11, 29)
+    return (
+        f"A pen costs {price} dollars and a bag costs {bag} dollars. {a} buys {count} pens and one bag for {b}. How "
+        f"many dollars does {a} pay?",
+        *_product_and(count, price, bag),
+    )
+
+
+def _ribbon(r: random.Random, a: str, b: str) -> Problem:
+    pieces, each, left = r.randint(3, 9), r.randint(12, 28), r.randint(3, 60)
+    cut = pieces * each
+    return (
+        f"{a} has {cut + left} centimetres of ribbon and cuts off {pieces} pieces of {each} centimetres for {b}. How "
+        "many centimetres are left?",
+        left,
+        f"{pieces} x {each} = {cut}; {cut + left} - {cut} = {left}",
+    )
+
+
+def _shelves(r: random.Random, a: str, b: str) -> Problem:
+    shelves, each, more = r.randint(3, 9), r.randint(11, 24), r.randint(5, 40)
+    return (
+        f"{a} has {shelves} shelves with {each} books each, and {b} brings {more} more books. How many books are "
+        "there now?",
+        *_product_and(shelves, each, more),
+    )
+
+
+def _product_and(count: int, each: int, more: int) -> tuple[int, str]:
+    product = count * each
+    return product + more, f"{count} x {each} = {product}; {product} + {more} = {product + more}"
 
 
 PROBLEMS: Sequence[Callable[[random.Random, str, str], Problem]] = (
-    _boxes,
-    _change,
-    _pages,
-    _loaves,
-    _ages,
     _wages,
     _bus,
     _equal_parts,
     _garden,
-    _seats,
+    _ages,
+    _eggs,
+    _savings,
+    _pens,
+    _ribbon,
+    _shelves,
 )
 
 
@@ -166,7 +155,7 @@ def bare_sums(count: int, seed: int) -> list[Row]:
     rows = []
     for _ in range(count):
         a, b, c = r.randint(10, 99), r.randint(10, 99), r.randint(2, 9)
-        text, value = r.choice(((f"{a} + {b} - {c}", a + b - c), (f"{a} * {c} + {b}", a * c + b)))
+        text, value = r.choice(((f"{a} + {b}", a + b), (f"{a} * {c}", a * c)))
         rows.append({"prompt": f"What is {text}? Reply with the number only.", "answer": str(value)})
     return rows
 

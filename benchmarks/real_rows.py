@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import real_data as data
+import real_plan
 import tomlkit
 import trl_trainer
 from toy_lab import Results, curve, redpen, sampled
 from trl_trainer import TrlRun
 
-#: Prompts of a round, two rollouts each; held-out problems; tokens of a response in training and in evaluation.
-PROMPTS, HELD_OUT, SUMS, LIMIT, EVAL_LIMIT = 96, 96, 64, 192, 320
+#: Prompts of a round, two rollouts each; held-out problems, and sums; tokens of a response.
+PROMPTS, HELD_OUT, SUMS, LIMIT = 96, 96, 64, 256
 Figures = dict[str, Any]
 
 
@@ -70,6 +71,11 @@ class Lab:
         cost: Figures = Results(directory / "commands.json").get(name, measured_once)
         return cost
 
+    def rates(self, directory: Path) -> Figures:
+        """What `redpen plan` is given, measured when the row began."""
+        rates: Figures = Results(directory / "rates.json").get("rates", real_plan.rates)
+        return rates
+
     def evaluated(self, out: Path, recipe: Path, model: str, *settings: str, teacher: str | None = None) -> Figures:
         """`redpen eval MODEL` into a file, once."""
         to = ("--teacher", teacher) if teacher else ()
@@ -106,6 +112,14 @@ def stages(lab: Lab, recipe: Path, directory: Path, settings: Sequence[str] = ()
     at = {name: (name, recipe, "--cache", cache) for name in ("rollouts", "score")}
     at["train"] = ("train", recipe, "--cache", cache, "--run", run)
     return {name: lab.command(directory, name, *args, settings=settings) for name, args in at.items()}
+
+
+def planned(
+    lab: Lab, directory: Path, recipe: Path, costs: Iterable[Figures], run: Path, settings: Sequence[str] = ()
+) -> Figures:
+    """The first round's steps beside `redpen plan`; `costs` are of the commands that sampled and scored it."""
+    output = "".join(cost["output"] for cost in costs)
+    return {"plan": real_plan.beside(lab.rates(directory), recipe, settings, directory / "cache.zarr", output, run)}
 
 
 def of_run(run: Path) -> dict[str, Figures]:
@@ -195,7 +209,7 @@ def pair_recipe(lab: Lab, directory: Path, seed: int, rounds: int, teacher: dict
         eval={
             "path": str(lab.work / "held_out.jsonl"),
             "match": "number",
-            "max_response_tokens": lab.tokens(EVAL_LIMIT),
+            "max_response_tokens": lab.tokens(LIMIT),
             "batch_size": 96,
         },
     )
@@ -216,12 +230,13 @@ def of_pair(lab: Lab, directory: Path, recipe: Path, name: str, adapter: Path | 
 def larger_teacher(lab: Lab, directory: Path, seed: int) -> Figures:
     """The student before and after one round."""
     recipe, run = pair_recipe(lab, directory, seed, 1), directory / "run"
-    lab.command(directory, "one round", "distill", recipe, "--cache", directory / "cache.zarr", "--run", run)
+    cost = lab.command(directory, "one round", "distill", recipe, "--cache", directory / "cache.zarr", "--run", run)
     found = of_pair(lab, directory, recipe, "after one round", run / "rounds" / "00000" / "adapter")
     steps = curve(run / "rounds" / "00000")
     return {
         **found,
         **of_pair(lab, directory, recipe, "before", None),
+        **planned(lab, directory, recipe, [cost], run / "rounds" / "00000"),
         "engine": lab.engine,
         "cached": [step["reverse_kl"] for step in steps],
         "ess": min(step["ess"] for step in steps),
@@ -427,10 +442,11 @@ def context(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same model, with a system message that the student is not given."""
     small = lab.models["small"]
     recipe = small_recipe(lab, directory, seed, {"model": small, "system": SYSTEM})
-    stages(lab, recipe, directory)
+    costs = stages(lab, recipe, directory)
     lab.command(directory, "eval", "eval", directory / "run")
     with_message = lab.evaluated(lab.work / "eval-small-message.json", recipe, small, f"prompts.system={SYSTEM}")
-    return of_run(directory / "run") | {"with the message": with_message}
+    beside = planned(lab, directory, recipe, costs.values(), directory / "run")
+    return of_run(directory / "run") | {"with the message": with_message} | beside
 
 
 def render_context(runs: dict[int, Figures]) -> str:
@@ -462,7 +478,8 @@ def other_tokenizer(lab: Lab, directory: Path, seed: int) -> Figures:
     costs = stages(lab, recipe, directory, settings)
     lab.command(directory, "eval", "eval", directory / "run")
     scored = re.search(r"teacher: ([^\n;]*)", costs["score"]["output"])
-    return of_run(directory / "run") | {"scored": scored[1] if scored else ""}
+    beside = planned(lab, directory, recipe, costs.values(), directory / "run", settings)
+    return of_run(directory / "run") | {"scored": scored[1] if scored else ""} | beside
 
 
 def render_other_tokenizer(runs: dict[int, Figures]) -> str:
@@ -589,13 +606,14 @@ def solution(lab: Lab, directory: Path, seed: int) -> Figures:
     """The same model, which is shown the worked solution; and what it does when it is."""
     student = lab.models["student"]
     recipe = pair_recipe(lab, directory, seed, rounds=1, teacher={"model": student, "prompt": SOLVED})
-    stages(lab, recipe, directory)
+    costs = stages(lab, recipe, directory)
     lab.command(directory, "eval", "eval", directory / "run")
     rows = [json.loads(line) for line in (lab.work / "held_out.jsonl").read_text().splitlines()]
     form = SOLVED.replace("{{ prompt }}", "{prompt}").replace("{{ solution }}", "{solution}")
     data.write(lab.work / "solved.jsonl", [{"prompt": form.format(**row), "answer": row["answer"]} for row in rows])
     shown = lab.evaluated(lab.work / "eval-solved.json", recipe, student, f"eval.path={lab.work / 'solved.jsonl'}")
-    return of_run(directory / "run") | {"shown the solution": shown}
+    beside = planned(lab, directory, recipe, costs.values(), directory / "run")
+    return of_run(directory / "run") | {"shown the solution": shown} | beside
 
 
 def render_solution(runs: dict[int, Figures]) -> str:
