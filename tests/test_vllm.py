@@ -19,7 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config
 
 import cache_schema as cs
 import pipeline.rollouts.stage as rollouts_stage
@@ -46,11 +46,11 @@ TOLERANCE = 2e-5
 Start = Callable[..., subprocess.Popen[str]]
 
 
-def random_student(path: Path, hidden: int = 64, heads: int = 2) -> Path:
+def random_student(path: Path, hidden: int = 64, heads: int = 2, config: Any = Qwen3Config) -> Path:
     """A random model with the toy's tokenizer; its distributions are far from flat and from certain."""
     torch.manual_seed(1)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
+    model = AutoModelForCausalLM.from_config(
+        config(
             vocab_size=259,
             hidden_size=hidden,
             intermediate_size=96,
@@ -60,7 +60,9 @@ def random_student(path: Path, hidden: int = 64, heads: int = 2) -> Path:
             head_dim=hidden // heads,
             max_position_embeddings=64,
             initializer_range=0.12,
+            bos_token_id=None,
             eos_token_id=256,
+            pad_token_id=None,
         )
     )
     # none of this may have a part in sampling
@@ -347,6 +349,19 @@ class TestStart:
             pytest.raises(ModelError, match="X: in vLLM it has no effect"),
         ):
             effect.check(engine, "X: in vLLM it")
+
+    def test_a_family_without_code_in_vllm_is_sampled_and_can_be_loaded_afterwards(self, tmp_path: Path) -> None:
+        """vLLM runs it by transformers' own classes, and changes them while the engine is there."""
+        from pipeline.engines.vllm import Engine
+
+        settings = recipe(random_student(tmp_path, config=SmolLM3Config))
+        with Engine(settings.student, settings.vllm, max_length=32, max_sequences=8) as engine:
+            (rollouts,) = sample(engine, sampling(), prompt_block())
+        loaded = models.load_model(settings.student)
+        scores = ResidentScorer(loaded, ScoreOptions(sampling_temperature=1.0)).compute_logprobs(rollouts)
+        np.testing.assert_allclose(rollouts.rollout_logprobs, scores.sampling_logprobs, atol=TOLERANCE)
+        with Engine(settings.student, settings.vllm, max_length=32, max_sequences=8) as engine:
+            assert responses(sample(engine, sampling(), prompt_block())[0]) == responses(rollouts)
 
     @pytest.mark.parametrize(
         ("overrides", "message"),

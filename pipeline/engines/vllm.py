@@ -25,13 +25,15 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.config import ModelConfig, VllmConfig
 from pipeline.console import console, say
 from pipeline.environment import ENVIRONMENT, install_hint
 from pipeline.errors import ConfigError, ModelError, shorten
 from pipeline.models.files import read_adapter_config
-from pipeline.models.resolve import resolve, setting_name
+from pipeline.models.load import load_skeleton
+from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -87,6 +89,7 @@ class Engine:
             options = {"enable_lora": True, "max_lora_rank": _lora_rank(model, adapter)}
         self._engine: Any = None
         self._set_num_threads = torch.set_num_threads  # vLLM's CPU worker puts a stub in its place
+        self._classes = _ModelClasses(facts)
         try:
             with _quiet():
                 self._engine = vllm.LLM(
@@ -190,6 +193,35 @@ class Engine:
                 engine.engine_core.shutdown()
                 del engine
             cleanup_dist_env_and_memory()
+        self._classes.restore()
+
+
+class _ModelClasses:
+    """transformers' model classes, as they are before an engine starts.
+
+    Where vLLM has no code of its own for a family, it runs transformers' classes, and changes them for torch.compile:
+    afterwards no model can be made of them outside an engine.
+    """
+
+    def __init__(self, model: ResolvedModel):
+        with contextlib.suppress(ModelError):  # a family that only vLLM has
+            load_skeleton(model, torch.device("meta"))  # imports its class
+        self._before = {cls: (cls.__bases__, dict(vars(cls))) for cls in _subclasses(PreTrainedModel)}
+
+    def restore(self) -> None:
+        for cls, (bases, attributes) in self._before.items():
+            if cls.__bases__ == bases:
+                continue
+            for name in vars(cls).keys() - attributes.keys():
+                delattr(cls, name)
+            for name, value in attributes.items():
+                if vars(cls)[name] is not value:
+                    setattr(cls, name, value)
+            cls.__bases__ = bases
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*map(_subclasses, cls.__subclasses__()))
 
 
 def import_vllm() -> Any:
