@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from pipeline.models import load as models
 from pipeline.models import lora
 
 # vLLM's CPU attention takes heads of 32 dimensions and more.
-_WIDER = {"hidden_size": 128, "head_dim": 32}
+_WIDER: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
 # nats: vLLM's kernels against transformers' own forward
 _TOLERANCE = 1e-4
 # tokens, longer than any trial's rollout
@@ -70,7 +71,7 @@ def apart(trial: Trial, adapter: Path | None) -> float:
 def try_family(family: str) -> str:
     """The family's cell."""
     model_type, settings = FAMILIES[family]
-    config = tiny_config(model_type, **_WIDER | settings)
+    config = tiny_config(model_type, **wider(settings))
     found, kind = in_vllm(config)
     if found > _TOLERANCE and getattr(config, "sliding_window", None):
         config.sliding_window = _WIDE
@@ -78,6 +79,16 @@ def try_family(family: str) -> str:
         if within <= _TOLERANCE:
             return f"{kind} up to the sliding window; past it log-probs differ, here by {found:.1e} nats"
     return kind if found <= _TOLERANCE else f"wrong: log-probs differ by {found:.1e} nats"
+
+
+def wider(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a model with such heads."""
+    found = _WIDER | settings
+    rope = found.get("rope_parameters", {})
+    if "short_factor" in rope:  # LongRoPE has factors for each pair of dimensions
+        n = int(found["head_dim"] * found.get("partial_rotary_factor", 1)) // 2
+        found["rope_parameters"] = rope | {name: rope[name][:1] * n for name in ("short_factor", "long_factor")}
+    return found
 
 
 def in_vllm(config: PreTrainedConfig) -> tuple[float, str]:
