@@ -78,12 +78,12 @@ def try_family(family: str) -> str:
         within, kind = in_vllm(config)
         if within <= _TOLERANCE:
             return f"{kind} up to the sliding window; past it log-probs differ, here by {found:.1e} nats"
-    return kind if found <= _TOLERANCE else f"wrong: log-probs differ by {found:.1e} nats"
+    return kind if found <= _TOLERANCE else f"log-probs differ by {found:.1e} nats"
 
 
 def wider(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a model with such heads."""
-    found = _WIDER | settings
+    found = settings | _WIDER
     rope = found.get("rope_parameters", {})
     if "short_factor" in rope:  # LongRoPE has factors for each pair of dimensions
         n = int(found["head_dim"] * found.get("partial_rotary_factor", 1)) // 2
