@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from pipeline.config import Recipe, load_stored_recipe
+from pipeline.config import Recipe
 from pipeline.console import say, show, show_part, warn
 from pipeline.errors import Interrupted, PromptError, RedpenError
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
 from pipeline.models.resolve import ResolvedModel, resolve
-from pipeline.runs.files import RECIPE
+from pipeline.runs.files import RECIPE, read_recipe
 from pipeline.runs.trained_student import trained_student
 from pipeline.text.records import check_text
 from pipeline.text.rendering import TooLongError, render, uses_chat
@@ -103,7 +103,7 @@ def _load(run: str, overrides: Sequence[str]) -> tuple[Recipe, ResolvedModel, li
     directory = Path(run)
     if not (directory / RECIPE).is_file():
         raise RedpenError(f"{run}: expected a run of `redpen train`, found no {RECIPE} in it")
-    recipe = load_stored_recipe(directory / RECIPE, overrides)
+    recipe = read_recipe(directory, overrides)
     trained = trained_student(recipe.student, directory)
     if trained is None:
         raise RedpenError(f"run {run}: training has not ended; finish it with the same `redpen train` command")

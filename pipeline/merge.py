@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 
-from pipeline.config import ModelConfig, load_stored_recipe
+from pipeline.config import ModelConfig
 from pipeline.console import show, warn
 from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError, shorten
@@ -26,7 +26,7 @@ from pipeline.models.lora import bypassed, check_saves_whole, shared_weights
 from pipeline.models.model_card import LICENCE, TRAINING, front_matter, load_model
 from pipeline.models.paths import base_name
 from pipeline.models.resolve import resolve
-from pipeline.runs.files import MODEL, RECIPE
+from pipeline.runs.files import MODEL, RECIPE, read_recipe
 from pipeline.runs.trained_student import trained_student
 
 
@@ -117,7 +117,7 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
     """The config of the base model with the adapter in `target`."""
     run = Path(target)
     if (run / RECIPE).is_file():
-        recipe = load_stored_recipe(run / RECIPE)
+        recipe = read_recipe(run)
         if recipe.train.method == "full":
             raise RedpenError(f"run {target}: trained all weights, so {run / MODEL} is a whole model already")
         trained = trained_student(recipe.student, run)

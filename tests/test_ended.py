@@ -12,6 +12,7 @@ import pytest
 import cache_schema as cs
 from helpers import killing
 from helpers.caches import SMALL, flip_a_bit, small_recipe
+from helpers.commands import one_line
 from helpers.training import curve
 from pipeline import distill, merge
 from pipeline.cli import main
@@ -101,6 +102,30 @@ def test_damage_of_a_finished_run_reaches_nobody(
     else:
         (note,) = runs.read_run(run)["notes"]
         assert name in note
+
+
+@pytest.mark.parametrize(
+    "command", ["eval RUN", "chat RUN", "sample RUN 1+1=", "merge RUN -o merged", "push RUN a/b --base x/y"]
+)
+def test_a_recipe_that_was_changed_since_is_used_by_no_command(
+    command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is valid, so only its digest shows it: figures and responses would be of other settings."""
+    monkeypatch.chdir(run.parent)
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("temperature = 1.0", "temperature = 0.5"))
+    assert main(command.replace("RUN", str(run)).split()) == 1
+    assert str(recipe) in one_line(capsys.readouterr().err)
+    assert not (run.parent / "merged").exists()
+
+
+def test_answers_on_a_page_are_not_checked_by_a_recipe_that_was_changed(
+    run: Path, toy_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("answer_pattern = ", "answer_pattern = 'x' # "))
+    assert main(["report", str(run), str(toy_cache), "-o", str(tmp_path / "r.html")]) == 0
+    assert "answers are not checked" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_step_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe, load_stored_recipe
+from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
 from pipeline.files import check_output, read_json, refuse_link
-from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD
+from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD, read_recipe
 from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
@@ -67,7 +67,7 @@ def plan_eval(
     if is_run:
         if recipe_name is not None:
             raise ConfigError(f"--recipe: {target} is a run and brings its own recipe; use --set to change a setting")
-        recipe = load_stored_recipe(run_dir / RECIPE, overrides)
+        recipe = read_recipe(run_dir, overrides)
         trained = trained_student(recipe.student, run_dir)
         if trained is None:
             made = "adapter" if recipe.train.method == "lora" else "model"

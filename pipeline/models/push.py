@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import load_stored_recipe
 from pipeline.console import show, suggest
 from pipeline.errors import ConfigError, ModelError, RedpenError, shorten
 from pipeline.files import read_json, read_text, refuse_link
 from pipeline.models.files import read_adapter_config
 from pipeline.models.model_card import serve_command
-from pipeline.runs.files import EVAL_FIGURES, LEDGER, METRICS, RECIPE, TRAINED, check, fault, is_run, read_record
+from pipeline.runs.files import (
+    EVAL_FIGURES,
+    LEDGER,
+    METRICS,
+    RECIPE,
+    TRAINED,
+    check,
+    fault,
+    is_run,
+    read_recipe,
+    read_record,
+)
 
 _CARD = "README.md"
 _HERE = "THIS_DIRECTORY"  # in cards, where the model is loaded from
@@ -51,7 +61,7 @@ def run(target: str, hub_id: str, *, base: str | None = None, public: bool = Fal
     contents = {name: str(path) for name, path in files.items()} | _of_base(files, hub_id, base)
     upload(hub_id, contents, public=public)
     if (directory / RECIPE).is_file():
-        recipe = load_stored_recipe(directory / RECIPE)
+        recipe = read_recipe(directory)
         if base is not None:
             recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": base})})
         if (command := serve_command(recipe, hub_id)) is not None:

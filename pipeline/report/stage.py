@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import cache_schema as cs
-from pipeline.config import load_recipe, load_stored_recipe
+from pipeline.config import load_recipe
 from pipeline.console import say, show, warn
 from pipeline.credentials import mask, masked
 from pipeline.errors import ConfigError, RedpenError
@@ -25,7 +25,7 @@ from pipeline.report.read import answer_check
 from pipeline.report.runs import Reread, RunRecord
 from pipeline.rounds.identity import cache_identity
 from pipeline.rounds.scored_block import Int64
-from pipeline.runs.files import EVAL_CACHE, RECIPE, check, is_run
+from pipeline.runs.files import EVAL_CACHE, RECIPE, check, is_run, read_recipe
 from pipeline.runs.lock import reading_results
 from pipeline.text.answers import Checker
 from pipeline.text.detokenize import Decoder, Ids, load_decoder
@@ -207,10 +207,10 @@ def _checker(sources: _Sources, recipe: str | None, run_paths: Sequence[str]) ->
     """What a right answer is, by the given recipe or the first run's; None without either."""
     if recipe is not None:
         return Checker.of(load_recipe(recipe).eval)
-    paths = [path for run in run_paths if (path := Path(run) / RECIPE).is_file()]
+    paths = [run for run in run_paths if (Path(run) / RECIPE).is_file()]
     try:
-        return Checker.of(load_stored_recipe(paths[0]).eval) if paths else None
-    except ConfigError as error:
+        return Checker.of(read_recipe(paths[0]).eval) if paths else None
+    except RedpenError as error:
         sources.note(f"answers are not checked: {error}")
         return None
 

@@ -43,6 +43,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.config import Recipe, load_stored_recipe
 from pipeline.errors import RedpenError
 from pipeline.files import file_digest, parse_json, parse_model, read_bytes, read_json, refuse_link, write_atomically
 
@@ -132,6 +133,12 @@ def read_record(run: Path) -> Record | None:
     if ("digest" in found or "files" in found) and found.get("digest") != digest_of(found):
         raise DamagedRunError(f"{path}: is not what redpen wrote (its digest differs); restore it from a copy")
     return parse_model(found, Record, str(path), error=DamagedRunError)
+
+
+def read_recipe(run: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run. Raises `ConfigError`, or `DamagedRunError` if it has changed since the run has ended."""
+    check(run, RECIPE)
+    return load_stored_recipe(Path(run) / RECIPE, overrides)
 
 
 def write_record(run: Path, record: Record) -> None:
