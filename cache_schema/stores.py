@@ -21,7 +21,9 @@ from .s3 import S3Store, open_s3
 #: Limits of a name (leaves room for the lock `.NAME.lock`) and of a path (leaves room for arrays).
 NAME_BYTES, PATH_BYTES = 255 - len("..lock"), 4096 - 512
 #: A user before the host, or a query after `?`: no valid location has either.
-_CREDENTIALS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*:/{1,2}([^/?#]+@|[^/?#:@]+:[^@]*@|[^?]*\?.*=)")
+_CREDENTIALS = re.compile(
+    r"(?i)(?!file:)[a-z][a-z0-9+.-]*:/{1,2}([^/?#]+(@|%40)|[^/?#:@]+:[^@]*(@|%40)|[^?]*(\?|%3f).*(=|%3d))"
+)
 
 
 def open_store(location: str | os.PathLike[str] | Store, *, writable: bool) -> tuple[Store, str]:

@@ -17,18 +17,20 @@ from pipeline.errors import ConfigError
 MASK = "***"
 
 _NAMES = (
-    r"api[-_]?key|[\w-]*access[-_]?key(?:[-_]?id)?|[\w-]*token|key|auth|authorization|password|passwd|pwd|pass|"
+    r"[\w.-]*key(?:[-_]?id)?|[\w-]*token|auth|authorization|[\w-]*(?:password|passwd|passphrase|pwd)|pass|"
     r"[\w-]*secret|sig|[\w-]*signature|[\w-]*credentials?|jwt|bearer"
 )
+# Also as URLs encode them.
+_AT, _IS, _BEFORE = r"(?:@|%40)", r"(?:=|%3d)", r"(?:[?&;#]|%3f|%26|%3b|%23)"
 _END = r"[^\s&;#\"'<>\\]{1,4096}"
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         # user and password of a URL; a password may contain @, and / unless a port precedes it
-        r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}://)(?P<secret>[^\s/?#\"'<>\\]{1,4096})(?=@[^\s@])",
+        rf"(?i)(?P<before>\b[a-z][a-z0-9+.-]{{0,30}}://)(?P<secret>[^\s/?#\"'<>\\]{{1,4096}})(?={_AT}[^\s@])",
         r"(?i)(?P<before>\b[a-z][a-z0-9+.-]{0,30}:/{1,2})"
-        r"(?P<secret>[^\s/?#@:\"'<>\\]{1,200}:(?!\d{1,5}[/?#])[^\s\"'<>\\]{1,4096})(?=@[^\s@])",
-        rf"(?i)(?P<before>[?&;#](?:{_NAMES})=)(?!\*\*\*)(?P<secret>{_END})",
+        rf"(?P<secret>[^\s/?#@:\"'<>\\]{{1,200}}:(?!\d{{1,5}}[/?#])[^\s\"'<>\\]{{1,4096}})(?={_AT}[^\s@])",
+        rf"(?i)(?P<before>{_BEFORE}(?:{_NAMES}){_IS})(?!\*\*\*)(?P<secret>{_END})",
         r"(?i)(?P<before>\bbearer\s+)(?P<secret>(?=\S*\d)[a-z0-9._~+/-]{12,4096}=*)",
         # keys with a known prefix: Hugging Face, OpenAI and compatible, AWS, GitHub, Google, Slack
         r"(?P<before>(?<![A-Za-z0-9_-]))(?P<secret>hf_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16}"
@@ -36,8 +38,10 @@ _PATTERNS = tuple(
         r"|AIza[\w-]{35}|xox[a-z]-[A-Za-z0-9-]{10,})",
     )
 )
+# Of a base URL nothing else is of use, and keys are passed there under any name.
+_BESIDE_HOST_AND_PATH = re.compile(r"(?i)[@?#]|%40|%3f|%23")
 #: Every match of a pattern contains one of these; most lines contain none, so this is tried first.
-_SIGNS = re.compile(r"@|[?&;#][\w-]+=|[Bb]earer|BEARER|hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_|AIza|xox")
+_SIGNS = re.compile(rf"(?i:{_AT}|{_BEFORE}[\w.-]+{_IS}|bearer)|hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_|AIza|xox")
 #: Environment variables with credentials; a value shorter than _SHORTEST is taken for a placeholder.
 _VARIABLES = (
     *("REDPEN_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"),
@@ -49,9 +53,14 @@ _AWS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 def contains(text: str, name: str = "") -> bool:
     """Whether `text`, the value of the setting `name`, contains something that looks like a credential."""
-    if name.endswith("url") and "@" in text.partition("?")[0]:  # also without http:// in front
+    if _is_url(name) and _BESIDE_HOST_AND_PATH.search(text):
         return True
     return bool(_SIGNS.search(text)) and any(pattern.search(text) for pattern in _PATTERNS)
+
+
+def _is_url(name: str) -> bool:
+    """Whether a setting is the base URL of a server: host, port and path, to which redpen appends paths."""
+    return name.endswith("url")
 
 
 def mask(text: str) -> str:
@@ -85,9 +94,10 @@ def refuse(text: str, name: str) -> None:
 
 def message(text: str, name: str) -> str:
     """The problem with a setting or argument that contains a credential, without the credential."""
+    what = "a user, a query or a fragment" if _is_url(name) else "what looks like a credential"
     return (
-        "holds what looks like a credential, which would be stored and shown with the settings; remove it and set "
-        f"the environment variable {_variable(text, name)}"
+        f"holds {what}, which would be stored and shown with the settings; remove it and set the environment "
+        f"variable {_variable(text, name)}"
     )
 
 
