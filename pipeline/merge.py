@@ -18,7 +18,7 @@ from pipeline.config import ModelConfig
 from pipeline.console import show, warn
 from pipeline.credentials import mask
 from pipeline.errors import ModelError, ModelNotFoundError, RedpenError, shorten
-from pipeline.files import atomic_directory, write_atomically
+from pipeline.files import atomic_directory, read_text, write_atomically
 from pipeline.forward.head import unwrapped
 from pipeline.models import load as models
 from pipeline.models.files import read_adapter_config, shortened
@@ -140,12 +140,11 @@ def _with_adapter(target: str, base: str | None) -> ModelConfig:
 
 
 def _card_of(cfg: ModelConfig) -> ModelCard | None:
-    """The adapter's model card, or None if there is none that can be parsed."""
+    """The adapter's model card, or None if there is none that can be read."""
     directory = resolve(cfg).adapter_directory
     assert directory is not None
     try:
-        card: ModelCard = ModelCard.load(directory / "README.md")
-        return card
+        return ModelCard(read_text(directory / "README.md"))
     except (OSError, ValueError):
         return None
 

@@ -263,6 +263,20 @@ def test_settings_that_transformers_would_not_save_are_kept_as_they_are(toy_cach
         assert settings == (base / "generation_config.json").read_bytes()
 
 
+@pytest.mark.parametrize("size", [None, 2**40], ids=["a pipe", "a huge file"])
+def test_a_card_that_cannot_be_read_is_left_out(size: int | None, tmp_path: Path) -> None:
+    base = small_model(tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "adapter")
+    (card := adapter / "README.md").unlink(missing_ok=True)
+    if size is None:
+        os.mkfifo(card)
+    else:
+        card.touch()
+        os.truncate(card, size)
+    assert merge.run(str(adapter), str(tmp_path / "merged")) == 0
+    assert "distilled" in (tmp_path / "merged/README.md").read_text()
+
+
 def test_a_base_that_moved_can_be_given(tmp_path: Path) -> None:
     base = small_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import shutil
 import struct
@@ -176,6 +177,32 @@ def test_a_setting_of_another_kind_names_its_file(tiny: Path, file: str, content
     with pytest.raises(ModelError) as error:
         use(tiny)
     assert named in one_line(error)
+
+
+@pytest.mark.parametrize("instead", ["a pipe", "a link to a device", "a huge file"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adapter_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+        *("chat_template.jinja", "additional_chat_templates/a.jinja", "tokenizer.model", "tokenizer.json"),
+    ],
+)
+def test_no_library_reads_a_file_that_has_no_end(tiny: Path, name: str, instead: str) -> None:
+    """Whichever of them a library would look for."""
+    path = tiny / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if instead == "a pipe":
+        os.mkfifo(path)
+    elif instead == "a link to a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    for read in (lambda: resolve(config(tiny)).directory, lambda: resolve(config(tiny)).tokenizer):
+        with pytest.raises(ModelError) as error:
+            read()
+        assert str(path) in one_line(error)
 
 
 @pytest.mark.parametrize(

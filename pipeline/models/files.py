@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -21,6 +22,8 @@ from pipeline.files import parse_json, parse_model, read_bytes
 _AT_MOST = 256 * 2**20
 #: Ids of a vocabulary; the largest in use has 262,144.
 _MOST_IDS = 2**24
+# Endings of files beside the weights, which transformers, tokenizers and peft read whole.
+_READ_WHOLE = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"})
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -175,6 +178,18 @@ def read_index(directory: Path) -> IndexFile | None:
 def read_adapter_config(directory: Path) -> AdapterConfigFile:
     """An adapter's adapter_config.json. Raises `ModelError`."""
     return _required(directory / "adapter_config.json", AdapterConfigFile)
+
+
+def check_files(directory: Path) -> None:
+    """Refuse files that a library would read for ever, or into all of the memory. Raises `ModelError`."""
+    for path in sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")]):
+        if path.suffix not in _READ_WHOLE or not path.exists():
+            continue
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelError(f"{path}: expected a regular file, found a directory, a pipe or a device; remove it")
+        if found.st_size > _AT_MOST:
+            raise ModelError(f"{path}: expected at most {_AT_MOST:,} bytes, found {found.st_size:,}")
 
 
 def check_model_files(directory: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 import cache_schema as cs
 from pipeline.config import ModelConfig, RolloutsConfig, TeacherConfig
 from pipeline.errors import ModelError, RedpenError, one_line
-from pipeline.models.files import check_tokenizer_files, read_config, read_generation_config
+from pipeline.models.files import check_files, check_tokenizer_files, read_config, read_generation_config
 from pipeline.models.identity import adapter_digest, hub_commit, model_digest, served_digest, tokenizer_digest
 from pipeline.models.paths import find_directory, resolve_path
 from pipeline.quantised.formats import Format, formats_of
@@ -79,6 +79,7 @@ class ResolvedModel:
                 f"{self.setting('adapter')}: no adapter_config.json in {directory}; expected a PEFT adapter, such as "
                 "RUN/adapter"
             )
+        check_files(directory)
         return directory
 
     def _directory(self, *, weights: bool) -> Path:
@@ -92,6 +93,7 @@ class ResolvedModel:
             weights=weights,
         )
         if (directory / "config.json").is_file():
+            check_files(directory)
             return directory
         remedy = "expected a model saved by save_pretrained()"
         if (directory / "adapter_config.json").is_file():
