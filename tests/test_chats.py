@@ -17,6 +17,7 @@ import pipeline.rollouts.stage
 from pipeline.config import PromptsConfig, load_recipe
 from pipeline.errors import PromptError
 from pipeline.interchange import exporting, importing
+from pipeline.text import template_effect
 from pipeline.text.prompts import load_prompts
 from pipeline.text.records import check_record
 from pipeline.text.rendering import render, render_all
@@ -74,6 +75,7 @@ def test_every_field_reaches_the_template() -> None:
 
 def test_what_a_template_ignores_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Also if it is in a late row only."""
+    template_effect._warn_once.cache_clear()  # another test of this process may have been warned of the same
     records = [{"prompt": str(number)} for number in range(20)]
     render_all([*records, {"messages": CHAT, "tools": TOOLS}], tokenizer_with(KNOWS), CFG, 1000)
     assert "warning" not in capsys.readouterr().err

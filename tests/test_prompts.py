@@ -83,6 +83,10 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b'{"prompt": "a", "answer": -Infinity}', "answer: expected text or a finite number, got -inf"),
         (b'{"prompt": "a", "answer": 1, "answer": 2}', 'expected every key once, got "answer" more often'),
         (b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}', 'expected every key once, got "role"'),
+        (
+            json.dumps({"messages": '[{"role": "user", "content": "a", "content": "b"}]'}).encode(),
+            'messages: expected every key once, got "content"',
+        ),
         (b'{"prompt": "a", "source": {}}', "source: expected text, got an object"),
         (b'{"messages": []}', "messages: expected a list of {role, content} objects, got an empty list"),
         (b'{"messages": "a"}', "messages: expected a list of {role, content} objects, got text"),
@@ -283,8 +287,7 @@ NUMBERS = [
     (64.0, "64"),  # what pandas makes of 64 beside a null
     (-0.0, "0"),
     (0.1, "0.1"),
-    (2.0**53, "9007199254740992.0"),  # may have been another integer
-    (1e300, "1e+300"),
+    (2.0**53 - 1, "9007199254740991"),
     (10**30, str(10**30)),
     (Decimal("64.00"), "64"),
     (Decimal("1E+2"), "100"),
@@ -299,6 +302,13 @@ NUMBERS = [
 def test_numbers_as_answers(value: object, text: str | None) -> None:
     record = check_record({"prompt": "a", "answer": value, "id": value}, "here")
     assert record == {"prompt": "a"} | ({} if text is None else {"answer": text, "id": text})
+
+
+@pytest.mark.parametrize("value", [2.0**53, -1e300, [1.0, 1e17]], ids=str)
+def test_a_number_that_may_have_been_another_integer_is_no_answer(value: object) -> None:
+    with pytest.raises(PromptError, match=r"^here: answer.*as text$"):
+        check_record({"prompt": "a", "answer": value}, "here")
+    assert check_record({"prompt": "a", "id": 1e17}, "here")["id"] == "1e+17"
 
 
 def test_a_column_of_numbers_is_the_same_answers_in_every_type(tmp_path: Path) -> None:
@@ -316,8 +326,12 @@ def test_a_column_of_numbers_is_the_same_answers_in_every_type(tmp_path: Path) -
     ):
         pq.write_table(pa.table({"prompt": prompts, "answer": answers}), tmp_path / "p.parquet")
         assert load_prompts(config(tmp_path / "p.parquet")) == expected
-    pq.write_table(pa.table({"prompt": ["a"], "answer": pa.array([0.1], pa.float32())}), tmp_path / "p.parquet")
-    assert load_prompts(config(tmp_path / "p.parquet")) == [{"prompt": "a", "answer": "0.1"}]
+    for value in (0.1, np.float16(0.1), [0.1, 0.2]):
+        kind = pa.float16() if isinstance(value, np.float16) else pa.float32()
+        answers = pa.array([value], pa.list_(kind) if isinstance(value, list) else kind)
+        pq.write_table(pa.table({"prompt": ["a"], "answer": answers}), tmp_path / "p.parquet")
+        (record,) = load_prompts(config(tmp_path / "p.parquet"))
+        assert record["answer"] == (["0.1", "0.2"] if isinstance(value, list) else "0.1")
 
 
 # ------------------------------------------------------------------------------------------------- templates and lengths  # noqa: E501

@@ -15,7 +15,14 @@ import numpy as np
 
 from pipeline.config import PromptsConfig
 from pipeline.errors import PromptError, one_line
-from pipeline.text.records import FIELDS, check_record, no_prompt, without_filled_nulls
+from pipeline.text.records import (
+    FIELDS,
+    RepeatedKeyError,
+    check_record,
+    no_prompt,
+    unique_keys,
+    without_filled_nulls,
+)
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 # Rows of a Parquet file that are Python objects at the same time.
@@ -114,18 +121,10 @@ def _toy_path(name: str, setting: str) -> Path:
 
 
 def _parse(line: bytes, place: str) -> Any:
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PromptError(f"{place}: expected every key once, got {_show(twice)} more often; keep one")
-        return found
-
     try:
-        return json.loads(line.decode(), object_pairs_hook=checked)
-    except PromptError:
-        raise
+        return json.loads(line.decode(), object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        raise PromptError(f"{place}: {error}") from None
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise PromptError(f"{place}: expected UTF-8, got byte 0x{byte:02x} in column {error.start + 1}") from None
@@ -143,7 +142,6 @@ def _parse(line: bytes, place: str) -> Any:
 
 
 def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
@@ -157,12 +155,13 @@ def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[t
             if not {"prompt", "messages", "conversations", "text"} & set(columns):
                 raise PromptError(f"{path}: {no_prompt(names, 'columns')}")
             number = 0
-            narrow = [n for n in columns if pyarrow.types.is_float32(file.schema_arrow.field(n).type)]
+            kinds = {name: _narrow_floats(file.schema_arrow.field(name).type) for name in columns}
+            narrow = {name: kind for name, kind in kinds.items() if kind is not None}
             for batch in file.iter_batches(_ROWS, columns=columns):
                 for value in batch.to_pylist():
                     number += 1
-                    for name in narrow:  # 0.1 and not 0.10000000149
-                        value[name] = None if value[name] is None else float(str(np.float32(value[name])))
+                    for name, kind in narrow.items():
+                        value[name] = _as_written(value[name], kind)
                     yield f"{path}: row {number}", without_filled_nulls(value)
     except FileNotFoundError:
         raise PromptError(f"{path}: no such file; set {setting} to your prompts (JSONL or Parquet)") from None
@@ -170,6 +169,22 @@ def _parquet_rows(path: Path, fields: Sequence[str], setting: str) -> Iterator[t
         raise
     except Exception as error:  # Arrow's own, and what Python says of values that it has no type for
         raise PromptError(f"{path}: expected a Parquet file: {one_line(error)}") from None
+
+
+def _narrow_floats(kind: Any) -> type[np.floating[Any]] | None:
+    """numpy's type of a column of floats with less than 64 bits, or of lists of them."""
+    from pyarrow import types
+
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return np.float32 if types.is_float32(kind) else np.float16 if types.is_float16(kind) else None
+
+
+def _as_written(value: Any, kind: type[np.floating[Any]]) -> Any:
+    """The shortest number that is the narrow one: 0.1 and not 0.10000000149."""
+    if isinstance(value, list):
+        return [_as_written(one, kind) for one in value]
+    return None if value is None else float(str(kind(value)))
 
 
 def _hub_rows(cfg: PromptsConfig) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,6 @@ found.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import math
@@ -29,9 +28,25 @@ FIELDS = ("prompt", "messages", "conversations", "tools", "answer", "source", "i
 _JSON_FIELDS = ("messages", "teacher_messages", "tools")
 # A prompt may be a chat, too.
 _OF_CHATS = (*_JSON_FIELDS, "conversations", "prompt")
+#: From here on not every integer is a float.
+_INEXACT = 2**53
 #: Roles by ShareGPT's `from`.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system"}
+
+
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice, and Python would take the last."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=unique_keys)`. Raises `RepeatedKeyError`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"expected every key once, got {show_value(twice)} more often; keep one")
+    return found
 
 
 def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[str, Any]:
@@ -107,8 +122,12 @@ def known_fields(value: Mapping[str, Any], place: str, names: Sequence[str]) -> 
     )
     for name in _JSON_FIELDS:
         if isinstance(record.get(name), str):
-            with contextlib.suppress(ValueError, RecursionError):
-                record[name] = json.loads(record[name])
+            try:
+                record[name] = json.loads(record[name], object_pairs_hook=unique_keys)
+            except RepeatedKeyError as error:
+                raise PromptError(f"{place}: {name}: {error}") from None
+            except (ValueError, RecursionError):
+                pass  # refused as text
     return record
 
 
@@ -277,6 +296,11 @@ def _check_label(value: Any, name: str, place: str) -> str:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not isinstance(value, int) and not math.isfinite(value):
             raise PromptError(f"{place}: {name}: expected text or a finite number, got {value}")
+        if name.startswith("answer") and isinstance(value, float) and abs(value) >= _INEXACT:
+            raise PromptError(
+                f"{place}: {name}: expected text or a number below 2^53, got {value}, which may have been another "
+                "integer before it became a float; give the answer as text"
+            )
         value = _digits(value)
     check_text(value, name, place)
     return str(value)
@@ -285,7 +309,7 @@ def _check_label(value: Any, name: str, place: str) -> str:
 def _digits(value: float | Decimal) -> str:
     if isinstance(value, Decimal):
         return format(value if value % 1 else value.to_integral_value(), "f")
-    exact = isinstance(value, float) and abs(value) < 2**53 and value == int(value)
+    exact = isinstance(value, float) and abs(value) < _INEXACT and value == int(value)
     return str(int(value)) if exact else json.dumps(value)
 
 

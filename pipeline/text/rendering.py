@@ -16,6 +16,7 @@ from pipeline.config import PromptsConfig
 from pipeline.config.messages import show_value
 from pipeline.errors import PromptError, one_line
 from pipeline.text.chat_template import chat_text
+from pipeline.text.records import unique_keys
 from pipeline.text.template_effect import N_CHATS, warn_without_effect, with_system
 from pipeline.text.token_length import least_tokens
 
@@ -240,7 +241,7 @@ def _with_argument_objects(messages: Sequence[dict[str, Any]]) -> list[dict[str,
     for place, call in _calls_with_text(made):
         text, arguments = call["arguments"], None
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(text or "{}")
+            arguments = json.loads(text or "{}", object_pairs_hook=unique_keys)
         if not isinstance(arguments, dict):
             raise PromptError(
                 f"{place}: arguments: expected an object or the text of one in JSON, got {show_value(text)}; correct "
