@@ -89,6 +89,10 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
         "verify",
         "inspect c --rollout x",
         "inspect c --rollout -1",
+        "plan toy --gpu-memory nan",
+        "plan toy --device-tflops inf",
+        "plan toy --utilisation nan",
+        f"plan toy --gpus {'9' * 400}",
     ],
 )
 def test_usage(args: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import click
 
 from pipeline import __version__
 from pipeline.cli import options
-from pipeline.cli.options import POSITIVE, InOrder
+from pipeline.cli.options import FRACTION, POSITIVE, InOrder
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
@@ -339,7 +339,9 @@ def report(targets: tuple[str, ...], output: str, **chosen: Any) -> int:
 @cli.command()
 @options.with_recipe
 @click.option("--gpu-memory", type=POSITIVE, default=24.0, show_default=True, metavar="GIB", help="Memory of a GPU.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Number of GPUs.")
+@click.option(
+    "--gpus", type=click.IntRange(1, 1_000_000), default=1, show_default=True, metavar="N", help="Number of GPUs."
+)
 @click.option("--mean-prompt-tokens", type=POSITIVE, metavar="N", help="Default: the longest allowed.")
 @click.option("--mean-response-tokens", type=POSITIVE, metavar="N", help="Default: the longest allowed.")
 @click.option(
@@ -348,7 +350,7 @@ def report(targets: tuple[str, ...], output: str, **chosen: Any) -> int:
 @click.option("--device-gbps", type=POSITIVE, default=1008.0, show_default=True, help="Memory bandwidth, GB/s.")
 @click.option(
     "--utilisation",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FRACTION,
     default=0.4,
     show_default=True,
     help="Fraction of the TFLOP/s that is reached.",

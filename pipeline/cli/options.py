@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,19 @@ _WARNED_OF = {
     "train": ("train", "reward", "select"),
 }
 
-POSITIVE = click.FloatRange(0, min_open=True)
+
+class _Finite(click.FloatRange):
+    """A range without NaN, which is within every range by comparison, and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
+
+
+POSITIVE = _Finite(0, min_open=True)
+FRACTION = _Finite(0, 1, min_open=True)
 
 
 class InOrder(click.Group):
