@@ -240,6 +240,10 @@ def test_verify_reports_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalidated blocks: 1;" in capsys.readouterr().out
     assert cache.round().rollouts.committed().tolist() == [True, False, True]
     assert cli.main(["verify", "c.zarr"]) == 0
+    Path("c.zarr/rounds/00000/rollouts/commit/zarr.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["verify", "c.zarr"]) == 1
+    assert "--repair" not in capsys.readouterr().out  # which would mend nothing
 
 
 def test_verify_repair_waits_for_nobody(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,12 @@ def run(url: str, repair: bool) -> int:
         committed = sum(int(group.committed().sum()) for group in groups)
         show(f"{url}: {committed} of {total} blocks are committed, no errors found")
         return 0
+    beyond = sum(finding.block is None for finding in findings)
     if not repair:
-        show(f"findings: {len(findings)}; `redpen verify {url} --repair` invalidates the bad blocks")
+        remedy = "" if beyond == len(findings) else f"; `redpen verify {url} --repair` invalidates the bad blocks"
+        show(f"findings: {len(findings)}{remedy}")
         return 1
     show(f"invalidated blocks: {repaired}; run the same stages again to rewrite them")
-    beyond = sum(finding.block is None for finding in findings)
     if beyond:
         show(f"beyond repair: {beyond} of the findings; restore the cache from a copy, or make a new one")
     return 1 if beyond else 0
