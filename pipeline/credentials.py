@@ -94,9 +94,9 @@ def refuse(text: str, name: str) -> None:
 
 def message(text: str, name: str) -> str:
     """The problem with a setting or argument that contains a credential, without the credential."""
-    what = "a user, a query or a fragment" if _is_url(name) else "what looks like a credential"
+    what = "holds a user, a query or a fragment" if _is_url(name) else "holds what looks like a credential"
     return (
-        f"holds {what}, which would be stored and shown with the settings; remove it and set the environment "
+        f"{what}, which would be stored and shown with the settings; remove it and set the environment "
         f"variable {_variable(text, name)}"
     )
 

@@ -93,7 +93,7 @@ def use(path: Path) -> None:
         ({"attention_bias": False}, "layers.0.self_attn.k_proj.bias"),
         ({"num_hidden_layers": 1}, "layers.1."),
         ({"num_hidden_layers": 3}, "layers.2."),
-        ({"hidden_size": 18}, ""),
+        ({"hidden_size": 18}, "lm_head.weight"),
     ],
 )
 def test_a_checkpoint_that_is_not_this_model_is_refused(
@@ -103,6 +103,29 @@ def test_a_checkpoint_that_is_not_this_model_is_refused(
     with pytest.raises(ModelError) as error:
         load(config(tiny))
     assert str(tiny) in one_line(error) and named in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("vocab_size", 10**7), ("intermediate_size", 2**24), ("head_dim", 2**20)]
+)
+def test_a_model_far_larger_than_its_files_is_refused_before_memory_is_allocated(
+    tiny: Path, name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(tiny / "config.json", **{name: value})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ModelError, match=r"its config\.json describes") as error:
+        models.load_model(config(tiny))
+    assert str(tiny) in one_line(error)
+    with pytest.raises(ModelError, match=r"(weight|bias): expected") as error:
+        StreamedScorer(config(tiny))
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_layers"])
+def test_no_model_of_thousands_of_layers_is_made(tiny: Path, name: str) -> None:
+    edit(tiny / "config.json", **{name: 3000})
+    with pytest.raises(ModelError, match=rf"config\.json: {name}"):
+        assert resolve(config(tiny)).config
 
 
 def test_tensors_that_no_model_needs_may_be_left_over(tiny: Path) -> None:

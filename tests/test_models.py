@@ -192,7 +192,7 @@ def no_tokenizer(path: Path) -> None:
         ),
         (truncated, "cannot be loaded as a causal language model"),
         (headless, r"1 weights are missing from its files \(lm_head\.weight\)"),
-        (other_shape, "cannot be loaded as a causal language model"),
+        (other_shape, "have another shape than its config.json says"),
         (no_language_model, "student.model = "),
         (unknown_type, "config.json cannot be used .*frobnicator"),
         (bad_json, "config.json"),

@@ -36,10 +36,12 @@ class LayoutChoice:
     Attributes:
         packed: end to end; else as padded rows.
         reason: why not packed; "" if they are.
+        n_parameters: of the model that the configuration describes.
     """
 
     packed: bool
     reason: str = ""
+    n_parameters: int = 0
 
 
 def choose_layout(model: ModelConfig | ResolvedModel) -> LayoutChoice:
@@ -67,13 +69,14 @@ def _choose(source: ResolvedModel) -> LayoutChoice:
         model = models.load_skeleton(source, _META, attention=None)
         not_packed = "it does not use transformers' attention interface"
     name = type(unwrapped(model)).__name__
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         Head.of(model)
         decoder_body(model)
     except ModelError as error:
         raise ModelError(f"{label}: {name} cannot be scored: {error}; choose another model") from error
     if not_packed:
-        return LayoutChoice(False, not_packed)
+        return LayoutChoice(False, not_packed, n_parameters)
     try:
         reason = _reason(model)
     except NotCausalError as error:
@@ -84,7 +87,7 @@ def _choose(source: ResolvedModel) -> LayoutChoice:
         reason = ""
     except Exception as error:  # whatever a forward raises that is called with what it does not take
         reason = f"its forward does not take them ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return LayoutChoice(not reason, reason or "")
+    return LayoutChoice(not reason, reason or "", n_parameters)
 
 
 def _reason(model: Any) -> str:

@@ -35,7 +35,8 @@ def _weights_name(name: str) -> str:
 
 
 Size = Annotated[int, Field(ge=1, le=2**24)]
-Count = Annotated[int, Field(ge=1, le=100_000)]
+# Layers; even on the meta device a model of more takes half a minute.
+Count = Annotated[int, Field(ge=0, le=512)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 # A few architectures give these by layer.
 SizeByLayer = Size | list[Size]
@@ -62,7 +63,12 @@ class _Config(_File):
     vocab_size: Size | None = None
     hidden_size: SizeByLayer | None = None
     intermediate_size: SizeByLayer | None = None
-    num_hidden_layers: Count | None = None
+    num_hidden_layers: Annotated[Count, Field(ge=1)] | None = None
+    num_layers: Count | None = None  # as other architectures call them
+    n_layers: Count | None = None
+    n_layer: Count | None = None
+    encoder_layers: Count | None = None
+    decoder_layers: Count | None = None
     num_attention_heads: CountByLayer | None = None
     num_key_value_heads: CountByLayer | None = None
     head_dim: Size | None = None

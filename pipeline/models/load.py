@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,10 +47,15 @@ from pipeline.models.paths import COMPANIONS
 from pipeline.models.quantised import lazy_state
 from pipeline.models.resolve import ResolvedModel, resolve, setting_name
 
+if TYPE_CHECKING:
+    from pipeline.models.architecture import LayoutChoice
+
 Attention = Literal["scoring", "sampling"]
 
 # A progress bar is shown for larger models.
 _QUIET_BYTES = 2**30
+# Weights to a byte of a checkpoint; those of one bit are eight.
+_MOST_A_BYTE = 16
 
 
 def free_memory() -> None:
@@ -100,12 +105,18 @@ def load_model(
     """
     started = time.perf_counter()
     source = resolve(model)
-    can_pack = _can_pack(source)
-    packed = attention == "scoring" and can_pack
+    layout = _layout(source)
+    packed = attention == "scoring" and layout.packed
     cfg, directory, device = source.settings, source.directory, pick_device(source.settings)
     check_model_files(directory)
     dtype = getattr(torch, source.dtype)
     n_bytes = sum(os.path.getsize(file) for file in weight_files(directory))
+    if layout.n_parameters > _MOST_A_BYTE * n_bytes:  # before memory for them is allocated
+        raise ModelError(
+            f"{source.setting('model')}: its config.json describes {layout.n_parameters:,} weights, its files have "
+            f"{n_bytes:,} bytes; compare its config.json (vocab_size, hidden_size, num_hidden_layers) with the "
+            "checkpoint, or download it again"
+        )
     with source.loading_errors(), ExitStack() as stack:
         load: Any = _auto_class(source.config).from_pretrained
         where: dict[str, Any] = {"pretrained_model_name_or_path": directory, "local_files_only": True}
@@ -121,6 +132,7 @@ def load_model(
                 quantization_config=_nf4(cfg, dtype) if cfg.quantisation == "nf4" else None,
                 attn_implementation="redpen_packed" if packed else None,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report, by name
                 device_map={"": device} if device.type == "cuda" else None,
                 output_loading_info=True,
             )
@@ -134,7 +146,7 @@ def load_model(
         check_weight_names(source, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
         if cfg.adapter is not None:
             loaded = with_adapter(loaded, source, trainable=trainable)
-    set_can_pack(loaded, can_pack)
+    set_can_pack(loaded, layout.packed)
     if not packed:
         choose = native_attention if attention == "scoring" else sampling_attention
         unwrapped(loaded).set_attn_implementation(choose(loaded))
@@ -202,12 +214,12 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if in_wrapper and not alone else AutoModelForCausalLM
 
 
-def _can_pack(source: ResolvedModel) -> bool:
+def _layout(source: ResolvedModel) -> LayoutChoice:
     from pipeline.forward.attention import register_packed_attention
     from pipeline.models.architecture import choose_layout
 
     register_packed_attention()
-    return choose_layout(source).packed
+    return choose_layout(source)
 
 
 def load_skeleton(
@@ -226,7 +238,7 @@ def load_skeleton(
     register_packed_attention()
     source = resolve(model)
     if attention == "scoring":
-        attention = "redpen_packed" if _can_pack(source) else None
+        attention = "redpen_packed" if _layout(source).packed else None
     config, device = source.dense_config, device or pick_device(source.settings)
     with source.loading_errors(), quiet(progress=False):
         with torch.device("meta"):
@@ -277,7 +289,7 @@ def check_weight_names(
     wrong = {
         "are missing from its files": sorted(missing),
         "of its files have no place in the model": misplaced_tensors(unexpected, read_config(source.directory)),
-        "have another shape than its config.json says": sorted(str(key) for key in mismatched),
+        "have another shape than its config.json says": sorted(map(_mismatch, mismatched)),
     }
     for what, names in wrong.items():
         if names:
@@ -286,6 +298,13 @@ def check_weight_names(
                 "would run than was saved; compare its config.json (architectures, num_hidden_layers, "
                 "attention_bias) with the checkpoint, or download it again"
             )
+
+
+def _mismatch(found: Any) -> str:
+    """A tensor of transformers' report as "name [2, 3], not [4, 3]"."""
+    if isinstance(found, tuple) and len(found) == 3:
+        return f"{found[0]} {list(found[1])}, not {list(found[2])}"
+    return str(found)
 
 
 def _nf4(cfg: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
