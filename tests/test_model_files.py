@@ -162,6 +162,18 @@ def test_an_adapter_with_tensors_for_other_layers_is_refused(tiny: Path, tmp_pat
         StreamedScorer(config(tiny, adapter=str(tmp_path / "adapter")))
 
 
+@pytest.mark.parametrize("changes", [{"r": 10**6}, {"rank_pattern": {"q_proj": 10**6}}], ids=str)
+def test_an_adapter_of_a_rank_far_beyond_its_file_is_refused(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter/adapter_config.json", **changes)
+    with pytest.raises(ModelError, match=r"student\.adapter.* rank 1,000,000") as error:
+        models.load_model(config(tiny, adapter=str(tmp_path / "adapter")))
+    one_line(error)
+
+
 def test_an_adapter_beside_the_model_is_not_applied_unseen(tiny: Path) -> None:
     (tiny / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"adapter_config\.json"):

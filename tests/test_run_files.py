@@ -82,6 +82,14 @@ def test_an_invalid_result_is_one_line(result: object, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("cache", [[1], {"url": 5}, {"round": "z"}, {"teacher": {"a": 1}}])
+def test_a_run_that_learned_from_something_invalid_is_one_line(cache: object, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"cache": cache, "id": "1", "result": None}))
+    with pytest.raises(DamagedRunError, match=r"run\.json: cache") as error:
+        read_record(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_added_is_recorded(tmp_path: Path) -> None:
     run = finished(tmp_path)
     (run / "eval.json").write_text("of an earlier result")

@@ -10,8 +10,8 @@ from pathlib import Path
 from pipeline.config import ModelConfig, Recipe, TeacherConfig, load_recipe
 from pipeline.console import warn
 from pipeline.errors import ConfigError, RedpenError
-from pipeline.files import check_output, read_json, refuse_link
-from pipeline.runs.files import EVAL_FIGURES, RECIPE, RECORD, read_recipe
+from pipeline.files import check_output, refuse_link
+from pipeline.runs.files import EVAL_FIGURES, RECIPE, read_recipe, read_record
 from pipeline.runs.trained_student import trained_student
 
 BEFORE, AFTER = "before", "after"
@@ -156,10 +156,8 @@ def _recipe_for(
 
 def _run_teacher(recipe: Recipe, run_dir: Path) -> TeacherConfig:
     """The teacher that the run learned from."""
-    try:
-        name = read_json(run_dir / RECORD)["cache"]["teacher"]
-    except (OSError, ValueError, KeyError, TypeError):
-        name = recipe.train.teacher
+    record = read_record(run_dir)
+    name = recipe.train.teacher if record is None else record.cache.get("teacher", recipe.train.teacher)
     return _teacher_named(recipe, name, f"{run_dir} learned from {name or 'no teacher'}")
 
 

@@ -26,10 +26,9 @@ from pipeline.console import progress, warn
 from pipeline.engines.resident import ResidentScorer
 from pipeline.engines.scoring import ScoreOptions, TokenBatch
 from pipeline.errors import RedpenError
-from pipeline.files import read_json
 from pipeline.rounds.identity import cache_identity
 from pipeline.rounds.scored_block import rollout_numbers, scored_blocks
-from pipeline.runs.files import RECORD
+from pipeline.runs.files import read_record
 
 
 def reread(run: Path, model: PreTrainedModel, recipe: Recipe) -> bytes | None:
@@ -51,11 +50,12 @@ def _cached(run: Path, n_wanted: int) -> tuple[dict[str, Any], cs.Round, npt.NDA
     """The cache that the run learned from: its identity, the round, and the numbers of the rollouts to score,
     ascending. None if that is not one round scored by a teacher."""
     try:
-        known = read_json(run / RECORD)["cache"]
+        record = read_record(run)
+        known = {} if record is None else record.cache
         if known.keys() <= {"url", "teacher"} or known["teacher"] == "":
             return None
         url, index, names = known["url"], known["round"], known["teacher"].split(", ")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, AttributeError):
         raise RedpenError(f"{run / 'run.json'} does not name their cache") from None
     round_ = cs.open(url).round(index)
     now = cache_identity(url, round_, names)

@@ -56,6 +56,8 @@ Attention = Literal["scoring", "sampling"]
 _QUIET_BYTES = 2**30
 # Weights to a byte of a checkpoint; those of one bit are eight.
 _MOST_A_BYTE = 16
+# That each rank of an adapter has at least.
+_BYTES_A_RANK = 16
 
 
 def free_memory() -> None:
@@ -172,9 +174,12 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
     source = resolve(source)
     directory, base, label = source.adapter_directory, source.settings.model, source.setting("adapter")
     assert directory is not None
-    read_adapter_config(directory)
-    if not (directory / "adapter_model.safetensors").is_file():
+    settings, weights_file = read_adapter_config(directory), directory / "adapter_model.safetensors"
+    if not weights_file.is_file():
         raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
+    rank = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
+    if rank * _BYTES_A_RANK > (n_bytes := weights_file.stat().st_size):  # before memory for it is allocated
+        raise ModelError(f"{label}: its adapter_config.json has rank {rank:,}, its weights {n_bytes:,} bytes")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pipeline.config import Recipe, load_stored_recipe
 from pipeline.errors import RedpenError
@@ -100,6 +100,14 @@ class Step(BaseModel):
     step: int = Field(ge=1, le=2**53)
 
 
+def _learned_from(cache: dict[str, Any]) -> dict[str, Any]:
+    """Check the types of what is read of a record's `cache`; the rest is digests, which are compared only."""
+    for name, kinds in (("url", str), ("round", int), ("teacher", str | list)):
+        if (value := cache.get(name)) is not None and not isinstance(value, kinds):
+            raise ValueError(f"{name}: expected another type, found {value!r:.80}")
+    return cache
+
+
 class Record(BaseModel):
     """The content of run.json.
 
@@ -112,7 +120,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    cache: dict[str, Any] = {}
+    cache: Annotated[dict[str, Any], AfterValidator(_learned_from)] = {}
     id: Annotated[str, Field(max_length=1000)] = ""
     result: Result | None = None
     files: dict[str, str] | None = None
