@@ -93,12 +93,18 @@ def test_mistake_is_one_line(args: str, message: str, capsys: pytest.CaptureFixt
         "plan toy --device-tflops inf",
         "plan toy --utilisation nan",
         f"plan toy --gpus {'9' * 400}",
+        "train toy --cache c --run s3://bucket/run",
+        "merge run -o file://host/m",
+        "report run -o HTTP://host/r.html",
+        "export-cache c -o s3://bucket/x.parquet",
+        "eval run --out file:///tmp/x.json",
     ],
 )
 def test_usage(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(args.split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("Usage: redpen") and "Error: " in captured.err and captured.out == ""
+    assert not Path("s3:").exists() and not Path("file:").exists()
 
 
 @pytest.mark.parametrize("command", ["", *cli.cli.commands, "recipes show"])

@@ -156,7 +156,9 @@ def continual(recipe: Recipe, cache_url: str, run_dir: str, data: tuple[str, ...
 @click.option("--teacher", metavar="MODEL", help="Measure reverse KL to this teacher; default: the recipe's.")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness to add, e.g. ifeval,aime24.")
 @click.option("--recipe", metavar="RECIPE", help="Settings and teacher for a bare model; a run has its recipe.")
-@click.option("--out", metavar="FILE", help="Where to write the figures, as JSON; default: eval.json in the run.")
+@options.output_option(
+    "--out", metavar="FILE", help="Where to write the figures, as JSON; default: eval.json in the run."
+)
 @options.set_option
 def evaluate(target: str, tasks: str | None, **chosen: Any) -> int | None:
     """Measure accuracy on held-out prompts and reverse KL on fresh rollouts.
@@ -203,7 +205,9 @@ def chat(run: str, overrides: tuple[str, ...]) -> int:
 
 @cli.command()
 @click.argument("target", metavar="RUN_OR_ADAPTER")
-@click.option("-o", "--output", required=True, metavar="DIR", help="Directory for the model; must be new or empty.")
+@options.output_option(
+    "-o", "--output", required=True, metavar="DIR", help="Directory for the model; must be new or empty."
+)
 @click.option("--base", metavar="MODEL", help="The model to merge into; default: the one the adapter was trained on.")
 @click.option(
     "--dtype",
@@ -316,7 +320,9 @@ def diagnose(cache_url: str, round_index: int | None, teacher: str | None, as_js
 
 @cli.command()
 @click.argument("targets", metavar="RUN_OR_CACHE...", nargs=-1, required=True)
-@click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="The page to write.")
+@options.output_option(
+    "-o", "--output", default="report.html", show_default=True, metavar="FILE", help="The page to write."
+)
 @options.round_option
 @click.option("--recipe", metavar="RECIPE", help="Its [eval] decides which answers are right; default: the run's.")
 @click.option(
@@ -405,7 +411,9 @@ def import_(recipe: Recipe, file: str, cache_url: str, **chosen: Any) -> int | N
 
 @cli.command("export-cache")
 @options.cache_argument
-@click.option("-o", "--output", required=True, metavar="DIR_OR_FILE", help="A .parquet file, or a directory for it.")
+@options.output_option(
+    "-o", "--output", required=True, metavar="DIR_OR_FILE", help="A .parquet file, or a directory for it."
+)
 @options.round_option
 def export_cache(cache_url: str, output: str, round_index: int | None) -> int:
     """Export a round to Parquet, one rollout a row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,23 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
+def output_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option for a file or directory to write."""
+    return click.option(*names, callback=_local_path, **settings)
+
+
+def _local_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse a URL, which would become directories such as `s3:/bucket` here."""
+    if param.name == "run_dir":
+        _not_empty(ctx, param, value)
+    if value is not None and re.match(r"(?i)[a-z][a-z0-9+.-]*://", value):
+        raise click.BadParameter(f"expected a local path, got the URL {value}", ctx, param)
+    return value
+
+
 def run_option(contents: str) -> Callable[[Command], Command]:
     help = f"Directory for {contents}; default: runs/NAME, of the recipe."
-    return click.option("--run", "run_dir", metavar="DIR", callback=_not_empty, help=help)
+    return output_option("--run", "run_dir", metavar="DIR", help=help)
 
 
 def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
