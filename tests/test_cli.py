@@ -107,6 +107,12 @@ def test_usage(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("s3:").exists() and not Path("file:").exists()
 
 
+@pytest.mark.parametrize("args", ["report c -o a\0b", "distill toy --cache c --run a\0b", "eval a\0b", "a\0b"])
+def test_a_nul_is_one_line(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args.split(" ")) == 1
+    assert "NUL" in one_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("command", ["", *cli.cli.commands, "recipes show"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0

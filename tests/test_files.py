@@ -335,3 +335,36 @@ def test_files_are_opened_by_one_module() -> None:
             found[name] = calls
     assert {name: calls for name, calls in found.items() if name not in ELSEWHERE} == {}
     assert ELSEWHERE.keys() <= found.keys(), "what is no exception any more is not listed"
+
+
+#: Modules that parse JSON themselves, and of what; all other JSON goes through `files.parse_json`.
+JSON_ELSEWHERE = {
+    "files.py": "is that module",
+    "interchange/restoring.py": "an export's metadata; whatever is wrong with them, it is no export",
+    "models/lora.py": "an adapter's settings that peft has just written",
+    "runs/lock.py": "a lock file of 1,000 bytes; whatever is wrong with it, its owner is unknown",
+    "streaming/weights.py": "a header within its file; whatever is wrong with it, the checkpoint is damaged",
+    "teachers/alignment.py": "what the tokenizers library writes",
+    "text/answers.py": "a response, whether it is JSON",
+    "text/environment_worker.py": "questions of redpen",
+    "text/math_verify.py": "answers of its worker",
+    "text/math_worker.py": "questions of redpen",
+    "text/prompts.py": "a line of a file, with its keys once",
+    "text/records.py": "a column that holds JSON, with its keys once",
+    "text/rendering.py": "arguments of a call, with their keys once",
+    "text/template_worker.py": "questions of redpen",
+    "text/token_length.py": "what the tokenizers library writes",
+    "text/worker.py": "answers of redpen's workers",
+}
+
+
+def test_json_from_outside_is_parsed_by_one_module() -> None:
+    found = set()
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called.rpartition(".")[2] in ("loads", "JSONDecoder", "raw_decode") and called.startswith("json"):
+                found.add(path.relative_to(ROOT / "pipeline").as_posix())
+            elif called.endswith(".json") and isinstance(node, ast.Call) and not node.args:
+                found.add(path.relative_to(ROOT / "pipeline").as_posix())  # that of a response, of any size
+    assert found == JSON_ELSEWHERE.keys()

@@ -24,6 +24,7 @@ from pipeline import cli
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RedpenError
 from pipeline.interchange import exporting, importing
+from pipeline.interchange.restoring import Export
 from pipeline.models.identity import IMPORTED
 from pipeline.models.resolve import resolve
 
@@ -579,6 +580,24 @@ def test_a_changed_export_is_imported_without_scores(
     err = " ".join(capsys.readouterr().err.split())
     assert "the scores of student, teacher.alone, teacher.own, teacher.partial, teacher.teacher are left out" in err
     assert reason in err
+
+
+NO_EXPORTS = (
+    *(b"[" * 100_000, b'{"scores": ' + b"[" * 100_000, b"9" * 5000, b"[1]", b"\xff"),
+    {"without_rollouts": [[1e400, {}, []]]},
+    *({"format_version": "2"}, {"digests": {"rollouts": [5]}}, {"columns": 5}),
+)
+
+
+@pytest.mark.parametrize("about", NO_EXPORTS, ids=lambda about: str(about)[:30])
+def test_a_file_whose_metadata_is_not_an_exports_is_no_export(
+    about: Any, exported: tuple[cs.Round, Path], tmp_path: Path
+) -> None:
+    table = parquet.read_table(exported[1])
+    if isinstance(about, dict):
+        about = json.dumps(json.loads(table.schema.metadata[b"redpen"]) | about).encode()
+    parquet.write_table(table.replace_schema_metadata({b"redpen": about}), tmp_path / "x.parquet")
+    assert Export.of(tmp_path / "x.parquet") is None
 
 
 def test_an_export_of_another_student_is_imported_without_scores(

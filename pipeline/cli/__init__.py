@@ -38,6 +38,8 @@ def _run(args: list[str]) -> int:
         with interruptible():
             for name, text in credentials.in_arguments(args):
                 raise ConfigError(f"{name}: {credentials.message(text, name)}")
+            if any("\0" in arg for arg in args):
+                raise ConfigError("an argument has a NUL character, which neither a path nor a setting can have")
             code = cli.main(args, prog_name="redpen", standalone_mode=False)
             streams.flush()  # a closed pipe or a full disk is found here, not at the interpreter's exit
         return code or 0

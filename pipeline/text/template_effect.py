@@ -99,9 +99,10 @@ class _Look:
                     "prompts, or remove it"
                 )
             elif is_ignored:
+                remedy = "use another template" if role == "user" else "put their text into the user's message"
                 yield (
                     f"the chat template leaves out messages with the role {messages.show_value(role)} in "
-                    f"{self._first}, so the model does not see them; put their text into the user's message"
+                    f"{self._first}, so the model does not see them; {remedy}"
                 )
 
     def arguments(self, name: str) -> Iterator[str]:
