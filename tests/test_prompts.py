@@ -81,6 +81,14 @@ def load(tmp_path: Path, content: bytes, **settings: Any) -> list[dict[str, Any]
         (b'{"prompt": "a", "answer": ["b", [1]]}', "answer[1]: expected text, got a list"),
         (b'{"prompt": "a", "answer": true}', "answer: expected text, got true or false"),
         (b'{"prompt": "a", "answer": -Infinity}', "answer: expected text or a finite number, got -inf"),
+        (
+            b'{"prompt": "a", "answer": "' + b"x" * 70_000 + b'"}',
+            "answer: expected at most 65,536 characters, got 70,000",
+        ),
+        (
+            b'{"prompt": "a", "answer": ["b"' + b', "c"' * 2000 + b"]}",
+            "answer: expected at most 1,000 answers, got 2,001",
+        ),
         (b'{"prompt": "a", "answer": 1, "answer": 2}', 'expected every key once, got "answer" more often'),
         (b'{"messages": [{"role": "user", "role": "user", "content": "a"}]}', 'expected every key once, got "role"'),
         (

@@ -28,6 +28,8 @@ FIELDS = ("prompt", "messages", "conversations", "tools", "answer", "source", "i
 _JSON_FIELDS = ("messages", "teacher_messages", "tools")
 # A prompt may be a chat, too.
 _OF_CHATS = (*_JSON_FIELDS, "conversations", "prompt")
+#: Answers of a prompt, and characters of each: every response is compared with all of them.
+_MOST_ANSWERS, _ANSWER_AT_MOST = 1000, 2**16
 #: From here on not every integer is a float.
 _INEXACT = 2**53
 #: Roles by ShareGPT's `from`.
@@ -284,6 +286,8 @@ def _check_answers(values: list[Any], place: str) -> str | list[str]:
     """Several answers of which each is right; one alone as text."""
     if not values:
         raise PromptError(f"{place}: answer: expected text or a list of accepted answers, got an empty list")
+    if len(values) > _MOST_ANSWERS:
+        raise PromptError(f"{place}: answer: expected at most {_MOST_ANSWERS:,} answers, got {len(values):,}")
     answers = [_check_label(value, f"answer[{number}]", place) for number, value in enumerate(values)]
     return answers[0] if len(answers) == 1 else answers
 
@@ -303,6 +307,11 @@ def _check_label(value: Any, name: str, place: str) -> str:
             )
         value = _digits(value)
     check_text(value, name, place)
+    if name.startswith("answer") and len(value) > _ANSWER_AT_MOST:
+        raise PromptError(
+            f"{place}: {name}: expected at most {_ANSWER_AT_MOST:,} characters, got {len(value):,}; give what a "
+            "response is compared with"
+        )
     return str(value)
 
 
