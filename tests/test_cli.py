@@ -231,6 +231,20 @@ def test_expected_errors_have_no_traceback(
     assert one_line(capsys.readouterr().err).startswith(message)
 
 
+def test_a_regular_expression_of_a_tokenizer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One made to take for ever ends in a panic of the tokenizers library, which is no `Exception`."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from pipeline.report import terminal
+
+    splits = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    monkeypatch.setattr(terminal, "run", lambda *_: splits.pre_tokenize_str("a" * 40 + "!"))
+    assert cli.main(["inspect", "c"]) == 1
+    assert "tokenizer.json" in one_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("bug"), ValueError("bug"), FileNotFoundError(2, "bug", "x")])
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(type(error), match="bug"):

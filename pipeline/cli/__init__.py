@@ -19,7 +19,7 @@ from pipeline.cli.commands import cli
 from pipeline.cli.recipes import recipes
 from pipeline.distributed.signals import defer_to_main_process, interruptible
 from pipeline.environment import RANK
-from pipeline.errors import ConfigError, Interrupted, user_message
+from pipeline.errors import ConfigError, Interrupted, one_line, user_message
 
 __all__ = ["cli", "main"]
 
@@ -57,6 +57,10 @@ def _run(args: list[str]) -> int:
         if (line := user_message(error)) is None:
             raise
         return _fail(line, 1)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library (Rust), which is not an Exception
+            raise
+        return _fail(f"a model's tokenizer.json cannot be used: {one_line(error)}; choose another model", 1)
 
 
 def _fail(line: str, code: int) -> int:
