@@ -153,6 +153,18 @@ def test_a_link_is_refused(name: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value)
 
 
+def test_no_command_reads_a_runs_recipe_past_its_digest() -> None:
+    """Others than `read_recipe` are in a run that `open_run` has checked, or report what is wrong."""
+    pipeline = Path(run_files.__file__).parents[1]
+    readers = {
+        path.relative_to(pipeline).as_posix()
+        for path in pipeline.rglob("*.py")
+        if "load_stored_recipe(" in path.read_text()
+    }
+    of_runs = {f"runs/{name}.py" for name in ("files", "directory", "verify")}
+    assert readers == of_runs | {"config/recipe.py", "distill.py", "continual.py"}
+
+
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
     run = finished(tmp_path)
     (run / "ledger.json").unlink()
