@@ -174,6 +174,22 @@ def test_an_adapter_of_a_rank_far_beyond_its_file_is_refused(
     one_line(error)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": r"((\w|\.)+)+#"}, {"rank_pattern": {r"((\w|\.)+)+#": 2}}], ids=["modules", "ranks"]
+)
+def test_a_regular_expression_of_an_adapter_that_takes_for_ever_is_refused(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_PATTERN_SECONDS", 0.2)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter/adapter_config.json", **changes)
+    for load in (models.load_model, StreamedScorer):
+        with pytest.raises(ModelError, match=r"student\.adapter.* takes longer than 0\.2 s to find modules") as error:
+            load(config(tiny, adapter=str(tmp_path / "adapter")))
+        one_line(error)
+
+
 def test_an_adapter_beside_the_model_is_not_applied_unseen(tiny: Path) -> None:
     (tiny / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"adapter_config\.json"):

@@ -135,7 +135,13 @@ class AdapterConfigFile(_File):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] | None = None
     alpha_pattern: dict[str, float] | None = None
     target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+
+    def patterns(self) -> list[str]:
+        """The regular expressions that peft matches with modules' names."""
+        whole = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        return whole + [rf"(.*\.)?({key})$" for key in {**(self.rank_pattern or {}), **(self.alpha_pattern or {})}]
 
 
 class TokenizerConfigFile(_File):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import re
 import shutil
+import signal
+import threading
 import time
 import warnings
 from collections import Counter
@@ -29,13 +33,14 @@ from pipeline.config import ModelConfig
 from pipeline.console import console, say
 from pipeline.disk import memory_limits
 from pipeline.environment import install_hint
-from pipeline.errors import ConfigError, ModelError, RedpenError, one_line
+from pipeline.errors import ConfigError, ModelError, RedpenError, one_line, shorten
 from pipeline.files import read_text
 from pipeline.forward.finite import set_name
 from pipeline.forward.head import unwrapped
 from pipeline.forward.rows import native_attention, sampling_attention, set_can_pack
 from pipeline.models._transformers_compat import initialize_on_meta, quiet, save_weights
 from pipeline.models.files import (
+    AdapterConfigFile,
     check_model_files,
     misplaced_tensors,
     read_adapter_config,
@@ -56,6 +61,8 @@ Attention = Literal["scoring", "sampling"]
 _QUIET_BYTES = 2**30
 # Weights to a byte of a checkpoint; those of one bit are eight.
 _MOST_A_BYTE = 16
+# For one regular expression of an adapter and all modules of a model.
+_PATTERN_SECONDS = 5.0
 # That each rank of an adapter has at least.
 _BYTES_A_RANK = 16
 
@@ -180,6 +187,7 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
     rank = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
     if rank * _BYTES_A_RANK > (n_bytes := weights_file.stat().st_size):  # before memory for it is allocated
         raise ModelError(f"{label}: its adapter_config.json has rank {rank:,}, its weights {n_bytes:,} bytes")
+    _check_patterns(settings, model, label)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -203,6 +211,31 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
         if "missing adapter keys" in str(warning.message):
             raise ModelError(f"{label}: does not fit {base} ({one_line(warning.message)})")
     return adapted
+
+
+def _check_patterns(settings: AdapterConfigFile, model: PreTrainedModel, label: str) -> None:
+    """Refuse regular expressions that take so long that peft would seem to hang."""
+    if threading.current_thread() is not threading.main_thread():  # there it cannot be interrupted
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for pattern in settings.patterns():
+            signal.setitimer(signal.ITIMER_REAL, _PATTERN_SECONDS)
+            with contextlib.suppress(re.error):  # peft says what is wrong
+                for name, _ in model.named_modules():
+                    re.fullmatch(pattern, name)
+    except TimeoutError:
+        raise ModelError(
+            f"{label}: the regular expression {shorten(pattern, 80)!r} of its adapter_config.json takes longer than "
+            f"{_PATTERN_SECONDS:g} s to find modules; list their names instead, or train the adapter again"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _in_text_model(name: str) -> str:
