@@ -47,6 +47,10 @@ Pretrained models through redpen's own commands, by `make real`. Other work may 
 time (user and system, of a command and all that it starts) is given beside time by the clock. Rows were
 measured one by one; each names its date, the commit that last changed redpen before it, and its machine.
 Intervals are 95 %. One seed shows a direction, not a spread.
+
+Rows since 2026-11-29 also show `redpen plan` for that machine, from the rates of two matrix products. It is made for
+GPUs: sampling there takes the longer of reading weights and computing. A CPU does one after the other, and has the
+head's product in fp32 and a vocabulary of 151,936 to draw from, so it samples about half as fast as planned.
 """
 NOTES = {
     "larger_teacher": f"""
