@@ -144,7 +144,7 @@ def measured_row(lab: Lab, row: Row, name: str, seed: int, weights: str) -> Figu
         "models": {role: Path(lab.models[role]).name for role in row.needs},
         "weights": weights,
     }
-    lab.rates(directory)
+    lab.rates(directory)  # measured before the row's work
     found = row.measure(lab, directory, seed)
     return found | {"about": about, "commands": Results(directory / "commands.json").figures}
 

@@ -49,8 +49,6 @@ def output_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
 
 def _local_path(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Refuse a URL, which would become directories such as `s3:/bucket` here."""
-    if param.name == "run_dir":
-        _not_empty(ctx, param, value)
     if value is not None and re.match(r"(?i)[a-z][a-z0-9+.-]*://", value):
         raise click.BadParameter(f"expected a local path, got the URL {value}", ctx, param)
     return value
@@ -58,7 +56,11 @@ def _local_path(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 def run_option(contents: str) -> Callable[[Command], Command]:
     help = f"Directory for {contents}; default: runs/NAME, of the recipe."
-    return output_option("--run", "run_dir", metavar="DIR", help=help)
+    return click.option("--run", "run_dir", metavar="DIR", callback=_run_directory, help=help)
+
+
+def _run_directory(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return _local_path(ctx, param, _not_empty(ctx, param, value))
 
 
 def _not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -199,13 +199,13 @@ class Engine:
 class _ModelClasses:
     """transformers' model classes, as they are before an engine starts.
 
-    Where vLLM has no code of its own for a family, it runs transformers' classes, and changes them for torch.compile:
-    afterwards no model can be made of them outside an engine.
+    For a family that it does not implement, vLLM runs transformers' classes, which it decorates for torch.compile. A
+    decorated class cannot be instantiated outside an engine.
     """
 
     def __init__(self, model: ResolvedModel):
         with contextlib.suppress(ModelError):  # a family that only vLLM has
-            load_skeleton(model, torch.device("meta"))  # imports its class
+            load_skeleton(model, torch.device("meta"), attention=None)  # imports its class
         self._before = {cls: (cls.__bases__, dict(vars(cls))) for cls in _subclasses(PreTrainedModel)}
 
     def restore(self) -> None:
@@ -266,7 +266,7 @@ def _lora_rank(model: ModelConfig, adapter: Path) -> int:
     config = read_adapter_config(adapter)
     if config.r is None:
         raise ModelError(f"{label}: its adapter_config.json is not that of a LoRA adapter (it has no r)")
-    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    rank = config.largest_rank
     ranks: tuple[int, ...] = get_args(MaxLoRARanks)
     if rank > max(ranks):
         raise ModelError(f"{label}: its rank is {rank}, vLLM takes {max(ranks)} at most")

@@ -68,9 +68,10 @@ class Export:
             if not 1 <= version <= cs.VERSION:
                 return None
             return cls(path, manifest, scores, digests, version, columns, no_row)
-        except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError):
-            return None
-        except (ValueError, OverflowError, RecursionError):  # JSON bounds neither numbers nor nesting
+        except (
+            *(pa.ArrowException, OSError, KeyError, TypeError, AttributeError),
+            *(ValueError, OverflowError, RecursionError),  # JSON bounds neither numbers nor nesting
+        ):
             return None
 
     def check(self, student: ResolvedModel) -> list[dict[str, Any]]:

@@ -138,6 +138,12 @@ class AdapterConfigFile(_File):
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
 
+    @property
+    def largest_rank(self) -> int:
+        """Of any module; 0 without ranks."""
+        return max([self.r or 0, *(self.rank_pattern or {}).values()])
+
+    @property
     def patterns(self) -> list[str]:
         """The regular expressions that peft matches with modules' names."""
         whole = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]

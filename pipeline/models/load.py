@@ -184,7 +184,7 @@ def with_adapter(model: PreTrainedModel, source: ModelConfig | ResolvedModel, *,
     settings, weights_file = read_adapter_config(directory), directory / "adapter_model.safetensors"
     if not weights_file.is_file():
         raise ModelError(f"{directory}: expected adapter_model.safetensors, found none; only safetensors are read")
-    rank = max(settings.r or 0, *(settings.rank_pattern or {}).values(), 0)
+    rank = settings.largest_rank
     if rank * _BYTES_A_RANK > (n_bytes := weights_file.stat().st_size):  # before memory for it is allocated
         raise ModelError(f"{label}: its adapter_config.json has rank {rank:,}, its weights {n_bytes:,} bytes")
     _check_patterns(settings, model, label)
@@ -223,7 +223,7 @@ def _check_patterns(settings: AdapterConfigFile, model: PreTrainedModel, label: 
 
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        for pattern in settings.patterns():
+        for pattern in settings.patterns:
             signal.setitimer(signal.ITIMER_REAL, _PATTERN_SECONDS)
             with contextlib.suppress(re.error):  # peft says what is wrong
                 for name, _ in model.named_modules():

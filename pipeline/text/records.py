@@ -80,12 +80,12 @@ def check_record(value: Any, place: str, columns: Sequence[str] = ()) -> dict[st
     for name in columns:
         if name in record and name not in FIELDS:
             _check_column(record[name], name, place)
-    for name in ("answer", "source", "id"):
-        if name not in record:
-            continue
-        if name == "answer" and isinstance(record[name], list):
-            record[name] = _check_answers(record[name], place)
-        else:
+    if "answer" in record:
+        answer = record["answer"]
+        several = isinstance(answer, list)
+        record["answer"] = _check_answers(answer, place) if several else _check_answer(answer, "answer", place)
+    for name in ("source", "id"):
+        if name in record:
             record[name] = _check_label(record[name], name, place)
     return record
 
@@ -288,8 +288,23 @@ def _check_answers(values: list[Any], place: str) -> str | list[str]:
         raise PromptError(f"{place}: answer: expected text or a list of accepted answers, got an empty list")
     if len(values) > _MOST_ANSWERS:
         raise PromptError(f"{place}: answer: expected at most {_MOST_ANSWERS:,} answers, got {len(values):,}")
-    answers = [_check_label(value, f"answer[{number}]", place) for number, value in enumerate(values)]
+    answers = [_check_answer(value, f"answer[{number}]", place) for number, value in enumerate(values)]
     return answers[0] if len(answers) == 1 else answers
+
+
+def _check_answer(value: Any, name: str, place: str) -> str:
+    if isinstance(value, float) and _INEXACT <= abs(value) < math.inf:
+        raise PromptError(
+            f"{place}: {name}: expected text or a number below 2^53, got {value}, which may have been another "
+            "integer before it became a float; give the answer as text"
+        )
+    answer = _check_label(value, name, place)
+    if len(answer) > _ANSWER_AT_MOST:
+        raise PromptError(
+            f"{place}: {name}: expected at most {_ANSWER_AT_MOST:,} characters, got {len(answer):,}; give what a "
+            "response is compared with"
+        )
+    return answer
 
 
 def _check_label(value: Any, name: str, place: str) -> str:
@@ -300,18 +315,8 @@ def _check_label(value: Any, name: str, place: str) -> str:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         if not isinstance(value, int) and not math.isfinite(value):
             raise PromptError(f"{place}: {name}: expected text or a finite number, got {value}")
-        if name.startswith("answer") and isinstance(value, float) and abs(value) >= _INEXACT:
-            raise PromptError(
-                f"{place}: {name}: expected text or a number below 2^53, got {value}, which may have been another "
-                "integer before it became a float; give the answer as text"
-            )
         value = _digits(value)
     check_text(value, name, place)
-    if name.startswith("answer") and len(value) > _ANSWER_AT_MOST:
-        raise PromptError(
-            f"{place}: {name}: expected at most {_ANSWER_AT_MOST:,} characters, got {len(value):,}; give what a "
-            "response is compared with"
-        )
     return str(value)
 
 

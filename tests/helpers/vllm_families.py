@@ -141,9 +141,9 @@ def cells_of(log: Path) -> dict[str, str]:
 
 
 def write_page(log: Path) -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    text, known = PAGE.read_text(encoding="utf-8"), rows_of_page()
     for family, cell in cells_of(log).items():
-        row, in_vllm = rows_of_page()[family]
+        row, in_vllm = known[family]
         text = text.replace(f"{row} {in_vllm} |\n", f"{row} {cell} |\n")
     PAGE.write_text(text, encoding="utf-8")
 
